@@ -1,0 +1,38 @@
+"Folders of the shared material: parity fixtures, real images, real weights. Tests that need them skip where they are absent."
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+def folder(variable: str, default: str) -> Path:
+    "A folder named by an environment variable; relative paths start at the repository's root."
+    return (ROOT / os.environ.get(variable, default)).resolve()
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    path = folder("ZSAD_SHARED", "../shared")
+    if not path.is_dir(): pytest.skip(f"no shared folder at {path} (real images and weights); set ZSAD_SHARED")
+    return path
+
+
+@pytest.fixture(scope="session")
+def parity_fixture():
+    "name -> (tensors, meta) of a parity fixture."
+    from safetensors.torch import load_file
+    path = folder("ZSAD_FIXTURES", "../shared/fixtures")
+
+    def read(name: str):
+        if not (path / f"{name}.json").is_file(): pytest.skip(f"no parity fixture {name} in {path}; set ZSAD_FIXTURES")
+        return load_file(path / f"{name}.safetensors"), json.loads((path / f"{name}.json").read_text())
+    return read
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
