@@ -1,0 +1,119 @@
+"""Pixel metrics of the reference task, side by side in one run: this package, scikit-learn, the usual AUPRO loop.
+
+    python tests/bench_metrics.py                    # ours on smooth maps and on noise, then the references on smooth maps (minutes, 4 GB)
+    python tests/bench_metrics.py --skip-references  # ours only (seconds)
+
+Each measurement runs in a fresh process: CPU seconds from time.process_time over update and compute, memory as the rise of the peak
+resident size above the size with the maps in memory. Not collected by pytest.
+"""
+import argparse, json, os, subprocess, sys, tempfile, time
+from pathlib import Path
+
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+for name in THREADS: os.environ.setdefault(name, "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+from scipy import ndimage
+
+
+def make(kind: str, n: int, size: int, folder: Path):
+    "n maps, every second one with raised defects of several regions: smooth (sigma 8) or pixel noise"
+    rng = np.random.default_rng(0)
+    maps = np.lib.format.open_memmap(folder / f"{kind}_maps.npy", "w+", np.float32, (n, size, size))
+    masks = np.lib.format.open_memmap(folder / f"{kind}_masks.npy", "w+", bool, (n, size, size))
+    for i in range(n):
+        m = rng.standard_normal((size, size), dtype=np.float32)
+        maps[i] = ndimage.gaussian_filter(m, 8) * 28 if kind == "smooth" else m
+        if i % 2:
+            g = ndimage.gaussian_filter(rng.standard_normal((size, size), dtype=np.float32), 12)
+            masks[i] = g > 1.8 * g.std()
+            maps[i] += masks[i] * np.float32(rng.uniform(.3, 3))
+
+
+def peak_mb() -> float:
+    "Highest resident size so far"
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 2**20) # Linux counts kB, macOS bytes
+
+
+def ours(maps, masks, batch=8, **kwargs):
+    from zsad_nb.evaluation.metrics import PixelMetrics
+    with PixelMetrics(**kwargs) as m:
+        for i in range(0, len(maps), batch): m.update(maps[i:i + batch], masks[i:i + batch])
+        return dict(m.compute())
+
+
+def spilled(maps, masks): return ours(maps, masks, memory_limit=0)
+
+
+def small_blocks(maps, masks): return ours(maps, masks, memory_limit=0, block=2**20)
+
+
+def sklearn(maps, masks):
+    from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+    y, s = np.asarray(masks).ravel(), np.asarray(maps).ravel()
+    p, r, _ = precision_recall_curve(y, s)
+    with np.errstate(invalid="ignore"): f1 = np.nanmax(2 * p * r / (p + r))
+    del p, r
+    return {"pixel_auroc": float(roc_auc_score(y, s)), "pixel_ap": float(average_precision_score(y, s)), "pixel_f1max": float(f1)}
+
+
+def usual_loop(maps, masks):
+    "200 passes over all pixels and regions, written from its definition"
+    from zsad_nb.evaluation.aupro_200 import aupro_200
+    maps, masks = np.asarray(maps), np.asarray(masks)
+    low, high = maps.min(), maps.max()
+    fpr, pro, normal = [], [], ~masks
+    for t in np.arange(low, high, (high - low) / 200):
+        above, covered = maps > t, []
+        for a, k in zip(above, masks):
+            label, _ = ndimage.label(k, np.ones((3, 3)))
+            for i, box in enumerate(ndimage.find_objects(label), 1):
+                region = label[box] == i
+                covered.append(a[box][region].mean())
+        fpr.append((above & normal).sum() / normal.sum()); pro.append(np.mean(covered))
+    return {"pixel_aupro_200": aupro_200(np.array(fpr), np.array(pro))[0]}
+
+
+CASES = {f.__name__: f for f in (ours, spilled, small_blocks, sklearn, usual_loop)}
+
+
+def child(case: str, kind: str, folder: Path):
+    maps, masks = np.load(folder / f"{kind}_maps.npy"), np.load(folder / f"{kind}_masks.npy")
+    CASES[case](maps[:2], masks[:2]) # imports and first-call costs are not the task's
+    start = peak_mb()
+    wall, cpu = time.perf_counter(), time.process_time()
+    values = CASES[case](maps, masks)
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    print(json.dumps(dict(cpu=cpu, wall=wall, mb=peak_mb() - start, values=values)))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--maps", type=int, default=200)
+    parser.add_argument("--size", type=int, default=518)
+    parser.add_argument("--skip-references", action="store_true")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child: return child(args.child[0], args.child[1], Path(args.child[2]))
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("smooth", "noise"): make(kind, args.maps, args.size, Path(folder))
+        runs = [(c, k) for k in ("smooth", "noise") for c in ("ours", "spilled", "small_blocks")]
+        runs += [] if args.skip_references else [("sklearn", "smooth"), ("usual_loop", "smooth")]
+        print(f"{args.maps} maps of {args.size} x {args.size} float32, half with masks, one thread\n"
+              f"{'':<14}{'maps':<8}{'CPU s':>8}{'wall s':>8}{'+MB':>8}   values")
+        results = {}
+        for case, kind in runs:
+            out = subprocess.run([sys.executable, __file__, "--child", case, kind, folder], capture_output=True, text=True)
+            if out.returncode: sys.exit(f"{case} on {kind} maps failed:\n{out.stderr}")
+            r = results[case, kind] = json.loads(out.stdout)
+            print(f"{case:<14}{kind:<8}{r['cpu']:>8.2f}{r['wall']:>8.2f}{r['mb']:>8.0f}   " + " ".join(f"{k[6:]} {v:.6f}" for k, v in r["values"].items()), flush=True)
+        if not args.skip_references:
+            us, refs = results["ours", "smooth"], [results["sklearn", "smooth"], results["usual_loop", "smooth"]]
+            cpu, mb = sum(r["cpu"] for r in refs), max(r["mb"] for r in refs)
+            diff = max(abs(us["values"][k] - v) for r in refs for k, v in r["values"].items())
+            print(f"references / ours: CPU {cpu / us['cpu']:.0f} x ({cpu:.0f} s against {us['cpu']:.2f} s), memory {mb / us['mb']:.0f} x; largest difference of a value {diff:.1e}")
+
+
+if __name__ == "__main__": main()
