@@ -20,7 +20,8 @@ MASK = np.zeros((40, 60), "uint8")
 MASK[10:20, 15:40] = 255
 
 
-def row(image="a.png", mask="", anomalous=False, category="bolt", **more): return dict(category=category, split="test", image=image, mask=mask, anomalous=anomalous, **more)
+def row(image="a.png", mask="", anomalous=False, category="bolt", **more):
+    return dict(category=category, split="test", image=image, mask=mask, anomalous=anomalous, **more)
 
 
 def save(path, pixels=NOISE, mode=None, **options):
@@ -31,7 +32,8 @@ def save(path, pixels=NOISE, mode=None, **options):
 
 # ---- files that cannot be read ----
 
-FORMATS = {"jpg": {}, "progressive.jpg": dict(progressive=True), "png": {}, "bmp": {}, "tif": {}, "lzw.tif": dict(compression="tiff_lzw"), "deflate.tif": dict(compression="tiff_adobe_deflate"),
+FORMATS = {"jpg": {}, "progressive.jpg": dict(progressive=True), "png": {}, "bmp": {}, "tif": {}, "lzw.tif": dict(compression="tiff_lzw"),
+           "deflate.tif": dict(compression="tiff_adobe_deflate"),
            "webp": dict(lossless=True), "gif": {}}
 
 
@@ -58,7 +60,8 @@ def test_truncated_is_called_so(tmp_path):
             with pytest.raises(BadImage, match="truncated"): load_image(path)
 
 
-@pytest.mark.parametrize("name, content, code", [("text.png", b"hello", "unreadable"), ("zero.jpg", b"", "unreadable"), ("gone.png", None, "missing"), ("noise.bmp", bytes(RNG.integers(0, 256, 500).astype("uint8")), "unreadable"),
+@pytest.mark.parametrize("name, content, code", [("text.png", b"hello", "unreadable"), ("zero.jpg", b"", "unreadable"), ("gone.png", None, "missing"),
+                                                 ("noise.bmp", bytes(RNG.integers(0, 256, 500).astype("uint8")), "unreadable"),
                                                  ("page.jpg", b"<html>404</html>", "unreadable"), ("riff.webp", b"RIFF\x00\x00\x00\x00WEBP", "unreadable")])
 def test_not_an_image(tmp_path, name, content, code):
     if content is not None: (tmp_path / name).write_bytes(content)
@@ -90,7 +93,8 @@ def test_damage_never_escapes_as_another_error(tmp_path):
 
 def test_eight_bit_modes_agree(tmp_path):
     grey = NOISE[..., 0]
-    for mode, suffix in [("L", "png"), ("L", "bmp"), ("L", "tif"), ("RGB", "png"), ("P", "png"), ("RGBA", "png"), ("LA", "png"), ("CMYK", "tif"), ("I", "tif"), ("F", "tif")]:
+    for mode, suffix in [("L", "png"), ("L", "bmp"), ("L", "tif"), ("RGB", "png"), ("P", "png"), ("RGBA", "png"), ("LA", "png"), ("CMYK", "tif"),
+                         ("I", "tif"), ("F", "tif")]:
         got = np.asarray(load_image(save(tmp_path / f"{mode}.{suffix}", grey, mode)))
         assert got.shape == (40, 60, 3) and np.abs(got.astype(int) - grey[..., None]).max() <= (1 if mode == "CMYK" else 0), mode
 
@@ -169,9 +173,9 @@ def test_resizing_agrees_with_torch():
     smooth = np.asarray(Image.fromarray(NOISE).resize((120, 90), Image.Resampling.BICUBIC))
     want = interpolate(torch.from_numpy(smooth.copy()).permute(2, 0, 1)[None].float(), (32, 32), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
     assert np.abs(resize(Image.fromarray(smooth), 32) - want.clamp(0, 255).numpy()).max() < 2
-    want = interpolate(torch.from_numpy(MASK > 0)[None, None].float(), (23, 31), mode="bilinear", antialias=True)[0, 0] > 0.5
-    got = resize_mask(MASK > 0, (23, 31))
-    assert got.dtype == bool and got.shape == (23, 31) and (got != want.numpy()).mean() < 0.01 and got.any()
+    want = interpolate(torch.from_numpy(MASK > 0)[None, None].float(), (23, 31), mode="bilinear", antialias=True)[0, 0].numpy()
+    got, sure = resize_mask(MASK > 0, (23, 31)), np.abs(want - 0.5) > 0.01  # an exact half falls either way
+    assert got.dtype == bool and got.shape == (23, 31) and sure.mean() > 0.9 and (got == (want > 0.5))[sure].all() and got.any()
     with pytest.raises(ValueError, match="'before' or 'after'"): resize(Image.fromarray(NOISE), 8, rgb="now")
 
 
@@ -179,11 +183,13 @@ def test_resizing_agrees_with_torch():
 
 def bad_folder(root):
     "One row a problem; row 0 and 8 are fine."
-    save(root / "ok.png"), save(root / "ok2.png", NOISE[::-1]), save(root / "m.png", MASK), save(root / "small.png", MASK[:, :30]), save(root / "empty.png", MASK * 0)
+    save(root / "ok.png"), save(root / "ok2.png", NOISE[::-1]), save(root / "m.png", MASK), save(root / "small.png", MASK[:, :30]), save(root / "empty.png",
+                                                                                                                                         MASK * 0)
     for k in range(2, 8): save(root / f"{k}.png", np.roll(NOISE, k, 0))
     (root / "m.txt.png").write_text("no mask")
     (root / "copy.png").write_bytes((root / "ok.png").read_bytes())
-    rows = [row("ok.png"), row("gone.png"), row("2.png", "", True), row("3.png", "gone_mask.png", True), row("4.png", "m.png", False), row("5.png", "small.png", True, "screw"), row("6.png", "empty.png", True),
+    rows = [row("ok.png"), row("gone.png"), row("2.png", "", True), row("3.png", "gone_mask.png", True), row("4.png", "m.png", False),
+            row("5.png", "small.png", True, "screw"), row("6.png", "empty.png", True),
             row("7.png", "m.txt.png", True), row("ok2.png", "m.png", True), row("copy.png", "m.png", True)]
     return make_index(rows, root, "t")
 
@@ -193,7 +199,8 @@ def test_check_reports_each_problem_on_its_row(tmp_path):
     for workers in (1, 2):
         report = check(index, workers)
         assert list(report.columns) == ["row", "image", "problem", "message"]
-        assert report[["row", "problem"]].values.tolist() == [[1, "missing"], [2, "missing_mask"], [3, "missing_mask"], [4, "normal_mask"], [5, "size_mismatch"], [6, "empty_mask"], [7, "bad_mask"],
+        assert report[["row", "problem"]].values.tolist() == [[1, "missing"], [2, "missing_mask"], [3, "missing_mask"], [4, "normal_mask"],
+                                                              [5, "size_mismatch"], [6, "empty_mask"], [7, "bad_mask"],
                                                               [9, "duplicate"]]
         assert (report.image == index.image[report.row].values).all()
     says = dict(zip(report.row, report.message))
@@ -202,7 +209,8 @@ def test_check_reports_each_problem_on_its_row(tmp_path):
 
 
 def test_check_is_silent_when_all_is_well(tmp_path):
-    save(tmp_path / "a.jpg"), save(tmp_path / "b.png", NOISE.astype("uint16")[..., 0] * 16), save(tmp_path / "c.png", NOISE, "RGBA"), save(tmp_path / "d.gif", NOISE, "P"), save(tmp_path / "m.png", MASK)
+    save(tmp_path / "a.jpg"), save(tmp_path / "b.png", NOISE.astype("uint16")[..., 0] * 16), save(tmp_path / "c.png", NOISE,
+            "RGBA"), save(tmp_path / "d.gif", NOISE, "P"), save(tmp_path / "m.png", MASK)
     index = make_index([row("a.jpg"), row("b.png", "m.png", True), row("c.png"), row("d.gif")], tmp_path, "t")
     report = check(index)
     assert len(report) == 0 and list(report.columns) == ["row", "image", "problem", "message"]

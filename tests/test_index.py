@@ -38,10 +38,14 @@ def test_columns_dtypes_and_order(index):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(split="Test"), "split is 'Test'"), (dict(split="val"), "split is 'val'"), (dict(anomalous="yes"), "anomalous is 'yes'"), (dict(anomalous=2), "anomalous is 2"),
-    (dict(anomalous=np.nan), "anomalous is nan"), (dict(anomalous=False), "a normal image has the defect 'bent'"), (dict(defect="good"), "has the defect 'good'"),
-    (dict(image=""), "image is empty"), (dict(category=""), "category is empty"), (dict(mask=float("nan")), "mask is nan"), (dict(image="../0.png"), "leaves the root"),
-    (dict(image="/elsewhere/0.png"), "does not lie under the root"), (dict(mask="C:\\x\\0.png"), "another machine"), (dict(imgae="x"), "did you mean 'image'"), (dict(category=None), "no category"),
+    (dict(split="Test"), "split is 'Test'"), (dict(split="val"), "split is 'val'"), (dict(anomalous="yes"), "anomalous is 'yes'"), (dict(anomalous=2),
+                                                                                                                                    "anomalous is 2"),
+    (dict(anomalous=np.nan), "anomalous is nan"), (dict(anomalous=False), "a normal image has the defect 'bent'"), (dict(defect="good"),
+                                                                                                                    "has the defect 'good'"),
+    (dict(image=""), "image is empty"), (dict(category=""), "category is empty"), (dict(mask=float("nan")), "mask is nan"), (dict(image="../0.png"),
+                                                                                                                             "leaves the root"),
+    (dict(image="/elsewhere/0.png"), "does not lie under the root"), (dict(mask="C:\\x\\0.png"), "another machine"), (dict(imgae="x"),
+            "did you mean 'image'"), (dict(category=None), "no category"),
 ])
 def test_a_bad_row_is_named(change, message):
     with pytest.raises(ValueError, match="row 1") as error: make_index([GOOD_ROW, BAD_ROW | change], "data", "toy")
@@ -94,7 +98,8 @@ def test_csv_round_trip_is_relative_and_moves(index, tmp_path):
 
 
 def test_csv_keeps_awkward_text(tmp_path):
-    odd = make_index([dict(category="NA", split="test", image="001/é, \"x\" #1.png", anomalous=True, defect="null"), dict(category="01", split="test", image="n.png", anomalous=False)], tmp_path, "1.0")
+    odd = make_index([dict(category="NA", split="test", image="001/é, \"x\" #1.png", anomalous=True, defect="null"),
+                      dict(category="01", split="test", image="n.png", anomalous=False)], tmp_path, "1.0")
     pd.testing.assert_frame_equal(load_index(save_index(odd, tmp_path / "odd.csv")), odd)
 
 
@@ -127,7 +132,8 @@ def test_fingerprint_sees_what_it_should(index, tmp_path):
 # ---- meta.json ----
 
 def record(image, anomaly, mask="", specie=None, name="brain", **more):
-    return dict(img_path=image, mask_path=mask, cls_name=name, specie_name=specie if specie is not None else ("bad" if anomaly else "good"), anomaly=anomaly, **more)
+    return dict(img_path=image, mask_path=mask, cls_name=name, specie_name=specie if specie is not None else ("bad" if anomaly else "good"), anomaly=anomaly,
+                **more)
 
 
 @pytest.fixture
@@ -144,7 +150,8 @@ def put(site, records, half="test", name="meta.json"):
 
 def test_meta_relative(site):
     got = read_meta(put(site, [record("no/n1.jpg", 0), record("yes/y1.jpg", 1, "masks/y1.png"), record("yes/y2.jpg", "1")]))
-    assert got[["image", "mask", "anomalous", "defect"]].values.tolist() == [["no/n1.jpg", "", False, "good"], ["yes/y1.jpg", "masks/y1.png", True, "bad"], ["yes/y2.jpg", "", True, "bad"]]
+    assert got[["image", "mask", "anomalous", "defect"]].values.tolist() == [["no/n1.jpg", "", False, "good"], ["yes/y1.jpg", "masks/y1.png", True, "bad"],
+                                                                             ["yes/y2.jpg", "", True, "bad"]]
     assert got.dataset.unique().tolist() == ["Br35H"] and got.split.unique().tolist() == ["test"]
     pd.testing.assert_frame_equal(read_meta(site), got)  # the folder will do
 
@@ -200,7 +207,8 @@ def test_meta_with_dataset_name_beside_the_sets(site):
 
 
 def test_meta_json_lines(site, tmp_path):
-    lines = [dict(image_path="no/n1.jpg", label=0, class_name="brain", mask_path=""), dict(image_path="yes/y1.jpg", label=1.0, class_name="brain", mask_path="masks/y1.png"),
+    lines = [dict(image_path="no/n1.jpg", label=0, class_name="brain", mask_path=""),
+             dict(image_path="yes/y1.jpg", label=1.0, class_name="brain", mask_path="masks/y1.png"),
              dict(image_path="yes/y2.jpg", label=1, class_name="brain", mask_path=None)]
     (tmp_path / "full-shot.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     got = read_meta(tmp_path / "full-shot.jsonl", root=site, split="train")
@@ -209,7 +217,8 @@ def test_meta_json_lines(site, tmp_path):
     assert len(read_meta(tmp_path / "one.jsonl", root=site)) == 1
 
 
-@pytest.mark.parametrize("text, message", [("{\"test\": ", "neither a meta.json nor JSON lines"), ("{}", "expected 'train' and 'test'"), ("{\"valid\": {}}", "expected 'train' and 'test'"),
+@pytest.mark.parametrize("text, message", [("{\"test\": ", "neither a meta.json nor JSON lines"), ("{}", "expected 'train' and 'test'"),
+                                           ("{\"valid\": {}}", "expected 'train' and 'test'"),
                                            ("{\"test\": {\"a\": [{\"img_path\": \"x.png\"}]}}", "no anomalous"), ("{\"test\": {\"a\": [3]}}", "a record is 3"),
                                            (json.dumps({"test": {"a": [record("no/n1.jpg", "maybe")]}}), "anomalous is 'maybe'")])
 def test_meta_damage_is_named(site, text, message):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_atomically', 'require_known', 'seed_everything']
 
-# %% ../nbs/00_core.ipynb #d18a4665
+# %% ../nbs/00_core.ipynb #0db6c64e
 import difflib
 import os
 import random
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-# %% ../nbs/00_core.ipynb #1f647a49
+# %% ../nbs/00_core.ipynb #076cc4ba
 def write_atomically(path: str|Path,  # final name; its folder is created
                      write: Callable,  # write(temporary path): does the writing
                     ) -> Path:         # the final path
@@ -42,7 +42,7 @@ def _umask() -> int:
     os.umask(mask)
     return mask
 
-# %% ../nbs/00_core.ipynb #0f33b5bc
+# %% ../nbs/00_core.ipynb #51b01c04
 def require_known(names: Iterable[str],  # what was given
                   known: Iterable[str],  # what exists
                   what: str,             # what they are, for the message
@@ -55,7 +55,7 @@ def require_known(names: Iterable[str],  # what was given
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
         raise TypeError(f"unknown {what} {name!r}; {hint}")
 
-# %% ../nbs/00_core.ipynb #b259ff6a
+# %% ../nbs/00_core.ipynb #05fdbc1b
 def seed_everything(seed: int  # any whole number
                    ) -> torch.Generator:  # a generator of its own, for shuffling
     "Seed Python, numpy and torch, and hand out a separate generator so that shuffling does not depend on what drew before."

@@ -6,7 +6,7 @@
 __all__ = ['OPENAI', 'IMAGENET', 'HALF', 'BACKBONES', 'TINY_DINO', 'BackboneRow', 'Features', 'resize_positions', 'Backbone',
            'ClipBackbone', 'TimmBackbone', 'create_backbone']
 
-# %% ../../nbs/backbones/20_backbones.ipynb #4e616512
+# %% ../../nbs/backbones/20_backbones.ipynb #a167df95
 import math
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .weights import (WeightsError, clip_shapes, flat_state, hub_file, import_vision_libraries, read_state,
                                        vit_shapes, weights_hash)
 
-# %% ../../nbs/backbones/20_backbones.ipynb #ced6bdc4
+# %% ../../nbs/backbones/20_backbones.ipynb #8cf62906
 OPENAI = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 HALF = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -61,7 +61,7 @@ BACKBONES = {row.name: row for row in [
     BackboneRow("vit", "timm", "", "", 0, 0, (), "yours", HALF),
 ]}
 
-# %% ../../nbs/backbones/20_backbones.ipynb #b0b78881
+# %% ../../nbs/backbones/20_backbones.ipynb #9cccd6c7
 @dataclass
 class Features:
     "What a backbone saw: one entry per tap, in the order asked for."
@@ -75,7 +75,7 @@ class Features:
         "The same features on another device."
         return replace(self, patches=[p.to(device) for p in self.patches], cls=self.cls.to(device), prefix=[p.to(device) for p in self.prefix])
 
-# %% ../../nbs/backbones/20_backbones.ipynb #6956c9ce
+# %% ../../nbs/backbones/20_backbones.ipynb #f636b489
 def resize_positions(positions: Tensor,  # (h*w, D) table of a square grid
                      grid: tuple,        # (h, w) wanted
                      mode: str="bilinear",  # "bilinear" (no antialias) or "bicubic" (antialiased)
@@ -86,7 +86,7 @@ def resize_positions(positions: Tensor,  # (h*w, D) table of a square grid
     square = positions.reshape(1, side, side, -1).permute(0, 3, 1, 2).float()
     return F.interpolate(square, grid, mode=mode, align_corners=False, antialias=mode == "bicubic")[0].flatten(1).T.to(positions.dtype)
 
-# %% ../../nbs/backbones/20_backbones.ipynb #3fa05245
+# %% ../../nbs/backbones/20_backbones.ipynb #649b5479
 class Backbone(nn.Module):
     "A frozen vision transformer with taps; subclasses say how their library spells its parts."
     def __init__(self, row: BackboneRow, tower: nn.Module, size: int|None=None, taps: tuple|None=None):
@@ -162,7 +162,7 @@ def _default_taps(depth: int) -> tuple:
     "Quarter points of the depth, rounded up: 6/12/18/24 of 24 blocks, 3/6/9/12 of 12."
     return tuple(sorted({math.ceil(depth * q / 4) for q in (1, 2, 3, 4)}))
 
-# %% ../../nbs/backbones/20_backbones.ipynb #b428ec88
+# %% ../../nbs/backbones/20_backbones.ipynb #c5b8fe86
 class ClipBackbone(Backbone):
     "open_clip's VisionTransformer."
     def _conv(self, tower): return tower.conv1
@@ -179,7 +179,7 @@ class ClipBackbone(Backbone):
         table = self.tower.positional_embedding
         return self.tower.class_embedding[None], table[:1], resize_positions(table[1:], grid, self.row.positions)
 
-# %% ../../nbs/backbones/20_backbones.ipynb #389b922c
+# %% ../../nbs/backbones/20_backbones.ipynb #07c2f465
 class TimmBackbone(Backbone):
     "timm's VisionTransformer and Eva (DINOv3)."
     def _conv(self, tower): return tower.patch_embed.proj
@@ -207,7 +207,7 @@ class TimmBackbone(Backbone):
 
     def _call(self, block, tokens, context): return block(tokens) if context is None else block(tokens, rope=context)
 
-# %% ../../nbs/backbones/20_backbones.ipynb #e03f9a75
+# %% ../../nbs/backbones/20_backbones.ipynb #0364b2eb
 def _tower(row: BackboneRow, state: dict|None, quick_gelu: bool, seed: int) -> nn.Module:
     timm, open_clip = import_vision_libraries()
     with torch.random.fork_rng(devices=[]):

@@ -6,7 +6,7 @@
 __all__ = ['import_vision_libraries', 'WeightsError', 'read_state', 'flat_state', 'hub_file', 'weights_hash', 'clip_shapes',
            'vit_shapes']
 
-# %% ../../nbs/backbones/19_weights.ipynb #e99d8a89
+# %% ../../nbs/backbones/19_weights.ipynb #294d9e04
 import hashlib
 import os
 import socket
@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-# %% ../../nbs/backbones/19_weights.ipynb #6105a336
+# %% ../../nbs/backbones/19_weights.ipynb #53dd8724
 def import_vision_libraries():  # -> (timm, open_clip)
     "Import timm and open_clip; where torchvision's C++ operators are missing, declare their schemas first."
     try:
@@ -32,7 +32,7 @@ def import_vision_libraries():  # -> (timm, open_clip)
     import timm
     return timm, open_clip
 
-# %% ../../nbs/backbones/19_weights.ipynb #a350832c
+# %% ../../nbs/backbones/19_weights.ipynb #b1b72d41
 class WeightsError(ValueError):
     "Weights that cannot be used: missing, refused, or not of the architecture asked for."
 
@@ -42,21 +42,22 @@ def read_state(path: str|Path  # .safetensors, .pt, .pth or .bin
     path = Path(path).expanduser()
     if not path.is_file(): raise WeightsError(f"no weights file at {path}; give an existing .safetensors, .pt or .pth file")
     try:
-        if path.suffix == ".safetensors": return load_file(path)
+        with open(path, "rb") as file: head = file.read(9)
+        if path.suffix == ".safetensors" or head[8:] == b"{": return load_file(path)  # by content: a file's name proves nothing
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         text = str(error)
         if "TorchScript" in text:
             raise WeightsError(f"{path.name} is a TorchScript archive (OpenAI's own CLIP files are). Where you trust it, convert it once: "
                                f"torch.save(torch.jit.load({path.name!r}, map_location='cpu').state_dict(), 'clip.pt')") from error
-        if "weights_only" in text or "Unsupported" in text:
+        if head[:1] in (b"\x80", b"P") and ("weights_only" in text or "Unsupported" in text):  # a pickle or a zip of one
             raise WeightsError(f"{path.name} is refused: its pickle asks for more than tensors, and loading it could run code. "
                                "Ask its author for safetensors, or convert it in a sandbox.") from error
         if isinstance(error, (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError)) or type(error).__module__ == "_pickle":
             raise WeightsError(f"{path.name} cannot be read as weights ({type(error).__name__}: {text[:200]}); the file is damaged or of another kind") from error
         raise
 
-# %% ../../nbs/backbones/19_weights.ipynb #db927eee
+# %% ../../nbs/backbones/19_weights.ipynb #29b41eb8
 def flat_state(state: dict  # as read: may be wrapped in "state_dict" or "model", may carry the prefix "module."
               ) -> dict:  # name -> tensor
     "The tensors of a checkpoint under their bare names."
@@ -68,7 +69,7 @@ def flat_state(state: dict  # as read: may be wrapped in "state_dict" or "model"
         if state and all(k.startswith(prefix) for k in state): state = {k[len(prefix):]: v for k, v in state.items()}
     return state
 
-# %% ../../nbs/backbones/19_weights.ipynb #bf2bc3fa
+# %% ../../nbs/backbones/19_weights.ipynb #6e38621d
 def hub_file(repo: str,  # repository on the hub, such as "timm/vit_large_patch14_clip_336.openai"
              file: str,  # file in it
              timeout: float=2.0,  # seconds to wait for the hub before giving up
@@ -87,7 +88,7 @@ def hub_file(repo: str,  # repository on the hub, such as "timm/vit_large_patch1
         return Path(hf_hub_download(repo, file))
     except Exception as error: raise WeightsError(f"the hub cannot be reached or does not have it ({type(error).__name__}), and {help}") from error
 
-# %% ../../nbs/backbones/19_weights.ipynb #652da03a
+# %% ../../nbs/backbones/19_weights.ipynb #aebb1f9c
 def weights_hash(state: dict  # name -> tensor
                 ) -> str:  # 16 hexadecimal digits
     "SHA-256 over names, shapes and float32 values, in the order of the names."
@@ -98,7 +99,7 @@ def weights_hash(state: dict  # name -> tensor
         digest.update(tensor.numpy().data)
     return digest.hexdigest()[:16]
 
-# %% ../../nbs/backbones/19_weights.ipynb #9cce9376
+# %% ../../nbs/backbones/19_weights.ipynb #34055f4a
 def _square(n: int, name: str) -> int:
     side = round(n ** 0.5)
     if side * side != n: raise WeightsError(f"{name} holds {n} patch positions, which is not a square grid")
@@ -116,7 +117,7 @@ def clip_shapes(state: dict  # state dict with OpenAI's names
     return dict(image_size=grid * patch, patch=patch, width=width, layers=layers, heads=max(1, width // 64), mlp_ratio=hidden / width,
                 embed_dim=state["visual.proj"].shape[1] if "visual.proj" in state else width)
 
-# %% ../../nbs/backbones/19_weights.ipynb #0a8904c0
+# %% ../../nbs/backbones/19_weights.ipynb #36791318
 def vit_shapes(state: dict  # state dict with timm's names
               ) -> dict:  # keyword arguments of timm's VisionTransformer
     "Sizes of a timm-named plain ViT (class token, optional registers and layer scale), read from its tensors."

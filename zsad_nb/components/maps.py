@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['resample_matrix', 'to_pixels', 'top_share_mean']
 
-# %% ../../nbs/components/30_maps.ipynb #6fd2a61e
+# %% ../../nbs/components/30_maps.ipynb #f61f8145
 import math
 from functools import lru_cache
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../../nbs/components/30_maps.ipynb #874c9459
+# %% ../../nbs/components/30_maps.ipynb #4de30286
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # what is cached during an evaluation must also serve a later training step
 @torch.no_grad()
@@ -43,7 +43,7 @@ def to_pixels(scores: Tensor,  # (..., h, w) on the patch grid
     rows, columns = (resample_matrix(n, g, float(sigma)).to(scores) for n, g in ((H, scores.shape[-2]), (W, scores.shape[-1])))
     return rows @ scores @ columns.T
 
-# %% ../../nbs/components/30_maps.ipynb #e3a2e2e7
+# %% ../../nbs/components/30_maps.ipynb #815c3b0a
 def top_share_mean(maps: Tensor,  # (B, H, W)
                    share: float=0.01,  # share of the pixels, at least one pixel
                   ) -> Tensor:    # (B,)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['init_tokens', 'SCA', 'SAF', 'token_contrast']
 
-# %% ../../nbs/components/35_visual_tokens.ipynb #887b95d5
+# %% ../../nbs/components/35_visual_tokens.ipynb #81e2ea65
 import math
 
 import torch
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from ..backbones.backbones import resize_positions
 
-# %% ../../nbs/components/35_visual_tokens.ipynb #c69d86f5
+# %% ../../nbs/components/35_visual_tokens.ipynb #2b779a55
 def init_tokens(width: int,  # D
                 scale: float=0.1,  # standard deviation times sqrt(D) (code: 0.1)
                ) -> nn.Parameter:  # (2, D): anomaly, normal
     "The anomaly and the normal token (section 3.1; initial scale from the released code)."
     return nn.Parameter(torch.cat([torch.randn(1, width), torch.randn(1, width)]) * scale / math.sqrt(width))
 
-# %% ../../nbs/components/35_visual_tokens.ipynb #3d7bb22d
+# %% ../../nbs/components/35_visual_tokens.ipynb #2915845f
 class SCA(nn.Module):
     "Spatial-aware cross-attention: corrects the two final tokens with one tap's patches (section 3.2)."
     def __init__(self,
@@ -73,7 +73,7 @@ class SCA(nn.Module):
         mixed = (self.gate(tokens).sigmoid().unsqueeze(-1) * evidence).sum(2)                     # (B, T, D)
         return tokens + self.scale * self.out_dropout(self.out(mixed))
 
-# %% ../../nbs/components/35_visual_tokens.ipynb #2d2b30d2
+# %% ../../nbs/components/35_visual_tokens.ipynb #7a067fa9
 class SAF(nn.Sequential):
     "Self-alignment function of one tap: Linear, GELU, Dropout, Linear, Dropout (section 3.3)."
     def __init__(self,
@@ -87,7 +87,7 @@ class SAF(nn.Sequential):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-# %% ../../nbs/components/35_visual_tokens.ipynb #8676d450
+# %% ../../nbs/components/35_visual_tokens.ipynb #07f57627
 def token_contrast(patches: Tensor,  # (B, N, D) after SAF
                    tokens: Tensor,   # (B, 2, D) anomaly, normal
                    grid: tuple,      # (h, w)

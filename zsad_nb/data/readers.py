@@ -25,7 +25,7 @@ from .medical import (read_bmad, read_brainmri, read_br35h, read_covid19, read_h
 from .sets import (read_btad, read_crackforest, read_dagm, read_deeppcb, read_ksdd, read_ksdd2, read_mad, read_neu_seg, read_real_iad, read_rsdd,
                                read_visa)
 
-# %% ../../nbs/data/11_readers.ipynb #f6e307fc
+# %% ../../nbs/data/11_readers.ipynb #bcecc20c
 @dataclass(frozen=True)
 class Reader:
     "How one data set is read, and what it should hold."
@@ -80,7 +80,7 @@ READERS = {
                      signs=_IMAGES_MASKS),
     "endo": Reader(partial(read_polyps, dataset="endo"), "Endo (EndoTect 2020)", ("colon",), ((0, 200),), aliases=("endotect",), signs=_IMAGES_MASKS),
     "tn3k": Reader(read_tn3k, "TN3K", ("thyroid",), ((0, 614),), note="JPEG masks", signs=(("test-image", "test-mask"),)),
-    "oct17": Reader(read_oct17, "OCT17", ("retina",), (), False, aliases=("oct2017",), signs=(("test/cnv", "test/normal"), ("oct2017*",))),
+    "oct17": Reader(read_oct17, "OCT17", ("retina",), (), False, aliases=("oct2017",), signs=(("test/cnv", "test/normal"), ("oct2017*",), ("test/ungood",))),
     "brain_ad": Reader(partial(read_bmad, dataset="brain_ad", category="brain", masks=True), "Brain_AD (BMAD)", ("brain",), aliases=("brain", "brats2021"),
                        signs=(("test/ungood/label",),)),
     "his": Reader(partial(read_bmad, dataset="his", category="histopathology", masks=False), "HIS (BMAD)", ("histopathology",), (), False,
@@ -142,7 +142,10 @@ def read(
                       "results are not comparable with published ones", stacklevel=2)
     return index
 
-# %% ../../nbs/data/11_readers.ipynb #c97504b2
+# %% ../../nbs/data/11_readers.ipynb #68cec4ce
+_REBUILT = ("mvtec", "visa", "mpdd", "btad", "ksdd", "dagm", "dtd", "rsdd", "mad", "headct")  # also met in MVTec layout
+
+
 def _listing(root: Path, depth: int = 3, few: int = 6) -> set[str]:
     "Relative paths of folders down to a depth, and of a few files in each, in lower case."
     out, level = set(), [root]
@@ -168,15 +171,16 @@ def detect(
     generic = strength.pop("mvtec_like")
     best = [name for name in strength if strength[name] and strength[name] == max(strength.values())]
     own = _plain(root.absolute().name)
-    named = [name for name, reader in READERS.items() if any(_plain(word) in own for word in (name, *reader.aliases))]
-    if named and strength.get(named[-1]): return named[-1]
+    hints = {_plain(word): name for name, reader in reversed(READERS.items()) for word in (name, *reader.aliases) if _plain(word) in own}
+    named = hints[max(hints, key=len)] if hints else None  # the longest: rsdd contains sdd
+    if named and (strength.get(named) or (generic and named in _REBUILT)): return named
     if len(best) == 1: return best[0]
-    if generic:  # MVTec layout: its classes say whose
+    if generic and not best:  # MVTec layout: its classes say whose
         classes = {folder.name for folder in folders(root)}
         shared = {name: len(classes & set(READERS[name].categories)) for name in ("mvtec", "mpdd", "dtd", "visa")}
-        return max(shared, key=shared.get) if max(shared.values()) else next((name for name in named if name in ("headct", "ksdd", "rsdd")), "mvtec_like")
+        return max(shared, key=shared.get) if max(shared.values()) else "mvtec_like"
     if find(root, *NORMAL_NAMES, *DEFECTIVE_NAMES) or (not best and len(files(root, (".csv",))) == 1): return "folder"
-    if any(find(folder, *NORMAL_NAMES) and find(folder, *DEFECTIVE_NAMES) for folder in folders(root)): return "folder"
     if best: raise LayoutError(f"{root} is laid out like {', '.join(best)}; say which: read(NAME, root)")
+    if any(find(folder, *NORMAL_NAMES) and find(folder, *DEFECTIVE_NAMES) for folder in folders(root)): return "folder"
     raise LayoutError(f"no known layout; {look(root)}. Known: {', '.join(READERS)}; "
                       "or bring it into normal/, defective/ and masks/, or a CSV with image, label, mask")

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['VARIANTS_200', 'thresholds_200', 'aupro_200', 'Aupimo', 'aupimo']
 
-# %% ../../nbs/evaluation/73_aupro_200.ipynb #f8f16cde
+# %% ../../nbs/evaluation/73_aupro_200.ipynb #18241791
 from typing import NamedTuple
 import numpy as np
 
-# %% ../../nbs/evaluation/73_aupro_200.ipynb #0ebaba97
+# %% ../../nbs/evaluation/73_aupro_200.ipynb #a26d996e
 def thresholds_200(
     low: float, # lowest score of the class
     high: float, # highest score of the class
@@ -23,7 +23,7 @@ def thresholds_200(
     near = exact.astype(np.float32)
     return np.where(near > exact, np.nextafter(near, np.float32(-np.inf)), near)
 
-# %% ../../nbs/evaluation/73_aupro_200.ipynb #6e06d8e6
+# %% ../../nbs/evaluation/73_aupro_200.ipynb #1ea9f4cf
 VARIANTS_200 = ("anomalyclip", "visualad") # FPR < limit, FPR <= limit
 
 def aupro_200(
@@ -41,7 +41,7 @@ def aupro_200(
     if x.max() == x.min(): return np.nan, f"all {len(x)} thresholds with an FPR below {limit:g} have the same FPR {x[0]:g}; it cannot be stretched to [0, 1]"
     return float(abs(np.trapezoid(y, (x - x.min()) / (x.max() - x.min())))), ""
 
-# %% ../../nbs/evaluation/73_aupro_200.ipynb #841945b2
+# %% ../../nbs/evaluation/73_aupro_200.ipynb #1cb3c7d4
 def _grid(low: np.float32, high: np.float32, steps: int) -> np.ndarray:
     "float32 grid from both ends, each point rounded once: bit for bit the grid of `torch.linspace`, on which the public code stands"
     i, step = np.arange(steps), float((high - low) / np.float32(steps - 1))
@@ -51,7 +51,7 @@ def _rates(maps: list, grid: np.ndarray) -> np.ndarray:
     "(n, T) fraction of each map's scores at or above each threshold"
     return np.stack([(m.size - np.sort(m, axis=None).searchsorted(grid)) / m.size for m in maps])
 
-# %% ../../nbs/evaluation/73_aupro_200.ipynb #2b41b736
+# %% ../../nbs/evaluation/73_aupro_200.ipynb #2cbcd22f
 class Aupimo(NamedTuple):
     "AUPIMO per image (NaN for images without defect), its mean over the defective images, and why it is undefined"
     per_image: np.ndarray

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEAN', 'Evaluation', 'evaluate', 'cases']
 
-# %% ../../nbs/evaluation/71_evaluate.ipynb #afa5df9f
+# %% ../../nbs/evaluation/71_evaluate.ipynb #0d3f5e47
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..data.images import batches
 from .metrics import PixelMetrics, image_metrics, mean_over_classes
 from ..methods.base import Method
 
-# %% ../../nbs/evaluation/71_evaluate.ipynb #0223f99b
+# %% ../../nbs/evaluation/71_evaluate.ipynb #7bcf1ce5
 MEAN = "mean"  # name of the row below the classes
 
 @dataclass
@@ -47,7 +47,7 @@ class Evaluation:
         write_atomically(folder/"reasons.csv", lambda p: self.reasons.to_csv(p, index=False))
         return write_atomically(folder/"metrics.csv", lambda p: self.per_class.to_csv(p))
 
-# %% ../../nbs/evaluation/71_evaluate.ipynb #56a7dac7
+# %% ../../nbs/evaluation/71_evaluate.ipynb #3643db92
 def _one_class(method, index, size, batch_size, limits, spill, workers, bar) -> tuple:
     rows = []
     with PixelMetrics(limits, spill=spill) as pixels:
@@ -60,7 +60,7 @@ def _one_class(method, index, size, batch_size, limits, spill, workers, bar) -> 
             bar.update(len(batch))
         return rows, pixels.compute()
 
-# %% ../../nbs/evaluation/71_evaluate.ipynb #cafb73f1
+# %% ../../nbs/evaluation/71_evaluate.ipynb #50a08ac6
 def evaluate(method: Method,
              index: pd.DataFrame,    # target set; rows with split "test" are used
              size: int|None=None,    # pixels of maps and masks; default: the size of the method's first backbone
@@ -94,7 +94,7 @@ def evaluate(method: Method,
     columns = ["position", "image", "category", "anomalous", "defect", "score", "pixel_ap", "map_low", "map_high"]
     return Evaluation(table, pd.concat(images, ignore_index=True)[columns], pd.DataFrame(reasons, columns=["category", "metric", "reason"]), seen)
 
-# %% ../../nbs/evaluation/71_evaluate.ipynb #3ad83980
+# %% ../../nbs/evaluation/71_evaluate.ipynb #39097d4d
 def cases(evaluation: Evaluation
          ) -> pd.DataFrame:  # rows of per_image with a column `case`: best, median, worst, false alarm
     "Representative images of every class: best, median, worst defect, and the most suspicious normal image."

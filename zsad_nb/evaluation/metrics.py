@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Metrics', 'image_metrics', 'PixelMetrics', 'pixel_metrics', 'mean_over_classes']
 
-# %% ../../nbs/evaluation/70_metrics.ipynb #02df595c
+# %% ../../nbs/evaluation/70_metrics.ipynb #b05a4a32
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +15,7 @@ from scipy import ndimage
 from .aupro_200 import aupro_200, thresholds_200, VARIANTS_200
 from .rank_counts import RankCounts
 
-# %% ../../nbs/evaluation/70_metrics.ipynb #9c99f6f9
+# %% ../../nbs/evaluation/70_metrics.ipynb #bf50eb33
 class Metrics(dict):
     "Metric name -> value. Where the value is undefined it is NaN and `reasons[name]` says why"
     def __init__(self,
@@ -28,7 +28,7 @@ class Metrics(dict):
     def __repr__(self) -> str:
         return "\n".join(f"{k:<16} {v:.4f}" + (f"   {self.reasons[k]}" if k in self.reasons else "") for k, v in self.items())
 
-# %% ../../nbs/evaluation/70_metrics.ipynb #139a6a29
+# %% ../../nbs/evaluation/70_metrics.ipynb #fc867aec
 class _Ranks:
     "AUROC, AP and F1-max of `p` anomalous and `n` normal scores, added up over slices of distinct anomalous scores"
     def __init__(self, p: int, n: int):
@@ -44,7 +44,7 @@ class _Ranks:
         self.f1max = max(self.f1max, float((2 * tp / (self.p + tp + fp)).max()))
         self.seen += int(hits.sum())
 
-# %% ../../nbs/evaluation/70_metrics.ipynb #15e03179
+# %% ../../nbs/evaluation/70_metrics.ipynb #45e8500c
 def _flags(x, what: str) -> np.ndarray:
     "Array of 0/1 or bool as bool; anything else is an error that names the image"
     x = np.asarray(x.detach().cpu() if hasattr(x, "detach") else x)
@@ -74,7 +74,7 @@ def _undefined(names: list, why: str) -> Metrics:
     "All of `names` undefined for the same reason"
     return Metrics(dict.fromkeys(names, math.nan), dict.fromkeys(names, why))
 
-# %% ../../nbs/evaluation/70_metrics.ipynb #026eb774
+# %% ../../nbs/evaluation/70_metrics.ipynb #0d6ac2c6
 def _keys(scores: np.ndarray, areas: np.ndarray) -> np.ndarray:
     "float32 scores and region areas -> uint64 that sort by score, then area; -0 and 0 are one score"
     bits = (scores + np.float32(0)).view(np.uint32)
@@ -95,7 +95,7 @@ def _areas(
     label = label[box]
     return np.bincount(label)[label], n
 
-# %% ../../nbs/evaluation/70_metrics.ipynb #379e2741
+# %% ../../nbs/evaluation/70_metrics.ipynb #aa376e6b
 def _pro_area(weight: np.ndarray, less: np.ndarray, ties: np.ndarray, n: int, limit: float) -> float:
     "Area under the PRO curve up to FPR `limit`, divided by it, of anomalous scores with these weights (sum 1 = all regions)"
     before, after = (n - less - ties) / n, (n - less) / n
@@ -103,7 +103,7 @@ def _pro_area(weight: np.ndarray, less: np.ndarray, ties: np.ndarray, n: int, li
     risen = np.divide(right - left, after - before, out=np.ones(len(weight)), where=ties > 0) # fraction of the rise left of the limit
     return float((weight * risen * ((right - left) / 2 + limit - right)).sum()) / limit
 
-# %% ../../nbs/evaluation/70_metrics.ipynb #f7a618b1
+# %% ../../nbs/evaluation/70_metrics.ipynb #1baeda93
 class PixelMetrics:
     "Streaming pixel AUROC, AP, F1-max and AUPRO, exact in float32 scores; memory: `memory_limit`, one block, and 8 bytes per anomalous pixel"
     def __init__(self,
@@ -165,7 +165,7 @@ class PixelMetrics:
     def _check_open(self):
         if self.closed: raise RuntimeError("this PixelMetrics is closed (by close(), or because adding a batch failed half-way); start a new one")
 
-# %% ../../nbs/evaluation/70_metrics.ipynb #da8990c9
+# %% ../../nbs/evaluation/70_metrics.ipynb #1f1a90ec
 @patch
 def _checked(self: PixelMetrics, maps, masks, has_mask) -> tuple:
     "Arrays (B,H,W) float32, (B,H,W) bool, (B,) bool, and the lowest and highest score of the images with a mask"
@@ -191,7 +191,7 @@ def _checked(self: PixelMetrics, maps, masks, has_mask) -> tuple:
         elif masks[i].any(): raise ValueError(f"{where} has has_mask False but its mask has anomalous pixels")
     return maps, masks.astype(bool, copy=False), has_mask, low, high
 
-# %% ../../nbs/evaluation/70_metrics.ipynb #833a93ed
+# %% ../../nbs/evaluation/70_metrics.ipynb #04716ec7
 _SLICE = 2**16 # keys per slice: small enough for the cache
 
 def _slices(keys: np.ndarray) -> Iterator[np.ndarray]:
@@ -239,7 +239,7 @@ def pixel_metrics(
     "All pixel metrics of maps that are at hand at once"
     with PixelMetrics(limits, **kwargs) as m: return m.update(maps, masks, has_mask).compute()
 
-# %% ../../nbs/evaluation/70_metrics.ipynb #71f959a1
+# %% ../../nbs/evaluation/70_metrics.ipynb #86958a4e
 def mean_over_classes(
     per_class: pd.DataFrame, # one row a class, one column a metric; other columns are ignored
 ) -> pd.DataFrame: # one row a metric: mean, averaged (number of classes), left_out (their names)

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['RankCounts']
 
-# %% ../../nbs/evaluation/74_rank_counts.ipynb #9e9515fb
+# %% ../../nbs/evaluation/74_rank_counts.ipynb #34d56330
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 import numpy as np
 
-# %% ../../nbs/evaluation/74_rank_counts.ipynb #06315951
+# %% ../../nbs/evaluation/74_rank_counts.ipynb #84cded27
 class RankCounts:
     "A growing heap of float32 scores that says how many of them are less than, and equal to, given values"
     def __init__(self,

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['focal', 'dice', 'image_bce', 'angle_margin']
 
-# %% ../../nbs/learning/60_losses.ipynb #9d8bc7fb
+# %% ../../nbs/learning/60_losses.ipynb #4fec323d
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../../nbs/learning/60_losses.ipynb #abe4c421
+# %% ../../nbs/learning/60_losses.ipynb #cd736caf
 def focal(probability: Tensor,  # (...) of being anomalous, in [0, 1]
           target: Tensor,       # same shape, bool or 0/1
           gamma: float=2.0,     # focusing exponent (code)
@@ -21,7 +21,7 @@ def focal(probability: Tensor,  # (...) of being anomalous, in [0, 1]
     p_t = (1 - truth) * (1 - probability) + truth * probability + smooth
     return (-(1 - p_t) ** gamma * p_t.log()).mean()
 
-# %% ../../nbs/learning/60_losses.ipynb #b74bb67b
+# %% ../../nbs/learning/60_losses.ipynb #7e14870f
 def dice(probability: Tensor,  # (B, ...) of being anomalous
          target: Tensor,       # same shape
          smooth: float=1.0,    # (code)
@@ -30,7 +30,7 @@ def dice(probability: Tensor,  # (B, ...) of being anomalous
     p, g = probability.flatten(1), target.to(probability.dtype).flatten(1)
     return (1 - (2 * (p * g).sum(1) + smooth) / (p.sum(1) + g.sum(1) + smooth)).mean()
 
-# %% ../../nbs/learning/60_losses.ipynb #de3cf121
+# %% ../../nbs/learning/60_losses.ipynb #59cc7f5c
 def image_bce(score: Tensor,  # (B,) unbounded
               anomalous: Tensor,  # (B,) bool
              ) -> Tensor:     # scalar

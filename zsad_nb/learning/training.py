@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Recipe', 'cosine_rate', 'fit']
 
-# %% ../../nbs/learning/61_training.ipynb #5cbf87fa
+# %% ../../nbs/learning/61_training.ipynb #c2aaaa45
 import dataclasses
 import math
 import time
@@ -19,7 +19,7 @@ from ..core import require_known, seed_everything
 from ..data.images import batches
 from ..methods.base import Method
 
-# %% ../../nbs/learning/61_training.ipynb #c9c56eaa
+# %% ../../nbs/learning/61_training.ipynb #46ce3eae
 @dataclass(frozen=True)
 class Recipe:
     "How to train; the defaults are VisualAD's released code unless a method says otherwise."
@@ -36,7 +36,7 @@ class Recipe:
         require_known(changes, [f.name for f in dataclasses.fields(self)], "recipe value")
         return dataclasses.replace(self, **changes)
 
-# %% ../../nbs/learning/61_training.ipynb #c230fd0e
+# %% ../../nbs/learning/61_training.ipynb #10be3e31
 def cosine_rate(base: float,     # rate of the first epoch
                 eta_min: float,  # floor; a base below it stays as it is
                 epoch: int,      # counted from 0
@@ -45,7 +45,7 @@ def cosine_rate(base: float,     # rate of the first epoch
     "Cosine annealing over epochs (Loshchilov and Hutter, ICLR 2017)."
     return base if base <= eta_min else eta_min + 0.5 * (base - eta_min) * (1 + math.cos(math.pi * epoch / epochs))
 
-# %% ../../nbs/learning/61_training.ipynb #752c942f
+# %% ../../nbs/learning/61_training.ipynb #4039135d
 def fit(method: Method,          # changed in place
         index: pd.DataFrame,     # auxiliary set: its rows are all trained on, whatever their split
         recipe: Recipe=Recipe(),

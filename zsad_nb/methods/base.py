@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'Prediction', 'param', 'register', 'Method', 'create', 'describe', 'save', 'read_header', 'load_tensors',
            'load']
 
-# %% ../../nbs/methods/40_base.ipynb #3ad26bcb
+# %% ../../nbs/methods/40_base.ipynb #44e04856
 import dataclasses
 import json
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from ..backbones.backbones import Backbone, Features
 from ..backbones.weights import WeightsError, read_state
 from ..core import require_known, write_atomically
 
-# %% ../../nbs/methods/40_base.ipynb #6418dd29
+# %% ../../nbs/methods/40_base.ipynb #bd33192c
 @dataclass
 class Prediction:
     "What a method says about a batch."
@@ -39,7 +39,7 @@ class Prediction:
         return Prediction(self.map.float().cpu(), self.score.float().cpu(), {},
                           *(None if t is None else t.float().cpu() for t in (self.type_map, self.type_score)))
 
-# %% ../../nbs/methods/40_base.ipynb #ee6f5dcd
+# %% ../../nbs/methods/40_base.ipynb #76586963
 def param(default: Any,  # the value used when nothing is said
           source: str,   # "Sec. 3.2", "code", or "ours: why"
           help: str="",  # one phrase, with units
@@ -55,7 +55,7 @@ def register(cls: type  # a Method with a `name`
     METHODS[cls.name] = cls
     return cls
 
-# %% ../../nbs/methods/40_base.ipynb #3d52a2b0
+# %% ../../nbs/methods/40_base.ipynb #7751dee0
 class Method(nn.Module):
     "Base of every method: backbone(s), parameters, learned part, prediction."
     name, encodes = "", True
@@ -98,7 +98,7 @@ class Method(nn.Module):
         try: return self(self.encode(batch), batch)
         finally: self.train(was)
 
-# %% ../../nbs/methods/40_base.ipynb #39fd9e75
+# %% ../../nbs/methods/40_base.ipynb #aa7d6f40
 def create(name: str,        # a registered method
            **parameters      # see `describe(name)`
           ) -> Method:       # untrained, on the CPU
@@ -117,7 +117,7 @@ def describe(name: str  # a registered method
     return pd.DataFrame([dict(parameter=f.name, default=f.default, source=f.metadata["source"], help=f.metadata["help"])
                          for f in dataclasses.fields(METHODS[name].Parameters)])
 
-# %% ../../nbs/methods/40_base.ipynb #21804575
+# %% ../../nbs/methods/40_base.ipynb #6484b9e1
 def save(method: Method, path: str|Path  # ends in .safetensors
         ) -> Path:
     "Write a method's learned part and how to rebuild it; whole or not at all."
@@ -137,7 +137,7 @@ def read_header(path: str|Path) -> dict:  # method, version, parameters, backbon
     if header is None: raise WeightsError(f"{path.name} holds tensors but no zsad_nb header: it was not written by zsad_nb.methods.base.save")
     return json.loads(header)
 
-# %% ../../nbs/methods/40_base.ipynb #d5700902
+# %% ../../nbs/methods/40_base.ipynb #6ac743c9
 def load_tensors(method: Method, state: dict, where: str):
     "Copy tensors into a method's learned parameters; every missing, extra or mis-shaped key is named."
     own = method.learned()

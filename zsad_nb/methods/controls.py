@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['distance_to_mean', 'SelfDistanceParameters', 'SelfDistance']
 
-# %% ../../nbs/methods/45_controls.ipynb #650ca7a6
+# %% ../../nbs/methods/45_controls.ipynb #4ee57e25
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from ..backbones.backbones import Features, create_backbone
 from ..components.maps import to_pixels, top_share_mean
 from .base import Method, Prediction, create, describe, param, register
 
-# %% ../../nbs/methods/45_controls.ipynb #a7249032
+# %% ../../nbs/methods/45_controls.ipynb #e4e58ee5
 def distance_to_mean(patches: Tensor  # (B, N, D)
                     ) -> Tensor:      # (B, N) in [0, 2]
     "1 - cosine of every patch to the mean patch of its own image (ours)."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VisualADParameters', 'VisualAD', 'released_names', 'import_released', 'export_released']
 
-# %% ../../nbs/methods/43_visualad.ipynb #26c1db12
+# %% ../../nbs/methods/43_visualad.ipynb #dfa4b960
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from ..components.visual_tokens import SAF, SCA, init_tokens, token_contrast
 from ..learning.losses import angle_margin, dice, focal, image_bce
 from .base import Method, Prediction, create, describe, load, load_tensors, param, register, save
 
-# %% ../../nbs/methods/43_visualad.ipynb #09c94998
+# %% ../../nbs/methods/43_visualad.ipynb #2f2dc163
 @dataclass(frozen=True)
 class VisualADParameters:
     "Every choice VisualAD makes."
@@ -50,7 +50,7 @@ class VisualADParameters:
     lr: float = param(1e-4, "code", "learning rate of SCA, SAF and the final norm")
     clip: float = param(1.0, "code", "gradient norm limit of each token")
 
-# %% ../../nbs/methods/43_visualad.ipynb #dc697222
+# %% ../../nbs/methods/43_visualad.ipynb #7918bf95
 @register
 class VisualAD(Method):
     "Two learned tokens in a frozen ViT, SCA and SAF at every tap (Hou et al., CVPR 2026)."
@@ -122,7 +122,7 @@ class VisualAD(Method):
             norms = self.tokens.grad.norm(dim=1, keepdim=True)
             self.tokens.grad.mul_((self.p.clip / (norms + 1e-6)).clamp(max=1))
 
-# %% ../../nbs/methods/43_visualad.ipynb #aa8d5b3b
+# %% ../../nbs/methods/43_visualad.ipynb #71c221e2
 _SCA = {"anchors": "anchor_queries", "positions": "pos_encoding", "scale": "res_scale", "query.weight": "q_proj.weight", "key.weight": "k_proj.weight",
         "value.weight": "v_proj.weight", "query_norm.weight": "q_norm.weight", "query_norm.bias": "q_norm.bias", "key_norm.weight": "k_norm.weight",
         "key_norm.bias": "k_norm.bias", "gate.weight": "gate.0.weight", "gate.bias": "gate.0.bias", "out.weight": "out_proj.weight", "out.bias": "out_proj.bias"}
@@ -159,7 +159,7 @@ def import_released(method: VisualAD,  # created with the checkpoint's backbone,
     load_tensors(method, {**tensors, **extra}, Path(path).name)
     return method
 
-# %% ../../nbs/methods/43_visualad.ipynb #ef470812
+# %% ../../nbs/methods/43_visualad.ipynb #3342ea90
 def export_released(method: VisualAD  # with sca, saf and a final norm of its own
                    ) -> dict:         # the authors' current layout: nested dictionaries of tensors, ready for torch.save
     "A checkpoint the authors' code can read."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HEAT', 'OUTLINE', 'TITLES', 'overlay', 'colour_scale', 'class_figure', 'overview_figure', 'draw_cases']
 
-# %% ../../nbs/use/81_figures.ipynb #3fa6ef13
+# %% ../../nbs/use/81_figures.ipynb #d6ba579a
 from pathlib import Path
 
 import matplotlib
@@ -18,7 +18,7 @@ from ..data.images import batches
 from ..evaluation.evaluate import MEAN, Evaluation, cases
 from ..methods.base import Method
 
-# %% ../../nbs/use/81_figures.ipynb #2f299b5b
+# %% ../../nbs/use/81_figures.ipynb #ec8b5306
 HEAT, OUTLINE = "inferno", "#4DF0FF"
 
 def overlay(image: np.ndarray,  # (H, W, 3) in [0, 1]
@@ -31,7 +31,7 @@ def overlay(image: np.ndarray,  # (H, W, 3) in [0, 1]
     alpha = strength * level[..., None]
     return image * (1 - alpha) + matplotlib.colormaps[HEAT](level)[..., :3] * alpha
 
-# %% ../../nbs/use/81_figures.ipynb #147bee78
+# %% ../../nbs/use/81_figures.ipynb #bc0b3e38
 def _clean(axis, title="", left=""):
     axis.set(xticks=[], yticks=[])
     for side in axis.spines.values(): side.set_visible(False)
@@ -59,7 +59,7 @@ def colour_scale(rows: pd.DataFrame  # per_image rows of one class
     low, high = rows["map_low"].median(), rows["map_high"].quantile(0.95)
     return (low, high) if high > low else (low, low + 1)
 
-# %% ../../nbs/use/81_figures.ipynb #2e561841
+# %% ../../nbs/use/81_figures.ipynb #f18dc234
 def class_figure(rows: pd.DataFrame,   # `cases` of one class
                  views: dict,          # position -> (image, mask, map, has_mask)
                  scale: tuple,         # low, high
@@ -77,7 +77,7 @@ def class_figure(rows: pd.DataFrame,   # `cases` of one class
     figure.suptitle(heading, fontsize=9.5)
     return figure
 
-# %% ../../nbs/use/81_figures.ipynb #7f0b3116
+# %% ../../nbs/use/81_figures.ipynb #ad9bed7f
 def overview_figure(chosen: pd.DataFrame,  # `cases` of all classes
                     views: dict, scales: dict, evaluation: Evaluation, heading: str) -> Figure:
     "The median case of every class in two columns, numbers on the left of each."
@@ -96,7 +96,7 @@ def overview_figure(chosen: pd.DataFrame,  # `cases` of all classes
     figure.suptitle(heading, fontsize=10)
     return figure
 
-# %% ../../nbs/use/81_figures.ipynb #b760b2e4
+# %% ../../nbs/use/81_figures.ipynb #9d59a9f8
 def draw_cases(method: Method, index: pd.DataFrame, evaluation: Evaluation,
                folder: str|Path,      # is created; one PNG a class and overview.png
                size: int|None=None,   # as in `evaluate`
