@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['focal', 'dice', 'image_bce', 'angle_margin']
 
-# %% ../../nbs/learning/60_losses.ipynb #4fec323d
-import torch
+# %% ../../nbs/learning/60_losses.ipynb #60ef76ce
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['distance_to_mean', 'SelfDistanceParameters', 'SelfDistance']
 
-# %% ../../nbs/methods/45_controls.ipynb #4ee57e25
+# %% ../../nbs/methods/45_controls.ipynb #8c5bff9a
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..backbones.backbones import Features, create_backbone
 from ..components.maps import to_pixels, top_share_mean
-from .base import Method, Prediction, create, describe, param, register
+from .base import Method, Prediction, param, register
 
 # %% ../../nbs/methods/45_controls.ipynb #e4e58ee5
 def distance_to_mean(patches: Tensor  # (B, N, D)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VisualADParameters', 'VisualAD', 'released_names', 'import_released', 'export_released']
 
-# %% ../../nbs/methods/43_visualad.ipynb #dfa4b960
+# %% ../../nbs/methods/43_visualad.ipynb #3382e745
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from ..backbones.weights import WeightsError, read_state
 from ..components.maps import to_pixels, top_share_mean
 from ..components.visual_tokens import SAF, SCA, init_tokens, token_contrast
 from ..learning.losses import angle_margin, dice, focal, image_bce
-from .base import Method, Prediction, create, describe, load, load_tensors, param, register, save
+from .base import Method, Prediction, load_tensors, param, register
 
 # %% ../../nbs/methods/43_visualad.ipynb #2f2dc163
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HEAT', 'OUTLINE', 'TITLES', 'overlay', 'colour_scale', 'class_figure', 'overview_figure', 'draw_cases']
 
-# %% ../../nbs/use/81_figures.ipynb #d6ba579a
+# %% ../../nbs/use/81_figures.ipynb #4af5e2eb
 from pathlib import Path
 
 import matplotlib
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from ..core import write_atomically
 from ..data.images import batches
-from ..evaluation.evaluate import MEAN, Evaluation, cases
+from ..evaluation.evaluate import Evaluation, cases
 from ..methods.base import Method
 
 # %% ../../nbs/use/81_figures.ipynb #ec8b5306

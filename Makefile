@@ -1,0 +1,66 @@
+# Two commands matter: `make demo` and `make test`. Both create .venv first, from the pins in constraints.txt.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+DATA   ?= ../shared/data
+WEIGHTS ?= ../shared/weights
+export MPLBACKEND = Agg
+export PYTHONUNBUFFERED = 1
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help env demo test real seeds pretrain bench notebooks clean lab
+
+help:
+	@echo "make demo      from nothing to pictures of defects in unseen categories (minutes, CPU, offline after install)"
+	@echo "make test      every check: style, notebooks in step, notebook tests, parity, failures, papermill, demo"
+	@echo "make real      DATA=... WEIGHTS=...  VisualAD on real images with a real small ViT, both ways, three seeds"
+	@echo "make seeds     the demo's job under three seeds -> paper_figures/tables/visualad_synthetic.csv"
+	@echo "make pretrain  train the embedded backbone again (an hour on one core)"
+	@echo "make bench     metrics against scikit-learn and the usual loops, side by side"
+	@echo "make notebooks export, clean and execute the notebooks in place"
+	@echo "make lab       JupyterLab on nbs/"
+
+env: $(VENV)/.ready
+$(VENV)/.ready: settings.ini setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "zsad_nb needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V). Use make PYTHON=python3.12 ..."; exit 1; }
+	@echo "creating $(VENV) (a minute or two)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch torchvision -e ".[dev]"
+	@touch $@
+
+demo: env
+	@zsad demo
+
+test: env
+	ruff check
+	nbdev_test --path nbs --n_workers 2
+	pytest
+	zsad demo --out runs/demo
+
+real: env
+	@mkdir -p runs/real
+	@papermill nbs/experiments/real_images.ipynb runs/real/real_images.ipynb --cwd . \
+	  -p data "$(abspath $(DATA))" -p weights "$(abspath $(WEIGHTS))" -p quick False -p output "$(CURDIR)/runs/real"
+	@echo; cat runs/real/real_images.txt; echo; echo "heatmaps: runs/real/figures, notebook: runs/real/real_images.ipynb"
+
+seeds: env
+	@zsad seeds
+
+pretrain: env
+	@mkdir -p runs/pretrain
+	papermill nbs/experiments/pretrain_tiny.ipynb runs/pretrain/pretrain_tiny.ipynb --log-output \
+	  -p steps 5000 -p batch 48 -p pool 9200 -p warmup 200 -p threads 1 -p output "$(CURDIR)/runs/pretrain/tiny_dino.safetensors"
+
+bench: env
+	@python tests/bench_metrics.py
+
+notebooks: env
+	nbdev_export
+	TQDM_DISABLE=1 PYTHONWARNINGS=ignore jupyter nbconvert --log-level WARN --to notebook --execute --inplace $$(grep -L 'skip_exec: true' nbs/*.ipynb nbs/*/*.ipynb)
+	nbdev_clean
+
+lab: env
+	jupyter lab nbs
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info
