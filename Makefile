@@ -39,7 +39,7 @@ test: env
 
 real: env
 	@mkdir -p runs/real
-	@papermill nbs/experiments/real_images.ipynb runs/real/real_images.ipynb --cwd . \
+	@papermill nbs/experiments/real_images.ipynb runs/real/real_images.ipynb --cwd . --log-output --no-progress-bar \
 	  -p data "$(abspath $(DATA))" -p weights "$(abspath $(WEIGHTS))" -p quick False -p output "$(CURDIR)/runs/real"
 	@echo; cat runs/real/real_images.txt; echo; echo "heatmaps: runs/real/figures, notebook: runs/real/real_images.ipynb"
 

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -264,6 +263,7 @@ TRAPS = {"zip.pth": lambda p, o: torch.save(o, p), "old.pth": lambda p, o: torch
          **{f"raw{n}.pkl": (lambda p, o, n=n: p.write_bytes(pickle.dumps(o, protocol=n))) for n in (0, 2, 4)}}
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("name", TRAPS)
 def test_pickle_with_code_is_refused_and_not_run(saved, tmp_path, name):
     path, marker = tmp_path / name, tmp_path / "marker"
@@ -282,6 +282,7 @@ def test_the_trap_works(tmp_path):
     assert (tmp_path / "marker").read_text() == "the code ran"
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("name", [n for n in TRAPS if n.endswith((".pth", "2.pkl", "4.pkl"))])
 def test_refusal_says_why(tmp_path, name):
     TRAPS[name](tmp_path / name, {"anomaly_token": Trap(tmp_path / "marker")})
@@ -397,39 +398,38 @@ def test_no_room_says_which_file_and_what_to_do(no_room):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGKILL exists on POSIX only")
 def test_killed_while_writing(method, saved, tmp_path):
-    "SIGKILL half-way: under the final name is the complete old file, or nothing; the next save works."
+    "SIGKILL half-way through two saves: under the final names are the complete old file, and nothing; the next saves work."
     old, new = tmp_path / "old.safetensors", tmp_path / "new.safetensors"
     old.write_bytes(saved.read_bytes())
-    for path in (old, new):
-        process = python("""
-            import sys, time
-            from zsad_nb.methods import base
-            from zsad_nb.core import write_atomically
-            from zsad_nb.methods import visualad
-            def slowly(path, write):
-                def half(temporary):
-                    write(temporary)
-                    data = temporary.read_bytes()
-                    with open(temporary, "wb") as file:
-                        file.write(data[:len(data) // 2])
-                        file.flush()
-                        print("half", temporary, flush=True)
-                        time.sleep(60)
-                return write_atomically(path, half)
-            base.write_atomically = slowly
-            base.save(base.create("visualad", weights="random:0", image_size=64), sys.argv[1])
-            """, path)
-        said = process.stdout.readline().split()
-        assert said[:1] == ["half"], process.communicate()[1]
-        assert 0 < Path(said[1]).stat().st_size < saved.stat().st_size, "the writer was not in the middle of it"
-        assert Path(said[1]).parent == tmp_path, "another folder may be another disk, where a rename is a copy"
-        process.kill()
-        process.communicate()
-        time.sleep(0.05)
-        if path == old: assert old.read_bytes() == saved.read_bytes()
-        else: assert not new.exists()
-        assert [n for n in leftovers(tmp_path) if n.endswith(".safetensors")] == ["old.safetensors"]
-        assert not Path(said[1]).name.endswith(".safetensors"), "what a kill leaves behind must not look like a checkpoint"
+    process = python("""
+        import sys, threading, time
+        from zsad_nb.methods import base
+        from zsad_nb.core import write_atomically
+        from zsad_nb.methods import visualad
+        def slowly(path, write):
+            def half(temporary):
+                write(temporary)
+                data = temporary.read_bytes()
+                with open(temporary, "wb") as file:
+                    file.write(data[:len(data) // 2])
+                    file.flush()
+                    print(f"half {temporary}\\n", end="", flush=True)
+                    time.sleep(60)
+            return write_atomically(path, half)
+        base.write_atomically = slowly
+        method = base.create("visualad", weights="random:0", image_size=64)
+        for path in sys.argv[1:]: threading.Thread(target=base.save, args=(method, path)).start()
+        """, old, new)
+    said = [process.stdout.readline().split() for _ in range(2)]
+    assert [words[:1] for words in said] == [["half"], ["half"]], process.communicate()[1]
+    halves = [Path(words[1]) for words in said]
+    for half in halves:
+        assert half.stat().st_size == saved.stat().st_size // 2, "the writer was not in the middle of it"
+        assert half.parent == tmp_path, "another folder may be another disk, where a rename is a copy"
+    process.kill()
+    process.communicate()
+    assert old.read_bytes() == saved.read_bytes() and not new.exists()
+    assert [n for n in leftovers(tmp_path) if n.endswith(".safetensors")] == ["old.safetensors"], "what a kill leaves behind must not look like a checkpoint"
     for path in (old, new):
         save(method, path)
         assert torch.equal(load(path).tokens, method.tokens)

@@ -31,12 +31,12 @@ def overlay(image: np.ndarray,  # (H, W, 3) in [0, 1]
     alpha = strength * level[..., None]
     return image * (1 - alpha) + matplotlib.colormaps[HEAT](level)[..., :3] * alpha
 
-# %% ../../nbs/use/81_figures.ipynb #bc0b3e38
+# %% ../../nbs/use/81_figures.ipynb #78e59e76
 def _clean(axis, title="", left=""):
     axis.set(xticks=[], yticks=[])
     for side in axis.spines.values(): side.set_visible(False)
     if title: axis.set_title(title, fontsize=8)
-    if left: axis.set_ylabel(left, fontsize=8)
+    if left: axis.set_ylabel(left, fontsize=8, rotation=0, ha="right", va="center", linespacing=1.4)
 
 def _outline(axis, mask):
     if mask.any() and not mask.all(): axis.contour(mask, levels=[0.5], colors=[OUTLINE], linewidths=0.9)
@@ -59,14 +59,14 @@ def colour_scale(rows: pd.DataFrame  # per_image rows of one class
     low, high = rows["map_low"].median(), rows["map_high"].quantile(0.95)
     return (low, high) if high > low else (low, low + 1)
 
-# %% ../../nbs/use/81_figures.ipynb #f18dc234
+# %% ../../nbs/use/81_figures.ipynb #f2571ea2
 def class_figure(rows: pd.DataFrame,   # `cases` of one class
                  views: dict,          # position -> (image, mask, map, has_mask)
                  scale: tuple,         # low, high
                  heading: str,
                 ) -> Figure:
     "Best, median, worst and false alarm of one class, one row each."
-    figure = Figure(figsize=(6.6, 1.62 * len(rows) + 0.55), layout="constrained")
+    figure = Figure(figsize=(7.2, 1.55 * len(rows) + 0.5), layout="constrained")
     grid = figure.subplots(len(rows), 4, squeeze=False)
     for i, (axes, (_, row)) in enumerate(zip(grid, rows.iterrows())):
         image, mask, heat, has_mask = views[row["position"]]
@@ -77,14 +77,14 @@ def class_figure(rows: pd.DataFrame,   # `cases` of one class
     figure.suptitle(heading, fontsize=9.5)
     return figure
 
-# %% ../../nbs/use/81_figures.ipynb #ad9bed7f
+# %% ../../nbs/use/81_figures.ipynb #d43c8307
 def overview_figure(chosen: pd.DataFrame,  # `cases` of all classes
                     views: dict, scales: dict, evaluation: Evaluation, heading: str) -> Figure:
     "The median case of every class in two columns, numbers on the left of each."
     rows = chosen[chosen["case"] == "median"]
     half = -(-len(rows) // 2)
-    figure = Figure(figsize=(11.5, 1.42 * half + 0.5), layout="constrained")
-    grid = figure.subplots(half, 9, squeeze=False, gridspec_kw=dict(width_ratios=[1, 1, 1, 1, 0.28, 1, 1, 1, 1]))
+    figure = Figure(figsize=(12.6, 1.36 * half + 0.5), layout="constrained")
+    grid = figure.subplots(half, 9, squeeze=False, gridspec_kw=dict(width_ratios=[1, 1, 1, 1, 0.05, 1, 1, 1, 1]))
     for axis in grid.ravel(): axis.axis("off")
     for i, (_, row) in enumerate(rows.iterrows()):
         axes = grid[i % half][[0, 1, 2, 3] if i < half else [5, 6, 7, 8]]
