@@ -17,7 +17,7 @@ help:
 	@echo "make seeds     the demo's job under three seeds -> paper_figures/tables/visualad_synthetic.csv"
 	@echo "make pretrain  train the embedded backbone again (an hour on one core)"
 	@echo "make bench     metrics against scikit-learn and the usual loops, side by side"
-	@echo "make notebooks export, clean and execute the notebooks in place"
+	@echo "make notebooks export; execute the notebooks that explain, in place (not those whose pictures weigh megabytes); clean"
 	@echo "make lab       JupyterLab on nbs/"
 
 env: $(VENV)/.ready
@@ -56,7 +56,8 @@ bench: env
 
 notebooks: env
 	nbdev_export
-	TQDM_DISABLE=1 PYTHONWARNINGS=ignore jupyter nbconvert --log-level WARN --to notebook --execute --inplace $$(grep -L 'skip_exec: true' nbs/*.ipynb nbs/*/*.ipynb)
+	TQDM_DISABLE=1 PYTHONWARNINGS=ignore jupyter nbconvert --log-level WARN --to notebook --execute --inplace \
+	  $(foreach room,backbones components methods learning evaluation tutorials,nbs/$(room)/*.ipynb)
 	nbdev_clean
 
 lab: env

@@ -36,8 +36,8 @@ def trained(tmp_path_factory):
 def test_train_leaves_a_checkpoint_and_its_history(trained):
     result = json.loads((trained / "result.json").read_text())
     history = pd.read_csv(trained / "history.csv")
-    assert result["seed"] == 3 and result["steps"] == len(history) == 2 * 5  # ten categories, two normal and two defective images each, batch 8
-    assert len(result["trained_on"]) == 10 and all(c.startswith("synthetic-auxiliary/") for c in result["trained_on"])
+    assert result["seed"] == 3 and result["steps"] == len(history) == 2 * 10  # nineteen categories, two normal and two defective images each, batch 8
+    assert len(result["trained_on"]) == 19 and all(c.startswith("synthetic-auxiliary/") for c in result["trained_on"])
     with safe_open(trained / "checkpoint.safetensors", "pt") as file: assert "tokens" in file.keys()
 
 
@@ -70,7 +70,7 @@ def test_evaluate_writes_tables_and_figures(trained, tmp_path):
 
 def test_what_was_trained_on_is_marked(trained, tmp_path):
     run("evaluate", tmp_path, checkpoint=str(trained / "checkpoint.safetensors"), data="synthetic-auxiliary", images=1, size=64, output=str(tmp_path))
-    assert len(json.loads((tmp_path / "result.json").read_text())["seen"]) == 10
+    assert len(json.loads((tmp_path / "result.json").read_text())["seen"]) == 19
 
 
 def test_a_failing_notebook_fails_and_leaves_no_result(tmp_path):

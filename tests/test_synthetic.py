@@ -59,7 +59,7 @@ print(json.dumps([[k for k in {on!r} if f[k]], test_synthetic.digests()]))"""
 def test_only_exact_arithmetic():
     "No function whose last bit depends on the machine in any module that draws"
     folder = Path(synthetic.__file__).parent
-    banned = """np.sin np.cos np.tan np.exp np.log np.power np.arctan np.hypot np.cbrt np.einsum np.dot np.matmul np.convolve np.mean .mean( np.cumsum .cumsum( 
+    banned = """np.sin np.cos np.tan np.exp np.log np.power np.arctan np.hypot np.cbrt np.einsum np.dot np.matmul np.convolve np.mean .mean( np.cumsum .cumsum(
         np.interp np.linspace np.linalg np.fft scipy torch .normal( .uniform( .exponential( .gamma( math.sin math.cos math.exp math.log math.pow **""".split() + [" @ "]
     for path in sorted(folder.glob("synthetic*.py")):
         lines = [line.split("#")[0] for line in path.read_text().splitlines()]

@@ -209,21 +209,28 @@ class TimmBackbone(Backbone):
 
     def _call(self, block, tokens, context): return block(tokens) if context is None else block(tokens, rope=context)
 
-# %% ../../nbs/backbones/20_backbones.ipynb #783c5691
+# %% ../../nbs/backbones/20_backbones.ipynb #3c2d38bc
 def _tower(row: BackboneRow, state: dict|None, quick_gelu: bool, seed: int) -> nn.Module:
     timm, open_clip = import_vision_libraries()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if row.library == "timm":
             if row.model == "":
-                shapes = row.arch if state is None else vit_shapes(state)
+                shapes = row.arch or (None if state is None else vit_shapes(state))
                 if shapes is None: raise WeightsError(f"backbone {row.name!r} reads its sizes from a state dict: pass weights=PATH")
                 tower = timm.models.vision_transformer.VisionTransformer(**shapes)
-                return tower if state is None else _load(tower, {k: v for k, v in state.items() if not k.startswith(("head", "fc_norm"))}, row.name)
+                return tower if state is None else _load(tower, state, row.name)
             sized = {} if "dinov3" in row.model else dict(dynamic_img_size=True)
-            if state is None: return timm.create_model(row.model, pretrained=False, num_classes=0, **sized)
-            try: return timm.create_model(row.model, pretrained=True, pretrained_cfg_overlay=dict(state_dict=state), num_classes=0, **sized)
-            except (RuntimeError, KeyError) as error: raise WeightsError(f"the state dict does not fit {row.name}: {str(error)[:400]}") from error
+            tower = timm.create_model(row.model, pretrained=False, num_classes=0, **sized)
+            if state is None: return tower
+            expected, given = tower.patch_embed.proj.weight.shape, getattr(state.get("patch_embed.proj.weight"), "shape", None)
+            if given not in (None, expected):  # the filter would resample patches of another size
+                raise WeightsError(f"the state dict does not fit {row.name}: patch_embed.proj.weight is {tuple(given)}, expected {tuple(expected)}")
+            # timm's own loader is not strict without a classifier: it would leave what a file lacks at random. Its renaming is taken, its loading is not.
+            renamed = timm.models.eva if "dinov3" in row.model else timm.models.vision_transformer
+            try: state = renamed.checkpoint_filter_fn(dict(state), tower)
+            except (RuntimeError, KeyError, AttributeError) as error: raise WeightsError(f"the state dict does not fit {row.name}: {str(error)[:400]}") from error
+            return _load(tower, state, row.name)
         cfg = (clip_shapes(state) if row.model == "" and state is not None else None)
         if cfg is None:
             if row.model == "": raise WeightsError(f"backbone {row.name!r} reads its sizes from a state dict: pass weights=PATH")
@@ -240,6 +247,7 @@ def _tower(row: BackboneRow, state: dict|None, quick_gelu: bool, seed: int) -> n
 
 def _load(tower: nn.Module, state: dict, name: str) -> nn.Module:
     own = tower.state_dict()
+    state = {k: v for k, v in state.items() if k in own or not k.startswith(("head", "fc_norm", "mask_token"))}  # classifiers and pretraining leftovers
     wrong = ([f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
              + [f"{k} is {tuple(state[k].shape)}, expected {tuple(v.shape)}" for k, v in own.items() if k in state and state[k].shape != v.shape])
     if wrong: raise WeightsError(f"the state dict does not fit {name}: " + "; ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""))
@@ -254,7 +262,7 @@ def create_backbone(name: str,  # a name of BACKBONES
                    ) -> Backbone:       # frozen, in evaluation mode, on the CPU
     "Build a backbone and load its weights."
     if name not in BACKBONES: raise ValueError(f"unknown backbone {name!r}; known: {', '.join(BACKBONES)}")
-    row, seed, state = BACKBONES[name], 0, None
+    row, seed, state, weights = BACKBONES[name], 0, None, str(weights)
     if weights.startswith("random:"):
         if not weights[7:].isdigit(): raise ValueError(f"weights={weights!r}: write random:SEED with a whole number, such as random:0")
         seed = int(weights[7:])

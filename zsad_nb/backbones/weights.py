@@ -6,15 +6,14 @@
 __all__ = ['import_vision_libraries', 'WeightsError', 'read_state', 'flat_state', 'hub_file', 'weights_hash', 'clip_shapes',
            'vit_shapes']
 
-# %% ../../nbs/backbones/19_weights.ipynb #294d9e04
+# %% ../../nbs/backbones/19_weights.ipynb #67ae5618
 import hashlib
-import os
-import socket
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 # %% ../../nbs/backbones/19_weights.ipynb #53dd8724
@@ -32,7 +31,7 @@ def import_vision_libraries():  # -> (timm, open_clip)
     import timm
     return timm, open_clip
 
-# %% ../../nbs/backbones/19_weights.ipynb #b1b72d41
+# %% ../../nbs/backbones/19_weights.ipynb #78dbb92e
 class WeightsError(ValueError):
     "Weights that cannot be used: missing, refused, or not of the architecture asked for."
 
@@ -44,18 +43,18 @@ def read_state(path: str|Path  # .safetensors, .pt, .pth or .bin
     try:
         with open(path, "rb") as file: head = file.read(9)
         if path.suffix == ".safetensors" or head[8:] == b"{": return load_file(path)  # by content: a file's name proves nothing
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or not all(isinstance(k, str) for k in state): raise TypeError(f"it holds a {type(state).__name__}, not named tensors")
+        return state
     except Exception as error:
         text = str(error)
         if "TorchScript" in text:
             raise WeightsError(f"{path.name} is a TorchScript archive (OpenAI's own CLIP files are). Where you trust it, convert it once: "
                                f"torch.save(torch.jit.load({path.name!r}, map_location='cpu').state_dict(), 'clip.pt')") from error
-        if head[:1] in (b"\x80", b"P") and ("weights_only" in text or "Unsupported" in text):  # a pickle or a zip of one
+        if "weights_only" in text or "Unsupported" in text:
             raise WeightsError(f"{path.name} is refused: its pickle asks for more than tensors, and loading it could run code. "
                                "Ask its author for safetensors, or convert it in a sandbox.") from error
-        if isinstance(error, (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError)) or type(error).__module__ == "_pickle":
-            raise WeightsError(f"{path.name} cannot be read as weights ({type(error).__name__}: {text[:200]}); the file is damaged or of another kind") from error
-        raise
+        raise WeightsError(f"{path.name} cannot be read as weights ({type(error).__name__}: {text[:200]}); the file is damaged or of another kind") from error
 
 # %% ../../nbs/backbones/19_weights.ipynb #29b41eb8
 def flat_state(state: dict  # as read: may be wrapped in "state_dict" or "model", may carry the prefix "module."
@@ -69,7 +68,7 @@ def flat_state(state: dict  # as read: may be wrapped in "state_dict" or "model"
         if state and all(k.startswith(prefix) for k in state): state = {k[len(prefix):]: v for k, v in state.items()}
     return state
 
-# %% ../../nbs/backbones/19_weights.ipynb #6e38621d
+# %% ../../nbs/backbones/19_weights.ipynb #cdb407b8
 def hub_file(repo: str,  # repository on the hub, such as "timm/vit_large_patch14_clip_336.openai"
              file: str,  # file in it
              timeout: float=2.0,  # seconds to wait for the hub before giving up
@@ -81,10 +80,9 @@ def hub_file(repo: str,  # repository on the hub, such as "timm/vit_large_patch1
     help = (f"{repo}/{file} is not in the local cache. Either connect and repeat, or copy the file here by hand and pass weights=PATH, "
             "or use weights='random:0' to test without knowledge, or the embedded backbone 'tiny-dino'.")
     if constants.HF_HUB_OFFLINE: raise WeightsError("HF_HUB_OFFLINE is set and " + help)
-    host = constants.ENDPOINT.split("//")[-1].split("/")[0].split(":")[0]
-    proxied = any(os.environ.get(k) for k in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
     try:
-        if not proxied: socket.create_connection((host, 443), timeout=timeout).close()
+        try: urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=timeout).close()  # through proxies and mirrors as configured
+        except urllib.error.HTTPError: pass  # an answer is an answer
         return Path(hf_hub_download(repo, file))
     except Exception as error: raise WeightsError(f"the hub cannot be reached or does not have it ({type(error).__name__}), and {help}") from error
 
@@ -99,17 +97,21 @@ def weights_hash(state: dict  # name -> tensor
         digest.update(tensor.numpy().data)
     return digest.hexdigest()[:16]
 
-# %% ../../nbs/backbones/19_weights.ipynb #34055f4a
+# %% ../../nbs/backbones/19_weights.ipynb #5f0cd02c
 def _square(n: int, name: str) -> int:
     side = round(n ** 0.5)
     if side * side != n: raise WeightsError(f"{name} holds {n} patch positions, which is not a square grid")
     return side
 
+def _require(state: dict, what: str, *keys: str):
+    for key in keys:
+        if key not in state: raise WeightsError(f"no key {key} among {len(state)} keys (first: {sorted(state)[:3]}): not {what} state dict")
+
 def clip_shapes(state: dict  # state dict with OpenAI's names
                ) -> dict:  # image_size, patch, width, layers, heads, mlp_ratio, embed_dim
     "Sizes of an OpenAI- or open_clip-named visual tower, read from its tensors."
-    if "visual.conv1.weight" not in state:
-        raise WeightsError(f"no key visual.conv1.weight among {len(state)} keys (first: {sorted(state)[:3]}): not an OpenAI/open_clip ViT state dict")
+    _require(state, "an OpenAI/open_clip ViT", "visual.conv1.weight", "visual.positional_embedding", "visual.transformer.resblocks.0.mlp.c_fc.weight")
+    if state["visual.conv1.weight"].ndim != 4: raise WeightsError(f"visual.conv1.weight is {tuple(state['visual.conv1.weight'].shape)}, expected (width, 3, patch, patch)")
     width, _, patch, _ = state["visual.conv1.weight"].shape
     layers = len({k.split(".")[3] for k in state if k.startswith("visual.transformer.resblocks.")})
     grid = _square(state["visual.positional_embedding"].shape[0] - 1, "visual.positional_embedding")
@@ -117,12 +119,12 @@ def clip_shapes(state: dict  # state dict with OpenAI's names
     return dict(image_size=grid * patch, patch=patch, width=width, layers=layers, heads=max(1, width // 64), mlp_ratio=hidden / width,
                 embed_dim=state["visual.proj"].shape[1] if "visual.proj" in state else width)
 
-# %% ../../nbs/backbones/19_weights.ipynb #36791318
+# %% ../../nbs/backbones/19_weights.ipynb #4ee37a76
 def vit_shapes(state: dict  # state dict with timm's names
               ) -> dict:  # keyword arguments of timm's VisionTransformer
     "Sizes of a timm-named plain ViT (class token, optional registers and layer scale), read from its tensors."
-    if "patch_embed.proj.weight" not in state or "blocks.0.attn.qkv.weight" not in state:
-        raise WeightsError(f"no key patch_embed.proj.weight among {len(state)} keys (first: {sorted(state)[:3]}): not a timm ViT state dict")
+    _require(state, "a timm ViT", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "pos_embed", "blocks.0.mlp.fc1.weight")
+    if state["patch_embed.proj.weight"].ndim != 4: raise WeightsError(f"patch_embed.proj.weight is {tuple(state['patch_embed.proj.weight'].shape)}, expected (width, 3, patch, patch)")
     width, _, patch, _ = state["patch_embed.proj.weight"].shape
     depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
     registers = state["reg_token"].shape[1] if "reg_token" in state else 0

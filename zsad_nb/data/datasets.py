@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['load_dataset']
 
-# %% ../../nbs/data/14_datasets.ipynb #1111ade4
+# %% ../../nbs/data/14_datasets.ipynb #3ef2dc8e
 from pathlib import Path
 
 import pandas as pd
 
-from .readers import READERS, read
+from .readers import read
 from .synthetic import SETS, synthetic_index
 
 # %% ../../nbs/data/14_datasets.ipynb #7e466a61

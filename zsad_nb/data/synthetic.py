@@ -21,11 +21,11 @@ from .synthetic_drawing import Dice, close_mask, to_uint8
 from .synthetic_categories import CATEGORIES, SETS, Category, Scene, categories, expose, make_scene, sensor
 from .synthetic_defects import DEFECTS, Defect, Spot, defects, find_spot
 
-# %% ../../nbs/data/13_synthetic.ipynb #564b0fba
+# %% ../../nbs/data/13_synthetic.ipynb #2975c281
 _all_ = ["CATEGORIES", "DEFECTS", "SETS", "Category", "Defect", "categories", "defects"]   # drawn from here too
 VISIBLE = 0.045             # a visible change: 11 of 255 grey levels in some channel
-AREAS = (0.007, 0.075)      # the wanted part of the image a mask covers
-STANDS_OUT = 0.18           # the wanted mean change inside the mask
+AREAS = (0.012, 0.080)      # the wanted part of the image a mask covers
+STANDS_OUT = 0.24           # the wanted mean change inside the mask
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ def draw_batch(
     out = [draw(n, s, size, k) for n, s, k in zip(names, seeds, kinds)]
     return np.stack([s.image for s in out]), np.stack([s.mask for s in out])
 
-# %% ../../nbs/data/13_synthetic.ipynb #6283657f
-STAMP, VERSION = "synthetic.json", 1
+# %% ../../nbs/data/13_synthetic.ipynb #b46371e7
+STAMP, VERSION = "synthetic.json", 2
 
 
 def _jobs(which: str, normal: int, defective: int, train_normal: int, seed: int):
@@ -152,7 +152,8 @@ def synthetic_index(
         bad = kind != "good"
         rows.append(dict(dataset=f"synthetic-{which}", category=name, split=split, image=f"{name}/{split}/{kind}/{i:03d}.png",
                          mask=f"{name}/ground_truth/{kind}/{i:03d}_mask.png" if bad else "", anomalous=bad, defect=kind))
-    if found != params or overwrite:
+    whole = found == params and all((root / name).is_dir() for name in categories(which))     # a set may have grown since the stamp
+    if not whole or overwrite:
         stamp.unlink(missing_ok=True)
         for name in categories(which): shutil.rmtree(root / name, ignore_errors=True)
         for (name, _, kind, _, s), row in zip(jobs, rows):

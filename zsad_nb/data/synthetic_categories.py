@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['SETS', 'CATEGORIES', 'BACKGROUNDS', 'Category', 'categories', 'Scene', 'make_scene', 'expose', 'sensor']
 
-# %% ../../nbs/data/13d_synthetic_categories.ipynb #f52777be
+# %% ../../nbs/data/13d_synthetic_categories.ipynb #08b03ddd
 from dataclasses import dataclass, field
 import math
 import numpy as np
 from .synthetic_drawing import COLOURS, Canvas, Dice, coverage, grid, mix, paint, shade, step, turn
 from .synthetic_textures import TEXTURES
 from .synthetic_objects import OBJECTS
+from .synthetic_objects_more import MORE_OBJECTS
 
-# %% ../../nbs/data/13d_synthetic_categories.ipynb #2c83d898
+# %% ../../nbs/data/13d_synthetic_categories.ipynb #f495227c
 SETS = ("pretrain", "auxiliary", "target")
 
 
@@ -70,7 +71,16 @@ CATEGORIES = {c.name: c for c in (
         bottle      | bottle seen from above | glass     | concentric
         toothbrush  | toothbrush head       | plastic    | bristled
         die         | game die              | plastic    | dotted
-        screw       | wood screw            | metal      | threaded""")
+        screw       | wood screw            | metal      | threaded
+        bobber      | fishing float         | plastic    | banded
+        connector   | pin connector         | electronic | contacted
+        fan         | fan wheel             | metal      | bladed
+        waffle      | waffle                | baked      | gridded
+        tag         | price tag             | cardboard  | lettered
+        spoon       | spoon                 | metal      | smooth
+        battery     | battery               | metal      | banded
+        crayon      | wax crayon            | wax        | wrapped
+        ball        | pool ball             | plastic    | striped""")
     + _rows("texture", "target", """
         wood        | wood board            | wooden     | grained
         carpet      | carpet                | wool       | looped
@@ -91,7 +101,7 @@ def categories(
     if which not in SETS: raise ValueError(f"there is no set {which!r}; the sets are {', '.join(SETS)}")
     return [c.name for c in CATEGORIES.values() if c.set == which and kind in (None, c.kind)]
 
-# %% ../../nbs/data/13d_synthetic_categories.ipynb #45108903
+# %% ../../nbs/data/13d_synthetic_categories.ipynb #4d80d82f
 @dataclass
 class Scene:
     "A lit category before the camera; coordinates on the unit square"
@@ -138,7 +148,7 @@ def make_scene(
     if category not in CATEGORIES: raise ValueError(f"there is no category {category!r}; the categories are {', '.join(CATEGORIES)}")
     row, d = CATEGORIES[category], Dice(category, seed, "scene")
     light, c = _light(d), Canvas(size, Dice(category, seed, "drawing"))
-    s = (TEXTURES | OBJECTS)[category](c)
+    s = (TEXTURES | OBJECTS | MORE_OBJECTS)[category](c)
     camera = {"exposure": d.u(.9, 1.08), "slope": (d.u(-.18, .18), d.u(-.18, .18)), "contrast": d.u(-.12, .16), "noise": d.u(.006, .016)}
     rgb = shade(s.albedo, s.height, c.px, light, s.gloss)
     scene = Scene(row, seed, size, c.word, rgb, None, np.ones((size, size), np.float32), None, s.parts, light, s.open_parts, camera=camera)

@@ -48,7 +48,7 @@ def _around(n: int, r: float, phase: float = 0.0):
     "n points on a circle"
     return [(r * a, r * b) for a, b in (turn(k / n + phase) for k in range(n))]
 
-# %% ../../nbs/data/13c_synthetic_objects.ipynb #04c35485
+# %% ../../nbs/data/13c_synthetic_objects.ipynb #5420a5d3
 def nut(c: Canvas) -> Surface:
     "A hexagonal nut from above, chamfered, with a threaded bore"
     c.pose(.5, .1, .04)
@@ -75,7 +75,7 @@ def gear(c: Canvas) -> Surface:
     holes = np.minimum.reduce([disc(x - p, y - q, .048) for p, q in _around(6, .185)])
     d = np.maximum(d, -np.minimum(bore, holes))
     tone = _turned(c, a)
-    l = _Layers(c).add(d - .02, c.colour("silver", "gold", "copper", "grey"), dome(d, .018), tone=tone)
+    l = _Layers(c).add(d - .02, c.colour("silver", "grey"), dome(d, .018), tone=tone)
     l.add(_ring(x, y, .185, .085), paint((.60, .61, .63)) * mix(1, l.albedo * 1.5, .5), None)
     l.height = l.height - .014 * step(-.01, .006, -_ring(x, y, .185, .085)) * step(0, .012, -d)
     return l.done(d, .35)
@@ -157,14 +157,14 @@ def lens(c: Canvas) -> Surface:
     l.add(g, coat, -.01 + dome(g, .225) * .8).add(_ring(x, y, .235, .012), (.55, .55, .56), .03)
     return l.done(d, .6)
 
-# %% ../../nbs/data/13c_synthetic_objects.ipynb #7847541f
+# %% ../../nbs/data/13c_synthetic_objects.ipynb #14d680bb
 def pill(c: Canvas) -> Surface:
     "A two-coloured capsule"
     c.pose(.5, .1, .05)
     x, y = c.x, c.y
     body, sleeve = capsule(x, y, -.24, 0, .24, 0, .155), x - .02
     d = np.minimum(body, np.maximum(body - .007, sleeve))
-    a, b = c.colour("red", "blue", "green", "orange", "purple", "teal"), c.colour("white", "cream", "yellow", "pink")
+    a, b = c.colour("red", "orange"), c.colour("white", "cream")  # a target category is a product: shades of it, not a palette
     l = _Layers(c).add(d - .02, b, dome(body, .155) * .95 + .007 * step(-.006, .006, -sleeve)).add(np.maximum(d - .02, sleeve), a, None)
     l.albedo = l.albedo * (1 - .35 * (1 - step(.0, .012, np.abs(x - .022))))
     return l.done(d, .55)
@@ -257,7 +257,7 @@ def bulb(c: Canvas) -> Surface:
             tone=.9 + .1 * step(-.2, 0, x))
     return l.done(d, .6)
 
-# %% ../../nbs/data/13c_synthetic_objects.ipynb #260af016
+# %% ../../nbs/data/13c_synthetic_objects.ipynb #91ad354d
 def chip(c: Canvas) -> Surface:
     "An integrated circuit in a dual in-line package"
     c.pose(.5, .08, .03)
@@ -268,7 +268,7 @@ def chip(c: Canvas) -> Surface:
     pins = np.minimum(box(u, v - .215, .028, .05, .004), box(u, v - .285, .017, .06, .004))
     l.add(pins, (.78, .79, .80), .02 + dome(pins, .014))
     l.parts, l.count = np.where((pins < 0) & (d > 0), np.floor((k + 5) * .5).astype(np.int32) + np.where(y > 0, 4, 0).astype(np.int32), 0), 8   # in pairs
-    l.add(d, c.colour("black", "dark", "grey", "navy"), .05 + dome(d, .03), tone=.9 + .2 * (c.noise(90) - .5))
+    l.add(d, c.colour("black", "dark"), .05 + dome(d, .03), tone=.9 + .2 * (c.noise(90) - .5))
     notch = disc(x + .36, y, .045)
     l.add(np.maximum(notch, d), (.07, .07, .07), .04).add(disc(x + .29, y - .125, .018), (.42, .42, .42), None)
     for row, (i0, i1) in ((-.05, (-4, 5)), (.02, (-3, 4))):     # two lines of marking

@@ -60,7 +60,7 @@ def _one_class(method, index, size, batch_size, limits, spill, workers, bar) -> 
             bar.update(len(batch))
         return rows, pixels.compute()
 
-# %% ../../nbs/evaluation/71_evaluate.ipynb #50a08ac6
+# %% ../../nbs/evaluation/71_evaluate.ipynb #a01134ed
 def evaluate(method: Method,
              index: pd.DataFrame,    # target set; rows with split "test" are used
              size: int|None=None,    # pixels of maps and masks; default: the size of the method's first backbone
@@ -74,6 +74,9 @@ def evaluate(method: Method,
     "Metrics per class and mean, exact and streaming (protocol, section 3.4)."
     test = index[index["split"] == "test"]
     if len(test) == 0: raise ValueError(f"the index has no rows with split 'test' (splits: {sorted(index['split'].unique())}); nothing to evaluate")
+    if MEAN in set(test["category"]): raise ValueError(f"a category is called {MEAN!r}, the name of the table's last row; rename it in the index")
+    twice = test.groupby("category")["dataset"].nunique()
+    if (twice > 1).any(): raise ValueError(f"category {', '.join(twice.index[twice > 1])} occurs in several data sets ({', '.join(sorted(test['dataset'].unique()))}); evaluate one at a time")
     size = size or next(iter(method.backbones().values())).size
     seen = sorted(set(method.trained_on) & set(test["dataset"] + "/" + test["category"]))
     if seen: warnings.warn(f"{method.name} was trained on {', '.join(seen)}: these rows are not zero-shot", stacklevel=2)

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['Recipe', 'cosine_rate', 'fit']
 
-# %% ../../nbs/learning/61_training.ipynb #c2aaaa45
+# %% ../../nbs/learning/61_training.ipynb #35f2df4a
 import dataclasses
 import math
 import time
+import warnings
 from dataclasses import dataclass
 
 import pandas as pd
@@ -45,7 +46,7 @@ def cosine_rate(base: float,     # rate of the first epoch
     "Cosine annealing over epochs (Loshchilov and Hutter, ICLR 2017)."
     return base if base <= eta_min else eta_min + 0.5 * (base - eta_min) * (1 + math.cos(math.pi * epoch / epochs))
 
-# %% ../../nbs/learning/61_training.ipynb #4039135d
+# %% ../../nbs/learning/61_training.ipynb #d0c3fd24
 def fit(method: Method,          # changed in place
         index: pd.DataFrame,     # auxiliary set: its rows are all trained on, whatever their split
         recipe: Recipe=Recipe(),
@@ -60,6 +61,9 @@ def fit(method: Method,          # changed in place
     if len(index) == 0: raise ValueError("the index is empty: nothing to train on")
     if not index["anomalous"].any(): raise ValueError(f"none of the {len(index)} images is anomalous: {method.name} learns from normal and defective images; "
                                                       "VisualAD-style training uses the auxiliary set's test split")
+    blind = index["anomalous"] & (index["mask"] == "")
+    if blind.any(): warnings.warn(f"{int(blind.sum())} of {int(index['anomalous'].sum())} anomalous images have no mask (first: {index['image'][blind].iloc[0]}): their pixels "
+                                  "are trained as normal, as the public codes do; drop these rows to avoid it", stacklevel=2)
     seed_everything(recipe.seed)
     base = [g["lr"] * recipe.lr_scale for g in groups]
     optimiser = torch.optim.AdamW([dict(g, lr=lr) for g, lr in zip(groups, base)], betas=recipe.betas, weight_decay=recipe.weight_decay)

@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'Prediction', 'param', 'register', 'Method', 'create', 'describe', 'save', 'read_header', 'load_tensors',
            'load']
 
-# %% ../../nbs/methods/40_base.ipynb #44e04856
+# %% ../../nbs/methods/40_base.ipynb #ca77f3f3
 import dataclasses
 import json
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 import zsad_nb
@@ -117,14 +117,15 @@ def describe(name: str  # a registered method
     return pd.DataFrame([dict(parameter=f.name, default=f.default, source=f.metadata["source"], help=f.metadata["help"])
                          for f in dataclasses.fields(METHODS[name].Parameters)])
 
-# %% ../../nbs/methods/40_base.ipynb #6484b9e1
+# %% ../../nbs/methods/40_base.ipynb #889e585d
 def save(method: Method, path: str|Path  # ends in .safetensors
         ) -> Path:
     "Write a method's learned part and how to rebuild it; whole or not at all."
     header = dict(method=method.name, version=zsad_nb.__version__, parameters=dataclasses.asdict(method.p), trained_on=sorted(method.trained_on),
                   backbones={role: dict(name=b.row.name, weights=b.weights, hash=b.hash, size=b.size, taps=b.taps) for role, b in method.backbones().items()})
     tensors = {n: p.detach().cpu().contiguous() for n, p in method.learned().items()}
-    return write_atomically(path, lambda p: save_file(tensors, p, {"zsad_nb": json.dumps(header)}))
+    # bytes written by Python: a full disk is then an OSError like any other
+    return write_atomically(path, lambda p: p.write_bytes(to_bytes(tensors, {"zsad_nb": json.dumps(header, default=str)})))
 
 def read_header(path: str|Path) -> dict:  # method, version, parameters, backbones, trained_on
     "What a checkpoint says of itself, without loading it."
@@ -135,7 +136,12 @@ def read_header(path: str|Path) -> dict:  # method, version, parameters, backbon
     except Exception as error: raise WeightsError(f"{path.name} is not a safetensors checkpoint ({type(error).__name__}: {error}); "
                                                   "released .pth files of the papers load through a method's import_released") from error
     if header is None: raise WeightsError(f"{path.name} holds tensors but no zsad_nb header: it was not written by zsad_nb.methods.base.save")
-    return json.loads(header)
+    try: header = json.loads(header)
+    except ValueError as error: raise WeightsError(f"the header of {path.name} is not JSON ({error}); the file was changed after it was written") from error
+    missing = [k for k in ("method", "parameters", "backbones", "trained_on") if not isinstance(header, dict) or k not in header]
+    if not missing: missing = [f"backbones.{role}.hash" for role, b in header["backbones"].items() if "hash" not in b]
+    if missing: raise WeightsError(f"the header of {path.name} lacks {', '.join(missing)}; the file was changed after it was written")
+    return header
 
 # %% ../../nbs/methods/40_base.ipynb #6ac743c9
 def load_tensors(method: Method, state: dict, where: str):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['VisualADParameters', 'VisualAD', 'released_names', 'import_released', 'export_released']
 
-# %% ../../nbs/methods/43_visualad.ipynb #3382e745
-from dataclasses import dataclass
+# %% ../../nbs/methods/43_visualad.ipynb #b10bafcd
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -50,7 +50,7 @@ class VisualADParameters:
     lr: float = param(1e-4, "code", "learning rate of SCA, SAF and the final norm")
     clip: float = param(1.0, "code", "gradient norm limit of each token")
 
-# %% ../../nbs/methods/43_visualad.ipynb #7918bf95
+# %% ../../nbs/methods/43_visualad.ipynb #4bf9d158
 @register
 class VisualAD(Method):
     "Two learned tokens in a frozen ViT, SCA and SAF at every tap (Hou et al., CVPR 2026)."
@@ -62,9 +62,14 @@ class VisualAD(Method):
         p = self.p
         if p.ln_post not in ("base", "trained", "frozen"): raise ValueError(f"ln_post={p.ln_post!r}; use base, trained or frozen")
         if p.sca_positions not in ("raster", "interpolate"): raise ValueError(f"sca_positions={p.sca_positions!r}; use raster or interpolate")
+        for name, fine, rule in (("anchors", p.anchors >= 1, "at least 1"), ("top_share", 0 < p.top_share <= 1, "above 0, at most 1"), ("sigma", p.sigma >= 0, "0 or more")):
+            if not fine: raise ValueError(f"{name}={getattr(p, name)}; it must be {rule}")
         self.backbone = b = create_backbone(p.backbone, p.weights, p.image_size, p.taps)
         if p.tap_weights is not None and len(p.tap_weights) != len(b.taps): raise ValueError(f"{len(p.tap_weights)} tap_weights for {len(b.taps)} taps {b.taps}")
-        grid = None if p.sca_positions == "raster" else p.sca_grid or b.size // b.patch
+        self.p = p = replace(p, sca_grid=p.sca_grid or b.size // b.patch)  # kept in the checkpoint: a model loaded at another size must know where its table is from
+        if p.sca_positions == "interpolate" and p.sca_grid ** 2 > p.sca_rows:
+            raise ValueError(f"a table for {p.sca_grid} x {p.sca_grid} patches needs {p.sca_grid ** 2} rows, sca_rows is {p.sca_rows}; pass sca_rows={p.sca_grid ** 2}")
+        grid = None if p.sca_positions == "raster" else p.sca_grid
         self.tokens = init_tokens(b.width, p.token_scale)  # anomaly, normal
         taps = [f"tap_{t}" for t in b.taps]
         self.sca = nn.ModuleDict({t: SCA(b.width, p.anchors, p.sca_rows, p.sca_scale, p.dropout, grid) for t in taps} if p.sca else {})
@@ -122,7 +127,7 @@ class VisualAD(Method):
             norms = self.tokens.grad.norm(dim=1, keepdim=True)
             self.tokens.grad.mul_((self.p.clip / (norms + 1e-6)).clamp(max=1))
 
-# %% ../../nbs/methods/43_visualad.ipynb #71c221e2
+# %% ../../nbs/methods/43_visualad.ipynb #82f6e1ae
 _SCA = {"anchors": "anchor_queries", "positions": "pos_encoding", "scale": "res_scale", "query.weight": "q_proj.weight", "key.weight": "k_proj.weight",
         "value.weight": "v_proj.weight", "query_norm.weight": "q_norm.weight", "query_norm.bias": "q_norm.bias", "key_norm.weight": "k_norm.weight",
         "key_norm.bias": "k_norm.bias", "gate.weight": "gate.0.weight", "gate.bias": "gate.0.bias", "out.weight": "out_proj.weight", "out.bias": "out_proj.bias"}
@@ -153,7 +158,10 @@ def import_released(method: VisualAD,  # created with the checkpoint's backbone,
     tensors = {ours: flat.pop(theirs) for ours, theirs in released_names(method).items() if theirs in flat}
     missing = [k for k in ("anomaly_token", "normal_token") if k not in flat]
     if missing: raise WeightsError(f"{Path(path).name} does not fit visualad: missing {', '.join(missing)} (found: {', '.join(sorted(flat)[:4]) or 'no tensors'})")
-    tensors["tokens"] = torch.stack([flat.pop("anomaly_token").flatten(), flat.pop("normal_token").flatten()])
+    pair = {k: flat.pop(k).flatten() for k in ("anomaly_token", "normal_token")}
+    wrong = [f"{k} is {tuple(t.shape)}, expected ({method.backbone.width},)" for k, t in pair.items() if len(t) != method.backbone.width]
+    if wrong: raise WeightsError(f"{Path(path).name} does not fit visualad: " + "; ".join(wrong))
+    tensors["tokens"] = torch.stack(list(pair.values()))
     if not ln_post and method.p.ln_post != "frozen": tensors |= dict(norm_weight=method.norm_weight.detach(), norm_bias=method.norm_bias.detach())
     extra = {f"{k} (released name)": v for k, v in flat.items() if k.split(".")[0] in ("cross_attn", "layer_transforms")}
     load_tensors(method, {**tensors, **extra}, Path(path).name)

@@ -96,7 +96,7 @@ def overview_figure(chosen: pd.DataFrame,  # `cases` of all classes
     figure.suptitle(heading, fontsize=10)
     return figure
 
-# %% ../../nbs/use/81_figures.ipynb #9d59a9f8
+# %% ../../nbs/use/81_figures.ipynb #6bf233fe
 def draw_cases(method: Method, index: pd.DataFrame, evaluation: Evaluation,
                folder: str|Path,      # is created; one PNG a class and overview.png
                size: int|None=None,   # as in `evaluate`
@@ -115,8 +115,10 @@ def draw_cases(method: Method, index: pd.DataFrame, evaluation: Evaluation,
             views[next(at)] = (batch.image[i].permute(1, 2, 0).numpy(), batch.mask[i, 0].numpy(), prediction.map[i].numpy(), bool(batch.has_mask[i]))
     scales = {c: colour_scale(rows) for c, rows in evaluation.per_image.groupby("category")}
     mean, front = evaluation.mean, f"{title}: " if title else ""
-    figures = {"overview": overview_figure(chosen, views, scales, evaluation, f"{front}median case of every class; mean image AUROC {100 * mean['image_auroc']:.1f}, "
-                                           f"pixel AUROC {100 * mean['pixel_auroc']:.1f}, AUPRO {100 * mean['pixel_aupro']:.1f}")}
+    figures = {}
+    if (chosen["case"] == "median").any():
+        figures["overview"] = overview_figure(chosen, views, scales, evaluation, f"{front}median case of every class; mean image AUROC {100 * mean['image_auroc']:.1f}, "
+                                           f"pixel AUROC {100 * mean['pixel_auroc']:.1f}, AUPRO {100 * mean['pixel_aupro']:.1f}")
     for category, rows in chosen.groupby("category", sort=True):
         m = evaluation.per_class.loc[category]
         figures[str(category)] = class_figure(rows, views, scales[category], f"{front}{category}   image AUROC {100 * m['image_auroc']:.1f}   pixel AUROC {100 * m['pixel_auroc']:.1f}")
