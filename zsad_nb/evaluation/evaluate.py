@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEAN', 'Evaluation', 'evaluate', 'cases']
 
-# %% ../../nbs/evaluation/71_evaluate.ipynb #0d3f5e47
+# %% ../../nbs/evaluation/71_evaluate.ipynb #c086a638
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +13,13 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
+from ..backbones.features import FeatureCache
 from ..core import write_atomically
 from ..data.images import batches
 from .metrics import PixelMetrics, image_metrics, mean_over_classes
 from ..methods.base import Method
 
-# %% ../../nbs/evaluation/71_evaluate.ipynb #7bcf1ce5
+# %% ../../nbs/evaluation/71_evaluate.ipynb #7779ba48
 MEAN = "mean"  # name of the row below the classes
 
 @dataclass
@@ -47,12 +48,12 @@ class Evaluation:
         write_atomically(folder/"reasons.csv", lambda p: self.reasons.to_csv(p, index=False))
         return write_atomically(folder/"metrics.csv", lambda p: self.per_class.to_csv(p))
 
-# %% ../../nbs/evaluation/71_evaluate.ipynb #3643db92
-def _one_class(method, index, size, batch_size, limits, spill, workers, bar) -> tuple:
+# %% ../../nbs/evaluation/71_evaluate.ipynb #ddb9c83d
+def _one_class(method, index, size, batch_size, limits, spill, workers, bar, cache) -> tuple:
     rows = []
     with PixelMetrics(limits, spill=spill) as pixels:
         for batch in batches(index, size, batch_size, workers=workers):
-            prediction = method.predict(batch).cpu()
+            prediction = method.predict(batch, cache).cpu()
             pixels.update(prediction.map.numpy(), batch.mask[:, 0].numpy(), batch.has_mask.numpy())
             for i, (m, y) in enumerate(zip(prediction.map.numpy(), batch.mask[:, 0].numpy())):
                 rows.append(dict(image=batch.path[i], score=prediction.score[i].item(), map_low=float(m.min()), map_high=float(m.max()),
@@ -60,7 +61,7 @@ def _one_class(method, index, size, batch_size, limits, spill, workers, bar) -> 
             bar.update(len(batch))
         return rows, pixels.compute()
 
-# %% ../../nbs/evaluation/71_evaluate.ipynb #a01134ed
+# %% ../../nbs/evaluation/71_evaluate.ipynb #88328f01
 def evaluate(method: Method,
              index: pd.DataFrame,    # target set; rows with split "test" are used
              size: int|None=None,    # pixels of maps and masks; default: the size of the method's first backbone
@@ -70,6 +71,7 @@ def evaluate(method: Method,
              workers: int=2,         # threads that read ahead
              progress: bool=True,    # a bar on stderr
              label: str="evaluate",  # in front of the bar
+             cache: FeatureCache|str|Path|None=None,  # keeps frozen features, for the next method with the same backbones
             ) -> Evaluation:
     "Metrics per class and mean, exact and streaming (protocol, section 3.4)."
     test = index[index["split"] == "test"]
@@ -80,11 +82,12 @@ def evaluate(method: Method,
     size = size or next(iter(method.backbones().values())).size
     seen = sorted(set(method.trained_on) & set(test["dataset"] + "/" + test["category"]))
     if seen: warnings.warn(f"{method.name} was trained on {', '.join(seen)}: these rows are not zero-shot", stacklevel=2)
+    if isinstance(cache, (str, Path)): cache = FeatureCache(cache)
     classes, images, reasons = {}, [], []
     with tqdm(total=len(test), desc=label, disable=not progress, unit="image") as bar:
         for category, part in test.groupby("category", sort=True):
             part.attrs = dict(index.attrs)
-            rows, pixel = _one_class(method, part.sort_values("image", kind="stable"), size, batch_size, limits, spill, workers, bar)
+            rows, pixel = _one_class(method, part.sort_values("image", kind="stable"), size, batch_size, limits, spill, workers, bar, cache)
             rows = pd.DataFrame(rows).merge(part.reset_index(names="position")[["position", "image", "category", "anomalous", "defect"]], on="image", validate="1:1")
             image = image_metrics(rows["score"].to_numpy(), rows["anomalous"].to_numpy())
             classes[category] = dict(normal=int((~rows["anomalous"]).sum()), anomalous=int(rows["anomalous"].sum()), **image, **pixel)
@@ -97,7 +100,7 @@ def evaluate(method: Method,
     columns = ["position", "image", "category", "anomalous", "defect", "score", "pixel_ap", "map_low", "map_high"]
     return Evaluation(table, pd.concat(images, ignore_index=True)[columns], pd.DataFrame(reasons, columns=["category", "metric", "reason"]), seen)
 
-# %% ../../nbs/evaluation/71_evaluate.ipynb #39097d4d
+# %% ../../nbs/evaluation/71_evaluate.ipynb #e6a8be01
 def cases(evaluation: Evaluation
          ) -> pd.DataFrame:  # rows of per_image with a column `case`: best, median, worst, false alarm
     "Representative images of every class: best, median, worst defect, and the most suspicious normal image."
