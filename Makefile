@@ -8,14 +8,15 @@ export MPLBACKEND = Agg
 export PYTHONUNBUFFERED = 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help env demo test real seeds pretrain bench notebooks clean lab
+.PHONY: help env demo test real seeds ablations pretrain bench notebooks clean lab
 
 help:
 	@echo "make demo      from nothing to pictures of defects in unseen categories (minutes, CPU, offline after install)"
 	@echo "make test      every check: style, notebooks in step, notebook tests, parity, failures, papermill, demo"
 	@echo "make real      DATA=... WEIGHTS=...  VisualAD on real images with a real small ViT, both ways, three seeds"
 	@echo "make seeds     the demo's job under three seeds -> paper_figures/tables/visualad_synthetic.csv"
-	@echo "make pretrain  train the embedded backbone again (an hour on one core)"
+	@echo "make pretrain  train the embedded backbones again (about two hours on one core)"
+	@echo "make ablations the ablation tables of DMA+SAP and SSVP, three seeds, on drawn images"
 	@echo "make bench     metrics against scikit-learn and the usual loops, side by side"
 	@echo "make notebooks export; execute the notebooks that explain, in place (not those whose pictures weigh megabytes); clean"
 	@echo "make lab       JupyterLab on nbs/"
@@ -49,7 +50,15 @@ seeds: env
 pretrain: env
 	@mkdir -p runs/pretrain
 	papermill nbs/experiments/pretrain_tiny.ipynb runs/pretrain/pretrain_tiny.ipynb --log-output \
-	  -p steps 5000 -p batch 48 -p pool 9200 -p warmup 200 -p threads 1 -p output "$(CURDIR)/runs/pretrain/tiny_dino.safetensors"
+	  -p steps 7000 -p batch 48 -p pool 6900 -p warmup 200 -p threads 1 -p output "$(CURDIR)/runs/pretrain/tiny_dino.safetensors"
+	papermill nbs/experiments/pretrain_tiny_clip.ipynb runs/pretrain/pretrain_tiny_clip.ipynb --log-output \
+	  -p steps 7500 -p tokens 2048 -p pool 6900 -p held 460 -p target 20 -p warmup 200 -p threads 1 -p output "$(CURDIR)/runs/pretrain/tiny_clip.safetensors"
+
+ablations: env
+	@mkdir -p runs/ablation
+	@for method in dma_sap ssvp; do papermill nbs/experiments/ablation.ipynb runs/ablation/$$method.ipynb --cwd . --no-progress-bar --log-output \
+	  -p method $$method -p images 11 -p size 256 -p epochs $(EPOCHS) -p lr_scale 2.0 -y "seeds: [0, 1, 2]" -p output "$(CURDIR)/runs/ablation/$$method" && \
+	  cp runs/ablation/$$method/ablation.csv paper_figures/tables/$${method}_ablation.csv || exit 1; done
 
 bench: env
 	@python tests/bench_metrics.py

@@ -41,7 +41,7 @@ class Prediction:
         return Prediction(self.map.float().cpu(), self.score.float().cpu(), {},
                           *(None if t is None else t.float().cpu() for t in (self.type_map, self.type_score)))
 
-# %% ../../nbs/methods/40_base.ipynb #7f357f62
+# %% ../../nbs/methods/40_base.ipynb #97375310
 def param(default: Any,  # the value used when nothing is said
           source: str,   # "Sec. 3.2", "code", or "ours: why"
           help: str="",  # one phrase, with units
@@ -50,7 +50,7 @@ def param(default: Any,  # the value used when nothing is said
     return field(default=default, metadata=dict(source=source, help=help))
 
 METHODS: dict[str, type] = {}  # filled by `register`
-MODULES = dict(visualad="visualad", self_distance="controls", dma_sap="dma_sap", ssvp="ssvp")  # where the package's own methods are: imported when first asked for
+MODULES = dict(visualad="visualad", self_distance="controls", dma_sap="dma_sap", ssvp="ssvp", winclip="winclip", anomalyclip="anomalyclip", crane="crane", crane_plus="crane")  # where the package's own methods are: imported when first asked for
 
 def method_class(name: str  # a method of this package, or one that was registered
                 ) -> type:
@@ -65,12 +65,13 @@ def register(cls: type  # a Method with a `name`
     METHODS[cls.name] = cls
     return cls
 
-# %% ../../nbs/methods/40_base.ipynb #8cbe2f89
+# %% ../../nbs/methods/40_base.ipynb #e98b2347
 class Method(nn.Module):
     "Base of every method: backbone(s), parameters, learned part, prediction."
     name, encodes = "", True
     Parameters: type               # a frozen dataclass made of `param`s
     ablations: dict[str, dict] = {}  # the paper's ablations as named parameter sets
+    studies: dict[str, dict[str, dict]] = {}  # its other tables and sweeps, likewise
     recipe: dict = {}                # the paper's training, as changes to `zsad_nb.learning.training.Recipe`
 
     def __init__(self, parameters):

@@ -185,11 +185,12 @@ class SSVP(Method):
         "Values in every frozen tower and in every learned part."
         return {name: sum(q.numel() for q in part.parameters()) for name, part in self.named_children()}
 
-# %% ../../nbs/methods/42_ssvp.ipynb #81be7ffa
+# %% ../../nbs/methods/42_ssvp.ipynb #9c9fb8bf
 PAPER = dict(clip="clip-vitl14-336", dino="dinov3-vitl16")  # section 4.2; which of the two ViT-L/14 it does not say
 AUXILIARY = {"MAE ViT-L": dict(dino="mae-vitl16"), "DINOv2 ViT-L": dict(dino="dinov2-vitl14"), "DINOv3 ViT-S": dict(dino="dinov3-vits16"),
              "DINOv3 ViT-B": dict(dino="dinov3-vitb16"), "DINOv3 ViT-L": dict(dino="dinov3-vitl16")}  # Table 5, as changes to PAPER
 SWEEPS = dict(gamma=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0), xi=(0.70, 0.75, 0.80, 0.85, 0.90, 0.95))  # Figs 7, 8
+SSVP.studies = {"auxiliary": {name: {**PAPER, **changes} for name, changes in AUXILIARY.items()}, **{k: {f"{k} = {v}": {k: v} for v in values} for k, values in SWEEPS.items()}}
 
 # %% ../../nbs/methods/42_ssvp.ipynb #51668ff3
 def static_text(method: SSVP,
