@@ -61,7 +61,7 @@ def _one_class(method, index, size, batch_size, limits, spill, workers, bar, cac
             bar.update(len(batch))
         return rows, pixels.compute()
 
-# %% ../../nbs/evaluation/71_evaluate.ipynb #88328f01
+# %% ../../nbs/evaluation/71_evaluate.ipynb #7cb3b8d4
 def evaluate(method: Method,
              index: pd.DataFrame,    # target set; rows with split "test" are used
              size: int|None=None,    # pixels of maps and masks; default: the size of the method's first backbone
@@ -83,6 +83,7 @@ def evaluate(method: Method,
     seen = sorted(set(method.trained_on) & set(test["dataset"] + "/" + test["category"]))
     if seen: warnings.warn(f"{method.name} was trained on {', '.join(seen)}: these rows are not zero-shot", stacklevel=2)
     if isinstance(cache, (str, Path)): cache = FeatureCache(cache)
+    method.prepare(test)
     classes, images, reasons = {}, [], []
     with tqdm(total=len(test), desc=label, disable=not progress, unit="image") as bar:
         for category, part in test.groupby("category", sort=True):

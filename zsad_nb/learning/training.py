@@ -73,7 +73,7 @@ def rate(recipe: Recipe, base: float,  # learning rate of a parameter group, bef
     if recipe.schedule == "constant": return base
     return cosine_rate(base, floor, epoch, recipe.epochs) if recipe.schedule == "cosine_epochs" else cosine_rate(base, floor, step - rising, steps - rising)
 
-# %% ../../nbs/learning/61_training.ipynb #da1b4e9d
+# %% ../../nbs/learning/61_training.ipynb #58ce0a61
 def fit(method: Method,          # changed in place
         index: pd.DataFrame,     # auxiliary set: its rows are all trained on, whatever their split
         recipe: Recipe|None=None,  # default: the method's own
@@ -93,6 +93,7 @@ def fit(method: Method,          # changed in place
     if blind.any(): warnings.warn(f"{int(blind.sum())} of {int(index['anomalous'].sum())} anomalous images have no mask (first: {index['image'][blind].iloc[0]}): their pixels "
                                   "are trained as normal, as the public codes do; drop these rows to avoid it", stacklevel=2)
     recipe = recipe_of(method) if recipe is None else recipe
+    method.prepare(index, training=True)
     if isinstance(cache, (str, Path)): cache = FeatureCache(cache)
     seed_everything(recipe.seed)
     kind = dict(adamw=torch.optim.AdamW, adam=torch.optim.Adam)[recipe.optimiser]

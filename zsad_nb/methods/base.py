@@ -41,7 +41,7 @@ class Prediction:
         return Prediction(self.map.float().cpu(), self.score.float().cpu(), {},
                           *(None if t is None else t.float().cpu() for t in (self.type_map, self.type_score)))
 
-# %% ../../nbs/methods/40_base.ipynb #97375310
+# %% ../../nbs/methods/40_base.ipynb #f9c211c7
 def param(default: Any,  # the value used when nothing is said
           source: str,   # "Sec. 3.2", "code", or "ours: why"
           help: str="",  # one phrase, with units
@@ -50,7 +50,8 @@ def param(default: Any,  # the value used when nothing is said
     return field(default=default, metadata=dict(source=source, help=help))
 
 METHODS: dict[str, type] = {}  # filled by `register`
-MODULES = dict(visualad="visualad", self_distance="controls", dma_sap="dma_sap", ssvp="ssvp", winclip="winclip", anomalyclip="anomalyclip", crane="crane", crane_plus="crane")  # where the package's own methods are: imported when first asked for
+MODULES = dict(visualad="visualad", self_distance="controls", dma_sap="dma_sap", ssvp="ssvp", winclip="winclip", anomalyclip="anomalyclip", crane="crane", crane_plus="crane",
+               dapo="dapo", multiads="multiads")  # where the package's own methods are: imported when first asked for
 
 def method_class(name: str  # a method of this package, or one that was registered
                 ) -> type:
@@ -65,7 +66,7 @@ def register(cls: type  # a Method with a `name`
     METHODS[cls.name] = cls
     return cls
 
-# %% ../../nbs/methods/40_base.ipynb #e98b2347
+# %% ../../nbs/methods/40_base.ipynb #95a587f3
 class Method(nn.Module):
     "Base of every method: backbone(s), parameters, learned part, prediction."
     name, encodes = "", True
@@ -88,6 +89,9 @@ class Method(nn.Module):
     def features(self, batch, cache: FeatureCache|None=None) -> dict[str, Tensor]|Features|None:
         "`encode`, through a cache where there is one and the method says what its features depend on."
         return self.encode(batch) if cache is None or self.encode_key() is None else cache(self.encode_key(), batch, self.encode)
+    def prepare(self, index: pd.DataFrame, training: bool=False) -> "Method":
+        "Told of the index before training or testing on it; a method with defect types reads them there."
+        return self
     def loss(self, prediction: Prediction, batch) -> dict[str, Tensor]:
         "Loss terms with their sum under `total`."
         raise NotImplementedError(f"{self.name} is training-free: it has no loss")
