@@ -52,7 +52,7 @@ pretrain: env
 	papermill nbs/experiments/pretrain_tiny.ipynb runs/pretrain/pretrain_tiny.ipynb --log-output \
 	  -p steps 7000 -p batch 48 -p pool 6900 -p warmup 200 -p threads 1 -p output "$(CURDIR)/runs/pretrain/tiny_dino.safetensors"
 	papermill nbs/experiments/pretrain_tiny_clip.ipynb runs/pretrain/pretrain_tiny_clip.ipynb --log-output \
-	  -p steps 7500 -p tokens 2048 -p pool 6900 -p held 460 -p target 20 -p warmup 200 -p threads 1 -p output "$(CURDIR)/runs/pretrain/tiny_clip.safetensors"
+	  -p steps 4500 -p tokens 2048 -p pool 6900 -p held 460 -p target 20 -p warmup 200 -p threads 1 -p output "$(CURDIR)/runs/pretrain/tiny_clip.safetensors"
 
 ablations: env
 	@mkdir -p runs/ablation
