@@ -65,7 +65,7 @@ bench: env
 
 notebooks: env
 	nbdev_export
-	TQDM_DISABLE=1 PYTHONWARNINGS=ignore jupyter nbconvert --log-level WARN --to notebook --execute --inplace \
+	MPLBACKEND=module://matplotlib_inline.backend_inline TQDM_DISABLE=1 PYTHONWARNINGS=ignore jupyter nbconvert --log-level WARN --to notebook --execute --inplace \
 	  $(foreach room,backbones components methods learning evaluation tutorials,nbs/$(room)/*.ipynb)
 	nbdev_clean
 

@@ -210,7 +210,7 @@ def test_fit_and_evaluate(name, tmp_path):
         rows = fit(model, index, recipe, progress=False, workers=0, cache=tmp_path / "cache")
         losses.append(rows["total"].tolist())
     assert losses[0] == losses[1] and rows["total"][-2:].mean() < rows["total"][:2].mean() and not rows["skipped"].any() and len(model.trained_on) == 2
-    with pytest.warns(UserWarning, match="not zero-shot"): found = evaluate(model, index.assign(split="test"), progress=False, workers=0, cache=tmp_path / "cache")
+    with pytest.warns(UserWarning, match="not zero-shot"): found = evaluate(model, index.assign(split="test"), progress=False, workers=0, cache=tmp_path / "cache", allow_seen="synthetic-auxiliary")
     assert found.mean.filter(regex="^(image|pixel)_").notna().all()
 
 
@@ -632,7 +632,7 @@ def test_real_checkpoints_load(real, real_tower, shared, file, batch, tmp_path):
     ("winclip", dict(scales=(2, 2)), "occurs twice"), ("winclip", dict(shots=-1), "shots=-1"), ("winclip", dict(at_once=0), "at least 1"), ("winclip", dict(image_size=32), "windows of 3 x 3 patches in an image of 2 x 2"),
     ("anomalyclip", dict(layers="all"), "layers='all'; use last or quarters"),
     ("crane", dict(taps=(1, 5)), r"\[1\] lie before the refined path, which runs through blocks 2 to 5"), ("crane", dict(upsampling="cubic"), "use nearest or bilinear"), ("crane", dict(cls_weight=1.5), "from 0 to 1"),
-    ("crane", dict(context_train=-0.1), "a probability, from 0 to 1"), ("crane", dict(tau_train=0.0), "tau_train=0.0"), ("crane_plus", dict(value_from="output"), "use attended or input"), ("crane_plus", dict(dino_size=70), "not a multiple")])
+    ("crane", dict(context_train=-0.1), "context_train=-0.1; it must be from 0 to 1"), ("crane", dict(tau_train=0.0), "tau_train=0.0"), ("crane_plus", dict(value_from="output"), "use attended or input"), ("crane_plus", dict(dino_size=70), "not a multiple")])
 def test_wrong_parameters(name, changes, message):
     with pytest.raises(ValueError, match=message): small(name, **changes)
 

@@ -1,6 +1,7 @@
 "The command line and the demo, in small."
 import json
 
+import nbformat
 import pandas as pd
 import pytest
 
@@ -50,3 +51,50 @@ def test_show_prints_the_header(tmp_path, capsys):
     demo(tmp_path, figures=False, **SMALL)
     assert main(["show", str(tmp_path / "visualad.safetensors")]) == 0
     assert "synthetic-auxiliary/brick" in capsys.readouterr().out
+
+
+def small_notebook(path):
+    cells = [nbformat.v4.new_code_cell(c) for c in ("n: float = 1.0  # a number\nmore: list = []\noutput: str = ''", "assert n < 9, 'too large'", "import json; json.dump(dict(twice=2 * n, more=more), open(f'{output}/result.json', 'w'))")]
+    cells[0].metadata["tags"] = ["parameters"]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    return str(path)
+
+
+def test_runs_from_the_command_line(tmp_path, capsys):
+    "run, status, collect, rerun, and what each exits with."
+    book, runs = small_notebook(tmp_path / "small.ipynb"), str(tmp_path / "runs")
+    assert main(["run", book, "-p", "n", "1e-1", "-p", "more", "[1, 2]", "--root", runs]) == 0
+    said = capsys.readouterr().out
+    folder = said.split()[1]
+    assert json.loads((tmp_path / folder / "result.json").read_text()) == dict(twice=0.2, more=[1, 2]) and "0.2" in said
+    assert main(["run", book, "-p", "n", "0.1", "-p", "more", "[1, 2]", "--root", runs]) == 0
+    assert "had a result" in capsys.readouterr().out
+    assert main(["run", book, "-p", "n", "10", "--root", runs]) == 1
+    assert "too large" in capsys.readouterr().err
+    assert main(["status", runs]) == 1
+    assert "1 done, 1 failed" in capsys.readouterr().out
+    assert main(["collect", runs, "--out", str(tmp_path / "all.csv")]) == 0  # no run has a metrics.csv
+    assert "0 rows of 0 runs" in capsys.readouterr().out
+    assert main(["rerun", folder]) == 0
+    assert "3 of 3 values are the same" in capsys.readouterr().out
+
+
+def test_sweep_from_the_command_line(tmp_path, capsys):
+    small_notebook(tmp_path / "small.ipynb")
+    (tmp_path / "s.yaml").write_text("variables: {N: 20}\nnotebook: small.ipynb\ngrid: {n: [$N]}\n")
+    assert main(["sweep", str(tmp_path / "s.yaml"), "--root", str(tmp_path / "runs"), "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("to run") == 1 and not (tmp_path / "runs").exists()
+    assert main(["sweep", str(tmp_path / "s.yaml"), "--root", str(tmp_path / "runs"), "--cores", "1"]) == 1
+    assert "too large" in capsys.readouterr().err and (tmp_path / "runs" / "s" / "summary.md").exists()
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["run", "BOOK", "-p", "m", "1"], "unknown parameter of small.ipynb 'm'"), (["run", "BOOK", "-p", "n", "many"], "it must be float"), (["run", "none.ipynb"], "no notebook at none.ipynb"),
+    (["sweep", "none.yaml"], "no sweep at none.yaml"), (["sweep", "SWEEP", "--set", "M=1"], "unknown variable of the sweep 'M'"), (["status", "nowhere"], "no folder nowhere"),
+    (["collect", "nowhere"], "no folder nowhere"), (["rerun", "nowhere"], "is absent")])
+def test_expected_errors_are_one_line(tmp_path, capsys, arguments, message):
+    book = small_notebook(tmp_path / "small.ipynb")
+    (tmp_path / "s.yaml").write_text("notebook: small.ipynb\n")
+    assert main([{"BOOK": book, "SWEEP": str(tmp_path / "s.yaml")}.get(a, a) for a in arguments]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.startswith(f"zsad {arguments[0]}: ") and said.count("\n") == 1

@@ -245,11 +245,16 @@ def test_training_is_remembered(full, tmp_path):
     assert log.columns[:5].tolist() == ["step", "epoch", "seconds", "lr", "skipped"] and {"total", "cls", "ctr", "focal", "dice"} <= set(log.columns)
     again = load(save(method, tmp_path / "trained.safetensors"))
     for m in (method, again):
-        with pytest.warns(UserWarning, match=f"trained on {names[0]}: these rows are not zero-shot"):
-            assert evaluate(m, rows(full, category(full, 0) | category(full, 2)), progress=False).seen == names[:1]
+        tested = rows(full, category(full, 0) | category(full, 2))
+        both, data = sorted(set(tested["dataset"] + "/" + tested["category"])), names[0].split("/")[0]
+        with pytest.warns(UserWarning, match=f"trained on {names[0]}, {names[1]}: the rows of {both[0]}, {both[1]} are not zero-shot"):
+            assert evaluate(m, tested, progress=False, allow_seen=data).seen == both
+        with pytest.raises(ValueError, match=f"{both[0]}, {both[1]} would not be zero-shot; .*allow_seen=.'{data}',"): evaluate(m, tested, progress=False)
+        with pytest.raises(ValueError, match=f"so {both[1]} would not be zero-shot"): evaluate(m, tested, progress=False, allow_seen=both[:1])
+        with pytest.raises(ValueError, match="would not be zero-shot"): evaluate(m, unseen, progress=False, allow_seen="another")
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert evaluate(m, unseen, progress=False).seen == []
+            assert evaluate(m, unseen.assign(dataset="another"), progress=False).seen == []
     fit(again, unseen, Recipe(epochs=1), progress=False)
     assert again.trained_on == sorted({*names, unseen["dataset"][0] + "/" + unseen["category"][0]}), "a second training adds to the first"
 
@@ -425,14 +430,17 @@ def test_sizes_and_taps_that_do_not_exist():
     assert small(taps=[3, 6]).p.taps == (3, 6), "JSON has lists only"
 
 
-@pytest.mark.parametrize("name", MODULES)
+INDUCTIVE = [n for n in MODULES if not method_class(n).transductive]  # the others need the index first: their own tests
+
+
+@pytest.mark.parametrize("name", INDUCTIVE)
 @pytest.mark.parametrize("level", [0.0, 0.5, 1.0])
 def test_black_and_uniform_images(name, level):
     prediction = small(name).predict(batch_of(torch.full((2, 3, SIZE, SIZE), level)))
     assert prediction.map.isfinite().all() and prediction.score.isfinite().all() and torch.equal(prediction.map[0], prediction.map[1])
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", INDUCTIVE)
 def test_images_of_another_size_than_the_backbone(name):
     prediction = small(name).predict(batch_of(torch.rand(2, 3, 90, 40)))
     assert prediction.map.shape == (2, 90, 40) and prediction.map.isfinite().all()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHOICES', 'distinct', 'TypeMetrics', 'macro', 'TypeEvaluation', 'evaluate_types']
 
-# %% ../../nbs/evaluation/73_multi_type.ipynb #757d9108
+# %% ../../nbs/evaluation/73_multi_type.ipynb #17a1e62a
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from ..core import write_atomically
 from ..data.images import batches, defect_names
 from ..data.index import GOOD
 from ..data.taxonomy import novel_types, product_types, typed
-from .evaluate import MEAN
+from .evaluate import MEAN, seen_in_training
 from .metrics import _Ranks
 from .rank_counts import RankCounts
 
@@ -133,7 +133,7 @@ class TypeEvaluation:
         for name, table in parts.items(): path = write_atomically(folder/f"{name}.csv", lambda p, table=table: table.to_csv(p, index=False))
         return path
 
-# %% ../../nbs/evaluation/73_multi_type.ipynb #a9d4e6db
+# %% ../../nbs/evaluation/73_multi_type.ipynb #04a66fa5
 def evaluate_types(method,                  # with types: dapo, multiads
                    index: pd.DataFrame,     # target set; rows with split "test" are used
                    size: int|None=None,     # pixels of maps and masks; default: the size of the method's first backbone
@@ -146,12 +146,14 @@ def evaluate_types(method,                  # with types: dapo, multiads
                    workers: int=2,          # threads that read ahead
                    progress: bool=True,     # a bar on stderr
                    cache=None,              # keeps frozen features (see `evaluate`)
+                   allow_seen: tuple|str=(),  # data sets or "dataset/category" to evaluate although training has seen them
                   ) -> TypeEvaluation:
     "Multi-type segmentation per product, then mean (section 6)."
     if not hasattr(method, "type_maps"): raise ValueError(f"{method.name} knows no types; use dapo or multiads")
     if not choices or set(choices) - set(CHOICES): raise ValueError(f"choices={choices}; choose from {', '.join(CHOICES)}")
     test = index[index["split"] == "test"]
     if len(test) == 0: raise ValueError(f"the index has no rows with split 'test' (splits: {sorted(index['split'].unique())}); nothing to evaluate")
+    seen_in_training(method, test, allow_seen)
     test = typed(test, multi_label=multi_label)
     notes = [f"{int((index['split'] == 'test').sum()) - len(test)} images without a single type were left out"] if len(test) < (index["split"] == "test").sum() else []
     method.prepare(test)

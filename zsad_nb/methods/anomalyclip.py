@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AnomalyCLIPParameters', 'AnomalyCLIP', 'import_released']
 
-# %% ../../nbs/methods/51_anomalyclip.ipynb #b38fa580
+# %% ../../nbs/methods/51_anomalyclip.ipynb #5412bd9f
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,39 +19,32 @@ from ..backbones.weights import WeightsError, read_state
 from ..components.dual_path import dual_path, joint
 from ..components.maps import to_pixels
 from ..learning.losses import dice, focal
-from .base import Method, Prediction, param, register
+from .base import Method, ParameterSet, Prediction, param, register
 
-# %% ../../nbs/methods/51_anomalyclip.ipynb #d4e43421
+# %% ../../nbs/methods/51_anomalyclip.ipynb #0fd886be
 @dataclass(frozen=True)
-class AnomalyCLIPParameters:
+class AnomalyCLIPParameters(ParameterSet):
     "Every choice AnomalyCLIP makes."
     clip: str = param("tiny-clip", "ours: the embedded default; paper: clip-vitl14-336", "image and text tower, a CLIP of the backbone table")
     clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
     image_size: int|None = param(None, "paper: 518; default: the CLIP tower's", "pixels, square")
-    layers: str = param("last", "code; paper: quarters", "last block, or quarters of the depth (6/12/18/24 of 24)")
+    layers: str = param("last", "code; paper: quarters", "last block, or quarters of the depth (6/12/18/24 of 24)", ("last", "quarters"))
     taps: tuple|None = param(None, "by layers", "1-based blocks whose maps are summed")
-    dual_blocks: int|None = param(None, "code: 19 of 24; default: the same share of the depth", "length of the refined path; 0: none (without DPAM)")
-    attention: str = param("vv", "paper", "of the refined path: vv, or qkv (Crane)")
-    prompt_count: int = param(12, "paper", "E, learned vectors a prompt")
+    dual_blocks: int|None = param(None, "code: 19 of 24; default: the same share of the depth", "length of the refined path; 0: none (without DPAM)", "0 or more")
+    attention: str = param("vv", "paper", "of the refined path: vv, or qkv (Crane)", ("vv", "qkv"))
+    prompt_count: int = param(12, "paper", "E, learned vectors a prompt", "at least 1")
     normal_words: str = param("object.", "paper", "behind the vectors of T_n")
     abnormal_words: str = param("damaged object.", "paper", "behind the vectors of T_a")
     deep_tokens: int = param(4, "paper", "learned vectors at the input of further text blocks; 0: none")
     deep_sets: int = param(8, "code: depth 9", "of how many text blocks, from the second on, at most")
     prompt_std: float = param(0.02, "code", "of the learned vectors at the start")
     cls_norm: bool = param(False, "code", "class token through ln_post before the projection")
-    tau: float = param(0.07, "code", "temperature of maps, score and loss")
-    sigma: float = param(4.0, "code", "Gaussian of the map, pixels; evaluation only")
+    tau: float = param(0.07, "code", "temperature of maps, score and loss", "above 0")
+    sigma: float = param(4.0, "code", "Gaussian of the map, pixels; evaluation only", "0 or more")
     weight_local: float = param(4.0, "code", "weight of the pixel loss")
     lr: float = param(1e-3, "paper", "learning rate")
     release_compat: bool = param(False, "ours", "defects of the released code: at present deep_half")
     deep_half: bool|None = param(None, "by release_compat; code: True", "cast deep text tokens to float16 at insertion")
-
-    def __post_init__(self):
-        for name, known in dict(layers=("last", "quarters"), attention=("vv", "qkv")).items():
-            if getattr(self, name) not in known: raise ValueError(f"{name}={getattr(self, name)!r}; use {' or '.join(known)}")
-        for name, fine, rule in (("tau", self.tau > 0, "above 0"), ("sigma", self.sigma >= 0, "0 or more"), ("prompt_count", self.prompt_count >= 1, "at least 1"),
-                                 ("dual_blocks", self.dual_blocks is None or self.dual_blocks >= 0, "0 or more")):
-            if not fine: raise ValueError(f"{name}={getattr(self, name)}; it must be {rule}")
 
 # %% ../../nbs/methods/51_anomalyclip.ipynb #0d7a0f62
 @register

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['distance_to_mean', 'SelfDistanceParameters', 'SelfDistance']
 
-# %% ../../nbs/methods/45_controls.ipynb #8c5bff9a
+# %% ../../nbs/methods/45_controls.ipynb #da1097ca
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -13,24 +13,24 @@ from torch import Tensor
 
 from ..backbones.backbones import Features, create_backbone
 from ..components.maps import to_pixels, top_share_mean
-from .base import Method, Prediction, param, register
+from .base import Method, ParameterSet, Prediction, param, register
 
-# %% ../../nbs/methods/45_controls.ipynb #e4e58ee5
+# %% ../../nbs/methods/45_controls.ipynb #869d3cfc
 def distance_to_mean(patches: Tensor  # (B, N, D)
                     ) -> Tensor:      # (B, N) in [0, 2]
     "1 - cosine of every patch to the mean patch of its own image (ours)."
     return 1 - F.cosine_similarity(patches, patches.mean(1, keepdim=True), dim=-1)
 
 @dataclass(frozen=True)
-class SelfDistanceParameters:
+class SelfDistanceParameters(ParameterSet):
     "Every choice the control makes."
     backbone: str = param("tiny-dino", "ours: the embedded default", "name in the backbone table")
     weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
     image_size: int|None = param(None, "the backbone's", "pixels, square")
     tap: int|None = param(None, "ours: the middle block", "1-based block")
     norm: bool = param(False, "ours", "apply the backbone's final norm to the tap")
-    sigma: float = param(4.0, "as VisualAD", "Gaussian of the map, pixels")
-    top_share: float = param(0.01, "as VisualAD", "share of the pixels whose mean is the image score")
+    sigma: float = param(4.0, "as VisualAD", "Gaussian of the map, pixels", "0 or more")
+    top_share: float = param(0.01, "as VisualAD", "share of the pixels whose mean is the image score", "above 0, at most 1")
 
 @register
 class SelfDistance(Method):

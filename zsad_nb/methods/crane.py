@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CraneParameters', 'CranePlusParameters', 'Crane', 'CranePlus', 'import_released']
 
-# %% ../../nbs/methods/52_crane.ipynb #ae95d142
+# %% ../../nbs/methods/52_crane.ipynb #29d7ba66
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,34 +21,34 @@ from ..components.maps import to_pixels
 from ..components.sap import image_feature, pool, pooling_weights
 from ..learning.losses import dice, focal
 from .anomalyclip import import_released
-from .base import Method, Prediction, param, register
+from .base import Method, ParameterSet, Prediction, param, register
 
 _all_ = ["import_released"]
 
-# %% ../../nbs/methods/52_crane.ipynb #0453d277
+# %% ../../nbs/methods/52_crane.ipynb #1d39496d
 @dataclass(frozen=True)
-class CraneParameters:
+class CraneParameters(ParameterSet):
     "Every choice Crane makes."
     clip: str = param("tiny-clip", "ours: the embedded default; paper: clip-vitl14-336", "image and text tower, a CLIP of the backbone table")
     clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
     image_size: int|None = param(None, "code: 518; default: the CLIP tower's", "pixels, square")
     taps: tuple|None = param(None, "code: 6/12/18/24 of 24; default: quarters of the depth", "1-based blocks of the refined path that are compared with text")
-    dual_blocks: int|None = param(None, "code: 19 of 24; default: the same share of the depth", "length of the refined path; 0: none")
-    attention: str = param("qkv", "paper: E-Attn", "of the refined path: qkv, or vv (AnomalyCLIP)")
-    prompt_count: int = param(12, "code", "E, learned vectors a prompt")
+    dual_blocks: int|None = param(None, "code: 19 of 24; default: the same share of the depth", "length of the refined path; 0: none", "0 or more")
+    attention: str = param("qkv", "paper: E-Attn", "of the refined path: qkv, or vv (AnomalyCLIP)", ("qkv", "vv"))
+    prompt_count: int = param(12, "code", "E, learned vectors a prompt", "at least 1")
     normal_words: str = param("object.", "code", "behind the vectors of T_n")
     abnormal_words: str = param("damaged object.", "code", "behind the vectors of T_a")
     deep_tokens: int = param(4, "code", "learned vectors at the input of further text blocks; 0: none")
     deep_sets: int = param(8, "code: depth 9", "of how many text blocks, from the second on, at most")
     prompt_std: float = param(0.02, "code", "of the learned vectors at the start")
-    context_train: float = param(1.0, "code", "probability of a training step with the image in the prompt")
+    context_train: float = param(1.0, "code", "probability of a training step with the image in the prompt", "from 0 to 1")
     context_test: bool = param(False, "released test commands; True: context.* of the parity fixture", "the image in the prompt at evaluation")
-    cls_weight: float = param(0.5, "code", "share of the class token in the image feature")
-    tau: float = param(0.07, "code", "temperature of maps and score")
-    tau_train: float = param(0.01, "code", "temperature of the image's cross-entropy")
+    cls_weight: float = param(0.5, "code", "share of the class token in the image feature", "from 0 to 1")
+    tau: float = param(0.07, "code", "temperature of maps and score", "above 0")
+    tau_train: float = param(0.01, "code", "temperature of the image's cross-entropy", "above 0")
     soft_mean: bool = param(True, "code: Crane True, Crane+ False", "average probabilities instead of logits")
-    sigma: float = param(4.0, "code", "Gaussian of the map, pixels; evaluation only")
-    upsampling: str = param("nearest", "code", "of the maps in the loss: nearest or bilinear")
+    sigma: float = param(4.0, "code", "Gaussian of the map, pixels; evaluation only", "0 or more")
+    upsampling: str = param("nearest", "code", "of the maps in the loss: nearest or bilinear", ("nearest", "bilinear"))
     weight_focal: float = param(2.0, "code", "weight of the focal loss")
     weight_dice: float = param(2.0, "code", "weight of the dice loss")
     weight_ce: float = param(0.2, "code", "weight of the image's cross-entropy")
@@ -56,14 +56,6 @@ class CraneParameters:
     release_compat: bool = param(False, "ours", "defects of the released code, as far as they are not set one by one")
     deep_half: bool|None = param(None, "by release_compat; code: True", "cast deep text tokens to float16 at insertion")
     aliased: bool|None = param(None, "by release_compat; code: True", "every listed layer is the last block")
-
-    def __post_init__(self):
-        for name, known in dict(attention=("qkv", "vv"), upsampling=("nearest", "bilinear"), value_from=("attended", "input")).items():
-            if getattr(self, name, known[0]) not in known: raise ValueError(f"{name}={getattr(self, name)!r}; use {' or '.join(known)}")
-        for name, fine, rule in (("tau", self.tau > 0, "above 0"), ("tau_train", self.tau_train > 0, "above 0"), ("sigma", self.sigma >= 0, "0 or more"), ("prompt_count", self.prompt_count >= 1, "at least 1"),
-                                 ("cls_weight", 0 <= self.cls_weight <= 1, "from 0 to 1"), ("context_train", 0 <= self.context_train <= 1, "a probability, from 0 to 1"),
-                                 ("dual_blocks", self.dual_blocks is None or self.dual_blocks >= 0, "0 or more")):
-            if not fine: raise ValueError(f"{name}={getattr(self, name)}; it must be {rule}")
 
     def defect(self, name: str) -> bool:
         "Whether one of the released code's defects is wanted."
@@ -77,7 +69,7 @@ class CranePlusParameters(CraneParameters):
     dino: str = param("tiny-dino", "ours: the embedded default; code: dinov2-vitb14-reg", "second image tower")
     dino_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
     dino_size: int|None = param(None, "code: the same 518; default: as many patches as CLIP", "pixels of DINO's input, square")
-    value_from: str = param("attended", "code; paper: input", "values of LN1 of the last block's input + attention, or of its input")
+    value_from: str = param("attended", "code; paper: input", "values of LN1 of the last block's input + attention, or of its input", ("attended", "input"))
     scale: float = param(3.0, "paper", "sharpness of D-Attn")
     shift: float = param(1.2, "paper", "threshold of D-Attn in units of the mean cosine")
     centre: bool|None = param(None, "ours: for tiny-dino only, whose patches are nearly parallel", "take each image's mean patch off before the cosines")

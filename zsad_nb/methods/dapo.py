@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TypeMethod', 'chosen', 'segment', 'DAPOParameters', 'DAPO', 'released_names', 'import_released']
 
-# %% ../../nbs/methods/44_dapo.ipynb #858a466a
+# %% ../../nbs/methods/44_dapo.ipynb #b94bce38
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..data.images import defect_names
 from ..data.index import GOOD
 from ..data.taxonomy import check_types, index_types, label_types, plain, type_words
 from ..learning.losses import dice
-from .base import Method, Prediction, load_tensors, param, register
+from .base import Method, ParameterSet, Prediction, load_tensors, param, register
 
 # %% ../../nbs/methods/44_dapo.ipynb #ae7a731a
 class TypeMethod(Method):
@@ -118,15 +118,15 @@ def segment(prediction: Prediction  # of a method with types, as `predict` gives
     "The largest state of every pixel (section 6)."
     return torch.cat([prediction.layers["normal"][:, None], prediction.type_map], 1).argmax(1)
 
-# %% ../../nbs/methods/44_dapo.ipynb #2e22ab74
+# %% ../../nbs/methods/44_dapo.ipynb #fbd6bece
 @dataclass(frozen=True)
-class DAPOParameters:
+class DAPOParameters(ParameterSet):
     "Every choice DAPO makes."
     clip: str = param("tiny-clip", "ours: the embedded default; code: clip-vitl14-336", "image and text tower, a CLIP of the backbone table")
     clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
     image_size: int|None = param(None, "code: 518; default: the tower's", "pixels, square")
     clip_taps: tuple|None = param(None, "code: 6/12/18/24 of 24; default: the tower's", "1-based blocks")
-    positions: str = param("bicubic", "code", "how the image tower's positions are resized: bicubic (antialiased) or bilinear")
+    positions: str = param("bicubic", "code", "how the image tower's positions are resized: bicubic (antialiased) or bilinear", ("bicubic", "bilinear"))
     types: tuple|str|None = param(None, "code: the data set's own list", "defect types: names, or a data set of the taxonomy; None: those of the index")
     words: tuple|None = param(None, "ours", "what the prompts call the types; default: the names, or the taxonomy's words")
     types_from: str = param("", "ours", "given: the types stay; index: every index brings its own; default: index if no types were given")
@@ -138,26 +138,19 @@ class DAPOParameters:
     vectors: int = param(5, "code", "l, learned vectors a context")
     text_tokens: int = param(4, "code", "deep tokens a text block; 0: none")
     text_depth: int|None = param(None, "code: all", "text blocks that have them")
-    image_tokens: int = param(4, "code", "deep tokens an image block; 0: none")
+    image_tokens: int = param(4, "code", "deep tokens an image block; 0: none", "0 or more")
     image_depth: int|None = param(None, "code: all", "image blocks that have them")
-    alpha: float = param(0.01, "code", "share of the previous block's tokens in a block's own")
+    alpha: float = param(0.01, "code", "share of the previous block's tokens in a block's own", "from 0 to 1")
     release_compat: bool = param(False, "ours: repaired", "text encoder as released: no causal mask, read before the end")
     causal: bool|None = param(None, "default: not release_compat", "causal mask in the text tower")
     true_end: bool|None = param(None, "default: not release_compat", "read the sentence at its end")
-    tau: float = param(0.07, "code", "temperature of patches and image")
-    sigma: float = param(0.0, "code: none", "Gaussian of the maps, pixels; evaluation only")
-    type_from: str = param("image", "code; 'map' is ours", "type scores from the class token (image) or from the type maps (map)")
-    top_share: float = param(0.01, "ours", "share of the pixels whose mean is a type's score, for type_from='map'")
+    tau: float = param(0.07, "code", "temperature of patches and image", "above 0")
+    sigma: float = param(0.0, "code: none", "Gaussian of the maps, pixels; evaluation only", "0 or more")
+    type_from: str = param("image", "code; 'map' is ours", "type scores from the class token (image) or from the type maps (map)", ("image", "map"))
+    top_share: float = param(0.01, "ours", "share of the pixels whose mean is a type's score, for type_from='map'", "above 0, at most 1")
     weight_local: float = param(4.0, "code", "lambda, weight of the pixel losses")
     weight_global: float = param(1.0, "code", "weight of the image's cross-entropy")
     lr: float = param(1e-3, "code", "learning rate")
-
-    def __post_init__(self):
-        for name, known in dict(positions=("bicubic", "bilinear"), type_from=("image", "map")).items():
-            if getattr(self, name) not in known: raise ValueError(f"{name}={getattr(self, name)!r}; use {' or '.join(known)}")
-        for name, fine, rule in (("tau", self.tau > 0, "above 0"), ("sigma", self.sigma >= 0, "0 or more"), ("alpha", 0 <= self.alpha <= 1, "from 0 to 1"),
-                                 ("top_share", 0 < self.top_share <= 1, "above 0, at most 1"), ("image_tokens", self.image_tokens >= 0, "0 or more")):
-            if not fine: raise ValueError(f"{name}={getattr(self, name)}; it must be {rule}")
 
 # %% ../../nbs/methods/44_dapo.ipynb #3bbf9e2c
 @register

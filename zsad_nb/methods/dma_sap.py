@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DMASAPParameters', 'thirds', 'DMASAP']
 
-# %% ../../nbs/methods/41_dma_sap.ipynb #7a8cbb0a
+# %% ../../nbs/methods/41_dma_sap.ipynb #10f6e492
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,11 +20,11 @@ from ..components.dual_path import dual_path, joint, values_to_joint
 from ..components.maps import to_pixels
 from ..components.sap import SAP, image_feature, pool, pooling_weights
 from ..learning.losses import dice, focal
-from .base import Method, Prediction, param, register
+from .base import Method, ParameterSet, Prediction, param, register
 
-# %% ../../nbs/methods/41_dma_sap.ipynb #777bb536
+# %% ../../nbs/methods/41_dma_sap.ipynb #c0f54fc5
 @dataclass(frozen=True)
-class DMASAPParameters:
+class DMASAPParameters(ParameterSet):
     "Every choice DMA+SAP makes."
     clip: str = param("tiny-clip", "ours: the embedded default; stated: clip-vitl14-336", "image and text tower, a CLIP of the backbone table")
     clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
@@ -35,11 +35,11 @@ class DMASAPParameters:
     clip_taps: tuple|None = param(None, "stated: 8/16/24 of 24; default: thirds of the depth", "1-based blocks, shallow first")
     dino_taps: tuple|None = param(None, "stated: 4/8/12 of 12; default: thirds of the depth", "1-based blocks, one for each of clip_taps")
     dino_norm: bool = param(True, "Crane, for the last block", "DINO's final norm at every depth")
-    dual_blocks: int|None = param(None, "Crane: 19 of 24; default: the same share of the depth", "length of the refined path of F_self")
-    attention: str = param("qkv", "stated", "of the refined path: qkv (Crane) or vv (AnomalyCLIP)")
-    value_from: str = param("input", "Crane's paper; its code: attended", "values of LN1 of the block's input, or of input + attention")
+    dual_blocks: int|None = param(None, "Crane: 19 of 24; default: the same share of the depth", "length of the refined path of F_self", "at least 1")
+    attention: str = param("qkv", "stated", "of the refined path: qkv (Crane) or vv (AnomalyCLIP)", ("qkv", "vv"))
+    value_from: str = param("input", "Crane's paper; its code: attended", "values of LN1 of the block's input, or of input + attention", ("input", "attended"))
     self_map: bool = param(True, "stated", "F_self is the second local feature")
-    fusion: str = param("hierarchical", "stated", "hierarchical: all depths; deep: the last one alone")
+    fusion: str = param("hierarchical", "stated", "hierarchical: all depths; deep: the last one alone", ("hierarchical", "deep"))
     dma: bool = param(True, "stated", "False: CLIP's own patches + projected DINO patches (ablations A, B)")
     project_first: bool = param(True, "stated order; Crane: raw", "cosines of the projected DINO patches")
     scale: float = param(3.0, "stated", "delta of A_dino")
@@ -47,39 +47,28 @@ class DMASAPParameters:
     threshold: bool = param(True, "Crane", "cosines below epsilon * mean are removed; False: the printed formula")
     centre: bool|None = param(None, "ours: for tiny-dino only, whose patches are nearly parallel", "take each image's mean patch off before the cosines")
     theta: float = param(0.0, "ours: begin as Crane", "start of theta, the weight of A_clip")
-    query: str = param("text", "ours: class-agnostic", "of A_clip: text (mean of T_n and T_a) or cls (the image's class token)")
+    query: str = param("text", "ours: class-agnostic", "of A_clip: text (mean of T_n and T_a) or cls (the image's class token)", ("text", "cls"))
     levels: tuple = param((0.5, 0.5, 1.0), "ours: begin with the paper's values after training", "alpha, beta, gamma, shallow first")
-    prompt_count: int = param(12, "Crane", "E, learned vectors a prompt")
+    prompt_count: int = param(12, "Crane", "E, learned vectors a prompt", "at least 1")
     normal_words: str = param("object.", "stated", "behind the vectors of T_n")
     abnormal_words: str = param("damaged object.", "stated", "behind the vectors of T_a")
     deep_tokens: int = param(4, "Crane", "learned vectors at the input of further text blocks; 0: none")
     deep_sets: int = param(8, "Crane", "of how many text blocks, at most")
     prompt_std: float = param(0.02, "Crane", "of the learned vectors at the start")
-    pooling: str = param("sap", "stated", "sap; map: f_base alone (Crane); cls: the class token alone")
-    sap_weights: str = param("spatial", "ours of two readings", "spatial: softmax over positions; class: over normal and abnormal (Crane)")
+    pooling: str = param("sap", "stated", "sap; map: f_base alone (Crane); cls: the class token alone", ("sap", "map", "cls"))
+    sap_weights: str = param("spatial", "ours of two readings", "spatial: softmax over positions; class: over normal and abnormal (Crane)", ("spatial", "class"))
     gate: float = param(0.0, "ours: half of each pathway", "start of SAP's alpha")
-    cls_weight: float = param(0.5, "Crane", "share of the class token in the image feature")
-    tau: float = param(0.07, "Crane", "temperature of maps and score")
-    tau_train: float = param(0.01, "Crane", "temperature of the image's cross-entropy")
+    cls_weight: float = param(0.5, "Crane", "share of the class token in the image feature", "from 0 to 1")
+    tau: float = param(0.07, "Crane", "temperature of maps and score", "above 0")
+    tau_train: float = param(0.01, "Crane", "temperature of the image's cross-entropy", "above 0")
     soft_mean: bool = param(False, "Crane+", "average probabilities instead of logits")
-    sigma: float = param(4.0, "Crane", "Gaussian of the map, pixels; evaluation only")
-    loss_maps: str = param("each", "Crane", "focal and dice of each local feature's map (summed), or of the mean map")
-    upsampling: str = param("nearest", "Crane", "of the maps in the loss: nearest or bilinear")
+    sigma: float = param(4.0, "Crane", "Gaussian of the map, pixels; evaluation only", "0 or more")
+    loss_maps: str = param("each", "Crane", "focal and dice of each local feature's map (summed), or of the mean map", ("each", "mean"))
+    upsampling: str = param("nearest", "Crane", "of the maps in the loss: nearest or bilinear", ("nearest", "bilinear"))
     weight_focal: float = param(1.0, "stated (Crane: 2)", "weight of the focal loss")
     weight_dice: float = param(1.0, "ours: lambda_dice is not stated (Crane: 2)", "weight of the dice loss")
     weight_ce: float = param(0.2, "stated", "weight of the image's cross-entropy")
     lr: float = param(1e-3, "stated", "learning rate")
-
-    def __post_init__(self):
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known: raise ValueError(f"{name}={getattr(self, name)!r}; use {' or '.join(known)}")
-        for name, fine, rule in (("tau", self.tau > 0, "above 0"), ("tau_train", self.tau_train > 0, "above 0"), ("sigma", self.sigma >= 0, "0 or more"),
-                                 ("prompt_count", self.prompt_count >= 1, "at least 1"), ("cls_weight", 0 <= self.cls_weight <= 1, "from 0 to 1"),
-                                 ("dual_blocks", self.dual_blocks is None or self.dual_blocks >= 1, "at least 1")):
-            if not fine: raise ValueError(f"{name}={getattr(self, name)}; it must be {rule}")
-
-_CHOICES = dict(attention=("qkv", "vv"), value_from=("input", "attended"), fusion=("hierarchical", "deep"), query=("text", "cls"), pooling=("sap", "map", "cls"),
-                sap_weights=("spatial", "class"), loss_maps=("each", "mean"), upsampling=("nearest", "bilinear"))
 
 # %% ../../nbs/methods/41_dma_sap.ipynb #76090263
 def thirds(depth: int) -> tuple:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TYPE_STATES', 'type_states', 'MultiADSParameters', 'MultiADS']
 
-# %% ../../nbs/methods/44a_multiads.ipynb #e349538d
+# %% ../../nbs/methods/44a_multiads.ipynb #f251a349
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +17,7 @@ from ..backbones.text import create_text, rewrite
 from ..components.dapo_prompts import enlarge, focal_types, type_logits
 from ..components.maps import to_pixels
 from ..learning.losses import dice
-from .base import Prediction, param, register
+from .base import ParameterSet, Prediction, param, register
 from .dapo import TypeMethod, chosen
 
 # %% ../../nbs/methods/44a_multiads.ipynb #d0e3b6e2
@@ -28,31 +28,26 @@ def type_states(word: str  # a type's word
     "What a sentence can say of an object with this defect (ours)."
     return tuple(s.format(word) for s in TYPE_STATES)
 
-# %% ../../nbs/methods/44a_multiads.ipynb #608b2bf4
+# %% ../../nbs/methods/44a_multiads.ipynb #b222b4e2
 @dataclass(frozen=True)
-class MultiADSParameters:
+class MultiADSParameters(ParameterSet):
     "Every choice MultiADS makes."
     clip: str = param("tiny-clip", "ours: the embedded default; code: clip-vitl14-336", "image and text tower, a CLIP of the backbone table")
     clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
     image_size: int|None = param(None, "code: 518; default: the tower's", "pixels, square")
     clip_taps: tuple|None = param(None, "code: 6/12/18/24 of 24; default: the tower's", "1-based blocks")
-    positions: str = param("bicubic", "code", "how the image tower's positions are resized: bicubic (antialiased) or bilinear")
+    positions: str = param("bicubic", "code", "how the image tower's positions are resized: bicubic (antialiased) or bilinear", ("bicubic", "bilinear"))
     types: tuple|str|None = param(None, "code: the data set's own list", "defect types: names, or a data set of the taxonomy; None: those of the index")
     words: tuple|None = param(None, "ours", "what the sentences call the types; default: the names, or the taxonomy's words")
     types_from: str = param("", "ours", "given: the types stay; index: every index brings its own; default: index if no types were given")
     unknown_words: str = param("warn", "ours", "words the text tower has never read: warn or error")
     thing: str = param("", "code: the product's name", "name of every object; default: the category")
-    templates: tuple = param(WINCLIP_TEMPLATES, "ours; code: 35 of its own", "sentences around a state")
-    tau: float = param(0.01, "code", "temperature")
-    sigma: float = param(0.0, "code: none", "Gaussian of the maps, pixels; evaluation only")
-    top: int = param(1, "first release: the maximum; later: 3", "pixels whose mean is the image score")
+    templates: tuple = param(WINCLIP_TEMPLATES, "ours; code: 35 of its own", "sentences around a state", "one or more")
+    tau: float = param(0.01, "code", "temperature", "above 0")
+    sigma: float = param(0.0, "code: none", "Gaussian of the maps, pixels; evaluation only", "0 or more")
+    top: int = param(1, "first release: the maximum; later: 3", "pixels whose mean is the image score", "at least 1")
     dice: bool = param(True, "first release; its multi-type script: no", "dice loss beside the focal loss")
     lr: float = param(1e-3, "code", "learning rate")
-
-    def __post_init__(self):
-        if self.positions not in ("bicubic", "bilinear"): raise ValueError(f"positions={self.positions!r}; use bicubic or bilinear")
-        for name, fine, rule in (("tau", self.tau > 0, "above 0"), ("sigma", self.sigma >= 0, "0 or more"), ("top", self.top >= 1, "at least 1"), ("templates", len(self.templates) > 0, "one sentence or more")):
-            if not fine: raise ValueError(f"{name}={getattr(self, name)}; it must be {rule}")
 
 # %% ../../nbs/methods/44a_multiads.ipynb #f5d6eccf
 @register

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VisualADParameters', 'VisualAD', 'released_names', 'import_released', 'export_released']
 
-# %% ../../nbs/methods/43_visualad.ipynb #b10bafcd
+# %% ../../nbs/methods/43_visualad.ipynb #fd41563a
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,29 +18,29 @@ from ..backbones.weights import WeightsError, read_state
 from ..components.maps import to_pixels, top_share_mean
 from ..components.visual_tokens import SAF, SCA, init_tokens, token_contrast
 from ..learning.losses import angle_margin, dice, focal, image_bce
-from .base import Method, Prediction, load_tensors, param, register
+from .base import Method, ParameterSet, Prediction, load_tensors, param, register
 
-# %% ../../nbs/methods/43_visualad.ipynb #2f2dc163
+# %% ../../nbs/methods/43_visualad.ipynb #dd1b4627
 @dataclass(frozen=True)
-class VisualADParameters:
+class VisualADParameters(ParameterSet):
     "Every choice VisualAD makes."
     backbone: str = param("tiny-dino", "ours: the embedded default; paper: clip-vitl14-336", "name in the backbone table")
     weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
     image_size: int|None = param(None, "code: 518 for ViT-L/14; default: the backbone's", "pixels, square")
     taps: tuple|None = param(None, "code: 6/12/18/24 of 24 blocks; default: the backbone's", "1-based blocks")
-    anchors: int = param(4, "paper, script and checkpoints (class default 8)", "m, queries of SCA")
+    anchors: int = param(4, "paper, script and checkpoints (class default 8)", "m, queries of SCA", "at least 1")
     sca: bool = param(True, "paper: ablation", "correct the tokens with each tap's patches")
     saf: bool = param(True, "paper: ablation", "align each tap's patches with the tokens")
     sca_rows: int = param(1536, "code", "rows of SCA's position table")
-    sca_positions: str = param("raster", "code; 'interpolate' is ours", "use of the table at other grids than trained: raster or interpolate")
+    sca_positions: str = param("raster", "code; 'interpolate' is ours", "use of the table at other grids than trained: raster or interpolate", ("raster", "interpolate"))
     sca_grid: int|None = param(None, "ours", "side of the patch grid the table was trained on, for sca_positions='interpolate'; default: this model's own")
     sca_scale: float = param(0.01, "training script (class default 0.1)", "initial alpha")
     dropout: float = param(0.1, "code", "in SCA and SAF while training")
     saf_ratio: float = param(1.0, "code", "hidden width of SAF / D")
     token_scale: float = param(0.1, "code", "standard deviation of the initial tokens times sqrt(D)")
-    ln_post: str = param("base", "code: evaluation uses the backbone's own", "final norm at evaluation: base or trained; 'frozen' does not train it either (ours)")
-    sigma: float = param(4.0, "code", "Gaussian of the map, pixels")
-    top_share: float = param(0.01, "paper and code", "share of the pixels whose mean is the image score")
+    ln_post: str = param("base", "code: evaluation uses the backbone's own", "final norm at evaluation: base or trained; 'frozen' does not train it either (ours)", ("base", "trained", "frozen"))
+    sigma: float = param(4.0, "code", "Gaussian of the map, pixels", "0 or more")
+    top_share: float = param(0.01, "paper and code", "share of the pixels whose mean is the image score", "above 0, at most 1")
     tap_weights: tuple|None = param(None, "code: plain sum", "weight of each tap's map")
     margin: float = param(0.5, "code", "margin of the contrastive loss")
     weight_cls: float = param(1.0, "code", "weight of the image loss")
@@ -50,7 +50,7 @@ class VisualADParameters:
     lr: float = param(1e-4, "code", "learning rate of SCA, SAF and the final norm")
     clip: float = param(1.0, "code", "gradient norm limit of each token")
 
-# %% ../../nbs/methods/43_visualad.ipynb #4bf9d158
+# %% ../../nbs/methods/43_visualad.ipynb #875865dd
 @register
 class VisualAD(Method):
     "Two learned tokens in a frozen ViT, SCA and SAF at every tap (Hou et al., CVPR 2026)."
@@ -60,10 +60,6 @@ class VisualAD(Method):
     def __init__(self, parameters: VisualADParameters):
         super().__init__(parameters)
         p = self.p
-        if p.ln_post not in ("base", "trained", "frozen"): raise ValueError(f"ln_post={p.ln_post!r}; use base, trained or frozen")
-        if p.sca_positions not in ("raster", "interpolate"): raise ValueError(f"sca_positions={p.sca_positions!r}; use raster or interpolate")
-        for name, fine, rule in (("anchors", p.anchors >= 1, "at least 1"), ("top_share", 0 < p.top_share <= 1, "above 0, at most 1"), ("sigma", p.sigma >= 0, "0 or more")):
-            if not fine: raise ValueError(f"{name}={getattr(p, name)}; it must be {rule}")
         self.backbone = b = create_backbone(p.backbone, p.weights, p.image_size, p.taps)
         if p.tap_weights is not None and len(p.tap_weights) != len(b.taps): raise ValueError(f"{len(p.tap_weights)} tap_weights for {len(b.taps)} taps {b.taps}")
         self.p = p = replace(p, sca_grid=p.sca_grid or b.size // b.patch)  # kept in the checkpoint: a model loaded at another size must know where its table is from
@@ -127,7 +123,7 @@ class VisualAD(Method):
             norms = self.tokens.grad.norm(dim=1, keepdim=True)
             self.tokens.grad.mul_((self.p.clip / (norms + 1e-6)).clamp(max=1))
 
-# %% ../../nbs/methods/43_visualad.ipynb #82f6e1ae
+# %% ../../nbs/methods/43_visualad.ipynb #1f4b98aa
 _SCA = {"anchors": "anchor_queries", "positions": "pos_encoding", "scale": "res_scale", "query.weight": "q_proj.weight", "key.weight": "k_proj.weight",
         "value.weight": "v_proj.weight", "query_norm.weight": "q_norm.weight", "query_norm.bias": "q_norm.bias", "key_norm.weight": "k_norm.weight",
         "key_norm.bias": "k_norm.bias", "gate.weight": "gate.0.weight", "gate.bias": "gate.0.bias", "out.weight": "out_proj.weight", "out.bias": "out_proj.bias"}
@@ -167,7 +163,7 @@ def import_released(method: VisualAD,  # created with the checkpoint's backbone,
     load_tensors(method, {**tensors, **extra}, Path(path).name)
     return method
 
-# %% ../../nbs/methods/43_visualad.ipynb #3342ea90
+# %% ../../nbs/methods/43_visualad.ipynb #9ea382da
 def export_released(method: VisualAD  # with sca, saf and a final norm of its own
                    ) -> dict:         # the authors' current layout: nested dictionaries of tensors, ready for torch.save
     "A checkpoint the authors' code can read."

@@ -6,7 +6,7 @@
 __all__ = ['TEMPLATES', 'VARIANTS', 'window_patches', 'window_embeddings', 'spread', 'harmonic', 'association',
            'WinCLIPParameters', 'WinCLIP']
 
-# %% ../../nbs/methods/50_winclip.ipynb #e29565aa
+# %% ../../nbs/methods/50_winclip.ipynb #20317039
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +17,7 @@ from ..backbones.backbones import ClipBackbone, create_backbone
 from ..backbones.ensembles import ANOMALIB_TEMPLATES, WINCLIP_STATES, WINCLIP_TEMPLATES, ensemble
 from ..backbones.text import create_text, rewrite
 from ..components.maps import to_pixels
-from .base import Method, Prediction, param, register
+from .base import Method, ParameterSet, Prediction, param, register
 
 # %% ../../nbs/methods/50_winclip.ipynb #35b6249e
 def window_patches(grid: tuple,  # (h, w) patches of the image
@@ -63,34 +63,31 @@ def association(features: Tensor,   # (B, W, D) windows or patches, normalised
     "Half of one minus the largest cosine to a reference (section 4.3)."
     return (1 - (features @ references.T).amax(-1)) / 2
 
-# %% ../../nbs/methods/50_winclip.ipynb #5d8ce6ae
+# %% ../../nbs/methods/50_winclip.ipynb #1387040a
 TEMPLATES = dict(paper=WINCLIP_TEMPLATES, anomalib=ANOMALIB_TEMPLATES)
 VARIANTS = {"paper": {}, "anomalib": dict(templates="anomalib"), "caoyunkang": dict(tau=0.01, averaged="normal", image_in_map=False, score="map")}  # what the codes change of the defaults
 
 @dataclass(frozen=True)
-class WinCLIPParameters:
+class WinCLIPParameters(ParameterSet):
     "Every choice WinCLIP makes."
     clip: str = param("tiny-clip", "ours: the embedded default; paper: clip-vitb16-plus-240", "image and text tower, a CLIP of the backbone table")
     clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
     quick_gelu: bool = param(True, "ours", "activation where the tower's name does not say it (clip, tiny-clip): OpenAI's weights need it, LAION's do not")
     image_size: int|None = param(None, "paper: 240; default: the CLIP tower's", "pixels, square")
     scales: tuple = param((2, 3), "paper", "sides of the windows, patches; () for the image alone")
-    templates: str = param("paper", "paper", "of the sentences: paper (22) or anomalib (21, with a full stop)")
+    templates: str = param("paper", "paper", "of the sentences: paper (22) or anomalib (21, with a full stop)", tuple(TEMPLATES))
     class_agnostic: bool = param(False, "paper: the class name", 'write "object" for every class name')
-    tau: float = param(0.07, "anomalib; caoyunkang: 0.01", "temperature")
-    averaged: str = param("abnormal", "paper; caoyunkang: normal", "probability whose harmonic mean is taken")
+    tau: float = param(0.07, "anomalib; caoyunkang: 0.01", "temperature", "above 0")
+    averaged: str = param("abnormal", "paper; caoyunkang: normal", "probability whose harmonic mean is taken", ("abnormal", "normal"))
     image_in_map: bool = param(True, "paper; caoyunkang: False", "the image's own score is one more scale of the map")
-    score: str = param("cls", "paper; caoyunkang: map", "image score: of the class token, or the maximum of the map")
-    score_size: int = param(400, "caoyunkang", "pixels of the map whose maximum is taken")
-    shots: int = param(0, "paper: 0, 1, 2, 4", "reference images; set by `set_references`")
-    at_once: int = param(2048, "ours", "windows in one pass: memory against speed, no effect on the result")
+    score: str = param("cls", "paper; caoyunkang: map", "image score: of the class token, or the maximum of the map", ("cls", "map"))
+    score_size: int = param(400, "caoyunkang", "pixels of the map whose maximum is taken", "at least 1")
+    shots: int = param(0, "paper: 0, 1, 2, 4", "reference images; set by `set_references`", "0 or more")
+    at_once: int = param(2048, "ours", "windows in one pass: memory against speed, no effect on the result", "at least 1")
     release_compat: bool = param(False, "anomalib on open_clip >= 2.26.1", "attention across windows instead of within them")
 
     def __post_init__(self):
-        for name, known in dict(templates=tuple(TEMPLATES), averaged=("abnormal", "normal"), score=("cls", "map")).items():
-            if getattr(self, name) not in known: raise ValueError(f"{name}={getattr(self, name)!r}; use {' or '.join(known)}")
-        for name, fine, rule in (("tau", self.tau > 0, "above 0"), ("shots", self.shots >= 0, "0 or more"), ("at_once", self.at_once >= 1, "at least 1"), ("score_size", self.score_size >= 1, "at least 1")):
-            if not fine: raise ValueError(f"{name}={getattr(self, name)}; it must be {rule}")
+        super().__post_init__()
         if not self.scales and not self.image_in_map: raise ValueError("scales=() and image_in_map=False: nothing is left to make a map of")
         if len(set(self.scales)) < len(self.scales): raise ValueError(f"scales={self.scales}: a scale occurs twice")
 
