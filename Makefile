@@ -8,15 +8,17 @@ export MPLBACKEND = Agg
 export PYTHONUNBUFFERED = 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help env demo test real seeds ablations pretrain bench notebooks clean lab
+.PHONY: help env demo test real seeds ablations types pretrain bench memory notebooks clean lab
 
 help:
 	@echo "make demo      from nothing to pictures of defects in unseen categories (minutes, CPU, offline after install)"
 	@echo "make test      every check: style, notebooks in step, notebook tests, parity, failures, papermill, demo"
 	@echo "make real      DATA=... WEIGHTS=...  VisualAD on real images with a real small ViT, both ways, three seeds"
 	@echo "make seeds     the demo's job under three seeds -> paper_figures/tables/visualad_synthetic.csv"
-	@echo "make pretrain  train the embedded backbones again (about two hours on one core)"
+	@echo "make pretrain  train the embedded backbones again (about two and a half hours on one core)"
 	@echo "make ablations the ablation tables of DMA+SAP and SSVP, three seeds, on drawn images"
+	@echo "make types     which defect is it: DAPO and MultiADS, three seeds, on drawn images"
+	@echo "make memory    does evaluation stream: 5,000 images against 50"
 	@echo "make bench     metrics against scikit-learn and the usual loops, side by side"
 	@echo "make notebooks export; execute the notebooks that explain, in place (not those whose pictures weigh megabytes); clean"
 	@echo "make lab       JupyterLab on nbs/"
@@ -35,7 +37,7 @@ demo: env
 test: env
 	ruff check
 	nbdev_test --path nbs --n_workers 2
-	pytest
+	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile
 	zsad demo --out runs/demo
 
 real: env
@@ -52,13 +54,23 @@ pretrain: env
 	papermill nbs/experiments/pretrain_tiny.ipynb runs/pretrain/pretrain_tiny.ipynb --log-output \
 	  -p steps 7000 -p batch 48 -p pool 6900 -p warmup 200 -p threads 1 -p output "$(CURDIR)/runs/pretrain/tiny_dino.safetensors"
 	papermill nbs/experiments/pretrain_tiny_clip.ipynb runs/pretrain/pretrain_tiny_clip.ipynb --log-output \
-	  -p steps 4500 -p tokens 2048 -p pool 6900 -p held 460 -p target 20 -p warmup 200 -p threads 1 -p output "$(CURDIR)/runs/pretrain/tiny_clip.safetensors"
+	  -p steps 9000 -p tokens 2048 -p pool 6900 -p held 460 -p target 20 -p warmup 200 -p threads 1 -p output "$(CURDIR)/runs/pretrain/tiny_clip.safetensors"
 
+ABLATION = -p images 6 -p size 256 -p epochs 3 -y "seeds: [0, 1, 2]"
 ablations: env
 	@mkdir -p runs/ablation
-	@for method in dma_sap ssvp; do papermill nbs/experiments/ablation.ipynb runs/ablation/$$method.ipynb --cwd . --no-progress-bar --log-output \
-	  -p method $$method -p images 11 -p size 256 -p epochs $(EPOCHS) -p lr_scale 2.0 -y "seeds: [0, 1, 2]" -p output "$(CURDIR)/runs/ablation/$$method" && \
-	  cp runs/ablation/$$method/ablation.csv paper_figures/tables/$${method}_ablation.csv || exit 1; done
+	papermill nbs/experiments/ablation.ipynb runs/ablation/dma_sap.ipynb --cwd . --no-progress-bar --log-output -p method dma_sap -p lr_scale 1.0 $(ABLATION) -p output "$(CURDIR)/runs/ablation/dma_sap"
+	papermill nbs/experiments/ablation.ipynb runs/ablation/ssvp.ipynb --cwd . --no-progress-bar --log-output -p method ssvp -p lr_scale 10.0 $(ABLATION) -p output "$(CURDIR)/runs/ablation/ssvp"
+	@for method in dma_sap ssvp; do cp runs/ablation/$$method/ablation.csv paper_figures/tables/$${method}_ablation.csv; done
+
+types: env
+	@mkdir -p runs/types
+	papermill nbs/experiments/defect_types.ipynb runs/types/defect_types.ipynb --cwd . --no-progress-bar --log-output \
+	  -p images 8 -p defective 14 -p targets 8 -p size 320 -p epochs 4 -y "seeds: [0, 1, 2]" -p output "$(CURDIR)/runs/types"
+	@cp runs/types/types.csv paper_figures/tables/types_synthetic.csv
+
+memory: env
+	@python tests/bench_memory.py
 
 bench: env
 	@python tests/bench_metrics.py

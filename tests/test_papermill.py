@@ -69,7 +69,10 @@ def test_evaluate_writes_tables_and_figures(trained, tmp_path):
 
 
 def test_what_was_trained_on_is_marked(trained, tmp_path):
-    run("evaluate", tmp_path, checkpoint=str(trained / "checkpoint.safetensors"), data="synthetic-auxiliary", images=1, size=64, output=str(tmp_path))
+    seen = dict(checkpoint=str(trained / "checkpoint.safetensors"), data="synthetic-auxiliary", images=1, size=64, output=str(tmp_path))
+    with pytest.raises(Exception, match="would not be zero-shot; evaluate on another data set, or pass allow_seen"): run("evaluate", tmp_path, **seen)
+    assert not (tmp_path / "result.json").exists()
+    run("evaluate", tmp_path, **seen, allow_seen=["synthetic-auxiliary"])
     assert len(json.loads((tmp_path / "result.json").read_text())["seen"]) == 19
 
 

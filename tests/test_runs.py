@@ -19,8 +19,10 @@ from conftest import ROOT
 
 from zsad_nb.methods.base import MODULES
 from zsad_nb.use import runs as runs_module
-from zsad_nb.use.runs import Busy, Parameter, Spec, collect, fingerprint, lock, look, run, save_table, status
-from zsad_nb.use.sweeps import LocalExecutor, LostWorker, Progress, Task, expand, rerun, sweep
+from zsad_nb.use.parameters import Parameter
+from zsad_nb.use.rerun import rerun
+from zsad_nb.use.runs import Busy, Spec, collect, fingerprint, lock, look, run, save_table, status
+from zsad_nb.use.sweeps import LocalExecutor, LostWorker, Progress, Task, expand, sweep
 
 EXPERIMENTS = ROOT / "nbs" / "experiments"
 SWEEPS = sorted((EXPERIMENTS / "sweeps").glob("*.yaml"))

@@ -61,13 +61,12 @@ class BayesPFLParameters(ParameterSet):
     lr_linear: float = param(1e-4, "stated", "of the linear layers and the attention", "above 0")
     lr_scale: float = param(1e-2, "stated", "of the temperatures", "above 0")
 
-# %% ../../nbs/methods/56_bayes_pfl.ipynb #e9ddd6cb
+# %% ../../nbs/methods/56_bayes_pfl.ipynb #9c63f067
 class SampledPrompts(StatePrompts):
     "A bank of prompts whose vectors are moved by samples (Bayes-PFL)."
     def forward(self, class_names: list,   # one an image
                 context: Tensor,           # (B or 1, R, width) added to every context vector
                 states: Tensor,            # (B or 1, R, 2, width) added to the normal and to the abnormal state vectors
-                together: bool=True,       # all images in one go; False: one after the other
                ) -> Tensor:                # (B, R * count, 2, embed_dim) pairs of normal and abnormal, not normalised
         "Text features of every image's own prompts."
         ids = self.text.tokenize([" ".join(["X"] * self.places + [rewrite(n)]) for n in class_names])
@@ -78,9 +77,7 @@ class SampledPrompts(StatePrompts):
         learned = torch.cat([x.expand(*shape, -1, -1) for x in (background, state)], -2)                            # (B, R, count, 2, places, width)
         fixed = [x[:, None, None, None].expand(*shape, -1, -1) for x in (words[:, :1], words[:, 1 + self.places:int(end.max()) + 1])]
         rows = torch.cat([fixed[0], learned, fixed[1]], -2).flatten(1, 3)                                           # (B, 2 * R * count, L, width)
-        if together: found = self.text(rows.flatten(0, 1), end.repeat_interleave(rows.shape[1]))
-        else: found = torch.cat([self.text(row[:, :e + 1], e.expand(len(row))) for row, e in zip(rows, end)])
-        return found.view(images, samples * self.count, 2, -1)
+        return self.text(rows.flatten(0, 1), end.repeat_interleave(rows.shape[1])).view(images, samples * self.count, 2, -1)
 
 def not_orthogonal(vectors: Tensor  # (K, n, width) of K prompts
                   ) -> Tensor:      # scalar, 0 to 1
@@ -119,7 +116,7 @@ def balanced_focal(probability: Tensor,  # (...) of being anomalous
     each, share = -(1 - p_t) ** gamma * p_t.log(), target.to(p_t.dtype)
     return 0.5 * ((each * share).sum() / share.sum().clamp_min(1) + (each * (1 - share)).sum() / (1 - share).sum().clamp_min(1))
 
-# %% ../../nbs/methods/56_bayes_pfl.ipynb #97bdbe41
+# %% ../../nbs/methods/56_bayes_pfl.ipynb #be7a15ea
 @register
 class BayesPFL(Method):
     "Prompts drawn from flows, texts that attend to patches (Qu et al., CVPR 2025)."
@@ -174,13 +171,20 @@ class BayesPFL(Method):
         "The prompts of every image, with what was drawn."
         none = self.log_scale.new_zeros(1, 1, self.text.width)
         context, normal, abnormal = (drawn[k]["sample"] if k in drawn else none for k in ("context", "normal", "abnormal"))
-        return self.prompts(categories, context, torch.stack([normal, abnormal], 2), together=self.training)
+        return self.prompts(categories, context, torch.stack([normal, abnormal], 2))
 
     def forward(self, features: dict, batch) -> Prediction:
+        "A whole batch in training; in evaluation one image after the other: its numbers are the same to the last bit in any batch, and memory does not grow with it."
+        size = tuple(batch.image.shape[-2:])
+        if self.training: return self.see(features, batch.category, size)
+        said = [self.see({k: v[i:i + 1] for k, v in features.items()}, batch.category[i:i + 1], size) for i in range(len(batch.category))]
+        return Prediction(torch.cat([s.map for s in said]), torch.cat([s.score for s in said]), {k: torch.cat([s.layers[k] for s in said]) for k in said[0].layers})
+
+    def see(self, features: dict, categories: list, size: tuple) -> Prediction:
         "Mean probability of all pairs and layers; smoothed, as the score sees it, in evaluation mode only."
-        p, size, cls = self.p, tuple(batch.image.shape[-2:]), features["cls"]
+        p, cls = self.p, features["cls"]
         drawn, scale = self.draw(cls), self.scale
-        texts = self.texts(drawn, batch.category)
+        texts = self.texts(drawn, categories)
         words = F.normalize(texts, dim=-1)
         image = scale[0] * ((words[:, :, 1] - words[:, :, 0]) @ F.normalize(cls, dim=-1)[..., None])[..., 0]                          # (B, P)
         levels = torch.stack([self.level(k, features[k], texts, scale[1], size) for k in self.project], 1)                            # (B, L, H, W)
@@ -192,13 +196,12 @@ class BayesPFL(Method):
         return Prediction(found, score, layers)
 
     def level(self, name: str, patches: Tensor, texts: Tensor, scale: Tensor, size: tuple) -> Tensor:  # (B, H, W)
-        "Mean over the pairs of one layer's maps; in evaluation an image at a time, so that 30 maps of 518 x 518 are all there is."
+        "Mean over the pairs of one layer's maps."
         patches = self.project[name](patches)
         words = texts.flatten(1, 2)
         words = (self.rca[name](words, patches) if self.p.rca else F.normalize(words, dim=-1)).unflatten(1, texts.shape[1:3])         # (B, P, 2, C)
         logits = scale * (words[:, :, 1] - words[:, :, 0]) @ F.normalize(patches, dim=-1).mT                                          # (B, P, N)
-        def pixels(x): return F.interpolate(x.unflatten(-1, self.grid), size, mode="bilinear", align_corners=True).sigmoid().mean(1)
-        return pixels(logits) if self.training else torch.cat([pixels(x) for x in logits.split(1)])
+        return F.interpolate(logits.unflatten(-1, self.grid), size, mode="bilinear", align_corners=True).sigmoid().mean(1)
 
     def loss(self, prediction: Prediction, batch) -> dict[str, Tensor]:
         "CE + balanced focal + dice of every layer, 0.01 KL, reconstruction, orthogonality."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['parser', 'main']
 
-# %% ../../nbs/use/85_cli.ipynb #10ed5e7b
+# %% ../../nbs/use/85_cli.ipynb #b284b28b
 import argparse
 import shutil
 import sys
@@ -20,8 +20,10 @@ from ..data.images import check
 from ..data.readers import detect, read
 from ..methods.base import read_header
 from .demo import SETTINGS, demo
-from .runs import Spec, collect, parameters_of, run, save_table, status
-from .sweeps import expand, rerun, sweep
+from .parameters import parameters_of
+from .rerun import rerun
+from .runs import Spec, collect, run, save_table, status
+from .sweeps import expand, sweep
 
 # %% ../../nbs/use/85_cli.ipynb #11f8cf8a
 def _demo(args) -> int:
