@@ -402,7 +402,7 @@ def test_save_and_load(batch, tmp_path):
 
 
 @pytest.mark.parametrize("changes,message", [
-    (dict(fusion="late"), "fusion='late'; use hierarchical or deep"), (dict(query="image"), "use text or cls"), (dict(pooling="mean"), "use sap or map or cls"), (dict(attention="qk"), "use qkv or vv"),
+    (dict(fusion="late"), "fusion='late'; use hierarchical or deep"), (dict(query="image"), "use text or cls"), (dict(pooling="mean"), "use sap, map or cls"), (dict(attention="qk"), "use qkv or vv"),
     (dict(value_from="output"), "use input or attended"), (dict(sap_weights="pixels"), "use spatial or class"), (dict(upsampling="cubic"), "use nearest or bilinear"), (dict(loss_maps="all"), "use each or mean"),
     (dict(tau=0.0), "tau=0.0; it must be above 0"), (dict(sigma=-1.0), "sigma=-1.0"), (dict(cls_weight=1.5), "from 0 to 1"), (dict(prompt_count=0), "prompt_count=0"), (dict(dual_blocks=0), "at least 1"),
     (dict(dual_blocks=6), "tiny-clip has 5 blocks"), (dict(clip_taps=(2, 5)), "pairs of depths"), (dict(clip_taps=(2, 5), dino_taps=(3, 6)), "give one weight a depth"), (dict(levels=(1, 1)), "for 3 depths"),
