@@ -1,7 +1,10 @@
 "SSVP: its equations against a second, literal writing; what must not matter does not; every learned number learns; every named choice exists."
+import ast
 import dataclasses
 import inspect
+import json
 import math
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -17,7 +20,7 @@ from zsad_nb.data.images import Batch
 from zsad_nb.data.synthetic import synthetic_index
 from zsad_nb.learning.losses import focal
 from zsad_nb.learning.training import fit, recipe_of
-from zsad_nb.methods.base import create, describe, load, save
+from zsad_nb.methods.base import create, describe, load, method_class, save
 from zsad_nb.methods.ssvp import AUXILIARY, PAPER, SSVP, SWEEPS, SSVPParameters, alignment, paper_taps, static_text
 
 SIZE, SMALL = 64, dict(clip_weights="random:0", image_size=64)
@@ -579,3 +582,13 @@ def test_measures_of_alignment():
     init = (a + 0.1).requires_grad_()
     stay_close(final, init, 1.0).backward()
     assert init.grad is None and final.grad is not None
+
+
+def test_the_papers_tables_name_our_variants():
+    "The published steps of experiments/ablation belong to variants that exist; a wrong name would compare nothing."
+    notebook = json.loads((Path(__file__).parents[1] / "nbs" / "experiments" / "ablation.ipynb").read_text(encoding="utf-8"))
+    cell = next(ast.parse("".join(c["source"])) for c in notebook["cells"] if "".join(c["source"]).startswith("PAPER = "))
+    for (method, table), (metric, numbers) in ast.literal_eval(cell.body[0].value).items():
+        cls = method_class(method)
+        known = cls.ablations if table == "ablations" else cls.studies[table]
+        assert metric == "image_auroc" and set(numbers) <= set(known) and len(numbers) > 1, (method, table)
