@@ -21,7 +21,7 @@ from zsad_nb.methods.base import MODULES
 from zsad_nb.use import runs as runs_module
 from zsad_nb.use.parameters import Parameter
 from zsad_nb.use.rerun import rerun
-from zsad_nb.use.runs import Busy, Spec, collect, fingerprint, lock, look, run, save_table, status
+from zsad_nb.use.runs import Busy, Spec, collect, lock, look, run, save_table, status
 from zsad_nb.use.sweeps import LocalExecutor, LostWorker, Progress, Task, expand, sweep
 
 EXPERIMENTS = ROOT / "nbs" / "experiments"
@@ -399,11 +399,6 @@ def test_train_and_evaluate_leave_what_tables_need(tmp_path):
     assert table.trained_on.unique().tolist() == ["synthetic-auxiliary"] and table.image_auroc.between(0, 1).all() and table["size"].unique().tolist() == [64]
     file = save_table(table, tmp_path / "all.csv")
     pd.testing.assert_frame_equal(pd.read_csv(file)[["category", "image_auroc"]], table[["category", "image_auroc"]], check_dtype=False, rtol=1e-14, atol=0)
-
-
-def test_fingerprint_is_of_the_rows():
-    index = pd.DataFrame(dict(dataset="d", category="c", split="test", image=["a", "b"], mask="", anomalous=[False, True], defect=["good", "hole"]))
-    assert fingerprint(index) == fingerprint(index.copy()) != fingerprint(index.iloc[::-1]) and fingerprint(index) != fingerprint(index.assign(split="train"))
 
 
 # ------------------------------------------------------------------------------------------------------------------------------- sweep files

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ..backbones.features import FeatureCache, key_hash
 from ..core import seed_everything, write_atomically
+from ..data.index import fingerprint
 from .evaluate import MEAN, evaluate
 from ..learning.training import fit, recipe_of
 from ..methods.base import create
@@ -39,7 +40,7 @@ def study(method: str,                 # a registered method
     "Train and evaluate every variant under every seed; go on where a stopped study ended."
     options, recipe = options or {}, recipe or {}
     if isinstance(cache, (str, Path)): cache = FeatureCache(cache)
-    common = dict(method=method, options=options, recipe=dataclasses.asdict(recipe_of(method, **recipe)), auxiliary=_identity(auxiliary), target=_identity(target), untrained=untrained)
+    common = dict(method=method, options=options, recipe=dataclasses.asdict(recipe_of(method, **recipe)), auxiliary=fingerprint(auxiliary), target=fingerprint(target), untrained=untrained)
     parts = []
     for name, changes in variants.items():
         for seed in tqdm(seeds, desc=name, disable=not progress):
@@ -54,9 +55,6 @@ def study(method: str,                 # a registered method
                     write_atomically(file.with_suffix(".json"), lambda p, key=key: p.write_text(json.dumps(key, indent=1, default=list)))
             parts.append(rows)
     return pd.concat(parts, ignore_index=True)
-
-def _identity(index: pd.DataFrame) -> str:
-    return key_hash(dict(rows=index[["dataset", "category", "split", "image", "anomalous", "defect"]].values.tolist()))
 
 def _one(method, parameters, auxiliary, target, seed, recipe, cache, untrained, device) -> pd.DataFrame:
     seed_everything(seed)

@@ -18,7 +18,7 @@ from ..backbones.text import create_text, rewrite
 from ..components.dapo_prompts import enlarge
 from ..components.maps import to_pixels
 from ..learning.losses import dice, focal
-from .base import Method, ParameterSet, Prediction, param, register
+from .base import Method, ParameterSet, Prediction, param, reference_images, register
 
 # %% ../../nbs/methods/55_april_gan.ipynb #fc65590d
 @dataclass(frozen=True)
@@ -89,12 +89,7 @@ class APRILGAN(Method):
     def set_references(self, images  # (k, 3, H, W) RGB in [0, 1] or a Batch, of normal images of one class; an empty tensor ends few-shot
                       ) -> "APRILGAN":  # the same method
         "Remember good images: from now on predictions are few-shot (baselines, 2.6)."
-        if hasattr(images, "image"):
-            bad = [images.path[i] for i in images.anomalous.nonzero().flatten().tolist()]
-            if bad: raise ValueError(f"reference images must be normal, these are labelled anomalous: {', '.join(bad[:3])}; leave them out")
-            if len(set(images.category)) > 1: raise ValueError(f"reference images of several classes ({', '.join(sorted(set(images.category)))}); set those of one class at a time")
-            images = images.image
-        if images.ndim != 4 or images.shape[1] != 3: raise ValueError(f"reference images are {tuple(images.shape)}; give (k, 3, H, W), RGB in [0, 1]")
+        images = reference_images(images)
         self.p = replace(self.p, shots=len(images))
         self._reserve(len(images))
         if len(images):

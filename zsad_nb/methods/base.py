@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RULES', 'METHODS', 'MODULES', 'Prediction', 'param', 'ParameterSet', 'method_class', 'register', 'Method', 'create',
-           'describe', 'save', 'read_header', 'load_tensors', 'load']
+           'describe', 'reference_images', 'save', 'read_header', 'load_tensors', 'load']
 
 # %% ../../nbs/methods/40_base.ipynb #b4a430ca
 import dataclasses
@@ -158,6 +158,17 @@ def describe(name: str  # a registered method
                          for f in dataclasses.fields(method_class(name).Parameters)])
 
 # %% ../../nbs/methods/40_base.ipynb #4c402144
+def reference_images(images  # (k, 3, H, W) RGB in [0, 1], or a Batch of normal images of one class
+                    ) -> Tensor:  # (k, 3, H, W)
+    "What a few-shot method may remember: an image labelled anomalous, or another class among them, raises."
+    if hasattr(images, "image"):
+        bad = [images.path[i] for i in images.anomalous.nonzero().flatten().tolist()]
+        if bad: raise ValueError(f"reference images must be normal, {', '.join(bad[:3])} {'is' if len(bad) == 1 else 'are'} labelled anomalous; leave {'it' if len(bad) == 1 else 'them'} out")
+        if len(set(images.category)) > 1: raise ValueError(f"reference images of several classes ({', '.join(sorted(set(images.category)))}); set those of one class at a time")
+        images = images.image
+    if images.ndim != 4 or images.shape[1] != 3: raise ValueError(f"reference images are {tuple(images.shape)}; give (k, 3, H, W), RGB in [0, 1]")
+    return images
+
 def save(method: Method, path: str|Path  # ends in .safetensors
         ) -> Path:
     "Write a method's learned part and how to rebuild it; whole or not at all."

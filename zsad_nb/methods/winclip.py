@@ -17,7 +17,7 @@ from ..backbones.backbones import ClipBackbone, create_backbone
 from ..backbones.ensembles import ANOMALIB_TEMPLATES, WINCLIP_STATES, WINCLIP_TEMPLATES, ensemble
 from ..backbones.text import create_text, rewrite
 from ..components.maps import to_pixels
-from .base import Method, ParameterSet, Prediction, param, register
+from .base import Method, ParameterSet, Prediction, param, reference_images, register
 
 # %% ../../nbs/methods/50_winclip.ipynb #35b6249e
 def window_patches(grid: tuple,  # (h, w) patches of the image
@@ -144,12 +144,7 @@ class WinCLIP(Method):
     def set_references(self, images  # (k, 3, H, W) RGB in [0, 1] or a Batch, of normal images of one class; an empty tensor ends few-shot
                       ) -> "WinCLIP":  # the same method
         "Remember good images: from now on predictions are few-shot (WinCLIP+, section 4.3)."
-        if hasattr(images, "image"):
-            bad = [images.path[i] for i in images.anomalous.nonzero().flatten().tolist()]
-            if bad: raise ValueError(f"reference images must be normal, {', '.join(bad[:3])} {'is' if len(bad) == 1 else 'are'} labelled anomalous; leave {'it' if len(bad) == 1 else 'them'} out")
-            if len(set(images.category)) > 1: raise ValueError(f"reference images of several classes ({', '.join(sorted(set(images.category)))}); set those of one class at a time")
-            images = images.image
-        if images.ndim != 4 or images.shape[1] != 3: raise ValueError(f"reference images are {tuple(images.shape)}; give (k, 3, H, W), RGB in [0, 1]")
+        images = reference_images(images)
         self.p = replace(self.p, shots=len(images))
         self._reserve(len(images))
         if len(images):
