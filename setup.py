@@ -9,6 +9,9 @@ parser = ConfigParser(delimiters=["="])
 parser.read(root / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 
+extras = {name.removesuffix("_requirements"): words.split() for name, words in cfg.items() if name.endswith("_requirements")}
+extras["all"] = sorted({word for name, words in extras.items() if name not in ("dev", "browser") for word in words})
+
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
@@ -25,7 +28,7 @@ setup(
     packages=find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]),
     package_data={cfg["lib_path"]: ["assets/*"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require=extras,
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     zip_safe=False,
 )

@@ -50,6 +50,15 @@ def spilled(maps, masks): return ours(maps, masks, memory_limit=0)
 def small_blocks(maps, masks): return ours(maps, masks, memory_limit=0, block=2**20)
 
 
+def binned(maps, masks, batch=8):
+    "2^21 bins: 50 MB whatever the number of pixels, with a bound for every number"
+    from zsad_nb.evaluation.binned import BinnedPixelMetrics
+    m = BinnedPixelMetrics()
+    for i in range(0, len(maps), batch): m.update(maps[i:i + batch], masks[i:i + batch])
+    found = m.compute()
+    return {**found, **{f"bound of {k}": v for k, v in found.bounds.items()}}
+
+
 def sklearn(maps, masks):
     from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
     y, s = np.asarray(masks).ravel(), np.asarray(maps).ravel()
@@ -76,7 +85,7 @@ def usual_loop(maps, masks):
     return {"pixel_aupro_200": aupro_200(np.array(fpr), np.array(pro))[0]}
 
 
-CASES = {f.__name__: f for f in (ours, spilled, small_blocks, sklearn, usual_loop)}
+CASES = {f.__name__: f for f in (ours, spilled, small_blocks, binned, sklearn, usual_loop)}
 
 
 def child(case: str, kind: str, folder: Path):
@@ -99,7 +108,7 @@ def main():
     if args.child: return child(args.child[0], args.child[1], Path(args.child[2]))
     with tempfile.TemporaryDirectory() as folder:
         for kind in ("smooth", "noise"): make(kind, args.maps, args.size, Path(folder))
-        runs = [(c, k) for k in ("smooth", "noise") for c in ("ours", "spilled", "small_blocks")]
+        runs = [(c, k) for k in ("smooth", "noise") for c in ("ours", "spilled", "small_blocks", "binned")]
         runs += [] if args.skip_references else [("sklearn", "smooth"), ("usual_loop", "smooth")]
         print(f"{args.maps} maps of {args.size} x {args.size} float32, half with masks, one thread\n"
               f"{'':<14}{'maps':<8}{'CPU s':>8}{'wall s':>8}{'+MB':>8}   values")
@@ -108,7 +117,8 @@ def main():
             out = subprocess.run([sys.executable, __file__, "--child", case, kind, folder], capture_output=True, text=True)
             if out.returncode: sys.exit(f"{case} on {kind} maps failed:\n{out.stderr}")
             r = results[case, kind] = json.loads(out.stdout)
-            print(f"{case:<14}{kind:<8}{r['cpu']:>8.2f}{r['wall']:>8.2f}{r['mb']:>8.0f}   " + " ".join(f"{k[6:]} {v:.6f}" for k, v in r["values"].items()), flush=True)
+            print(f"{case:<14}{kind:<8}{r['cpu']:>8.2f}{r['wall']:>8.2f}{r['mb']:>8.0f}   " + " ".join(f"{k.removeprefix('pixel_')} {v:.6f}" for k, v in r["values"].items() if v == v and "bound" not in k)
+                  + "".join(f"\n{'':<41}{k} {v:.1e}" for k, v in r["values"].items() if "bound" in k), flush=True)
         if not args.skip_references:
             us, refs = results["ours", "smooth"], [results["sklearn", "smooth"], results["usual_loop", "smooth"]]
             cpu, mb = sum(r["cpu"] for r in refs), max(r["mb"] for r in refs)

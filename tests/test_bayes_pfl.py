@@ -2,6 +2,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from torch.distributions import Normal, kl_divergence
 
 from zsad_nb.backbones.features import FeatureCache
 from zsad_nb.backbones.text import create_text
+from zsad_nb.backbones.weights import WeightsError
 from zsad_nb.components.prompt_flow import PromptFlow, fixed_noise, planar
 from zsad_nb.core import seed_everything
-from zsad_nb.data.images import Batch
+from zsad_nb.data.images import Batch, batches
 from zsad_nb.data.synthetic import synthetic_index
 from zsad_nb.evaluation.evaluate import evaluate
 from zsad_nb.learning.losses import dice
@@ -424,6 +426,113 @@ def test_encode_is_frozen_and_cached(batch, tmp_path):
     key = lambda **changes: json.dumps(small(**changes).encode_key(), sort_keys=True)
     for changes in (dict(clip_weights="random:1"), dict(image_size=80), dict(clip_taps=(3, 5)), dict(positions="bilinear"), dict(patch_norm=False)): assert key(**changes) != key(), changes
     for changes in (dict(tau=0.1), dict(start="random", rca=False)): assert key(**changes) == key(), changes
+
+
+# ------------------------------------------------------------------------------------------------------------------- the second stage
+
+HEAD = {"image_head.linear.weight", "image_head.log_gain"}
+
+
+def second(**changes):
+    "A trained-looking method in its second stage."
+    return shaken(**changes).second_stage()
+
+
+def moved(**changes):
+    "The same, its head away from the start."
+    model = second(**changes)
+    with torch.no_grad():
+        model.image_head.linear.weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(3))
+        model.image_head.log_gain.fill_(0.3)
+    return model
+
+
+def test_the_second_stage_begins_where_the_first_ended(batch):
+    first, later = shaken(samples=2).predict(batch), second(samples=2).predict(batch)
+    assert torch.equal(first.map, later.map) and torch.equal(first.score, later.score) and all(torch.equal(v, later.layers[k]) for k, v in first.layers.items())
+    assert set(second().learned()) - set(shaken().learned()) == HEAD and not shaken().p.second_stage
+    model = second()
+    head = model.image_head
+    assert model.second_stage().image_head is head, "asked twice, the head stays"
+
+
+def test_the_head_moves_the_image_part_alone(batch):
+    first, later = shaken(samples=2).predict(batch), moved(samples=2).predict(batch)
+    assert torch.equal(first.map, later.map) and {k for k, v in first.layers.items() if not torch.equal(v, later.layers[k])} == {"image"}
+    assert far(first.score, later.score) > 1e-4
+    assert torch.equal(shaken(samples=2, map_share=1.0).predict(batch).score, moved(samples=2, map_share=1.0).predict(batch).score), "a score from the map does not know the head"
+
+
+def test_the_head_by_hand(batch):
+    model = moved(samples=3)
+    with torch.no_grad():
+        features = model.encode(batch)
+        texts, said = model.texts(model.draw(features["cls"]), batch.category), model.predict(batch).layers["image"]
+        for i in range(len(batch)):
+            g = features["cls"][i] + model.image_head.linear.weight @ features["cls"][i]
+            for pair in range(9):
+                normal, abnormal = (t / t.norm() for t in texts[i, pair])
+                expected = model.log_scale[0].exp() * torch.tensor(0.3).exp() * ((g / g.norm()) @ abnormal - (g / g.norm()) @ normal)
+                assert abs(expected - said[i, pair]) < SAME
+    with torch.no_grad(): model.image_head.log_gain.fill_(50)
+    assert model.predict(batch).layers["image"].abs().max() <= 2 * model.p.max_scale, "the factor ends at the largest temperature"
+
+
+def test_gradient_reaches_the_head_and_nothing_else(batch):
+    model = second().train()
+    found = model.loss(model(model.encode(batch), batch), batch)
+    assert list(found) == ["total", "ce"]
+    found["total"].backward()
+    assert {n for n, q in model.learned().items() if q.grad is not None and q.grad.abs().max() > 0} == HEAD and all(q.grad is None for n, q in model.learned().items() if n not in HEAD)
+    assert all(q.grad is None for b in model.backbones().values() for q in b.parameters())
+    assert [[g["lr"], *map(tuple, [q.shape for q in g["params"]])] for g in model.param_groups()] == [[1e-4, (128, 128)], [1e-2, ()]]
+    assert [g["lr"] for g in second(lr_linear=2.0, lr_scale=3.0).param_groups()] == [2.0, 3.0]
+
+
+def test_the_loss_is_the_images_cross_entropy(batch):
+    model = moved().train()
+    torch.manual_seed(4)
+    features = model.encode(batch)
+    with torch.no_grad(): prediction = model(features, batch)
+    expected = -torch.stack([(p if bad else 1 - p).log() for row, bad in zip(prediction.layers["image"].double().sigmoid(), batch.anomalous) for p in row]).mean()
+    assert abs(model.loss(prediction, batch)["total"] - expected) < 1e-5 and prediction.layers.keys() == {"image"}
+    torch.manual_seed(4)
+    model.p = replace(model.p, second_stage=False)
+    with torch.no_grad(): assert torch.equal(model(features, batch).layers["image"], prediction.layers["image"]), "the same draws as in the first stage"
+
+
+def test_fit_twice(tmp_path):
+    "The second training changes the head, keeps all else to the last bit, lowers the cross-entropy, and repeats."
+    index = synthetic_index(tmp_path, "auxiliary", SIZE, normal=2, defective=2)
+    index = index[index["category"].isin(sorted(index["category"].unique())[:2])].reset_index(drop=True)
+    whole, states = Batch.cat(batches(index, SIZE, 8)), []
+    for _ in range(2):
+        model = small(bank=1)
+        fit(model, index, recipe_of(model, epochs=1, batch_size=4), progress=False, workers=0, cache=tmp_path / "cache")
+        first, before = model.predict(whole), {n: q.detach().clone() for n, q in model.learned().items()}
+        rows = fit(model.second_stage(), index, recipe_of(model, **{**BayesPFL.second_recipe, "epochs": 15, "batch_size": 4}), progress=False, workers=0, cache=tmp_path / "cache")
+        later = model.predict(whole)
+        assert all(torch.equal(q, before[n]) for n, q in model.learned().items() if n not in HEAD) and all(q.abs().max() > 0 for n, q in model.learned().items() if n in HEAD)
+        assert torch.equal(first.map, later.map) and not torch.equal(first.score, later.score) and set(rows.columns) >= {"ce", "total"} and "focal" not in rows
+        ce = [F.binary_cross_entropy_with_logits(x, whole.anomalous.float()[:, None].expand_as(x)).item() for x in (first.layers["image"], later.layers["image"])]
+        assert ce[1] < ce[0] - 1e-3 and len(model.trained_on) == 2
+        states.append(model.state_dict())
+    assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
+
+
+def test_the_second_stage_is_saved(batch, tmp_path):
+    model = moved(samples=2)
+    back = load(save(model, tmp_path / "second.safetensors")).eval()
+    assert back.p.second_stage and torch.equal(back.predict(batch).score, model.predict(batch).score)
+    first = load(save(shaken(samples=2), tmp_path / "first.safetensors"))
+    assert not first.p.second_stage and first.image_head is None and torch.equal(first.second_stage().eval().predict(batch).score, shaken(samples=2).predict(batch).score)
+    with pytest.raises(WeightsError, match="missing image_head"): load(tmp_path / "first.safetensors", second_stage=True)
+
+
+def test_batch_mates_do_not_matter_to_the_head(batch):
+    model = moved(samples=2)
+    together = model.predict(batch)
+    for rows in ([0], [2, 1]): assert far(model.predict(batch[rows]).score, together.score[rows]) < SAME
 
 
 # ------------------------------------------------------------------------------------------------------------------ options and errors

@@ -10,6 +10,7 @@ from scipy import ndimage
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from zsad_nb.evaluation import metrics as module
+from zsad_nb.evaluation.binned import BinnedPixelMetrics
 from zsad_nb.evaluation.aupro_200 import aupro_200, aupimo, thresholds_200
 from zsad_nb.evaluation.metrics import PixelMetrics, image_metrics, mean_over_classes, pixel_metrics
 from zsad_nb.evaluation.rank_counts import RankCounts
@@ -347,3 +348,39 @@ def test_mean_over_classes():
     none = mean_over_classes(table.iloc[1:2][["image_auroc"]])
     assert math.isnan(none.loc["image_auroc", "mean"]) and none.loc["image_auroc", "averaged"] == 0
     assert table.loc["y", "image_ap"] == 1 # the argument is not changed
+
+
+# ---- counted in bins
+
+@pytest.mark.parametrize("kind", ["smooth", "quantised", "negative", "constant", "tiny"])
+@pytest.mark.parametrize("bits", [10, 21])
+def test_binned_metrics_stay_within_their_bounds(kind, bits):
+    rng = np.random.default_rng(0)
+    maps = ndimage.gaussian_filter(rng.standard_normal((9, 40, 40)), (0, 3, 3)).astype(np.float32) * 9
+    masks = ndimage.gaussian_filter(rng.standard_normal((9, 40, 40)), (0, 4, 4)) > 0.12
+    masks[::3] = False
+    maps += masks * np.float32(0.7)
+    maps = dict(smooth=maps, quantised=maps.round(), negative=maps - 50, constant=np.zeros_like(maps), tiny=maps * np.float32(1e-38))[kind]
+    with PixelMetrics((0.3, 0.05)) as m: exact = m.update(maps, masks).compute()
+    found = BinnedPixelMetrics((0.3, 0.05), bits).update(maps, masks).compute()
+    assert set(found.bounds) == set(exact) - {"pixel_aupro_200"}
+    for name, bound in found.bounds.items(): assert abs(found[name] - exact[name]) <= bound + 1e-12, name
+    if bits == 21 and kind in ("smooth", "tiny"): assert max(found.bounds.values()) < 2e-3
+    parts = [BinnedPixelMetrics((0.3, 0.05), bits).update(maps[i::3], masks[i::3]) for i in range(3)]
+    for p in parts[1:]: parts[0].merge(p)
+    for name in found.bounds: assert parts[0].compute()[name] == pytest.approx(found[name], abs=1e-12)
+
+
+def test_evaluation_in_bins_says_how_far_it_is_off(tmp_path):
+    from zsad_nb.data.synthetic import synthetic_index
+    from zsad_nb.evaluation.evaluate import evaluate
+    from zsad_nb.methods.base import create
+    index = synthetic_index(tmp_path, "target", 64, 1, 1)
+    method = create("self_distance", image_size=64)
+    exact, binned = (evaluate(method, index, progress=False, exact=e) for e in (True, False))
+    said = binned.reasons[binned.reasons["reason"].str.startswith("counted in bins")]
+    assert set(said["category"]) == set(index["category"]) and not exact.reasons["reason"].str.startswith("counted").any()
+    for row in said.itertuples():
+        bound = float(row.reason.split("at most ")[1].split()[0])
+        assert abs(binned.per_class.loc[row.category, row.metric] - exact.per_class.loc[row.category, row.metric]) <= bound * 1.1 + 1e-12
+    assert binned.per_class["pixel_aupro_200"].isna().all()

@@ -17,8 +17,10 @@ from PIL import Image
 
 from zsad_nb.evaluation.evaluate import evaluate
 from zsad_nb.evaluation.published import METRIC_NAMES, published
-from zsad_nb.evaluation.tables import DASH, Cell, Table, read_runs, results_table, tex
-from zsad_nb.use.table_figures import bar_colours, bar_figure, draw_bars
+from zsad_nb.evaluation.results import read_runs
+from zsad_nb.evaluation.tables import DASH, Cell, Table, results_table, tex
+from zsad_nb.use.paper_style import COLUMN, bar_colours
+from zsad_nb.use.table_figures import bar_figure, draw_bars
 
 METRICS = [m for m in METRIC_NAMES]
 
@@ -341,7 +343,7 @@ def test_text_of_the_bars_does_not_overlap(paper):
     "At the width of a column every number is readable: no two labels touch, none leaves the figure."
     for metrics in (("image_auroc", "image_ap", "image_f1max"), ("pixel_auroc", "pixel_aupro_200", "pixel_f1max")):
         figure = bar_figure(results_table(paper, metrics))
-        assert tuple(figure.get_size_inches()) == (3.35, 2.3)
+        assert tuple(figure.get_size_inches()) == (COLUMN, 2.3)
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         renderer, texts = canvas.get_renderer(), figure.axes[0].texts
@@ -359,7 +361,7 @@ def test_files_of_the_bars(paper, tmp_path):
     time.sleep(1.1)                                                                     # no clock in the files
     assert [p.read_bytes() for p in draw_bars(paper, tmp_path)] == first
     assert b"/Subtype /Image" not in first[0] and b"/FontFile2" in first[0]              # vectors and letters
-    with Image.open(files[1]) as image: assert image.width == pytest.approx(3.35 * 400, abs=2)
+    with Image.open(files[1]) as image: assert image.width == pytest.approx(COLUMN * 400, abs=2)
 
 
 def test_bars_of_one_set_and_refusals(sweep, tmp_path):

@@ -1,4 +1,4 @@
-"The two tutorials with trained systems, in small: every cell runs, every assertion holds, every picture is there."
+"The tutorials with trained systems, in small: every cell runs, every assertion holds, every picture is there."
 import json
 import os
 import sys
@@ -10,7 +10,7 @@ from conftest import ROOT
 
 TUTORIALS = ROOT / "nbs" / "tutorials"
 SMALL = dict(size=64, images=1, epochs=1, shown=1)
-FIGURES = dict(inside_dma_sap=11, inside_ssvp=10)  # pictures a notebook shows
+FIGURES = dict(inside_dma_sap=11, inside_ssvp=10, which_defect=6)  # pictures a notebook shows
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -137,7 +137,7 @@ class Backbone(Frozen):
         if patch_pos is not None: x = x + patch_pos
         if prefix_pos is not None: prefix = prefix + prefix_pos
         if extra is not None: prefix = torch.cat([extra if prefix_pos is None else extra + prefix_pos[:1], prefix])
-        return self._pre_norm(torch.cat([prefix.expand(len(x), -1, -1), x], 1)), grid
+        return self._pre_norm(torch.cat([prefix.expand(x.shape[0], -1, -1), x], 1)), grid
 
     def run(self, tokens: Tensor,  # (B, K+P+N, D) from `embed`
             grid: tuple,           # (h, w)

@@ -28,7 +28,7 @@ def deep_blocks(x: Tensor,            # (n, L, D) ready for the first block
     held = 0
     for i, block in enumerate(blocks):
         if i < sets:
-            own = tokens[i].expand(len(x), -1, -1)
+            own = tokens[i].expand(x.shape[0], -1, -1)
             mixed = own if i == 0 else alpha * x[:, 1:1 + m] + (1 - alpha) * own
             x, held = torch.cat([x[:, :1], mixed, x[:, 1 + held:]], 1), m
         elif held: x, held = without(x, held), 0

@@ -57,7 +57,7 @@ class DMA(nn.Module):
         "The two attentions before they are added."
         projected = self.dino_proj(patches)                                                    # (B, N, D)
         dino = similarity_attention(projected if self.project_first else patches, **self.similarity)
-        query = self.query(query).expand(len(patches), -1).unsqueeze(1)                        # (B, 1, D)
+        query = self.query(query).expand(patches.shape[0], -1).unsqueeze(1)                    # (B, 1, D)
         return dino, (query @ self.key(projected).transpose(1, 2) / math.sqrt(query.shape[-1])).softmax(-1)
 
     def forward(self, patches: Tensor,   # (B, N, Dd) DINO patches of this depth

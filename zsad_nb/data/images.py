@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROBLEMS', 'Batch', 'defect_names', 'Batches', 'batches', 'check']
 
-# %% ../../nbs/data/12_images.ipynb #fdaf60b7
+# %% ../../nbs/data/12_images.ipynb #902a0fab
 import hashlib
 import math
 import warnings
@@ -20,9 +20,10 @@ import pandas as pd
 import torch
 
 from .index import root_of
+from .mosaic import Mosaic
 from .pixels import BadImage, load_image, load_mask, load_pair, open_image, resize, resize_mask, to_rgb  # noqa: F401 (one door to images)
 
-# %% ../../nbs/data/12_images.ipynb #7a44bac6
+# %% ../../nbs/data/12_images.ipynb #34c46032
 @dataclass
 class Batch:
     "B images with all that is known about them."
@@ -56,7 +57,7 @@ class Batch:
         parts = {f.name: [getattr(b, f.name) for b in batches] for f in fields(Batch)}
         return Batch(**{name: torch.cat(part) if torch.is_tensor(part[0]) else [item for items in part for item in items] for name, part in parts.items()})
 
-# %% ../../nbs/data/12_images.ipynb #af29053d
+# %% ../../nbs/data/12_images.ipynb #09e4a552
 def defect_names(
     index: pd.DataFrame,  # an Index
 ) -> list[str]:  # its defect names, sorted; `Batch.defect` counts along this list
@@ -68,15 +69,19 @@ class Batches:
     "An iterable of `Batch` over an Index; made by `batches`."
 
     def __init__(self, index: pd.DataFrame, size: int | tuple[int, int], batch_size: int, shuffle: bool, seed: int, workers: int, on_bad: str, rgb: str,
-                 defects: list[str], pair: dict):
+                 defects: list[str], pair: dict, mosaic: Mosaic | None = None):
         self.index, self.size, self.batch_size, self.shuffle, self.seed, self.workers = index, size, batch_size, shuffle, seed, workers
-        self.on_bad, self.rgb, self.defects, self.pair = on_bad, rgb, defects, pair
+        self.on_bad, self.rgb, self.defects, self.pair, self.mosaic = on_bad, rgb, defects, pair, mosaic
         self.root, self.epoch, self.skipped = root_of(index), 0, []
         self.rows = list(index[["image", "mask", "anomalous", "defect", "category"]].itertuples(index=False, name=None))
 
     def __len__(self) -> int: return math.ceil(len(self.rows) / self.batch_size)
 
-    def _read(self, at: int) -> tuple | BadImage:
+    def _item(self, at: int) -> tuple | BadImage:
+        "A row as it is read in this pass."
+        return self._read(at, self.size) if self.mosaic is None else self.mosaic(self._read, at, self.epoch, self.size)
+
+    def _read(self, at: int, size: int | tuple[int, int]) -> tuple | BadImage:
         "Pixels and mask of one row; an error is returned, so that it is raised in the order of the rows."
         image_path, mask_path, anomalous, _, category = self.rows[at]
         try:
@@ -84,10 +89,10 @@ class Batches:
             if mask is not None and not anomalous and mask.any():
                 raise BadImage(self.root / image_path, f"a normal image whose mask {mask_path} marks {int(mask.sum())} pixels",
                                "correct the label or clear the mask", "normal_mask")
-            pixels = resize(image, self.size, self.rgb, self.pair["bits"])
+            pixels = resize(image, size, self.rgb, self.pair["bits"])
         except BadImage as error: return error
         small = np.zeros(pixels.shape[:2], bool) if mask is None else resize_mask(mask, pixels.shape[:2])
-        return at, torch.from_numpy(pixels.copy()).permute(2, 0, 1), torch.from_numpy(small.copy())[None]
+        return self.rows[at], torch.from_numpy(pixels.copy()).permute(2, 0, 1), torch.from_numpy(small.copy())[None]
 
     def _collect(self, results: list) -> Batch | None:
         "Rows read, as one batch."
@@ -99,7 +104,7 @@ class Batches:
                 self.skipped.append(str(result))
                 warnings.warn(f"skipped {result}", stacklevel=3)
         if not good: return None
-        rows = [self.rows[at] for at, _, _ in good]
+        rows = [row for row, _, _ in good]
         return Batch(image=torch.stack([pixels for _, pixels, _ in good]).float() / 255, mask=torch.stack([mask for _, _, mask in good]),
                      anomalous=torch.tensor([bool(row[2]) for row in rows]), defect=torch.tensor([self.defects.index(row[3]) for row in rows]),
                      category=[row[4] for row in rows], path=[row[0] for row in rows], has_mask=torch.tensor([bool(row[1]) or not row[2] for row in rows]))
@@ -108,7 +113,7 @@ class Batches:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.rows)).tolist() if self.shuffle else list(range(len(self.rows)))
         self.epoch, self.skipped = self.epoch + 1, []
         chunks = [order[at:at + self.batch_size] for at in range(0, len(order), self.batch_size)]
-        if not self.workers: results = ([self._read(at) for at in chunk] for chunk in chunks)
+        if not self.workers: results = ([self._item(at) for at in chunk] for chunk in chunks)
         else: results = self._ahead(chunks)
         for batch in map(self._collect, results):
             if batch is not None: yield batch
@@ -119,12 +124,12 @@ class Batches:
             waiting, chunks = deque(), iter(chunks)
             try:
                 while True:
-                    while len(waiting) < 3 and (chunk := next(chunks, None)) is not None: waiting.append([pool.submit(self._read, at) for at in chunk])
+                    while len(waiting) < 3 and (chunk := next(chunks, None)) is not None: waiting.append([pool.submit(self._item, at) for at in chunk])
                     if not waiting: return
                     yield [future.result() for future in waiting.popleft()]
             finally: pool.shutdown(wait=True, cancel_futures=True)
 
-# %% ../../nbs/data/12_images.ipynb #0c4bb29c
+# %% ../../nbs/data/12_images.ipynb #f69b42d0
 def batches(
     index: pd.DataFrame,  # an Index
     size: int | tuple[int, int],  # a square's side, or (height, width)
@@ -138,6 +143,7 @@ def batches(
     bits: int | None = None,  # bit depth of images with more than 8 bits
     mask_threshold: int | None = None,  # see `load_mask`
     defects: list[str] | None = None,  # names that number the defects; default: those of this index
+    mosaic: float | dict | Mosaic = 0.0,  # for training: share of the images that are replaced by 2 x 2 images of their category, see `Mosaic`
 ) -> Batches:  # iterable with a length
     "An Index as batches; the numbers depend neither on the batch size nor on the workers."
     if on_bad not in ("raise", "skip"): raise ValueError(f"on_bad={on_bad!r}; it must be 'raise' or 'skip'")
@@ -147,9 +153,10 @@ def batches(
     names = defect_names(index) if defects is None else list(defects)
     unknown = sorted(set(index["defect"]) - set(names))
     if unknown: raise ValueError(f"the index has the defects {unknown}, which are not in defects={names}")
-    return Batches(index, size, batch_size, shuffle, seed, workers, on_bad, rgb, names, dict(mask_mismatch=mask_mismatch, bits=bits, threshold=mask_threshold))
+    plan = mosaic if isinstance(mosaic, Mosaic) else Mosaic(index, mosaic, seed) if mosaic else None
+    return Batches(index, size, batch_size, shuffle, seed, workers, on_bad, rgb, names, dict(mask_mismatch=mask_mismatch, bits=bits, threshold=mask_threshold), plan)
 
-# %% ../../nbs/data/12_images.ipynb #8541a229
+# %% ../../nbs/data/12_images.ipynb #c6b411f1
 PROBLEMS = ("missing", "truncated", "unreadable", "missing_mask", "bad_mask", "normal_mask", "size_mismatch", "empty_mask", "duplicate")
 
 

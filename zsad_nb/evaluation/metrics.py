@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['Metrics', 'image_metrics', 'PixelMetrics', 'pixel_metrics', 'mean_over_classes']
 
-# %% ../../nbs/evaluation/70_metrics.ipynb #b05a4a32
-import math
+# %% ../../nbs/evaluation/70_metrics.ipynb #0a648ca4
+import json, math, os
 from collections.abc import Iterator
 from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 from scipy import ndimage
+from ..core import write_atomically
 from .aupro_200 import aupro_200, thresholds_200, VARIANTS_200
 from .rank_counts import RankCounts
 
-# %% ../../nbs/evaluation/70_metrics.ipynb #bf50eb33
+# %% ../../nbs/evaluation/70_metrics.ipynb #75729b39
 class Metrics(dict):
     "Metric name -> value. Where the value is undefined it is NaN and `reasons[name]` says why"
     def __init__(self,
@@ -28,7 +29,7 @@ class Metrics(dict):
     def __repr__(self) -> str:
         return "\n".join(f"{k:<16} {v:.4f}" + (f"   {self.reasons[k]}" if k in self.reasons else "") for k, v in self.items())
 
-# %% ../../nbs/evaluation/70_metrics.ipynb #fc867aec
+# %% ../../nbs/evaluation/70_metrics.ipynb #9b78415c
 class _Ranks:
     "AUROC, AP and F1-max of `p` anomalous and `n` normal scores, added up over slices of distinct anomalous scores"
     def __init__(self, p: int, n: int):
@@ -44,7 +45,7 @@ class _Ranks:
         self.f1max = max(self.f1max, float((2 * tp / (self.p + tp + fp)).max()))
         self.seen += int(hits.sum())
 
-# %% ../../nbs/evaluation/70_metrics.ipynb #45e8500c
+# %% ../../nbs/evaluation/70_metrics.ipynb #ea733e51
 def _flags(x, what: str) -> np.ndarray:
     "Array of 0/1 or bool as bool; anything else is an error that names the image"
     x = np.asarray(x.detach().cpu() if hasattr(x, "detach") else x)
@@ -74,7 +75,7 @@ def _undefined(names: list, why: str) -> Metrics:
     "All of `names` undefined for the same reason"
     return Metrics(dict.fromkeys(names, math.nan), dict.fromkeys(names, why))
 
-# %% ../../nbs/evaluation/70_metrics.ipynb #0d6ac2c6
+# %% ../../nbs/evaluation/70_metrics.ipynb #2254aeee
 def _keys(scores: np.ndarray, areas: np.ndarray) -> np.ndarray:
     "float32 scores and region areas -> uint64 that sort by score, then area; -0 and 0 are one score"
     bits = (scores + np.float32(0)).view(np.uint32)
@@ -95,7 +96,7 @@ def _areas(
     label = label[box]
     return np.bincount(label)[label], n
 
-# %% ../../nbs/evaluation/70_metrics.ipynb #aa376e6b
+# %% ../../nbs/evaluation/70_metrics.ipynb #247d6132
 def _pro_area(weight: np.ndarray, less: np.ndarray, ties: np.ndarray, n: int, limit: float) -> float:
     "Area under the PRO curve up to FPR `limit`, divided by it, of anomalous scores with these weights (sum 1 = all regions)"
     before, after = (n - less - ties) / n, (n - less) / n
@@ -103,15 +104,15 @@ def _pro_area(weight: np.ndarray, less: np.ndarray, ties: np.ndarray, n: int, li
     risen = np.divide(right - left, after - before, out=np.ones(len(weight)), where=ties > 0) # fraction of the rise left of the limit
     return float((weight * risen * ((right - left) / 2 + limit - right)).sum()) / limit
 
-# %% ../../nbs/evaluation/70_metrics.ipynb #1baeda93
+# %% ../../nbs/evaluation/70_metrics.ipynb #4a405bd2
 class PixelMetrics:
     "Streaming pixel AUROC, AP, F1-max and AUPRO, exact in float32 scores; memory: `memory_limit`, one block, and 8 bytes per anomalous pixel"
     def __init__(self,
         limits: tuple = (0.3,), # FPR limits of the AUPRO; 0.3 is reported as `pixel_aupro`, another limit L as `pixel_aupro@L`
         spill: str | Path = None, # folder for what exceeds memory_limit. None: the system's temporary folder
-        memory_limit: int = 256 * 2**20, # bytes of normal scores kept in memory, besides the block that is being filled
+        memory_limit: int = 64 * 2**20, # bytes of normal scores kept in memory, besides the block that is being filled
         variant_200: str = "anomalyclip", # the public code whose 200-threshold AUPRO is reported, one of VARIANTS_200
-        block: int = 2**24, # pixels sorted at once (64 MB): smaller saves memory and costs time
+        block: int = 2**23, # pixels sorted at once (32 MB): smaller saves memory and costs time
     ):
         if spill is not None and not Path(spill).is_dir(): raise ValueError(f"spill folder {spill} does not exist; create it or pass spill=None")
         if not all(0 < l <= 1 for l in limits): raise ValueError(f"limits {limits} of the AUPRO must lie above 0 and not above 1")
@@ -147,7 +148,7 @@ class PixelMetrics:
         if other is self: raise ValueError("a PixelMetrics cannot be merged with itself: every image would count twice")
         self._check_open(); other._check_open()
         try:
-            for b in other._normal: self._normal.add(b)
+            self._normal.merge(other._normal)
         except BaseException: self.close(); raise
         self._anomalous += other._anomalous
         self.images += other.images; self.excluded += other.excluded; self.regions += other.regions
@@ -165,7 +166,7 @@ class PixelMetrics:
     def _check_open(self):
         if self.closed: raise RuntimeError("this PixelMetrics is closed (by close(), or because adding a batch failed half-way); start a new one")
 
-# %% ../../nbs/evaluation/70_metrics.ipynb #1f1a90ec
+# %% ../../nbs/evaluation/70_metrics.ipynb #9274a413
 @patch
 def _checked(self: PixelMetrics, maps, masks, has_mask) -> tuple:
     "Arrays (B,H,W) float32, (B,H,W) bool, (B,) bool, and the lowest and highest score of the images with a mask"
@@ -191,7 +192,7 @@ def _checked(self: PixelMetrics, maps, masks, has_mask) -> tuple:
         elif masks[i].any(): raise ValueError(f"{where} has has_mask False but its mask has anomalous pixels")
     return maps, masks.astype(bool, copy=False), has_mask, low, high
 
-# %% ../../nbs/evaluation/70_metrics.ipynb #04716ec7
+# %% ../../nbs/evaluation/70_metrics.ipynb #e5984832
 _SLICE = 2**16 # keys per slice: small enough for the cache
 
 def _slices(keys: np.ndarray) -> Iterator[np.ndarray]:
@@ -239,7 +240,44 @@ def pixel_metrics(
     "All pixel metrics of maps that are at hand at once"
     with PixelMetrics(limits, **kwargs) as m: return m.update(maps, masks, has_mask).compute()
 
-# %% ../../nbs/evaluation/70_metrics.ipynb #86958a4e
+# %% ../../nbs/evaluation/70_metrics.ipynb #9a81e061
+_MAGIC = b"zsad_pm1"
+
+@patch
+def save(self: PixelMetrics, path: str | Path) -> Path:
+    "Write everything seen so far, whole or not at all; `PixelMetrics.load` goes on from there, to the last bit"
+    self._check_open()
+    if type(self) is not PixelMetrics: raise TypeError(f"{type(self).__name__} is not kept in a file; pickle it")
+    keys = np.concatenate(self._anomalous or [np.empty(0, np.uint64)])
+    head = json.dumps(dict(limits=self.limits, variant_200=self.variant_200, images=self.images, excluded=self.excluded, regions=self.regions, low=self._low, high=self._high,
+                           keys=len(keys), blocks=[len(b) for b in self._normal])).encode()
+    head += b" " * (-len(head) % 8)
+    def write(p):
+        with open(p, "wb") as f:
+            for part in (_MAGIC, len(head).to_bytes(8, "little"), head, keys): f.write(part)
+            self._normal.write(f)
+    return write_atomically(path, write)
+
+@patch(cls_method=True)
+def load(cls: PixelMetrics,
+    path: str | Path, # written by `save`; it must stay there until the metrics are closed
+    **options, # spill, memory_limit, block of PixelMetrics
+) -> PixelMetrics:
+    "What `save` wrote"
+    with open(path, "rb") as f:
+        start, size = f.read(16), os.fstat(f.fileno()).st_size
+        try: head = json.loads(f.read(int.from_bytes(start[8:], "little"))) if start[:8] == _MAGIC else None
+        except ValueError: head = None
+        if head is None: raise ValueError(f"{path} holds no pixel metrics: PixelMetrics.save did not write it")
+        at = f.tell()
+        if size != at + 8 * head["keys"] + 4 * sum(head["blocks"]): raise ValueError(f"{path} is cut short: {size} bytes instead of {at + 8 * head['keys'] + 4 * sum(head['blocks'])}; evaluate that shard again")
+        m = cls(tuple(head["limits"]), variant_200=head["variant_200"], **options)
+        m._anomalous = [np.fromfile(f, np.uint64, head["keys"])] if head["keys"] else []
+    m._normal.map(path, at + 8 * head["keys"], head["blocks"])
+    m.images, m.excluded, m.regions, m._low, m._high = (head[k] for k in ("images", "excluded", "regions", "low", "high"))
+    return m
+
+# %% ../../nbs/evaluation/70_metrics.ipynb #e7998507
 def mean_over_classes(
     per_class: pd.DataFrame, # one row a class, one column a metric; other columns are ignored
 ) -> pd.DataFrame: # one row a metric: mean, averaged (number of classes), left_out (their names)

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['RankCounts']
 
-# %% ../../nbs/evaluation/74_rank_counts.ipynb #34d56330
+# %% ../../nbs/evaluation/74_rank_counts.ipynb #c6563ab1
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 import numpy as np
 
-# %% ../../nbs/evaluation/74_rank_counts.ipynb #84cded27
+# %% ../../nbs/evaluation/74_rank_counts.ipynb #80e1f0cb
 class RankCounts:
     "A growing heap of float32 scores that says how many of them are less than, and equal to, given values"
     def __init__(self,
@@ -71,6 +72,22 @@ class RankCounts:
                 hit = np.flatnonzero(part[np.minimum(at, part.size - 1)] == values) # few, except where scores are quantised
                 if hit.size: ties[hit] += b[low:].searchsorted(values[hit], "right") - at[hit]
         return less, ties
+
+    def merge(self, other: "RankCounts"):
+        "Append all scores of `other`; its full blocks on disk stay where they are"
+        for b in other:
+            if len(b) != self.size or b.flags.writeable: self.add(b)
+            else: self.blocks.append(b); self.total += len(b)
+
+    def write(self, file: BinaryIO):
+        "Append all blocks to a buffered file"
+        for b in self: file.write(b)
+
+    def map(self, path: str | Path, at: int, sizes: list):
+        "Take blocks of these sizes from byte `at` of a file on; they are read when they are searched"
+        for n in sizes:
+            self.blocks.append(np.asarray(np.memmap(path, np.float32, "r", at, (n,))))
+            self.total += n; at += 4 * n
 
     def __getstate__(self) -> dict: # what is on disk travels to another process as arrays
         return {**self.__dict__, "blocks": [np.array(b) for b in self], "file": None, "end": 0, "tail": None, "fill": 0}

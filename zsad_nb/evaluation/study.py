@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['METRICS', 'study', 'summary', 'ordering']
 
-# %% ../../nbs/evaluation/75_study.ipynb #de7cfaf9
+# %% ../../nbs/evaluation/75_study.ipynb #ec2ab757
 import dataclasses
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -18,10 +19,11 @@ from ..backbones.features import FeatureCache, key_hash
 from ..core import seed_everything, write_atomically
 from ..data.index import fingerprint
 from .evaluate import MEAN, evaluate
+from .views import view
 from ..learning.training import fit, recipe_of
 from ..methods.base import create
 
-# %% ../../nbs/evaluation/75_study.ipynb #6bb3e95c
+# %% ../../nbs/evaluation/75_study.ipynb #dfef830e
 METRICS = ["image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "pixel_f1max", "pixel_aupro"]  # percent in tables, fractions in files
 
 def study(method: str,                 # a registered method
@@ -34,29 +36,38 @@ def study(method: str,                 # a registered method
           out: str|Path|None=None,     # folder: finished pairs are kept there and not repeated
           cache: FeatureCache|str|Path|None=None,  # keeps frozen features
           untrained: bool=True,        # also evaluate every variant before training
+          shown: pd.DataFrame|None=None,  # rows of the target whose maps are kept, under the first seed (see `choose`)
+          more: Callable|None=None,    # further numbers of a trained model: more(model, target) -> name: value, in the row of the mean
           device: str="cpu",
           progress: bool=True,
-         ) -> pd.DataFrame:            # one row a variant, seed, stage ("untrained" or "trained") and category (with the mean): metrics, seconds
+         ) -> pd.DataFrame:            # one row a variant, seed, stage ("untrained" or "trained") and category (with the mean): metrics, seconds; .attrs["views"]: variant -> folder
     "Train and evaluate every variant under every seed; go on where a stopped study ended."
     options, recipe = options or {}, recipe or {}
     if isinstance(cache, (str, Path)): cache = FeatureCache(cache)
+    if shown is not None and out is None: raise ValueError("the maps of `shown` are kept in files: pass out=FOLDER")
     common = dict(method=method, options=options, recipe=dataclasses.asdict(recipe_of(method, **recipe)), auxiliary=fingerprint(auxiliary), target=fingerprint(target), untrained=untrained)
-    parts = []
+    if more is not None: common["more"] = getattr(more, "__name__", str(more))
+    parts, views = [], {}
     for name, changes in variants.items():
+        weights = {role: b.hash for role, b in create(method, **options, **changes).backbones().items()}  # other weights are another study
         for seed in tqdm(seeds, desc=name, disable=not progress):
-            key = dict(common, variant=name, changes=changes, seed=seed)
+            kept = shown if seed == seeds[0] else None
+            key = dict(common, variant=name, changes=changes, seed=seed, weights=weights, **({} if kept is None else dict(shown=fingerprint(kept))))
             file = None if out is None else Path(out)/f"{key_hash(key)}.csv"
             if file is not None and file.is_file(): rows = pd.read_csv(file)
             else:
-                rows = _one(method, {**options, **changes}, auxiliary, target, seed, recipe, cache, untrained, device)
+                rows = _one(method, {**options, **changes}, auxiliary, target, seed, recipe, cache, untrained, device, more, None if kept is None else (kept, file.with_suffix("")))
                 rows.insert(0, "seed", seed); rows.insert(0, "variant", name)
                 if file is not None:
-                    write_atomically(file, lambda p, rows=rows: rows.to_csv(p, index=False))
                     write_atomically(file.with_suffix(".json"), lambda p, key=key: p.write_text(json.dumps(key, indent=1, default=list)))
+                    write_atomically(file, lambda p, rows=rows: rows.to_csv(p, index=False))  # last: this one is done
+            if kept is not None: views[name] = file.with_suffix("")
             parts.append(rows)
-    return pd.concat(parts, ignore_index=True)
+    table = pd.concat(parts, ignore_index=True)
+    table.attrs["views"] = {k: str(v) for k, v in views.items()}
+    return table
 
-def _one(method, parameters, auxiliary, target, seed, recipe, cache, untrained, device) -> pd.DataFrame:
+def _one(method, parameters, auxiliary, target, seed, recipe, cache, untrained, device, more=None, keep=None) -> pd.DataFrame:
     seed_everything(seed)
     model, stages, seconds = create(method, **parameters).to(device), [], 0.0
     quiet = dict(cache=cache, progress=False)
@@ -66,7 +77,10 @@ def _one(method, parameters, auxiliary, target, seed, recipe, cache, untrained, 
         fit(model, auxiliary, recipe_of(model, **{"seed": seed, **recipe}), **quiet)
         seconds = time.perf_counter() - start
     stages.append(("trained", seconds, evaluate(model, target, **quiet)))
-    return pd.concat([e.per_class.reset_index()[["category", *METRICS]].assign(stage=stage, seconds=round(s, 1)) for stage, s, e in stages], ignore_index=True)
+    if keep is not None: view(model, keep[0], ranges=stages[-1][2].per_image, cache=cache).save(keep[1])
+    rows = pd.concat([e.per_class.reset_index()[["category", *METRICS]].assign(stage=stage, seconds=round(s, 1)) for stage, s, e in stages], ignore_index=True)
+    for name, value in (more(model, target) if more is not None else {}).items(): rows.loc[(rows["stage"] == "trained") & (rows["category"] == MEAN), name] = value
+    return rows
 
 # %% ../../nbs/evaluation/75_study.ipynb #5db6f57e
 def summary(table: pd.DataFrame,  # of `study`

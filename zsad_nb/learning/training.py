@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Recipe', 'recipe_of', 'cosine_rate', 'rate', 'fit']
 
-# %% ../../nbs/learning/61_training.ipynb #fc2b4447
+# %% ../../nbs/learning/61_training.ipynb #e905d889
+import copy
 import dataclasses
 import math
 import time
@@ -20,6 +21,9 @@ from tqdm.auto import tqdm
 from ..backbones.features import FeatureCache
 from ..core import require_known, seed_everything
 from ..data.images import batches
+from ..data.index import root_of
+from .devices import Alone, Team, check_devices, inside, launch
+from .precision import checkpointed, full, lowered, peak_memory, reset_peak
 from ..methods.base import Method, method_class
 
 # %% ../../nbs/learning/61_training.ipynb #f154b85e
@@ -73,7 +77,7 @@ def rate(recipe: Recipe, base: float,  # learning rate of a parameter group, bef
     if recipe.schedule == "constant": return base
     return cosine_rate(base, floor, epoch, recipe.epochs) if recipe.schedule == "cosine_epochs" else cosine_rate(base, floor, step - rising, steps - rising)
 
-# %% ../../nbs/learning/61_training.ipynb #58ce0a61
+# %% ../../nbs/learning/61_training.ipynb #90d2dd12
 def fit(method: Method,          # changed in place
         index: pd.DataFrame,     # auxiliary set: its rows are all trained on, whatever their split
         recipe: Recipe|None=None,  # default: the method's own
@@ -82,7 +86,11 @@ def fit(method: Method,          # changed in place
         progress: bool=True,     # a bar on stderr
         label: str="train",      # in front of the bar
         cache: FeatureCache|str|Path|None=None,  # keeps frozen features, so that they are computed once per image
-       ) -> pd.DataFrame:        # one row a step: step, epoch, seconds, lr, skipped, total and the parts of the loss
+        devices: int=1,          # GPUs (or CPU processes, for a method on the CPU) that share every batch
+        precision: str="fp32",   # of products: fp32, bf16 or fp16
+        checkpointing: bool=False,  # compute the frozen blocks' activations again on the way back instead of keeping them
+        compile: bool|str=False,  # torch.compile for the learned part; a text names its backend
+       ) -> pd.DataFrame:        # one row a step: step, epoch, seconds, lr, skipped, total and the parts of the loss; `attrs`: epochs, step_seconds, peak_memory, ...
     "Train a method's learned part on an Index; same seed, same numbers."
     groups = method.param_groups()
     if not groups: raise ValueError(f"{method.name} is training-free: there is nothing to fit")
@@ -93,34 +101,67 @@ def fit(method: Method,          # changed in place
     if blind.any(): warnings.warn(f"{int(blind.sum())} of {int(index['anomalous'].sum())} anomalous images have no mask (first: {index['image'][blind].iloc[0]}): their pixels "
                                   "are trained as normal, as the public codes do; drop these rows to avoid it", stacklevel=2)
     recipe = recipe_of(method) if recipe is None else recipe
+    check_devices(method, devices, recipe.batch_size)
+    lowered(precision, method.device)
     method.prepare(index, training=True)
     if isinstance(cache, (str, Path)): cache = FeatureCache(cache)
+    if devices > 1 and not inside(devices):
+        history = launch(method, devices, dict(index=index, recipe=recipe, size=size, workers=workers, progress=progress, label=label, cache=cache, precision=precision, checkpointing=checkpointing, compile=compile))
+        method.eval()
+        for name in ("hits", "misses") if cache is not None else (): cache.counts[name] += sum(e[name] for e in history.attrs["epochs"])
+    else: history = _steps(method, groups, index, recipe, size, workers, progress, label, cache, devices, precision, checkpointing, compile)
+    method.trained_on = sorted({*method.trained_on, *(index["dataset"] + "/" + index["category"])})
+    return history
+
+def _steps(method, groups, index, recipe, size, workers, progress, label, cache, devices, precision, checkpointing, compile) -> pd.DataFrame:
+    "`fit` in this process, alone or in a team."
+    team = Team(method.device) if devices > 1 else Alone()
+    if devices > 1: method.to(team.device)
     seed_everything(recipe.seed)
     kind = dict(adamw=torch.optim.AdamW, adam=torch.optim.Adam)[recipe.optimiser]
     optimiser = kind([dict(g) for g in groups], betas=recipe.betas, weight_decay=recipe.weight_decay)
+    parameters, device = [p for g in groups for p in g["params"]], method.device
     size = size or next(iter(method.backbones().values())).size
-    loader = batches(index, size, recipe.batch_size, shuffle=True, seed=recipe.seed, workers=workers)
-    rows, skipped, start = [], 0, time.perf_counter()
+    whole = batches(index, size, recipe.batch_size, shuffle=True, seed=recipe.seed, workers=workers)
+    loader, steps = team.shares(whole), recipe.epochs * len(whole)
+    kept = None if cache is None else cache.view(root_of(index), **({} if precision == "fp32" else dict(precision=precision)))  # other products, other features
+    spare = None if kept is None else copy.copy(kept)  # for an image that another process counts
+    if spare is not None: spare.counts = dict(kept.counts)
+    scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, enabled=precision == "fp16")
+    run = torch.compile(method, backend="inductor" if compile is True else compile) if compile else method
+    def forward(features, batch):
+        with lowered(precision, device): return full(run(features, batch))
+    rows, epochs, skipped = [], [], 0
     method.train()
-    with tqdm(total=recipe.epochs * len(loader), desc=label, disable=not progress, unit="step", leave=True) as bar:
+    reset_peak(device)
+    start = time.perf_counter()
+    with checkpointed(method, checkpointing), tqdm(total=steps, desc=label, disable=not progress or team.rank > 0, unit="step", leave=True) as bar:
         for epoch in range(recipe.epochs):
+            begun, before = time.perf_counter(), dict(hits=0, misses=0) if kept is None else dict(kept.counts)
             for batch in loader:
-                for group, own in zip(optimiser.param_groups, groups): group["lr"] = rate(recipe, own["lr"], len(rows), epoch, recipe.epochs * len(loader))
-                batch = batch.to(method.device)
-                with torch.no_grad(): features = method.features(batch, cache)
-                losses = method.loss(method(features, batch), batch)
+                for group, own in zip(optimiser.param_groups, groups): group["lr"] = rate(recipe, own["lr"], len(rows), epoch, steps)
+                batch = batch.to(device)
+                with torch.no_grad(), lowered(precision, device): features = method.features(batch, kept if team.busy(loader) else spare)
                 optimiser.zero_grad(set_to_none=True)
-                losses["total"].backward()
-                finite = torch.isfinite(losses["total"]) and all(torch.isfinite(p.grad).all() for g in groups for p in g["params"] if p.grad is not None)
+                losses = team.backward(method, forward, features, batch, loader, scaler.scale, parameters)
+                scaler.unscale_(optimiser)
+                finite = torch.isfinite(losses["total"]) and all(torch.isfinite(p.grad).all() for p in parameters if p.grad is not None)
                 if finite:
                     method.clip_gradients()
-                    optimiser.step()
+                    scaler.step(optimiser)
                 else: skipped += 1
+                scaler.update()
                 rows.append(dict(step=len(rows), epoch=epoch, seconds=time.perf_counter() - start, lr=optimiser.param_groups[0]["lr"], skipped=not bool(finite),
                                  **{k: v.item() for k, v in losses.items()}))
                 bar.update()
                 bar.set_postfix(loss=f"{rows[-1]['total']:.3f}", refresh=False)
+            team.agree(parameters)
+            found = team.total({k: 0 if kept is None else kept.counts[k] - before[k] for k in ("hits", "misses")})
+            epochs.append(dict(epoch=epoch, steps=len(whole), seconds=round(time.perf_counter() - begun, 4), **found))
     method.eval()
     if skipped > len(rows) / 2: raise FloatingPointError(f"{skipped} of {len(rows)} steps had a loss or gradient that is not finite; lower lr_scale or check the images")
-    method.trained_on = sorted({*method.trained_on, *(index["dataset"] + "/" + index["category"])})
-    return pd.DataFrame(rows)
+    history = pd.DataFrame(rows)
+    took = history["seconds"].diff().fillna(history["seconds"]) if rows else pd.Series([float("nan")])
+    history.attrs = dict(epochs=epochs, step_seconds=round(float(took.median()), 4), peak_memory=int(peak_memory(device)), device=device.type, devices=devices, precision=precision,
+                         checkpointing=checkpointing, compile=compile)
+    return history

@@ -8,10 +8,12 @@ __all__ = ['RULES', 'METHODS', 'MODULES', 'Prediction', 'param', 'ParameterSet',
 
 # %% ../../nbs/methods/40_base.ipynb #b4a430ca
 import dataclasses
+import functools
 import importlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 
 import zsad_nb
 from ..backbones.backbones import Features, Frozen
+from ..backbones.engines import Engine
 from ..backbones.features import FeatureCache
 from ..backbones.weights import WeightsError, read_state
 from ..core import require_known, write_atomically
@@ -94,6 +97,17 @@ class Method(nn.Module):
     studies: dict[str, dict[str, dict]] = {}  # its other tables and sweeps, likewise
     recipe: dict = {}                # the paper's training, as changes to `zsad_nb.learning.training.Recipe`
     transductive = False             # True: a prediction depends on other test images; marked in every table
+    engine: Engine|None = None       # None: PyTorch in fp32; see `use_engine`
+
+    def __init_subclass__(cls, **kwargs):
+        "Whatever a method says its features depend on, the engine is part of it: features of two engines never meet in a cache."
+        super().__init_subclass__(**kwargs)
+        if (own := cls.__dict__.get("encode_key")) is None: return
+        @functools.wraps(own)
+        def encode_key(self):
+            key = own(self)
+            return key if key is None or self.engine is None else {**key, "engine": self.engine.key}
+        cls.encode_key = encode_key
 
     def __init__(self, parameters):
         super().__init__()
@@ -107,8 +121,31 @@ class Method(nn.Module):
         "All that `encode` depends on besides the image, JSON-able; None where nothing is worth keeping."
         return None
     def features(self, batch, cache: FeatureCache|None=None) -> dict[str, Tensor]|Features|None:
-        "`encode`, through a cache where there is one and the method says what its features depend on."
-        return self.encode(batch) if cache is None or self.encode_key() is None else cache(self.encode_key(), batch, self.encode)
+        "`encode` in the method's engine, through a cache where there is one and the method says what its features depend on."
+        encode = self.encode if self.engine is None or not self.encodes else lambda batch: self.engine(self, self._frozen, self.graph_key(), batch.image)
+        return encode(batch) if cache is None or self.encode_key() is None else cache(self.encode_key(), batch, encode)
+    def _frozen(self, image: Tensor): return self.encode(SimpleNamespace(image=image))
+
+    def graph_key(self) -> dict:
+        "All that the graph of `encode` or `look` depends on besides the images' size and the learned values; the engine is not part of it."
+        key = {k: v for k, v in (self.encode_key() or {}).items() if k != "engine"}
+        return dict(method=self.name, **key) if key and "method" not in key else key or dict(method=self.name, parameters=dataclasses.asdict(self.p), backbones={
+            role: dict(hash=b.hash, size=getattr(b, "size", None), taps=getattr(b, "taps", None)) for role, b in self.backbones().items()})
+
+    def look(self, image: Tensor  # (B, 3, H, W) RGB in [0, 1]
+            ) -> dict[str, Tensor]:
+        "Where learned tokens act inside the backbone (`encodes` is False): all up to the patch grid."
+        raise NotImplementedError
+    def seen(self, image: Tensor) -> dict[str, Tensor]:
+        "`look`, in the method's engine while evaluating; training needs gradients, and runs in PyTorch."
+        return self.look(image) if self.engine is None or self.training else self.engine(self, self.look, self.graph_key(), image, self.learned())
+    def use_engine(self, engine: str="torch",   # torch, openvino or onnxruntime
+                   precision: str="fp32",       # fp32, bf16 or int8
+                   **options                    # of `zsad_nb.backbones.engines.Engine`: folder, compile, calibration
+                  ) -> "Method":                # itself
+        "From now on run what is frozen there: for training, evaluation and prediction alike."
+        self.engine = None if (engine, precision) == ("torch", "fp32") and not options.get("compile") else Engine(engine, precision, **options)
+        return self
     def prepare(self, index: pd.DataFrame, training: bool=False) -> "Method":
         "Told of the index before training or testing on it; a method with defect types reads them there."
         return self
@@ -142,13 +179,15 @@ class Method(nn.Module):
 
 # %% ../../nbs/methods/40_base.ipynb #29ab2e60
 def create(name: str,        # a registered method
+           engine: str="torch",     # of its frozen part, see `Method.use_engine`
+           precision: str="fp32",   # of the engine
            **parameters      # see `describe(name)`
           ) -> Method:       # untrained, on the CPU
     "Build a method; a parameter that does not exist raises."
     cls = method_class(name)
     require_known(parameters, [f.name for f in dataclasses.fields(cls.Parameters)], f"parameter of {name}")
     parameters = {k: tuple(v) if isinstance(v, list) else v for k, v in parameters.items()}  # JSON has lists only
-    return cls(cls.Parameters(**parameters))
+    return cls(cls.Parameters(**parameters)).use_engine(engine, precision)
 
 def describe(name: str  # a registered method
             ) -> pd.DataFrame:  # parameter, default, allowed, source, help
@@ -205,7 +244,7 @@ def load_tensors(method: Method, state: dict, where: str):
         for k, p in own.items(): p.copy_(state[k])
 
 def load(path: str|Path,  # written by `save`
-         **changes        # parameters to change, such as weights=PATH where the backbone's file moved
+         **changes        # parameters to change, such as weights=PATH where the backbone's file moved; engine and precision as in `create`
         ) -> Method:      # on the CPU
     "Rebuild a method from its checkpoint; the backbone's weights must be the ones it was trained with."
     header = read_header(path)

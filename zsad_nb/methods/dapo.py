@@ -179,8 +179,8 @@ class DAPO(TypeMethod):
         "Nothing is frozen before the tokens join the input."
         return None
 
-    def compare(self, image: Tensor  # (B, 3, H, W) RGB in [0, 1]
-               ) -> dict:            # tap_T (B, 1 + K, h, w); image (B, 2): normal, abnormal; image_types (B, 1 + K): all of them cosines over tau
+    def look(self, image: Tensor  # (B, 3, H, W) RGB in [0, 1]
+            ) -> dict:            # tap_T (B, 1 + K, h, w); image (B, 2): normal, abnormal; image_types (B, 1 + K): all of them cosines over tau
         "Patches and class token against the states."
         p, b = self.p, self.clip
         z, abnormal = prototypes(self.prompts(p.words) if self.training else self.prompts.features(p.words))
@@ -201,7 +201,7 @@ class DAPO(TypeMethod):
 
     def forward(self, features: None, batch) -> Prediction:
         "Maps at the batch's size and scores; the maps of all types in evaluation mode only."
-        layers, size, taps = self.compare(batch.image), tuple(batch.image.shape[-2:]), len(self.clip.taps)
+        layers, size, taps = self.seen(batch.image), tuple(batch.image.shape[-2:]), len(self.clip.taps)
         score = layers["image"].softmax(-1)[:, 1]
         if self.training:
             normal = enlarge(sum(v.softmax(1)[:, :1] for k, v in layers.items() if k.startswith("tap_")), size)[:, 0]

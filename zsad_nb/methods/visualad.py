@@ -95,13 +95,19 @@ class VisualAD(Method):
             maps[tap] = token_contrast(self.saf[tap](patches) if self.p.saf else patches, corrected, seen.grid)
         return maps, corrected
 
+    def look(self, image: Tensor) -> dict[str, Tensor]:
+        "Maps of every tap, and the corrected tokens."
+        maps, tokens = self.tap_maps(image)
+        return {**maps, "tokens": tokens}
+
     def forward(self, features: Features|None, batch) -> Prediction:
         "Map at the batch's size, score and per-tap maps; smoothed in evaluation mode only, as in the code."
-        maps, tokens = self.tap_maps(batch.image)
+        layers = self.seen(batch.image)
+        maps = [m for k, m in layers.items() if k != "tokens"]
         weights = self.p.tap_weights or (1.0,) * len(maps)
-        summed = sum(w * m for w, m in zip(weights, maps.values()))
+        summed = sum(w * m for w, m in zip(weights, maps))
         pixels = to_pixels(summed, tuple(batch.image.shape[-2:]), 0 if self.training else self.p.sigma)
-        return Prediction(pixels, top_share_mean(pixels, self.p.top_share), {**maps, "tokens": tokens})
+        return Prediction(pixels, top_share_mean(pixels, self.p.top_share), layers)
 
     def loss(self, prediction: Prediction, batch) -> dict[str, Tensor]:
         "cls + ctr + seg on unsmoothed maps; seg sums focal and dice over the taps (section 3.5, code)."

@@ -5,21 +5,27 @@
 # %% auto #0
 __all__ = ['parser', 'main']
 
-# %% ../../nbs/use/85_cli.ipynb #b284b28b
+# %% ../../nbs/use/85_cli.ipynb #023f5dd0
 import argparse
+import contextlib
 import shutil
 import sys
 from pathlib import Path
 
 import pandas as pd
 import torch
+import yaml
 
 import zsad_nb
 from ..core import require_known, write_atomically
 from ..data.images import check
 from ..data.readers import detect, read
-from ..methods.base import read_header
+from ..methods.base import load, read_header
 from .demo import SETTINGS, demo
+from .export import export
+from .inspection import exit_code
+from .inspector import Inspector
+from .paper_figures import build
 from .parameters import parameters_of
 from .rerun import rerun
 from .runs import Spec, collect, run, save_table, status
@@ -49,7 +55,7 @@ def _seeds(args) -> int:
     print(result.to_string(index=False), f"\n\nmean over seeds\n{result.groupby('method')[['image AUROC', 'pixel AUROC', 'AUPRO']].agg(['mean', 'std']).round(1)}\n\n{args.csv}", sep="")
     return 0
 
-# %% ../../nbs/use/85_cli.ipynb #63ee5eea
+# %% ../../nbs/use/85_cli.ipynb #56db1cbc
 def _check(args) -> int:
     name = args.dataset or detect(args.root)
     index = read(name, args.root)
@@ -59,11 +65,17 @@ def _check(args) -> int:
     print(f"{len(problems)} problems" if len(problems) else "no problems")
     return 1 if len(problems) else 0
 
+def _export(args) -> int:
+    about = export(load(args.checkpoint, **({"image_size": args.size} if args.size else {})), args.out, tuple(args.formats), args.category)
+    for kind, far in about["largest_difference"].items(): print(f"{kind:12} largest difference to PyTorch: {', '.join(f'{n} {d:.1e}' for n, d in far.items())}")
+    print(f"{', '.join(f for g in about['graphs'] for f in g['files'].values())} and export.json in {args.out}")
+    return 0
+
 def _show(args) -> int:
     for key, value in read_header(args.checkpoint).items(): print(f"{key:12} {value}")
     return 0
 
-# %% ../../nbs/use/85_cli.ipynb #dd16bc7a
+# %% ../../nbs/use/85_cli.ipynb #8fa8f788
 def _pairs(given: list[list[str]]|None) -> dict[str, str]: return dict(given or [])
 
 def _run(args) -> int:
@@ -79,9 +91,16 @@ def _run(args) -> int:
         if isinstance(v, (int, float, str)): print(f"{k:16} {v}")
     return 0
 
+def _value(text: str):
+    "What a value on the command line stands for: a number or a list as in YAML, otherwise the word itself."
+    try: value = yaml.safe_load(text)
+    except yaml.YAMLError: return text
+    with contextlib.suppress(ValueError): return float(value) if isinstance(value, str) else value  # YAML takes 1e-3 for a word
+    return value
+
 def _sweep(args) -> int:
-    variables = {k: None if v == "" else v for k, _, v in (text.partition("=") for text in args.set)}
-    done = sweep(expand(args.file, variables), args.root, workers=args.workers, cores=args.cores, gpus=args.gpus, retries=args.retries, timeout=args.timeout,
+    variables = {k: _value(v) for k, _, v in (text.partition("=") for text in args.set)}
+    done = sweep(expand(args.file, variables), args.root, workers=args.workers, cores=args.cores, gpus=args.gpus, client=args.scheduler, retries=args.retries, timeout=args.timeout,
                  dry_run=args.dry_run, stream=sys.stdout if args.dry_run else None)
     return 0 if args.dry_run or done.ok else 130 if done.interrupted else 1
 
@@ -97,6 +116,14 @@ def _collect(args) -> int:
     else: print(table.to_csv(index=False), end="")
     return 0
 
+def _figures(args) -> int:
+    def say(item, why): print(f"{'missing' if why else 'made':8} {item.name}", file=sys.stderr)
+    where = dict(text.partition("=")[::2] for text in args.where)
+    done = build(args.runs, args.out, where, args.only, args.peer, args.dpi, say)
+    print(f"{len(done.made)} made in {args.out}" + ("" if args.only else f"; index: {Path(args.out)/'README.md'}"))
+    for m in done.missing: print(f"\nmissing  {m['name']}  ({m['shows']})\n  {m['why']}\n  {m['command']}")
+    return 0 if done.made and not any(m["wrong"] for m in done.missing) else 1
+
 def _rerun(args) -> int:
     table = rerun(args.run_folder, args.out, args.timeout)
     other = table[~table["same"]]
@@ -105,7 +132,35 @@ def _rerun(args) -> int:
     if len(other): print(other[["what", "before", "after"]].head(20).to_string(index=False), f"\n... and {len(other) - 20} more" if len(other) > 20 else "")
     return 1 if len(other) else 0
 
-# %% ../../nbs/use/85_cli.ipynb #49f86777
+# %% ../../nbs/use/85_cli.ipynb #6794b3da
+def _predict(args) -> int:
+    ways = [name for name in ("normals", "thresholds", "threshold") if getattr(args, name) is not None]
+    if len(ways) > 1: raise ValueError(f"give one of --{' and --'.join(ways)}: each makes a threshold")
+    if args.normals is None and (args.defective or args.comparable): raise ValueError("--defective and --comparable go with --normals: thresholds are made from good images")
+    asked = {k: args.__dict__[k] for k in ("rate", "sure", "pixel_rate", "miss", "false_alarm", "share") if args.__dict__[k] is not None}
+    if asked and args.normals is None: raise ValueError(f"--{' --'.join(k.replace('_', '-') for k in asked)}: thresholds are made from good images; add --normals FOLDER")
+    inspector = Inspector.load(args.model, device=args.device, category=args.category, bits=args.bits, max_side=args.max_side, min_area=args.min_area, batch_size=args.batch, **{k: _value(v) for k, v in _pairs(args.parameter).items()})
+    try:
+        if args.normals is not None:
+            made = inspector.calibrate(args.normals, args.defective, out=Path(args.out)/"calibration", comparable=args.comparable, **asked)
+            print(f"{made}\nkept in {made.save(Path(args.out)/'thresholds.json')}\n")
+        elif args.thresholds is not None: inspector.use(args.thresholds)
+        elif args.threshold is not None or args.pixel_threshold is not None: inspector.use_values(args.threshold, args.pixel_threshold)
+        table = inspector.predict(args.images, args.out, args.pictures, args.format)
+    except KeyboardInterrupt:
+        print(f"zsad predict: stopped; the rows in {args.out} are kept, the same command goes on from there", file=sys.stderr)
+        return 130
+    s, bad = table.attrs["summary"], table[table["decision"] == "error"]
+    for r in bad.head(20).itertuples(): print(f"{r.path}: {r.error}", file=sys.stderr)
+    if len(bad) > 20: print(f"... and {len(bad) - 20} more", file=sys.stderr)
+    if inspector.calibration is None or not inspector.calibration.image: print("no threshold: scores only (--normals FOLDER makes one from good images)")
+    else: print(f"{s['defective']} defective, {s['normal']} normal")
+    print(f"{s['images']} images, {s['errors']} without a result, {s['duplicates']} copies of others, {s['known_before']} known before\ntable     {Path(args.out)/('results.' + args.format)}")
+    if s["moved"]: print(f"before    {s['moved']} (rows of other settings)")
+    if args.pictures != "none": print(f"pictures  {Path(args.out)/'pictures'}")
+    return exit_code(table)
+
+# %% ../../nbs/use/85_cli.ipynb #8161c425
 def parser() -> argparse.ArgumentParser:
     "The command line's grammar."
     p = argparse.ArgumentParser("zsad", description="Zero-shot anomaly detection in notebooks.")
@@ -130,6 +185,12 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--dataset", help="its layout (mvtec, visa, ...); default: guessed from the folder")
     h = add("show", _show, "what a checkpoint says of itself")
     h.add_argument("checkpoint")
+    x = add("export", _export, "write a checkpoint as ONNX and torch.export, checked against PyTorch, with a description of how to prepare an image")
+    x.add_argument("checkpoint")
+    x.add_argument("--out", required=True, help="folder; an export that is there is replaced")
+    x.add_argument("--formats", nargs="+", default=["torch", "onnx"], help="torch, onnx or both (default)")
+    x.add_argument("--category", default="object", help="class name, for a method that reads it (default: %(default)s)")
+    x.add_argument("--size", type=int, help="pixels (default: the checkpoint's)")
     def common(sub):
         sub.add_argument("--root", default="runs", help="results are in ROOT/experiment/hash (default: %(default)s)")
         sub.add_argument("--timeout", type=float, help="seconds a cell may take")
@@ -143,19 +204,52 @@ def parser() -> argparse.ArgumentParser:
     w.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a variable of the file")
     w.add_argument("--dry-run", action="store_true", help="say what would be run, start nothing")
     w.add_argument("--workers", type=int, default=1, help="runs at the same time")
-    w.add_argument("--cores", type=int, help="threads of each (default: this machine's, shared out)")
+    w.add_argument("--cores", type=int, help="threads of each (default: this machine's, shared out; on a cluster as its workers' environment says)")
     w.add_argument("--gpus", nargs="*", help="ids, one a worker in turn (default: all; without ids: none)")
-    w.add_argument("--retries", type=int, default=1, help="further tries when a kernel died (default: %(default)s)")
+    w.add_argument("--scheduler", help="workers of a Dask cluster instead: tcp://HOST:PORT, a scheduler file (.json), or local")
+    w.add_argument("--retries", type=int, default=1, help="further tries when a kernel or a worker died (default: %(default)s)")
     common(w)
     t = add("status", _status, "what the runs in a folder have come to")
     t.add_argument("folder")
     o = add("collect", _collect, "one table of all finished evaluations, as CSV or Parquet")
     o.add_argument("folder")
     o.add_argument("--out", help="file to write (default: print CSV)")
+    f = add("figures", _figures, "every figure and table of the papers from a folder of runs, and what is missing")
+    f.add_argument("runs", help="folder of runs, searched through all levels")
+    f.add_argument("--out", default="paper_figures", help="folder of the figures and their index (default: %(default)s)")
+    f.add_argument("--where", action="append", default=[], metavar="NAME=VALUE", help="only runs with this value of a parameter, where several differ")
+    f.add_argument("--only", nargs="+", default=[], metavar="NAME", help="figures whose names begin so; the index stays as it is")
+    f.add_argument("--peer", default="", help="the method beside ours in the qualitative figures (default: the nearest relative that is there)")
+    f.add_argument("--dpi", type=int, default=300, help="of PNGs and of pictures inside PDFs (default: %(default)s)")
     a = add("rerun", _rerun, "repeat a run from its record and compare every number")
     a.add_argument("run_folder", metavar="RUN")
     a.add_argument("--out", help="folder of the repetition (default: a temporary one)")
     a.add_argument("--timeout", type=float)
+    i = add("predict", _predict, "look at your own images: score, decision, heatmap, regions, defect type")
+    i.add_argument("images", nargs="+", help="folders, files or patterns")
+    i.add_argument("--out", required=True, help="folder for results.csv and pictures; the same command goes on where it was stopped")
+    i.add_argument("--model", default="self_distance", help="a run's folder, a checkpoint, or a method's name (default: %(default)s, which needs no training; a trained checkpoint is better)")
+    i.add_argument("-p", "--parameter", nargs=2, action="append", metavar=("NAME", "VALUE"), help="a parameter of the method")
+    i.add_argument("--normals", nargs="+", help="images assumed normal: thresholds at --rate are made from them")
+    i.add_argument("--rate", type=float, help="false-alarm rate: share of good images that may be called defective (default: 0.01)")
+    i.add_argument("--sure", type=float, help="keep the rate with this certainty, such as 0.95 (default: on average)")
+    i.add_argument("--pixel-rate", type=float, help="share of good images that may show a marked spot (default: --rate)")
+    i.add_argument("--defective", nargs="+", help="labelled defects: the threshold with the best F1, or the least cost")
+    i.add_argument("--miss", type=float, help="cost of a missed defect, with --false-alarm")
+    i.add_argument("--false-alarm", type=float, help="cost of a false alarm, with --miss")
+    i.add_argument("--share", type=float, help="share of defective parts in production (default: as in the labelled images)")
+    i.add_argument("--comparable", default="", choices=["", "robust", "quantile"], help="hold scores against the normal images of their own category (default: scores as they are)")
+    i.add_argument("--thresholds", help="thresholds.json of an earlier call")
+    i.add_argument("--threshold", type=float, help="a score from elsewhere")
+    i.add_argument("--pixel-threshold", type=float, help="a heatmap value from elsewhere, with --threshold or alone")
+    i.add_argument("--category", default="object", help="what prompts call the thing; folder: the name of the folder an image lies in (default: %(default)s)")
+    i.add_argument("--bits", type=int, help="bit depth of images with more than 8 bits (default: seen from each image)")
+    i.add_argument("--max-side", type=int, default=2048, help="longer side of heatmaps and pictures of larger photographs (default: %(default)s)")
+    i.add_argument("--min-area", type=int, default=0, help="smaller regions are left out, pixels")
+    i.add_argument("--pictures", default="all", choices=["all", "defective", "none"], help="overlays to write (default: %(default)s)")
+    i.add_argument("--format", default="csv", choices=["csv", "parquet"])
+    i.add_argument("--batch", type=int, default=8, help="images at a time: speed and memory (default: %(default)s)")
+    i.add_argument("--device", default="cpu", help="cpu or cuda")
     return p
 
 def main(argv: list[str]|None=None  # default: the process's own arguments
@@ -163,6 +257,6 @@ def main(argv: list[str]|None=None  # default: the process's own arguments
     "Entry point of the console script `zsad`; expected errors are one line, not a traceback."
     args = parser().parse_args(argv)
     try: return args.run(args)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"zsad {args.command}: {error}", file=sys.stderr)
         return 2

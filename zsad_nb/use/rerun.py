@@ -13,7 +13,8 @@ from pathlib import Path
 import pandas as pd
 
 from .parameters import read_notebook, source_hash
-from .runs import _json, _resolve, execute, look
+from ..evaluation.results import read_json
+from .runs import _resolve, execute, look
 
 # %% ../../nbs/use/83b_rerun.ipynb #cb315c17
 TIMES = {"seconds", "versions", "started", "finished", "memory", "speed"}  # names that are never the same twice
@@ -26,7 +27,7 @@ def _numbers(folder: Path) -> dict[str, object]:
         elif isinstance(value, list):
             for n, v in enumerate(value): yield from leaves(f"{name} {n}", v)
         else: yield name, value
-    found = dict(leaves("result.json", _json(folder/"result.json")[0]))
+    found = dict(leaves("result.json", read_json(folder/"result.json")[0]))
     for file in sorted(folder.rglob("*.csv")):
         if "data" in file.relative_to(folder).parts[:1]: continue  # drawn images
         table, name = pd.read_csv(file, dtype=str, keep_default_na=False), file.relative_to(folder).as_posix()  # as written: to the last digit

@@ -6,7 +6,7 @@
 __all__ = ['REFERENCE', 'LIBRARIES', 'Spec', 'versions', 'code_state', 'hardware', 'Busy', 'lock', 'Result', 'look', 'run',
            'execute', 'run_folders', 'collect', 'save_table', 'status']
 
-# %% ../../nbs/use/83_runs.ipynb #3f75a03c
+# %% ../../nbs/use/83_runs.ipynb #9f73d453
 import contextlib
 import errno
 import fcntl
@@ -36,6 +36,7 @@ import pandas as pd
 import zsad_nb
 from ..backbones.features import key_hash
 from ..core import write_atomically
+from ..evaluation.results import read_json, read_runs
 from .parameters import check_parameters, read_notebook, source_hash
 
 # %% ../../nbs/use/83_runs.ipynb #39696006
@@ -88,7 +89,7 @@ def _resolve(value, folders: dict[str, Path]):
     m = REFERENCE.match(value) if isinstance(value, str) else None
     return str(folders[m[1]]) + value[m.end():] if m and m[1] in folders else value
 
-# %% ../../nbs/use/83_runs.ipynb #40f637d6
+# %% ../../nbs/use/83_runs.ipynb #3c87638f
 LIBRARIES = ("torch", "torchvision", "timm", "open_clip_torch", "numpy", "pandas", "scipy", "papermill")
 
 def versions() -> dict[str, str]:
@@ -156,7 +157,7 @@ def _locked(folder: Path) -> bool:
     except OSError: pass
     return False
 
-# %% ../../nbs/use/83_runs.ipynb #ee188f16
+# %% ../../nbs/use/83_runs.ipynb #d53d827e
 @dataclass
 class Result:
     "What is known of a run."
@@ -171,19 +172,13 @@ class Result:
     @property
     def ok(self) -> bool: return self.status == "done"
 
-def _json(path: Path) -> tuple[dict, str]:  # content, what is wrong with it
-    try: value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError: return {}, f"there is no {path.name}"
-    except (ValueError, OSError) as error: return {}, f"{path.name} cannot be read ({error})"
-    return (value, "") if isinstance(value, dict) else ({}, f"{path.name} holds no JSON object")
-
 def look(folder: str|Path,
          expected: str="",  # hash that is asked for; "" for whichever is there
         ) -> Result:
     "Is this run done? The one place that decides it."
     folder = Path(folder)
-    record, wrong = _json(folder/"run.json")
-    result, missing = _json(folder/"result.json")
+    record, wrong = read_json(folder/"run.json")
+    result, missing = read_json(folder/"result.json")
     if wrong:
         there = (folder/"run.json").exists() or not missing
         return Result(folder, "damaged" if there else "running" if _locked(folder) else "absent", error=f"{wrong}{'; its result is not believed' if not missing else ''}" if there else "")
@@ -193,7 +188,7 @@ def look(folder: str|Path,
     if _locked(folder): return Result(folder, "running", record=record)
     return Result(folder, "interrupted", record=record, error=f"process {record.get('process')} ended without saying how")
 
-# %% ../../nbs/use/83_runs.ipynb #bcbde095
+# %% ../../nbs/use/83_runs.ipynb #16c4d7dc
 def run(spec: Spec,
         root: str|Path="runs",     # the run's folder is root/experiment/hash
         timeout: float|None=None,  # seconds a cell may take; None: any
@@ -282,7 +277,7 @@ def execute(source: dict,     # a notebook of `read_notebook`
     except Exception as e: kind, error = "error", f"{type(e).__name__}: {e}"
     finally: kernel._stop.set()
     if not kind:
-        result, wrong = _json(folder/"result.json")
+        result, wrong = read_json(folder/"result.json")
         if wrong: kind, error = "no result", f"the notebook ended, but {wrong}"
         else: record.update(data=result.get("data"), fingerprint=result.get("fingerprint"), weights=result.get("frozen"))
     error = " ".join(error.split())[:400]
@@ -298,7 +293,7 @@ def execute(source: dict,     # a notebook of `read_notebook`
 def _now() -> str: return datetime.now(timezone.utc).isoformat(timespec="seconds")
 def _save(folder: Path, record: dict): write_atomically(folder/"run.json", lambda p: p.write_text(json.dumps(record, indent=1), encoding="utf-8"))
 
-# %% ../../nbs/use/83_runs.ipynb #27cc7e12
+# %% ../../nbs/use/83_runs.ipynb #d7e1b66a
 def run_folders(folder: str|Path) -> list[Path]:
     "The run folders in a folder of runs, in an experiment's, or this one itself."
     folder = Path(folder)
@@ -307,27 +302,12 @@ def run_folders(folder: str|Path) -> list[Path]:
     return sorted({p.parent for depth in ("*", "*/*") for name in ("run.json", ".lock") for p in folder.glob(f"{depth}/{name}")})
 
 def collect(folder: str|Path,  # of runs, of an experiment, or one run
-           ) -> pd.DataFrame:  # one row a run and category: method, data, category, seed, metrics, seen, transductive, every parameter, path
-    "The metrics of every finished evaluation, tidy. The parameters of the runs it came after are called name.parameter; a value that is no number or word is JSON."
-    rows = []
-    for f in run_folders(folder):
-        found = look(f)
-        if found.status == "damaged": warnings.warn(f"{f}: {found.error}; left out", stacklevel=2)
-        if not found.ok or not (f/"metrics.csv").is_file(): continue
-        try: table = pd.read_csv(f/"metrics.csv", dtype={"category": str})
-        except (ValueError, OSError) as error: warnings.warn(f"{f}: metrics.csv cannot be read ({error}); left out", stacklevel=2); continue
-        result, record = found.result, found.record
-        seeds = [d["parameters"]["seed"] for d in record["after"].values() if "seed" in d["parameters"]]  # of the training, where there was one
-        head = dict(experiment=record["spec"]["experiment"], hash=record["hash"], method=result.get("method"), data=result.get("data"), seed=seeds[0] if seeds else result.get("seed"),
-                    transductive=result.get("transductive"), trained_on="+".join(sorted({c.partition("/")[0] for c in result.get("trained_on") or []})))
-        tail = dict(fingerprint=record.get("fingerprint"), version=record["versions"]["zsad_nb"], **{k: record["code"][k] for k in ("commit", "dirty", "source")}, seconds=record["seconds"],
-                    peak_memory_mb=record["peak_memory_mb"], path=f.as_posix())
-        own = {**record["spec"]["parameters"], **{f"{n}.{k}": v for n, d in record["after"].items() for k, v in d["parameters"].items()}}
-        own = {k: json.dumps(v) if isinstance(v, (list, dict)) else v for k, v in own.items() if k not in head and k not in tail}
-        seen = set(result.get("seen") or [])
-        seen = seen | {s.partition("/")[2] for s in seen} | ({"mean"} if seen else set())
-        rows.append(pd.DataFrame(head, index=table.index).join(table).assign(seen=table["category"].isin(seen)).join(pd.DataFrame({**own, **tail}, index=table.index)))
-    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=["experiment", "hash", "method", "data", "seed", "category", "path"])
+           ) -> pd.DataFrame:  # of `read_runs`
+    "`read_runs` for a terminal: every run that is left out is warned of."
+    if not Path(folder).is_dir(): raise ValueError(f"no folder {folder}")
+    table = read_runs(folder)
+    for path, reason in table.attrs["skipped"]: warnings.warn(f"{path}: {reason}; left out", stacklevel=2)
+    return table
 
 def save_table(table: pd.DataFrame, path: str|Path) -> Path:  # the file written
     "Parquet where pyarrow is installed and the name asks for it, otherwise CSV."
@@ -337,7 +317,7 @@ def save_table(table: pd.DataFrame, path: str|Path) -> Path:  # the file written
 
 def status(folder: str|Path) -> pd.DataFrame:  # one row a run: experiment, hash, notebook, status, seconds, attempt, error, path
     "What every run in a folder has come to; those of its last sweep that have not begun are `absent`."
-    planned = {f/p for f in (Path(folder), *Path(folder).glob("*/")) for p in _json(f/"plan.json")[0].get("runs", [])}
+    planned = {f/p for f in (Path(folder), *Path(folder).glob("*/")) for p in read_json(f/"plan.json")[0].get("runs", [])}
     rows = []
     for f in sorted({*run_folders(folder), *planned}):
         r = look(f)
