@@ -7,6 +7,7 @@ __all__ = ['split', 'evaluate_shard', 'evaluate_shards']
 
 # %% ../../nbs/use/83f_shards.ipynb #999a7801
 import sys
+import pickle
 import tempfile
 import time
 from collections import Counter
@@ -92,7 +93,7 @@ def evaluate_shards(method: Method|str|Path,  # or a checkpoint that all machine
     if folder is not None: Path(folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".shards-", dir=folder, ignore_cleanup_errors=True) as place:
         try: torch.save(common, Path(place)/"evaluation.pt")
-        except (AttributeError, TypeError, RuntimeError) as error: raise ValueError(f"{method.name} cannot be sent to other processes ({error}); save it and pass the checkpoint's path") from error
+        except (AttributeError, TypeError, RuntimeError, pickle.PicklingError) as error: raise ValueError(f"{method.name} cannot be sent to other processes ({error}); save it and pass the checkpoint's path") from error
         with tqdm(total=len(test), desc=label, disable=not progress, unit="image") as bar:
             if executor is not None: rows = _run(executor, place, parts, retries, bar)
             else:
