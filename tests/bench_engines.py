@@ -127,7 +127,7 @@ def drift(args):
         room = Path(room)
         auxiliary, target = synthetic_index(room/"auxiliary", "auxiliary", size, args.train_images, args.train_images), synthetic_index(room/"target", "target", size, args.images, args.images)
         for name in args.only:
-            for kind in ("trained", "untrained"):
+            for kind in args.states:
                 seed_everything(0)
                 method = create(name, **{**TINY[name], "image_size": size})
                 if kind == "trained": fit(method, auxiliary, recipe_of(method, epochs=args.epochs, lr_scale=args.lr_scale, seed=0), progress=False, cache=room/"features")
@@ -158,8 +158,9 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", 1)))
     parser.add_argument("--folder", help="where graphs go meanwhile; default: the system's temporary folder")
     parser.add_argument("--csv", help="also write the table here")
-    for name, default in (("size", 256), ("images", 18), ("train-images", 6), ("epochs", 2)): parser.add_argument(f"--{name}", type=int, default=default, help="of --drift (default: %(default)s)")
-    parser.add_argument("--lr-scale", type=float, default=8.0)
+    for name, default in (("size", 192), ("images", 18), ("train-images", 6), ("epochs", 2)): parser.add_argument(f"--{name}", type=int, default=default, help="of --drift (default: %(default)s)")
+    parser.add_argument("--lr-scale", type=float, default=8.0, help="of --drift (default: %(default)s)")
+    parser.add_argument("--states", nargs="+", default=["trained"], choices=("trained", "untrained"), help="of --drift (default: %(default)s)")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child: print(json.dumps(measure(*json.loads(args.child))))

@@ -180,7 +180,7 @@ def use_explorer(hand):
     page.keyboard.press("ArrowRight")
     expect(explorer.get_by_text("3 / 3")).to_be_visible()
 
-    explorer.locator(".widget-dropdown", has_text="Compare with").locator("select").select_option(label="two")  # the wipe
+    explorer.get_by_label("Compare with", exact=True).select_option(label="two")  # the wipe
     bar = hand.frame("overlay").locator(".bar")
     expect(bar).to_be_visible()
     frame, wipe = hand.frame("overlay").bounding_box(), explorer.locator(".widget-hslider", has_text="Wipe").locator(".widget-readout")

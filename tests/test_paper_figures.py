@@ -16,9 +16,10 @@ from zsad_nb.evaluation.results import read_runs
 from zsad_nb.evaluation.views import Views
 from zsad_nb.methods.base import method_class
 from zsad_nb.use import paper_figures
+from zsad_nb.use.chosen_runs import Runs, remark
 from zsad_nb.use.cli import main, parser
 from zsad_nb.use.paper_figures import BEGIN, END, build, write_index
-from zsad_nb.use.paper_plan import SYSTEMS, Runs, commands, drawn_like, plan, remark
+from zsad_nb.use.paper_plan import SYSTEMS, commands, drawn_like, plan
 from zsad_nb.use.paper_style import COLUMN, NOTE, PAGE
 from zsad_nb.use.parameters import check_parameters, parameters_of, read_notebook
 from zsad_nb.use.sweeps import expand
@@ -91,7 +92,7 @@ class Folder:
         states = ["normal", *TYPES]
         confusion = pd.DataFrame(self.rng.integers(0, 90, (4, 4)), index=states, columns=states)
         def fill(folder):
-            TypeEvaluation(pd.DataFrame(), pd.DataFrame(), pd.DataFrame(), dict(filtered=confusion)).save(folder / "dapo-seed0")
+            TypeEvaluation(pd.DataFrame(), pd.DataFrame(), pd.DataFrame(dict(image=range(9), type=[*TYPES] * 3, said_filtered=[TYPES[0]] * 5 + [TYPES[1]] * 4)), dict(filtered=confusion)).save(folder / "dapo-seed0")
             pd.DataFrame([dict(method=m, seed=s, stage=t, auroc=0.8, auroc_seen=0.85, auroc_novel=0.7 + 0.01 * s, ap=0.4, f1=0.5, guess_f1=0.2, image_accuracy=0.6) for m in ("dapo", "multiads") for s in (0, 1) for t in ("untrained", "trained")]).to_csv(folder / "types.csv", index=False)
         return self.leave("defect_types", fill, dict(clip="tiny-clip", epochs=1, seeds=[0, 1], choice="filtered"), methods=["dapo", "multiads"], test=self.data, train=self.train, seeds=[0, 1])
 
@@ -137,7 +138,7 @@ FIGURES = [i.name for i in plan() if i.name not in TABLES]
 
 def test_everything_is_made(out, whole):
     assert {i.name for i in plan()} == {p.stem for p in out.glob("*.pdf")} | {p.stem for p in (out / "tables").glob("*.tex")}
-    assert "## Not made" not in (out / "README.md").read_text() and len(FIGURES) == 23 and len(TABLES) == 15
+    assert "## Not made" not in (out / "README.md").read_text() and len(FIGURES) == 24 and len(TABLES) == 15
     assert set(pd.read_csv(out / "runs.csv", dtype=str)["path"]) == {p.parent.relative_to(whole).as_posix() for p in whole.glob("*/*/run.json")}  # every run is used
 
 
@@ -177,7 +178,7 @@ def test_what_a_figure_says_of_its_data(drawn, name):
     "Drawn images: inside the figure, in letters that can be read."
     figure = drawn[2][name]
     said = figure._supxlabel
-    assert "Synthetic benchmark (drawn images of 64 px" in said.get_text().replace("\n", " ") and said.get_fontsize() >= NOTE > 5
+    assert "Synthetic benchmark (drawn images of 64 px" in " ".join(said.get_text().split()) and said.get_fontsize() >= NOTE > 5
     letters = [t for ax in figure.axes for t in [*ax.texts, ax.title, ax.xaxis.label, ax.yaxis.label, *ax.get_xticklabels(), *ax.get_yticklabels()] if t.get_text()]
     letters += [t for f in (figure, *figure.subfigs) for legend in f.legends for t in legend.get_texts()]
     assert letters and min(t.get_fontsize() for t in letters) >= 4.6
@@ -302,7 +303,7 @@ def test_the_index_says_what_made_what(drawn, whole, tmp_path):
     out, done, _ = drawn
     text = (out / "README.md").read_text()
     assert text.startswith("# Ours\n\nA line of our own.\n") and text.count(BEGIN) == text.count(END) == 1
-    assert all(f"**{i.name}**" in text for i in plan()) and all((out / link).is_file() for link in re.findall(r"\]\(((?!\.\.)[\w./]+)\)", text))
+    assert all(f"**{i.name}**" in text for i in plan()) and all((out / link).is_file() for link in re.findall(r"\]\(((?!\.\.)[\w./]+)\)", text) + re.findall(r'src="([^"]+)"', text))
     assert "/somewhere" not in text + (out / "runs.csv").read_text() and str(whole) not in text
     row = next(line for line in text.splitlines() if line.startswith("| **ssvp_fig07_gamma**"))
     hashes = {p.parent.name[:8] for p in whole.glob("*/*/run.json") if "gamma = 0.2" in (p.parent / "result.json").read_text()}

@@ -343,7 +343,7 @@ def test_text_of_the_bars_does_not_overlap(paper):
     "At the width of a column every number is readable: no two labels touch, none leaves the figure."
     for metrics in (("image_auroc", "image_ap", "image_f1max"), ("pixel_auroc", "pixel_aupro_200", "pixel_f1max")):
         figure = bar_figure(results_table(paper, metrics))
-        assert tuple(figure.get_size_inches()) == (COLUMN, 2.3)
+        assert figure.get_figwidth() == COLUMN and 2.3 <= figure.get_figheight() < 2.5
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         renderer, texts = canvas.get_renderer(), figure.axes[0].texts

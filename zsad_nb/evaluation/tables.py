@@ -159,7 +159,7 @@ class Table:
         make = {"md": self.markdown, "tex": lambda: self.latex(f"tab:{name}"), "html": self._repr_html_, "csv": lambda: self.frame.to_csv(), "numbers": lambda: self.numbers.drop(columns="per_seed").to_csv(index=False)}
         return [write_atomically(Path(folder)/(f"{name}_numbers.csv" if k == "numbers" else f"{name}.{k}"), lambda p, t=make[k](): p.write_text(t, encoding="utf-8")) for k in kinds]
 
-# %% ../../nbs/evaluation/76_tables.ipynb #8886b6cf
+# %% ../../nbs/evaluation/76_tables.ipynb #f68ecaeb
 def _text(row, digits, value="mean", signed=False) -> str:
     "A number with its deviation; a dash where there is no run, n/a where the metric is undefined."
     v = row[value]
@@ -193,7 +193,10 @@ def _legend(numbers, rows, methods, metrics, by_data, data, published, skipped, 
         for r in body[body["note"].str.contains("slip")].itertuples(): notes.append(f"{place(r)}, published {METRIC_NAMES[r.metric]}: {r.note}.")
     fenced = [d for d in (rows if by_data else [data]) if d in NOT_COMPARABLE] if published else []
     for d in fenced: notes.append(f"§ {DATASET_NAMES[d]} is not comparable with what is published: {NOT_COMPARABLE[d]}" + ("; the mean's difference leaves it out." if by_data and len(rows) > 2 else "."))
-    if len(there) < len(cells): notes.append(f"{DASH} Missing runs: {places(cells[cells['runs'] == 0])}" + (f"; no {MEAN} where a row is missing." if by_data and MEAN in rows else "."))
+    lost = cells[cells["runs"] == 0]
+    absent = [] if by_data else [m for m, g in cells.groupby("method", sort=False) if not g["runs"].any()]  # without a run on this data set: named once
+    some = [names[m] for m in absent] + [place(r) for r in lost[~lost["method"].isin(absent)].itertuples()]
+    if len(lost): notes.append(f"{DASH} Missing runs: {', '.join(some)}" + (f"; no {MEAN} where a row is missing." if by_data and MEAN in rows else "."))
     undefined = body[(body["runs"] > 0) & (body["seeds"] == 0)].groupby("row", sort=False)["metric"].unique()
     for row, which in undefined.items(): notes.append(f"n/a: {', '.join(METRIC_NAMES[m] for m in which)} is undefined on {heading(row)} (one class only, or no masks)" + ("; the mean leaves it out." if by_data else "."))
     if skipped: notes.append("Skipped folders: " + "; ".join(f"{p} ({r})" for p, r in skipped) + ".")

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from ..evaluation.published import METHOD_NAMES, METRIC_NAMES
 from .paper_style import COLUMN, PAGE, legend_above, line_looks, note, style
 
-# %% ../../nbs/use/81f_curve_figures.ipynb #ec54c5d6
+# %% ../../nbs/use/81f_curve_figures.ipynb #59d565fd
 NOT_LOSSES = ("step", "epoch", "seconds", "lr", "skipped")
 
 def loss_curves(histories: list[pd.DataFrame],  # of `fit`, a seed each, of equal length
@@ -41,7 +41,7 @@ def loss_figure(runs: dict[str, list],  # what was trained on -> histories of it
     for ax, (trained, histories) in zip(axes, runs.items()):
         x, curves = loss_curves(histories)
         for (part, (mean, deviation)), look in zip(sorted(curves.items(), key=lambda c: c[0] != "total"), line_looks(len(curves))):
-            handles[part] = ax.plot(x, mean, **look, markevery=max(1, len(x) // 8), label=(names or {}).get(part, part), zorder=3 if part == "total" else 2)[0]
+            handles[part] = ax.plot(x, mean, **look, markevery=max(1, len(x) // 8), label=(names or {}).get(part, part.replace("_", " ")), zorder=3 if part == "total" else 2)[0]
             if deviation is not None: ax.fill_between(x, mean - deviation, mean + deviation, color=look["color"], alpha=0.18, linewidth=0)
         ax.grid(axis="y"); ax.set(xlabel="epoch", ylabel="loss", ylim=(min(0, ax.get_ylim()[0]), None), title=trained if len(runs) > 1 else "")
     legend_above(figure, list(handles.values()))

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TABLES', 'BEGIN', 'END', 'Built', 'build', 'run_rows', 'write_index']
 
-# %% ../../nbs/use/81d_paper_figures.ipynb #e189be10
+# %% ../../nbs/use/81d_paper_figures.ipynb #a57ffb31
+import html
 import json
 import re
 from collections.abc import Iterable
@@ -17,17 +18,18 @@ import pandas as pd
 from ..core import write_atomically
 from ..evaluation.results import Finished
 from ..evaluation.tables import Table
-from .paper_plan import NEUTRAL, Runs, given, name_of, plan
+from .chosen_runs import NEUTRAL, Runs, given, name_of
+from .paper_plan import plan
 from .paper_style import save_figure
 
-# %% ../../nbs/use/81d_paper_figures.ipynb #3e2a3b06
+# %% ../../nbs/use/81d_paper_figures.ipynb #50dc8346
 TABLES = ("csv", "md", "tex", "numbers")  # files of a table
 
 @dataclass
 class Built:
     "What became of the plan."
     out: Path
-    made: list[dict] = field(default_factory=list)     # name, shows, files, runs
+    made: list[dict] = field(default_factory=list)     # name, shows, files, runs, width (pixels in the index)
     missing: list[dict] = field(default_factory=list)  # name, shows, why, command, wrong: it is there and could not be drawn
     skipped: list = field(default_factory=list)        # folders that are no finished runs: path, reason
 
@@ -53,12 +55,12 @@ def build(runs: str|Path,               # folder of runs, searched through all l
         if made is None: done.missing.append(dict(name=item.name, shows=item.shows, why=" ".join(why.split()), command=item.command.replace("RUNS", str(runs)), wrong=wrong))
         else:
             files = made.save(out/"tables", item.name, TABLES) if isinstance(made, Table) else save_figure(made, out/item.name, dpi)
-            done.made.append(dict(name=item.name, shows=item.shows, files=files, runs=used))
+            done.made.append(dict(name=item.name, shows=item.shows, files=files, runs=used, width=0 if isinstance(made, Table) else round(120 * made.get_figwidth())))
         if progress: progress(item, done.missing[-1]["why"] if done.missing and done.missing[-1]["name"] == item.name else "")
     if not only: write_index(done)
     return done
 
-# %% ../../nbs/use/81d_paper_figures.ipynb #2acca91f
+# %% ../../nbs/use/81d_paper_figures.ipynb #7ef6aaa8
 BEGIN, END = "<!-- zsad figures: from here to the end mark this file is written by the command -->", "<!-- zsad figures: end -->"
 
 def _given(run: Finished) -> dict:
@@ -68,9 +70,9 @@ def _given(run: Finished) -> dict:
 
 def _parameters(runs: list) -> str:
     "What a figure's runs have in common, and what differs."
-    own, said = [_given(r) for r in runs], []
+    own, said = [{k: v for k, v in _given(r).items() if not k.endswith("checkpoint")} for r in runs], []
     for k in dict.fromkeys(k for g in own for k in g):
-        values = list(dict.fromkeys(json.dumps(g[k]) if not isinstance(g[k], str) else g[k] for g in own if k in g))
+        values = sorted({json.dumps(g[k]) if not isinstance(g[k], str) else g[k] for g in own if k in g})
         said.append(f"{k} {', '.join(values[:6])}{' …' if len(values) > 6 else ''}")
     return "; ".join(said)
 
@@ -100,7 +102,7 @@ def write_index(done: Built) -> Path:
         cells = [f"**{name}** " + " ".join(f"[{end}]({link})" for end, link in where), m["shows"], data, books, _parameters(used), f"{len(used)}: " + " ".join(hashes[:4]) + (" …" if len(hashes) > 4 else "")]
         lines.append("| " + " | ".join(map(_cell, cells)) + " |")
     pictures = [m for m in done.made if any(f.suffix == ".png" for f in m["files"])]
-    for m in pictures: lines += ["", f"**{m['shows']}**", "", f"![{m['shows']}]({m['name']}.png)"]
+    for m in pictures: lines += ["", f"**{m['shows']}**", "", f'<img src="{m["name"]}.png" alt="{html.escape(m["shows"])}" width="{m["width"]}">']
     for m in done.made:
         if m not in pictures: lines += ["", f"**{m['shows']}**", "", re.sub(r"^\*\*.*\*\*\n\n", "", next(f for f in m["files"] if f.suffix == ".md").read_text(encoding="utf-8")).strip()]
     if done.missing:

@@ -6,7 +6,8 @@
 __all__ = ['COLUMN', 'PAGE', 'LETTERS', 'LINES', 'HEAT', 'OUTLINE', 'PRINTED', 'SERIES', 'MARKERS', 'NOTE', 'style',
            'bar_colours', 'line_looks', 'bare', 'outline', 'overlay', 'note', 'legend_above', 'save_figure']
 
-# %% ../../nbs/use/81c_paper_style.ipynb #c8e5c14e
+# %% ../../nbs/use/81c_paper_style.ipynb #a37f075a
+import re
 from pathlib import Path
 
 import matplotlib
@@ -73,27 +74,30 @@ def overlay(image: np.ndarray,  # (H, W, 3) in [0, 1]
     alpha = strength * level[..., None]
     return image * (1 - alpha) + matplotlib.colormaps[HEAT](level)[..., :3] * alpha
 
-# %% ../../nbs/use/81c_paper_style.ipynb #9fc159ea
+# %% ../../nbs/use/81c_paper_style.ipynb #adcee523
 NOTE = 5.4  # points
+
+def _wide(text: str, size: float) -> float:  # inches
+    return TextPath((0, 0), text, size=size, prop=FontProperties(family="DejaVu Sans")).get_extents().width / 72
 
 def note(figure: Figure, text: str):
     "A line below everything: what the figure was made of. A long one is broken between words."
     if not text: return
-    room, lines = 72 * figure.get_figwidth() - 8, [""]
-    def wide(line): return TextPath((0, 0), line, size=NOTE, prop=FontProperties(family="DejaVu Sans")).get_extents().width
+    room, lines = figure.get_figwidth() - 0.12, [""]
+    text = re.sub(r"(?<=\d,) (?=\d)|(?<=\d) (?=px)", "\u00a0", text)  # numbers stay with their like and their unit
     for word in text.split(" "):
-        if lines[-1] and wide(f"{lines[-1]} {word}") > room: lines.append(word)
+        if lines[-1] and _wide(f"{lines[-1]} {word}", NOTE) > room: lines.append(word)
         else: lines[-1] = f"{lines[-1]} {word}".strip()
     figure.supxlabel("\n".join(lines), fontsize=NOTE, color="0.35", linespacing=1.15)
 
 def legend_above(figure,             # a Figure, or a part of one
                  handles: list,
                  across: int|None=None,  # entries in a line; default: as many as fit
-                ):
-    "A legend of the whole figure, above it, read line by line."
-    wide = [0.36 + 0.058 * len(h.get_label()) for h in handles]  # inches, about: handle, gap and letters
-    room = figure.bbox.width / figure.dpi
+                ):                   # the legend; its lines beyond the first make a Figure higher
+    "A legend above everything, read line by line."
+    room, wide = figure.bbox.width / figure.dpi - 0.05, [0.4 + _wide(h.get_label(), LETTERS["legend.fontsize"]) for h in handles]  # with handle and gaps
     if across is None: across = next(k for k in range(len(handles), 0, -1) if k == 1 or sum(max(wide[c::k]) for c in range(k)) <= room)
+    if isinstance(figure, Figure): figure.set_figheight(figure.get_figheight() + 0.135 * (-(-len(handles) // across) - 1))
     handles = [h for c in range(across) for h in handles[c::across]]  # matplotlib fills columns; readers read lines
     return figure.legend(handles=handles, loc="outside upper center", ncols=across)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PANELS', 'Upload']
 
-# %% ../../nbs/use/82h_upload.ipynb #f80ec29f
+# %% ../../nbs/use/82h_upload.ipynb #1100834f
 import copy
 import html
 import tempfile
@@ -14,19 +14,18 @@ from pathlib import Path
 
 import ipywidgets as w
 import numpy as np
-from IPython.display import display
 from PIL import Image
 
 from ..data.pixels import BadImage
-from .blending import Drawing, View, encode
-from .controls import bars, box, message, set_range, show, slider, spans, told
+from .blending import Drawing, View, encode, sheet
+from .controls import bars, box, fallback, message, set_range, show, slider, spans, told
 from .histogram import percent
 from .inspector import Inspector
 from .panels import DropZone, Picture
 from .regions import at_size, display_size
 from .sources import method_from
 
-# %% ../../nbs/use/82h_upload.ipynb #44b95db3
+# %% ../../nbs/use/82h_upload.ipynb #5caa9708
 PANELS = ("image", "heatmap", "overlay", "contour")
 
 class Upload:
@@ -52,7 +51,15 @@ class Upload:
         self.root = w.VBox([self.zone, box(self.word), self.message, self.verdict, self.stage, self.tools]).add_class("zsad")
         for widget in (self.message, self.verdict, self.stage, self.tools): show(widget, False)
 
-    def _ipython_display_(self): display(self.root)
+    def _repr_mimebundle_(self, include=None, exclude=None, **kw) -> dict:
+        "The widget, and a still picture where there are no widgets."
+        still = fallback(self.snapshot(tile=220)) if self.drawing is not None else {}
+        return {**self.root._repr_mimebundle_(**kw), "text/plain": f"{type(self).__name__} to {self.inspector.method.name}", **still}
+
+    def snapshot(self, tile: int|None=None) -> Image.Image:
+        "What is on the screen."
+        view = self.view()
+        return sheet({name: self.drawing.panel(name, view) for name in PANELS}, f"{self.inspector.method.name}   {self.found.name}", (self.found.said,), tile)
 
     def tell(self, text: str, problem: bool=False):
         "A line below the place to drop a picture."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HeatmapExplorer']
 
-# %% ../../nbs/use/82_widgets.ipynb #9634a84c
+# %% ../../nbs/use/82_widgets.ipynb #3c9e2476
 import html
 import re
 from collections.abc import Callable
@@ -15,19 +15,18 @@ from pathlib import Path
 import ipywidgets as w
 import numpy as np
 import pandas as pd
-from IPython.display import display
 
 from ..core import write_atomically
 from ..data.pixels import BadImage
 from .blending import ORDER, Drawing, View, encode
-from .controls import LABEL, bars, box, button, choice, contour_words, dropdown, legend, message, numbers_html, set_range, show, slider, spans, told, verdict, wide
+from .controls import LABEL, bars, box, button, choice, contour_words, dropdown, fallback, legend, message, numbers_html, set_range, show, slider, spans, told, verdict, wide
 from .gallery import SHOW, SORT, Gallery, arrange
 from .histogram import Histogram, ScoreSplit, percent, say
 from .maps_store import DONE, MapStore, data_of, make_store, open_store, similarity_panel, snapshot
 from .panels import Later, Picture
 from .sources import method_from
 
-# %% ../../nbs/use/82_widgets.ipynb #e2aaff0d
+# %% ../../nbs/use/82_widgets.ipynb #186f29a9
 def _short(value: float) -> float: return float(f"{value:.6g}")  # what is drawn is what the code says
 def _slug(text: str) -> str: return re.sub(r"[^\w.]+", "-", text).strip("-")
 
@@ -143,7 +142,10 @@ class HeatmapExplorer:
                             self.stage, self.wipe, self.verdict, self.tools, box(self.save_button, self.code_button), self.message, self.shown_code]).add_class("zsad")
         for widget, yes in ((self.method, len(names) > 1), (self.compare, len(names) > 1), (self.dataset, len(self.dataset.options) > 1), (self.wipe, False), (self.message, False), (self.shown_code, False)): show(widget, yes)
 
-    def _ipython_display_(self): display(self.root)
+    def _repr_mimebundle_(self, include=None, exclude=None, **kw) -> dict:
+        "The widget, and a still picture where there are no widgets, such as in a notebook that is only read."
+        still = dict(fallback(self.snapshot(tile=200))) if self.drawing is not None else {}
+        return {**self.root._repr_mimebundle_(**kw), "text/plain": f"{type(self).__name__} of {', '.join(self.sources)}: {len(self.index):,} images", **still}
 
     @contextmanager
     def _quietly(self):
@@ -365,10 +367,10 @@ class HeatmapExplorer:
         versus = f"{self.method.value}-and-{self.compare.value}" if self.other is not None else self.method.value
         return "-".join(_slug(part) for part in (versus, str(Path(self._known["image"][self.row]).with_suffix("")), self.layer.value) if part) + ".png"
 
-    def snapshot(self):  # a PIL image
+    def snapshot(self, tile: int|None=None):  # a PIL image
         "What is on the screen."
         other = dict(other=self.other, other_view=self.view(self.other), position=self.wipe.value) if self.other is not None else {}
-        return snapshot(self.store, self.row, self.view(), self.layer.value, _short(self.threshold.value), at=self.at, **other)
+        return snapshot(self.store, self.row, self.view(), self.layer.value, _short(self.threshold.value), at=self.at, tile=tile, **other)
 
     def save(self) -> Path:
         "Write what is on the screen, and beside it the code that draws it again."
