@@ -8,7 +8,7 @@ export MPLBACKEND = Agg
 export PYTHONUNBUFFERED = 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help env everything demo test real seeds ablations types neu_seg pretrain bench memory notebooks clean lab
+.PHONY: help env everything demo test real seeds ablations types neu_seg figures pretrain bench bench-cluster memory screenshots notebooks clean lab
 
 help:
 	@echo "make demo      from nothing to pictures of defects in unseen categories (minutes, CPU, offline after install)"
@@ -19,8 +19,11 @@ help:
 	@echo "make ablations the ablation tables of DMA+SAP and SSVP, three seeds, on drawn images"
 	@echo "make types     which defect is it: DAPO and MultiADS, three seeds, on drawn images"
 	@echo "make neu_seg DATA=... WEIGHTS=...  which defect is it, on real steel"
+	@echo "make figures   every method on drawn images under three seeds, and every table and figure of the papers from it -> paper_figures"
+	@echo "make screenshots  the widgets at work -> paper_figures/widgets (needs Debian's chromium)"
 	@echo "make memory    does evaluation stream: 5,000 images against 50"
 	@echo "make bench     metrics against scikit-learn and the usual loops, side by side"
+	@echo "make bench-cluster  two Dask workers against one, side by side"
 	@echo "make notebooks export; execute the notebooks that explain, in place (not those whose pictures weigh megabytes); clean"
 	@echo "make lab       JupyterLab on nbs/"
 
@@ -81,11 +84,23 @@ neu_seg: env
 	  -p images 8 -p defective 14 -p size 256 -p epochs 3 -p limit 0 -y "seeds: [0, 1, 2]" -p output "$(CURDIR)/runs/neu_seg"
 	@cp runs/neu_seg/neu_seg.csv paper_figures/tables/neu_seg.csv
 
+DRAWN = --set SIZE=256 --set IMAGES=8 --set EPOCHS=3 --set CACHE="$(CURDIR)/runs/features" --workers 2
+figures: env
+	zsad sweep nbs/experiments/sweeps/synthetic.yaml $(DRAWN)
+	zsad sweep nbs/experiments/sweeps/figures.yaml $(DRAWN)
+	zsad figures runs/synthetic --out paper_figures
+
+screenshots: everything
+	@python tests/shoot_widgets.py
+
 memory: env
 	@python tests/bench_memory.py
 
 bench: env
 	@python tests/bench_metrics.py
+
+bench-cluster: everything
+	@OMP_NUM_THREADS=1 python tests/bench_cluster.py
 
 notebooks: env
 	nbdev_export
