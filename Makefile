@@ -22,7 +22,7 @@ help:
 	@echo "make figures   every method on drawn images under three seeds, and every table and figure of the papers from it -> paper_figures"
 	@echo "make screenshots  the widgets at work -> paper_figures/widgets (needs Debian's chromium)"
 	@echo "make memory    does evaluation stream: 5,000 images against 50"
-	@echo "make bench     metrics against scikit-learn and the usual loops, side by side"
+	@echo "make bench     metrics against scikit-learn and the usual loops, side by side; ten thousand maps; where the time of every method goes"
 	@echo "make bench-cluster  two Dask workers against one, side by side"
 	@echo "make notebooks export; execute the notebooks that explain, in place (not those whose pictures weigh megabytes); clean"
 	@echo "make lab       JupyterLab on nbs/"
@@ -96,15 +96,17 @@ screenshots: everything
 memory: env
 	@python tests/bench_memory.py
 
-bench: env
+bench: everything
 	@python tests/bench_metrics.py
+	@python tests/bench_metrics.py --many
+	@OMP_NUM_THREADS=1 zsad bench --batch 1 32 --out runs/bench
 
 bench-cluster: everything
 	@OMP_NUM_THREADS=1 python tests/bench_cluster.py
 
 notebooks: env
 	nbdev_export
-	MPLBACKEND=module://matplotlib_inline.backend_inline TQDM_DISABLE=1 PYTHONWARNINGS=ignore jupyter nbconvert --log-level WARN --to notebook --execute --inplace \
+	MPLBACKEND=module://matplotlib_inline.backend_inline TQDM_DISABLE=1 PYTHONWARNINGS=ignore jupyter nbconvert --log-level WARN --to notebook --execute --inplace --ExecutePreprocessor.store_widget_state=False \
 	  $(foreach room,backbones components methods learning evaluation tutorials,nbs/$(room)/*.ipynb)
 	nbdev_clean
 

@@ -2,9 +2,10 @@
 
     python tests/bench_metrics.py                    # ours on smooth maps and on noise, then the references on smooth maps (minutes, 4 GB)
     python tests/bench_metrics.py --skip-references  # ours only (seconds)
+    python tests/bench_metrics.py --many             # 10,000 maps of 256 x 256 within 1 GB, whole and as ten shards merged (a minute or two, 3 GB of disk)
 
 Each measurement runs in a fresh process: CPU seconds from time.process_time over update and compute, memory as the rise of the peak
-resident size above the size with the maps in memory. Not collected by pytest.
+resident size above the size with the maps in memory; with --many of the whole process, libraries included. Not collected by pytest.
 """
 import argparse, json, os, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -98,13 +99,69 @@ def child(case: str, kind: str, folder: Path):
     print(json.dumps(dict(cpu=cpu, wall=wall, mb=peak_mb() - start, values=values)))
 
 
+def some(part: int, size: int = 256, count: int = 20):
+    "The maps and masks of one part of many, made anew wherever they are needed: noise, every second map with three raised defects"
+    rng = np.random.default_rng([7, part])
+    maps, masks = rng.standard_normal((count, size, size), dtype=np.float32), np.zeros((count, size, size), bool)
+    for m, k in zip(maps[::2], masks[::2]):
+        for y, x, h, w in rng.integers((0, 0, 8, 8), (size - 40, size - 40, 40, 40), (3, 4)): k[y:y + h, x:x + w] = True
+        m += k * np.float32(rng.uniform(.3, 3))
+    return maps, masks
+
+
+def many(kind: str, total: int, folder: Path):
+    "Whole; in ten shards, each evaluated, saved and closed as a worker does, then loaded and merged; or in bins"
+    from zsad_nb.evaluation.binned import BinnedPixelMetrics
+    from zsad_nb.evaluation.metrics import PixelMetrics
+    parts, shards, spent, wall = range(total // 20), 10 if kind == "shards" else 1, 0.0, time.perf_counter()
+    for shard in range(shards):
+        one = BinnedPixelMetrics() if kind == "binned" else PixelMetrics(spill=folder)
+        for part in parts[shard::shards]:
+            maps, masks = some(part)
+            begun = time.process_time()
+            one.update(maps, masks)
+            spent += time.process_time() - begun
+        if shards > 1:
+            one.save(folder / f"{shard}.metrics")
+            one.close()
+    begun = time.process_time()
+    if shards > 1:
+        one = PixelMetrics(spill=folder)
+        for shard in range(shards):
+            with PixelMetrics.load(folder / f"{shard}.metrics") as other: one.merge(other)
+    before, values = peak_mb(), dict(one.compute())
+    spent += time.process_time() - begun
+    one.close()
+    print(json.dumps(dict(cpu=spent, wall=time.perf_counter() - wall, mb=peak_mb(), before=before, values=values)))
+
+
+def scale(total: int, limit: float = 1000) -> bool:
+    "Whether all that was promised of many maps holds"
+    results, good = {}, True
+    print(f"{total} maps of 256 x 256 float32, half with masks, one thread; peak of the whole process in MB (limit {limit:.0f})")
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("whole", "shards", "binned"):
+            out = subprocess.run([sys.executable, __file__, "--many", str(total), "--child", kind, "", folder], capture_output=True, text=True)
+            if out.returncode: sys.exit(f"{kind} failed:\n{out.stderr}")
+            r = results[kind] = json.loads(out.stdout)
+            fits = r["mb"] <= limit
+            print(f"{kind:<8}{r['cpu']:>8.1f} CPU s{r['wall']:>8.1f} s with drawing{r['mb']:>8.0f} MB  {'within' if fits else 'ABOVE'} the limit   " + " ".join(f"{k.removeprefix('pixel_')} {v!r}" for k, v in r["values"].items() if v == v), flush=True)
+            good &= fits
+    same = results["whole"]["values"] == results["shards"]["values"]
+    print(f"ten shards merged {'equal one pass to the last bit' if same else 'DIFFER from one pass'}")
+    return good and same
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--maps", type=int, default=200)
     parser.add_argument("--size", type=int, default=518)
     parser.add_argument("--skip-references", action="store_true")
+    parser.add_argument("--many", type=int, nargs="?", const=10_000, metavar="MAPS", help="this many maps of 256 x 256 instead (10000)")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.child and args.many: return many(args.child[0], args.many, Path(args.child[2]))
+    if args.many: sys.exit(not scale(args.many))
     if args.child: return child(args.child[0], args.child[1], Path(args.child[2]))
     with tempfile.TemporaryDirectory() as folder:
         for kind in ("smooth", "noise"): make(kind, args.maps, args.size, Path(folder))

@@ -2,9 +2,12 @@
 import argparse
 import io
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
+from sklearn.cluster import MiniBatchKMeans
 from test_browser import CHROMIUM, Hand, expect, page_of, run_all, serving, sync_api
 
 from zsad_nb.core import seed_everything
@@ -24,8 +27,8 @@ HeatmapExplorer({"VisualAD": "visualad.safetensors", "DAPO": "dapo.safetensors"}
 from zsad_nb.use.inspector import Inspector
 from zsad_nb.use.upload import Upload
 
-inspector = Inspector.load("dapo.safetensors")
-normal = load_dataset("synthetic-target", "target", size=SIZE, normal=14, defective=22).query("not anomalous")
+inspector = Inspector.load("dapo.safetensors", category="leather")
+normal = load_dataset("synthetic-target", "target", size=SIZE, normal=14, defective=22).query("not anomalous and category == 'leather'")
 inspector.calibrate(normal, rate=0.1, progress=False)
 Upload(inspector)
 '''}
@@ -48,12 +51,21 @@ def notebook(room: Path, name: str):
     (room / "look.ipynb").write_text(json.dumps(dict(cells=[cell], metadata=dict(kernelspec=dict(display_name="Python 3", language="python", name="python3")), nbformat=4, nbformat_minor=5)))
 
 
+def palette(picture: Image.Image, colours: int) -> Image.Image:
+    "Colours for a picture of photographs and of small coloured marks: a rare colour counts more than its few pixels."
+    found, counts = np.unique(np.asarray(picture).reshape(-1, 3) >> 2, axis=0, return_counts=True)
+    means = MiniBatchKMeans(colours, random_state=0, batch_size=4096, n_init=1).fit(found * 4.0 + 2, sample_weight=counts**0.4).cluster_centers_
+    out = Image.new("P", (1, 1))
+    out.putpalette(np.rint(means).clip(0, 255).astype(np.uint8).ravel().tolist())
+    return out
+
+
 def shoot(widget, path: Path, limit: int = 300_000):
     "A widget's picture in 256 colours, or fewer where that is too large."
     picture = Image.open(io.BytesIO(widget.screenshot())).convert("RGB")
     for colours in (256, 192, 128, 96):
         out = io.BytesIO()
-        picture.quantize(colours, dither=Image.Dither.FLOYDSTEINBERG).save(out, "PNG", optimize=True)
+        picture.quantize(palette=palette(picture, colours), dither=Image.Dither.FLOYDSTEINBERG).save(out, "PNG", optimize=True)
         if out.tell() < limit: break
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(out.getvalue())
@@ -88,14 +100,17 @@ class Photographer(Hand):
         self.idle()
 
     def touch_brightest(self):
-        self.click("heatmap", *self.frame("heatmap").evaluate(BRIGHTEST))
+        x, y = self.frame("heatmap").evaluate(BRIGHTEST)
+        self.click("heatmap", x, y)
         expect(self.frame("similar places").locator("img:not([hidden])")).to_have_count(1)
         self.idle()
+        return x
 
 
 def shots(browser, room: Path, out: Path, name: str, theme: str, **size):
     "Open the notebook, bring it into the state of a shot, and take it."
     notebook(room, "upload" if name == "upload" else "explorer")
+    shutil.rmtree(room / "own", ignore_errors=True)  # an open side bar would be remembered
     settings = room / "own" / "jupyterlab_settings_dir" / "@jupyterlab" / "apputils-extension" / "themes.jupyterlab-settings"
     settings.parent.mkdir(parents=True, exist_ok=True)
     settings.write_text(json.dumps(dict(theme=theme)))
@@ -105,7 +120,7 @@ def shots(browser, room: Path, out: Path, name: str, theme: str, **size):
         hand = Photographer(page)
         if name == "upload":
             data = io.BytesIO()
-            Image.fromarray(draw("leather", 900, 480, "scratch").image).save(data, "PNG")
+            Image.fromarray(draw("leather", 901, 480, "contamination").image).save(data, "PNG")
             page.locator("input[type=file]").set_input_files(dict(name="from the line.png", mimeType="image/png", buffer=data.getvalue()))
             expect(hand.frame("overlay")).to_be_visible()
         else:
@@ -113,8 +128,9 @@ def shots(browser, room: Path, out: Path, name: str, theme: str, **size):
             if name != "explorer_dark": hand.select("Method", "DAPO")
             hand.select("Category", "leather" if name != "explorer_dark" else "gear")
             if name == "explorer": hand.select("Compare with", "VisualAD")
-            hand.thumb(1)
-            hand.touch_brightest()
+            hand.thumb(dict(explorer=5, explorer_dark=1, explorer_narrow=3)[name])
+            x = hand.touch_brightest()
+            if name == "explorer": hand.slide("Wipe", x)
             if name == "explorer_dark": hand.explorer.get_by_role("button", name="Code").click()
         hand.idle()
         page.mouse.move(2, 2)

@@ -1,5 +1,6 @@
 "Engines: the same numbers from another runtime, graphs kept on disk, learned tokens, caches that never mix, what is missing or wrong is said."
 import copy
+import importlib
 import json
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 
 from zsad_nb.backbones import engines
 from zsad_nb.backbones.backbones import create_backbone
-from zsad_nb.backbones.engines import ENGINES, Engine, EngineError, Session, constants, cubic_matrix, drawn_images, engine_folder, fast_matmul, need, probe_matmul, trace, write_onnx
+from zsad_nb.backbones.engines import Engine, engine_folder, fast_matmul, probe_matmul
 from zsad_nb.backbones.features import FeatureCache
+from zsad_nb.backbones.graphs import ENGINES, EngineError, Session, available, constants, cubic_matrix, drawn_images, need, trace, write_onnx
 from zsad_nb.core import seed_everything
 from zsad_nb.data.images import Batch
 from zsad_nb.methods.base import create, load, save
@@ -101,7 +103,7 @@ def test_frozen_features_for_training_and_evaluation(batch, folder, tmp_path):
 
 def test_training_is_pytorch_where_tokens_are_inside(tower_file, batch, folder, monkeypatch):
     method = shaken(tower_file)
-    method.use_engine("onnxruntime", folder=folder) if engines.available("onnxruntime") else method.use_engine("torch", "bf16")
+    method.use_engine("onnxruntime", folder=folder) if available("onnxruntime") else method.use_engine("torch", "bf16")
     monkeypatch.setattr(Engine, "__call__", lambda *a, **k: pytest.fail("an engine has no gradients"))
     method.train().loss(method(None, batch), batch)["total"].backward()
     assert method.tokens.grad.abs().max() > 0
@@ -191,14 +193,14 @@ def test_choices():
 
 @pytest.mark.parametrize("how", [ModuleNotFoundError("No module named 'onnx'"), AttributeError("partially initialized module 'onnx'"), OSError("libprotobuf.so: cannot open shared object file")])
 def test_a_missing_or_broken_package_names_the_extra(monkeypatch, how, tmp_path):
-    real = engines.importlib.import_module
+    real = importlib.import_module
     def broken(name, *a):
         if name == "onnx": raise how
         return real(name, *a)
-    monkeypatch.setattr(engines.importlib, "import_module", broken)
+    monkeypatch.setattr(importlib, "import_module", broken)
     for ask in (lambda: create("visualad", image_size=SIZE, engine="onnxruntime"), lambda: write_onnx(None, tmp_path / "x.onnx", {}), lambda: need("this", "onnx")):
         with pytest.raises(EngineError, match=r"pip install zsad_nb\[engines\]"): ask()
-    assert not engines.available("openvino") and engines.available("torch")
+    assert not available("openvino") and available("torch")
 
 
 def test_an_engine_that_deviates_is_refused(method, batch, folder, monkeypatch, tmp_path):

@@ -1,4 +1,5 @@
 "Exported systems: equal to PyTorch in three runtimes, described, whole or absent, and readable without the method."
+import importlib
 import json
 
 import numpy as np
@@ -6,8 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from zsad_nb.backbones import engines
-from zsad_nb.backbones.engines import EngineError, available, drawn_images
+from zsad_nb.backbones.engines import EngineError, available, drawn_images, flat
 from zsad_nb.core import seed_everything
 from zsad_nb.data.images import Batch
 from zsad_nb.methods.base import create, save
@@ -67,6 +67,26 @@ def test_four_systems_in_every_runtime(exported, name):
         else: assert found.type_map is None
     assert [g["name"] for g in about["graphs"]] == (["encode", "head"] if method.encodes else ["model"]) and about["input"]["batch"] == "any"
     assert about["class_name"] == ("bottle" if name == "ssvp" else None)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_encode_and_head_each_on_its_own(exported, name):
+    "Of the embedded pair with its weights; at the number of images the graphs were drawn with (2), and at others."
+    method, folder, _ = exported(name)
+    towers = method.backbones()
+    assert {b.row.name for b in towers.values()} <= {"tiny-clip", "tiny-dino", "tiny-clip-text"} and all(b.weights == "pretrained" for b in towers.values()), towers
+    for runtime in ["torch", "onnxruntime"] + ["openvino"] * available("openvino"):
+        steps = load_exported(folder, runtime).steps
+        for n in (2, 1, 3):
+            images = drawn_images((SIZE, SIZE), n, 40 + n)
+            with torch.no_grad(): features = flat(method.encode(batch_of(images))) if method.encodes else dict(image=images)
+            expected = method.predict(batch_of(images))
+            if method.encodes:
+                found = steps[0](dict(image=images))
+                assert set(found) == set(features), runtime
+                for key, value in features.items(): assert found[key].shape == value.shape and (found[key] - value).abs().max() < SAME, (runtime, n, key)
+            answer = steps[-1](features)  # the head alone, or what is both
+            assert (answer["map"] - expected.map).abs().max() < SAME and (answer["score"] - expected.score).abs().max() < SAME, (runtime, n)
 
 
 def test_ssvp_draws_the_same_latents_every_time(exported):
@@ -133,11 +153,11 @@ def test_what_stands_is_kept_and_what_fails_leaves_nothing(tmp_path):
 
 
 def test_without_onnx_the_extra_is_named(monkeypatch, tmp_path):
-    real = engines.importlib.import_module
+    real = importlib.import_module
     def broken(name, *a):
         if name == "onnxscript": raise ImportError("cannot import name 'ir' from partially initialized module")
         return real(name, *a)
-    monkeypatch.setattr(engines.importlib, "import_module", broken)
+    monkeypatch.setattr(importlib, "import_module", broken)
     with pytest.raises(EngineError, match=r"onnxscript.*pip install zsad_nb\[engines\]"): export(create("self_distance", image_size=SIZE), tmp_path / "x")
     assert not list(tmp_path.iterdir())
 

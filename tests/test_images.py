@@ -1,6 +1,5 @@
 "Reading images: every kind of bad file, every mode, batches that do not depend on how they were made."
 import itertools
-import os
 import threading
 import warnings
 
@@ -12,7 +11,7 @@ from PIL import Image, ImageOps
 
 from zsad_nb.data.images import Batch, batches, check, defect_names
 from zsad_nb.data.index import make_index
-from zsad_nb.data.pixels import BadImage, load_image, load_mask, load_pair, resize, resize_mask
+from zsad_nb.data.pixels import BadImage, load_image, load_mask, load_pair, open_image, resize, resize_mask
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (40, 60, 3)).astype("uint8")
@@ -328,7 +327,21 @@ def test_an_index_without_root_cannot_be_read(index):
     with pytest.raises(ValueError, match="lost its root"): batches(pd.DataFrame(index.to_dict()), 8)
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="needs a user whom file permissions bind")
-def test_unreadable_by_permission(tmp_path):
+def test_unreadable_by_permission(tmp_path, permissions_hold):
     save(tmp_path / "a.png").chmod(0)
-    with pytest.raises(BadImage): load_image(tmp_path / "a.png")
+    with pytest.raises(BadImage, match="no permission to read it"): load_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_a_photograph_is_turned_without_a_second_copy(tmp_path, orientation):
+    "Upright pixels in an image of their own: the file may go."
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for mode in ("RGB", "RGBA", "L", "P"):
+        stored = Image.fromarray(np.arange(6 * 4 * 3, dtype="uint8").reshape(6, 4, 3) * 3).convert(mode)
+        stored.save(tmp_path / "a.png", exif=exif)
+        with Image.open(tmp_path / "a.png") as image: expected = ImageOps.exif_transpose(image)
+        found, how = open_image(tmp_path / "a.png")
+        (tmp_path / "a.png").unlink()
+        assert how == orientation and found.mode == mode and found.size == expected.size == ((4, 6) if orientation != 6 else (6, 4))
+        np.testing.assert_array_equal(np.asarray(found.convert("RGBA")), np.asarray(expected.convert("RGBA")))

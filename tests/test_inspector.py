@@ -73,7 +73,7 @@ def look(inspector, *arguments, **more): return inspector.predict(*arguments, pr
 
 # ---------------------------------------------------------------------------------------------------- a folder as it comes
 
-def as_it_comes(folder: Path, huge: bool = False) -> dict[str, tuple]:
+def as_it_comes(folder: Path, huge: bool = False, locked: bool = True) -> dict[str, tuple]:
     "Every kind of file of the list; good ones with the size they have."
     grey = PHOTO.mean(2)
     write(folder / "plain.png"), write(folder / "plain.jpg", quality=95)
@@ -96,7 +96,7 @@ def as_it_comes(folder: Path, huge: bool = False) -> dict[str, tuple]:
     os.symlink(folder / "gone", folder / "link.png")
     (folder / "notes.txt").write_text("not asked about")
     (folder / "._plain.png").write_text("what a Mac leaves behind")
-    if os.geteuid(): write(folder / "locked.png").chmod(0)
+    if locked: write(folder / "locked.png").chmod(0)
     return good
 
 
@@ -104,11 +104,10 @@ REASONS = {"cut.jpg": "truncated", "letter.png": "not an image that can be read"
            "locked.png": "no permission to read it; change its permissions"}
 
 
-def test_every_good_image_gets_its_result_and_every_bad_one_a_reason(inspector, tmp_path):
-    good = as_it_comes(tmp_path / "in")
+def test_every_good_image_gets_its_result_and_every_bad_one_a_reason(inspector, tmp_path, permissions_hold):
+    good, bad = as_it_comes(tmp_path / "in"), REASONS
     inspector.use_values(0.0, 0.05)
     table = look(inspector, tmp_path / "in", out=tmp_path / "out")
-    bad = {n: r for n, r in REASONS.items() if n != "locked.png" or os.geteuid()}
     assert sorted(names(table)) == sorted([*good, *bad]) and exit_code(table) == 1
     for path, row in zip(names(table), table.to_dict("records")):
         if path in bad:
@@ -136,20 +135,24 @@ def test_one_that_cannot_be_used_raises_when_it_is_the_only_one(inspector, tmp_p
 
 
 PEAK = """
-import resource, sys
+import sys
+from pathlib import Path
 from zsad_nb.use.cli import main
 import numpy as np
 from zsad_nb.use.inspector import Inspector
 Inspector.load("self_distance", image_size=64).predict(np.zeros((64, 64), "uint8"))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # kB; ru_maxrss would begin with what the parent had
+    try: return next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    except OSError: return 0
+before = peak()
 code = main(sys.argv[1:])
-print("peak", code, before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print("peak", code, before, peak())
 """
 
 
 def test_a_huge_photograph_in_little_memory(tmp_path):
-    "12,000 x 9,000 among the others, on the command line: exit code 1, picture and map at the stated limit, boxes in its own pixels, about twice its decoded size in memory."
-    as_it_comes(tmp_path / "in", huge=True)
+    "12,000 x 9,000 among the others, on the command line: exit code 1, picture and map at the stated limit, boxes in its own pixels, hardly more than its decoded size in memory."
+    as_it_comes(tmp_path / "in", huge=True, locked=False)  # a new process of root's may read everything
     run = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", PEAK, "predict", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "-p", "image_size", "64", "--threshold", "0", "--pixel-threshold", "0.02",
                           "--max-side", "1024", "--pictures", "defective"],
                          capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -161,7 +164,7 @@ def test_a_huge_photograph_in_little_memory(tmp_path):
     with Image.open(tmp_path / "out" / row["picture"]) as shown: assert shown.size == (1024, 768)
     boxes = np.array(json.loads(row["boxes"]))
     assert boxes[:, 2].max() > 2000 and boxes[:, 2].max() <= 12000 and boxes[:, 3].max() <= 9000 and boxes[:, 4].sum() <= int(row["area"]) <= 108_000_000
-    assert (int(after) - int(before)) / 1024 < 1100, f"{(int(after) - int(before)) / 1024:.0f} MB for a photograph of 412 MB"  # PIL keeps 4 bytes a pixel, twice while it turns it upright
+    assert (int(after) - int(before)) / 1024 < 600, f"{(int(after) - int(before)) / 1024:.0f} MB for a photograph of 412 MB"  # PIL keeps 4 bytes a pixel; a second copy would make it 830
 
 
 # ---------------------------------------------------------------------------------------------------- the numbers

@@ -174,6 +174,35 @@ def test_well_formed(path):
         assert cell["cell_type"] != "code" or (isinstance(cell["outputs"], list) and "execution_count" in cell), f"{path.name}: a code cell without outputs or count"
 
 
+# ------------------------------------------------------------------------------------------------------------------ links and pictures
+
+PAGES = sorted([ROOT / "README.md", *(ROOT / "paper_figures").glob("*.md")])
+
+
+def targets(text: str) -> list[str]:
+    "Links and pictures of a Markdown text that lie in this repository."
+    found = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"(?:src|href)=[\"']([^\"']+)[\"']", text)
+    return [t.split("#")[0] for t in found if not re.match(r"[a-z]+:|#|attachment:", t)]
+
+
+@pytest.mark.parametrize("path", [*PAGES, *notebooks()], ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_and_pictures_are_there(path):
+    text = path.read_text(encoding="utf-8") if path.suffix == ".md" else "\n".join(source(c) for c in cells(path) if c["cell_type"] == "markdown")
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+    gone = [t for t in targets(text) if not (path.parent / t).exists()]
+    assert not gone, f"{path.name} links to what is not there: {gone}"
+    unnamed = [tag for tag in re.findall(r"<img[^>]*>|!\[\]", text) if not re.search(r'alt="[^"]+"', tag)]
+    assert not unnamed, f"{path.name} has pictures without words for who cannot see them: {unnamed}"
+
+
+def test_gallery_has_every_notebook_and_its_picture():
+    text = (ROOT / "paper_figures" / "gallery.md").read_text(encoding="utf-8")
+    for path in [*notebooks(NBS / "tutorials"), *EXPERIMENTS]:
+        assert f"../nbs/{path.relative_to(NBS).as_posix()}" in text, f"{path.name} is not in the gallery: add it to tests/make_gallery.py"
+        assert f"gallery/{path.stem}.jpg" in text, f"{path.name} has no picture in the gallery"
+    assert "paper_figures/gallery.md" in targets((ROOT / "README.md").read_text(encoding="utf-8"))
+
+
 # -------------------------------------------------------------------------------------------------------------------- modules in step
 
 def command(name: str) -> str:

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 TUTORIALS = ROOT / "nbs" / "tutorials"
 SMALL = dict(size=64, images=1, epochs=1, shown=1)
-FIGURES = dict(inside_dma_sap=11, inside_ssvp=10, which_defect=6)  # pictures a notebook shows
+FIGURES = dict(inside_dma_sap=11, inside_ssvp=10, which_defect=6, explore_heatmaps=6)  # pictures a notebook draws
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -24,7 +24,8 @@ def _venv_first():
 
 
 def code(notebook: dict) -> list[dict]: return [c for c in notebook["cells"] if c["cell_type"] == "code"]
-def pictures(cell: dict) -> list[str]: return [o["data"]["image/png"] for o in cell["outputs"] if "image/png" in o.get("data", {})]
+def pictures(cell: dict) -> list[str]: return [o["data"][kind] for o in cell["outputs"] for kind in ("image/png", "image/jpeg") if kind in o.get("data", {})]
+def draws(cell: dict) -> bool: return any(word in source(cell) for word in ("plt.subplots(", "plt.figure(", "\nstill("))
 def source(cell: dict) -> str: return "".join(cell["source"])
 
 
@@ -35,7 +36,7 @@ def test_runs_in_small(name, tmp_path):
     injected = [c for c in cells if "injected-parameters" in c["metadata"].get("tags", [])]
     assert len(injected) == 1 and "size = 64" in source(injected[0])
     assert all(c["execution_count"] for c in cells) and not [o for c in cells for o in c["outputs"] if o["output_type"] == "error"]
-    drawing = [c for c in cells if "plt.subplots(" in source(c) or "plt.figure(" in source(c)]
+    drawing = [c for c in cells if draws(c)]
     assert len(drawing) == FIGURES[name] and all(len(pictures(c)) == 1 for c in drawing)
     assert all(len(p) > 3000 for c in drawing for p in pictures(c))  # base64 of a PNG that shows something
 
@@ -50,4 +51,5 @@ def test_what_trains_is_marked_slow(name):
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_small_enough_to_keep(name):
-    assert (TUTORIALS / f"{name}.ipynb").stat().st_size < 700_000
+    notebook = json.loads((TUTORIALS / f"{name}.ipynb").read_text())
+    assert (TUTORIALS / f"{name}.ipynb").stat().st_size < 700_000 and "widgets" not in notebook["metadata"], "keep no state of widgets: nbconvert --ExecutePreprocessor.store_widget_state=False"

@@ -18,6 +18,7 @@ from zsad_nb.data.synthetic import synthetic_index
 from zsad_nb.methods.base import METHODS, Prediction, create, save
 from zsad_nb.methods.controls import SelfDistance, SelfDistanceParameters
 from zsad_nb.use.blending import ORDER, Drawing, View, decode, encode
+from zsad_nb.use.controls import from_to
 from zsad_nb.use.inspector import Inspector
 from zsad_nb.use.maps_store import make_store, open_store, snapshot
 from zsad_nb.use.upload import Upload
@@ -212,7 +213,7 @@ def test_types_of_a_pixel(room, index):
     assert bars[0] == (best, f"{100 * shares[best]:.1f}") and len(bars) == 7 and f"and {len(shares) - 7} less likely" in words(explorer.pixel)
     kind = next(t for t in explorer.layer.options if t[0].startswith("type: "))
     explorer.layer.value = kind[1]
-    assert same(explorer.pictures["heatmap"].data, explorer.drawing.panel("heatmap", explorer.view())) and f"{explorer.view().low:.3g} – " in explorer.pictures["heatmap"].note
+    assert same(explorer.pictures["heatmap"].data, explorer.drawing.panel("heatmap", explorer.view())) and explorer.pictures["heatmap"].note == from_to(explorer.view().low, explorer.view().high)
     explorer.threshold.value = explorer.threshold.min
     assert f"most likely {explorer.store.types[explorer.store.rows['kind'][explorer.row]]}" in words(explorer.verdict)
 

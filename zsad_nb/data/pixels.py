@@ -32,7 +32,8 @@ def open_image(
         with Image.open(path) as image:
             image.load()
             orientation = image.getexif().get(0x0112, 1)
-            return ImageOps.exif_transpose(image), orientation if orientation in range(1, 9) else 1
+            ImageOps.exif_transpose(image, in_place=True)  # a copy of 108 million pixels would weigh 400 MB
+            return image, orientation if orientation in range(1, 9) else 1
     except Image.UnidentifiedImageError as error: raise BadImage(path, "not an image that can be read", "convert it to PNG or remove its row") from error
     except Image.DecompressionBombError as error: raise BadImage(path, "too many pixels to be a photograph", "scale it down") from error
     except PermissionError as error: raise BadImage(path, "no permission to read it", "change its permissions") from error
@@ -69,7 +70,7 @@ def to_rgb(
     if image.mode == "RGB" and "transparency" not in image.info: return image
     if image.mode[0] in "IF": return Image.fromarray(_to_8_bit(np.asarray(image), bits, path)).convert("RGB")
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        rgba = image if image.mode == "RGBA" else (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba).convert("RGB")
     return image.convert("RGB")
 

@@ -6,6 +6,7 @@
 __all__ = ['RankCounts']
 
 # %% ../../nbs/evaluation/74_rank_counts.ipynb #c6563ab1
+import mmap
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,11 @@ from typing import BinaryIO
 import numpy as np
 
 # %% ../../nbs/evaluation/74_rank_counts.ipynb #80e1f0cb
+def _let_go(block: np.ndarray):
+    "A mapped file that was searched need not stay in memory: what is looked at again is read again."
+    while isinstance(block, np.ndarray): block = block.base
+    if isinstance(block, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"): block.madvise(mmap.MADV_DONTNEED)
+
 class RankCounts:
     "A growing heap of float32 scores that says how many of them are less than, and equal to, given values"
     def __init__(self,
@@ -71,6 +77,7 @@ class RankCounts:
             if part.size:
                 hit = np.flatnonzero(part[np.minimum(at, part.size - 1)] == values) # few, except where scores are quantised
                 if hit.size: ties[hit] += b[low:].searchsorted(values[hit], "right") - at[hit]
+            _let_go(b)
         return less, ties
 
     def merge(self, other: "RankCounts"):

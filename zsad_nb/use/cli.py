@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['parser', 'main']
 
-# %% ../../nbs/use/85_cli.ipynb #023f5dd0
+# %% ../../nbs/use/85_cli.ipynb #9122d2f2
 import argparse
 import contextlib
 import shutil
@@ -20,7 +20,8 @@ import zsad_nb
 from ..core import require_known, write_atomically
 from ..data.images import check
 from ..data.readers import detect, read
-from ..methods.base import load, read_header
+from ..methods.base import MODULES, load, read_header
+from .bench import bench, bench_cases, bench_table, demo_evaluation
 from .demo import SETTINGS, demo
 from .export import export
 from .inspection import exit_code
@@ -75,7 +76,7 @@ def _show(args) -> int:
     for key, value in read_header(args.checkpoint).items(): print(f"{key:12} {value}")
     return 0
 
-# %% ../../nbs/use/85_cli.ipynb #8fa8f788
+# %% ../../nbs/use/85_cli.ipynb #49e2aff3
 def _pairs(given: list[list[str]]|None) -> dict[str, str]: return dict(given or [])
 
 def _run(args) -> int:
@@ -124,6 +125,27 @@ def _figures(args) -> int:
     for m in done.missing: print(f"\nmissing  {m['name']}  ({m['shows']})\n  {m['why']}\n  {m['command']}")
     return 0 if done.made and not any(m["wrong"] for m in done.missing) else 1
 
+def _bench(args) -> int:
+    if args.demo:
+        found = demo_evaluation(args.threads, args.device)
+        print(f"VisualAD on the demo's target set, {found['images']} images of {found['size']} px: {found['seconds']:.1f} s, {found['cpu_s']:.1f} CPU s, {found['images_per_s']:.1f} images/s, peak {found['peak_mb']:.0f} MB, {found['threads']} threads")
+        return 0
+    if wrong := [text for text in args.set if "=" not in text]: raise ValueError(f"--set {wrong[0]}: write NAME=VALUE, or METHOD.NAME=VALUE for one method")
+    given = {k: _value(v) for k, _, v in (text.partition("=") for text in args.set)}
+    sizes = args.size or [given.get("image_size", 256)]
+    cases = bench_cases(args.methods, args.engines, args.precisions, sizes, args.batch, given, images=args.images, seconds=args.seconds, threads=args.threads, device=args.device)
+    try: table = bench(cases, args.out)
+    except KeyboardInterrupt:
+        print(f"zsad bench: stopped; what was measured is in {Path(args.out)/'bench.csv'}", file=sys.stderr)
+        return 130
+    failed = int(table["error"].notna().sum()) if "error" in table else 0
+    if failed < len(table):
+        print(f"\n{bench_table(table).to_string(index=False)}\n\nmilliseconds an image; cpu: of encode, head and map; towers: the bare backbones in the same engine; x_towers: cpu against theirs (on a GPU seconds);"
+              f"\nmatmul: what the towers reach of the machine's matrix product; MB: the most the process held. {table['machine'][0]}, {int(table['threads'].dropna().iloc[0])} threads"
+              f"\n{', '.join(str(Path(args.out)/name) for name in ('bench.csv', 'machine.json', 'bench.png', 'bench.pdf'))}")
+    if failed: print(f"{failed} of {len(table)} cases failed: column error of {Path(args.out)/'bench.csv'}", file=sys.stderr)
+    return 1 if failed else 0
+
 def _rerun(args) -> int:
     table = rerun(args.run_folder, args.out, args.timeout)
     other = table[~table["same"]]
@@ -132,7 +154,7 @@ def _rerun(args) -> int:
     if len(other): print(other[["what", "before", "after"]].head(20).to_string(index=False), f"\n... and {len(other) - 20} more" if len(other) > 20 else "")
     return 1 if len(other) else 0
 
-# %% ../../nbs/use/85_cli.ipynb #6794b3da
+# %% ../../nbs/use/85_cli.ipynb #46b4535e
 def _predict(args) -> int:
     ways = [name for name in ("normals", "thresholds", "threshold") if getattr(args, name) is not None]
     if len(ways) > 1: raise ValueError(f"give one of --{' and --'.join(ways)}: each makes a threshold")
@@ -160,7 +182,7 @@ def _predict(args) -> int:
     if args.pictures != "none": print(f"pictures  {Path(args.out)/'pictures'}")
     return exit_code(table)
 
-# %% ../../nbs/use/85_cli.ipynb #8161c425
+# %% ../../nbs/use/85_cli.ipynb #294e2e5e
 def parser() -> argparse.ArgumentParser:
     "The command line's grammar."
     p = argparse.ArgumentParser("zsad", description="Zero-shot anomaly detection in notebooks.")
@@ -225,6 +247,19 @@ def parser() -> argparse.ArgumentParser:
     a.add_argument("run_folder", metavar="RUN")
     a.add_argument("--out", help="folder of the repetition (default: a temporary one)")
     a.add_argument("--timeout", type=float)
+    b = add("bench", _bench, "where the time goes: milliseconds an image by stage, beside the bare backbones and the machine's matrix product")
+    b.add_argument("--methods", nargs="+", default=[], metavar="NAME", help=f"of {', '.join(MODULES)} (default: all)")
+    b.add_argument("--engines", nargs="+", default=["torch"], help="torch, openvino, onnxruntime (default: torch)")
+    b.add_argument("--precisions", nargs="+", default=["fp32"], help="fp32, bf16, int8, where an engine has them (default: fp32)")
+    b.add_argument("--size", type=int, nargs="+", help="pixels (default: 256, or image_size of --set)")
+    b.add_argument("--batch", type=int, nargs="+", default=[1], help="images a call (default: 1)")
+    b.add_argument("--images", type=int, default=0, help="images a stage is timed over, after a first call (default: as many as --seconds allow)")
+    b.add_argument("--seconds", type=float, default=1.0, help="of every stage, two calls at least (default: %(default)s)")
+    b.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="parameters of all methods, or METHOD.NAME=VALUE of one; clip=clip-vitl14-336 clip_weights=random:0 is as fast as with its weights")
+    b.add_argument("--threads", type=int, default=0, help="of PyTorch and of the engine (default: PyTorch's choice)")
+    b.add_argument("--device", default="cpu", help="cpu or cuda")
+    b.add_argument("--demo", action="store_true", help="instead: the demo's evaluation of its target set as a whole")
+    b.add_argument("--out", default="runs/bench", help="folder of bench.csv, machine.json and the plot (default: %(default)s)")
     i = add("predict", _predict, "look at your own images: score, decision, heatmap, regions, defect type")
     i.add_argument("images", nargs="+", help="folders, files or patterns")
     i.add_argument("--out", required=True, help="folder for results.csv and pictures; the same command goes on where it was stopped")

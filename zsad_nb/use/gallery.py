@@ -116,7 +116,7 @@ class Gallery:
         for r, path, category, defect, bad in zip(rows.tolist(), *(v[rows] for v in self._known.values())):
             score = float(self.scores[r])
             wrong = "" if np.isnan(score) or (score >= self.threshold) == bad else "miss" if bad else "false alarm"
-            items.append(dict(label="–" if np.isnan(score) else f"{score:.3g}", state="defective" if bad else "normal", tag=wrong, title=f"{category}: {path}, {defect or 'defective'}"))
+            items.append(dict(label="–" if np.isnan(score) else f"{score:#.3g}".rstrip("."), state="defective" if bad else "normal", tag=wrong, title=f"{category}: {path}, {defect or 'defective'}"))
         with self.widget.hold_sync():
             if items != self.widget.items: self.widget.items = items
             self._mark()

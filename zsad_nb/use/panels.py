@@ -32,9 +32,9 @@ STYLE = """
 .zsad .widget-inline-hbox .widget-label { color: var(--zs-soft); text-align: left; }
 .zsad-row { display: flex; flex-wrap: wrap; align-items: center; gap: 6px 18px; }
 .zsad-row > .push { margin-left: auto; }
-.zsad-stage { display: grid !important; grid-template-columns: repeat(auto-fit, minmax(max(150px, calc((100cqw - 140px) / 6)), 1fr)); gap: 12px; }
-.zsad-stage.four { grid-template-columns: repeat(auto-fit, minmax(max(150px, calc((100cqw - 100px) / 4)), 1fr)); }
-.zsad-tools { display: grid !important; grid-template-columns: repeat(auto-fit, minmax(290px, 1fr)); gap: 14px 26px; align-items: start; border-top: 1px solid var(--zs-line); padding-top: 14px; }
+.zsad .widget-dropdown > select { border: 1px solid var(--zs-line); border-radius: 5px; background: linear-gradient(45deg, #0000 50%, var(--zs-soft) 50%) calc(100% - 13px) 55% / 5px 5px no-repeat, linear-gradient(135deg, var(--zs-soft) 50%, #0000 50%) calc(100% - 8px) 55% / 5px 5px no-repeat, var(--zs-page); color: var(--zs-text); padding: 0 24px 0 8px; }
+.zsad-stage { display: grid !important; grid-template-columns: repeat(6, minmax(0, 1fr)); gap: 12px; } .zsad-stage.four { grid-template-columns: repeat(4, minmax(0, 1fr)); }
+.zsad-tools { display: grid !important; grid-template-columns: repeat(auto-fit, minmax(262px, 1fr)); gap: 14px 26px; align-items: start; border-top: 1px solid var(--zs-line); padding-top: 14px; }
 .zsad-tools > * { min-width: 0; gap: 4px; }
 .zsad-tools .widget-hslider, .zsad-tools .widget-dropdown { width: auto; margin: 0; }
 .zsad h4 { margin: 0 0 4px; font-size: 11px; font-weight: 600; letter-spacing: .06em; text-transform: uppercase; color: var(--zs-soft); }
@@ -64,8 +64,8 @@ STYLE = """
 .zsad-panel .names span { background: #000a; color: #fff; padding: 0 5px; border-radius: 3px; max-width: 48%; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .zsad-panel figcaption { display: flex; justify-content: space-between; gap: 8px; font-size: 12px; padding-top: 3px; }
 .zsad-panel figcaption span:last-child { color: var(--zs-soft); white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
-.zsad-panel .thumbs { display: grid; grid-template-columns: repeat(auto-fit, minmax(66px, 1fr)); gap: 8px; padding: 4px; margin: -4px; }
-.zsad-panel .thumb { all: unset; cursor: pointer; border-radius: 5px; font-size: 11px; line-height: 1.35; text-align: center; font-variant-numeric: tabular-nums; color: var(--zs-soft); box-sizing: border-box; max-width: 112px; }
+.zsad-panel .thumbs { display: grid; grid-template-columns: repeat(12, minmax(0, 1fr)); gap: 8px; padding: 4px; margin: -4px; }
+.zsad-panel .thumb { all: unset; cursor: pointer; border-radius: 5px; font-size: 11px; line-height: 1.35; text-align: center; font-variant-numeric: tabular-nums; color: var(--zs-soft); box-sizing: border-box; max-width: 128px; }
 .zsad-panel .thumb > span:last-child { display: block; padding-top: 4px; }
 .zsad-panel .thumb .cover { position: relative; display: block; aspect-ratio: 1; border-radius: 5px 5px 0 0; overflow: hidden; background: var(--zs-raised); border-bottom: 3px solid var(--zs-line); }
 .zsad-panel .thumb.normal .cover { border-color: var(--zs-normal); } .zsad-panel .thumb.defective .cover { border-color: var(--zs-defective); }
@@ -74,6 +74,11 @@ STYLE = """
 .zsad-panel .thumb[aria-pressed=true] { color: var(--zs-text); font-weight: 600; } .zsad-panel .thumb[aria-pressed=true] .cover { box-shadow: 0 0 0 2px var(--zs-page), 0 0 0 4px var(--zs-focus); border-radius: 5px; }
 .zsad-panel .drop { border: 1.5px dashed var(--zs-line); border-radius: 8px; padding: 20px 16px; text-align: center; color: var(--zs-soft); background: var(--zs-raised); cursor: pointer; display: block; }
 .zsad-panel .drop.over, .zsad-panel .drop:focus-within { border-color: var(--zs-focus); color: var(--zs-text); } .zsad-panel .drop b { color: var(--zs-text); } .zsad-panel .drop input { position: absolute; opacity: 0; width: 1px; height: 1px; }
+@container (max-width: 960px) { .zsad-stage { grid-template-columns: repeat(3, minmax(0, 1fr)); } }
+@container (min-width: 608px) and (max-width: 871px) { .zsad-tools > :nth-child(3):last-child { grid-column: 1 / -1; } }
+@container (max-width: 800px) { .zsad-panel .thumbs { grid-template-columns: repeat(6, minmax(0, 1fr)); } }
+@container (max-width: 640px) { .zsad-stage.four { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
+@container (max-width: 430px) { .zsad-stage { grid-template-columns: repeat(2, minmax(0, 1fr)); } .zsad-panel .thumbs { grid-template-columns: repeat(4, minmax(0, 1fr)); } }
 """.replace("NORMAL", NORMAL).replace("DEFECTIVE", DEFECTIVE)
 
 # %% ../../nbs/use/82e_panels.ipynb #39c41e04

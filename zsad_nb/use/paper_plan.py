@@ -48,7 +48,7 @@ SMALL = dict(size=256, images=6, epochs=3)  # drawn images, where no run says ot
 def drawn_like(runs: Runs|None) -> dict:  # size, images, epochs
     "With which settings missing runs fit those that are there."
     def one(name):
-        values = {r[name] for r in runs.found if isinstance(r.parameters.get(name), int)} if runs else set()
+        values = {r.parameters[name] for r in runs.found if isinstance(r.parameters.get(name), int)} if runs else set()
         return values.pop() if len(values) == 1 else SMALL[name]
     return {name: one(name) for name in SMALL}
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from ..data.pixels import BadImage
 from .blending import Drawing, View, encode, sheet
-from .controls import bars, box, fallback, message, set_range, show, slider, spans, told
+from .controls import bars, box, counted, fallback, from_to, message, set_range, show, slider, spans, told
 from .histogram import percent
 from .inspector import Inspector
 from .panels import DropZone, Picture
@@ -36,7 +36,7 @@ class Upload:
                 ):
         self.inspector = copy.copy(source) if isinstance(source, Inspector) else Inspector(method_from(source), category=category)
         self.side, self.found, self.drawing, self._quiet = side, None, None, False
-        self.zone, self.word = DropZone(), w.Text(self.inspector.category, description="It is a", placeholder="screw", continuous_update=False, layout=w.Layout(width="220px"), style=dict(description_width="initial"))
+        self.zone, self.word = DropZone(), w.Text(self.inspector.category, description="It is a", placeholder="screw", tooltip="the word for the thing in the prompts of methods that read it", continuous_update=False, layout=w.Layout(width="220px"), style=dict(description_width="initial"))
         self.pictures = {name: Picture(label=name) for name in PANELS}
         self.opacity, self.level = slider("Opacity", 0.65, 0, 1, 0.01), slider("Contour at", 0.5, 0, 1, 0.01, ".3g", "the contour encloses what is above")
         self.smoothing, self.clip = slider("Smoothing, px", 0, 0, 16, 0.5, ".1f"), slider("Clip, %", 0, 0, 5, 0.25, ".2f", "share of the pixels beyond each end of the colours")
@@ -94,7 +94,7 @@ class Upload:
         self._draw(*PANELS)
         parts = [f'<span class="chip {found.decision}">{found.decision}</span>' if found.decision in ("normal", "defective") else "", html.escape(found.said)]
         if found.decision == "score only": parts = [f"score <b>{found.score:.4g}</b>", f'<span class="soft">{html.escape(found.said)}</span>']
-        if found.mask is not None: parts.append(f"{len(found.regions)} regions, {found.area:,} px together")
+        if found.mask is not None: parts.append(f"{counted(len(found.regions), 'region')}, {found.area:,} px together")
         self.verdict.value = spans([p for p in parts if p]) + f'<div class="soft">{html.escape(name)}, {found.size[0]} x {found.size[1]}{f"; {html.escape(note)}" if note else ""}</div>'
         self.types.value = bars(found.types, list(found.types)) if found.types else f'<div class="soft">{self.inspector.method.name} knows no types of defect</div>'
         self.pixel.value = '<div class="soft">Click into a picture to read its score there.</div>'
@@ -102,8 +102,9 @@ class Upload:
         self.tell("")
 
     def _ends(self) -> tuple:  # of the colours
-        calibrated = self.inspector.calibration is not None and self.clip.value == 0
-        return self.found.colours if calibrated else self.drawing.scale(self.clip.value)
+        low, high = self.drawing.scale(self.clip.value)
+        if self.inspector.calibration is None or self.clip.value: return low, high
+        return self.found.colours[0], max(self.found.colours[1], high)  # a good picture looks like itself, and a bad one keeps its peaks
 
     def view(self) -> View:
         "The sliders in numbers."
@@ -114,7 +115,7 @@ class Upload:
         if self.drawing is None: return
         view = self.view()
         for name in names: self.pictures[name].data = encode(self.drawing.panel(name, view))
-        if "heatmap" in names: self.pictures["heatmap"].note = f"{view.low:.3g} – {view.high:.3g}"
+        if "heatmap" in names: self.pictures["heatmap"].note = from_to(view.low, view.high)
 
     @told
     def touch(self, x: float, y: float):

@@ -19,7 +19,7 @@ import pandas as pd
 from ..core import write_atomically
 from ..data.pixels import BadImage
 from .blending import ORDER, Drawing, View, encode
-from .controls import LABEL, bars, box, button, choice, contour_words, dropdown, fallback, legend, message, numbers_html, set_range, show, slider, spans, told, verdict, wide
+from .controls import LABEL, bars, box, button, choice, contour_words, dropdown, fallback, from_to, legend, message, numbers_html, put, set_range, show, slider, spans, told, verdict, wide
 from .gallery import SHOW, SORT, Gallery, arrange
 from .histogram import Histogram, ScoreSplit, percent, say
 from .maps_store import DONE, MapStore, data_of, make_store, open_store, similarity_panel, snapshot
@@ -124,12 +124,12 @@ class HeatmapExplorer:
                            (self.smoothing, lambda: self._draw("heatmap", "overlay", "contour"))):
             control.observe(lambda change, f=f: None if self._quiet else self._event(f), "value")
         for control, f in ((self.back, lambda: self.gallery.key("ArrowLeft")), (self.forth, lambda: self.gallery.key("ArrowRight")), (self.page_back, lambda: self._turn(-1)), (self.page_forth, lambda: self._turn(1)),
-                           (self.best, lambda: setattr(self.threshold, "value", self.split.best())), (self.save_button, self._saved), (self.compute_button, self.compute)):
+                           (self.best, lambda: put(self.threshold, self.split.best())), (self.save_button, self._saved), (self.compute_button, self.compute)):
             control.on_click(lambda b, f=f: self._event(f))
         for picture in self.pictures.values():
             picture.observe(lambda change: self._event(self.touch, *change["new"][:2]), "clicked")
             picture.observe(lambda change: self._event(self.gallery.key, change["new"][0]), "key")
-        self.chart.observe(lambda change: self._event(setattr, self.threshold, "value", min(max(self.histogram.score(change["new"][0]), self.threshold.min), self.threshold.max)), "clicked")
+        self.chart.observe(lambda change: self._event(put, self.threshold, self.histogram.score(change["new"][0])), "clicked")
         self.pictures["overlay"].observe(lambda change: self._event(setattr, self.wipe, "value", change["new"]) if self.other and change["new"] >= 0 else None, "wipe")
         self.gallery.widget.observe(lambda change: self._pages(), "items")
 
@@ -232,9 +232,9 @@ class HeatmapExplorer:
     def _decide(self, again: bool=True):
         "The threshold moved: numbers at once, the list when there is time."
         if self.row is None: return
-        t, score = self.threshold.value, float(self.store.rows["score"][self.row])
-        self.chart.svg = self.histogram.svg(t, score if self.store.rows["state"][self.row] == DONE else None)
-        self.numbers.value = legend(len(self.split.normal), len(self.split.defective)) + numbers_html(say(self.split, t))
+        t, score, there = self.threshold.value, float(self.store.rows["score"][self.row]), self.store.rows["state"][self.row] == DONE
+        self.chart.svg = self.histogram.svg(t, score if there else None)
+        self.numbers.value = legend(len(self.split.normal), len(self.split.defective), there and np.isfinite(score)) + numbers_html(say(self.split, t))
         self._say_verdict()
         if again: self._later(lambda: self._list(stay=True), 0.15)
 
@@ -271,7 +271,7 @@ class HeatmapExplorer:
 
     def _load(self):
         layer = self.layer.value
-        if self.store.rows["state"][self.row] == 0 or layer: self.tell(f"{self.store.name} looks at {self._known['image'][self.row]} ...")
+        if self.store.rows["state"][self.row] == 0 or layer: self.tell(f"{self.method.value} looks at {self._known['image'][self.row]} ...")
         self.drawing = self.store.drawing(self.row, layer)
         self.tell("")
         if layer: low, high = self.drawing.scale()
@@ -293,7 +293,7 @@ class HeatmapExplorer:
             with over.hold_sync():
                 over.other = b"" if self._right is None else encode(self._right.panel("overlay", self.view(self.other)))
                 over.names, over.wipe = ([], -1.0) if self._right is None else ([self.method.value, self.compare.value], self.wipe.value)
-        if "heatmap" in names: self.pictures["heatmap"].note = f"{view.low:.3g} – {view.high:.3g}"
+        if "heatmap" in names: self.pictures["heatmap"].note = from_to(view.low, view.high)
         if "contour" in names: self._say_verdict()
         if "mask" in names: self.pictures["mask"].note = "no mask" if self.drawing.mask is None else "" if self.drawing.mask.any() else "no defect"
 
@@ -308,7 +308,7 @@ class HeatmapExplorer:
         agreement = self.drawing.agreement(self.view()) if bad else {}
         if agreement: parts.append(contour_words(agreement))
         if self.drawing.bad: parts.append(f"<b>{self.drawing.bad:,} pixels of this map are not numbers</b>: grey in the heatmap, never inside the contour")
-        if self._known["dataset"][row] in {t.partition("/")[0] for t in self.store.header["trained_on"]}: parts.append(f"{self.store.name} was trained on this data set: not zero-shot")
+        if self._known["dataset"][row] in {t.partition("/")[0] for t in self.store.header["trained_on"]}: parts.append(f"{html.escape(self.method.value)} was trained on this data set: not zero-shot")
         self.verdict.value = spans(parts) + f'<div class="soft">{html.escape(self._known["image"][row])}</div>'
 
     # ---- a place
@@ -331,9 +331,8 @@ class HeatmapExplorer:
         if self._right is not None: lines.append(f"{html.escape(self.compare.value)}: <b>{float(self._right.map[y, x]):.4g}</b>")
         if self.drawing.mask is not None: lines.append("marked as defect" if self.drawing.mask[y, x] else "not marked")
         text = f'<div class="soft">x {x}, y {y} of {n}</div>' + "".join(f"<div>{line}</div>" for line in lines)
-        self.pixel.value = text
         self.pixel.value = text  # at once; the rest may need the method
-        self.pixel.value = text + (bars(self.store.inside(self.row).at(*self.at), self.store.types) if self.store.types else f'<div class="soft">{self.store.name} knows no types of defect</div>')
+        self.pixel.value = text + (bars(self.store.inside(self.row).at(*self.at), self.store.types) if self.store.types else f'<div class="soft">{html.escape(self.method.value)} knows no types of defect</div>')
         panel, tower = similarity_panel(self.store, self.row, self.at, ringed=False)
         self.pictures["similar"].data, self.pictures["similar"].note = encode(panel), tower
 
