@@ -88,7 +88,7 @@ DRAWN = --set SIZE=256 --set IMAGES=8 --set EPOCHS=3 --set CACHE="$(CURDIR)/runs
 figures: env
 	zsad sweep nbs/experiments/sweeps/synthetic.yaml $(DRAWN)
 	zsad sweep nbs/experiments/sweeps/figures.yaml $(DRAWN)
-	zsad figures runs/synthetic --out paper_figures
+	zsad figures runs/synthetic --out paper_figures --dpi 200
 
 screenshots: everything
 	@python tests/shoot_widgets.py
