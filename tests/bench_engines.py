@@ -36,7 +36,8 @@ def measure(what: str, parameters: dict, engine: str, batch: int, repeats: int, 
     import torch
     torch.set_num_threads(threads)
     from zsad_nb.backbones.backbones import create_backbone
-    from zsad_nb.backbones.engines import Engine, drawn_images
+    from zsad_nb.backbones.engines import Engine
+    from zsad_nb.backbones.graphs import drawn_images
     from zsad_nb.data.images import Batch
     from zsad_nb.methods.base import create
     engine, precision = engine.split()
@@ -117,7 +118,7 @@ def drift(args):
     "Every metric's difference to PyTorch in fp32, in points (hundredths), on the drawn target set; small trainings with a fixed seed"
     import pandas as pd, torch
     torch.set_num_threads(args.threads)
-    from zsad_nb.backbones.engines import EngineError
+    from zsad_nb.backbones.graphs import EngineError
     from zsad_nb.core import seed_everything, write_atomically
     from zsad_nb.data.synthetic import synthetic_index
     from zsad_nb.evaluation.evaluate import evaluate

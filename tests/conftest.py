@@ -2,6 +2,7 @@
 import ctypes
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,14 @@ ROOT = Path(__file__).parent.parent
 def folder(variable: str, default: str) -> Path:
     "A folder named by an environment variable; relative paths start at the repository's root."
     return (ROOT / os.environ.get(variable, default)).resolve()
+
+
+@pytest.fixture(scope="module")
+def own_kernel():
+    "The kernel named python3 starts `python`; it is the one that runs the tests."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from zsad_nb.backbones.engines import EngineError, available, drawn_images, flat
+from zsad_nb.backbones.engines import flat
+from zsad_nb.backbones.graphs import EngineError, available, drawn_images
 from zsad_nb.core import seed_everything
 from zsad_nb.data.images import Batch
 from zsad_nb.methods.base import create, save

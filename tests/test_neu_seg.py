@@ -1,7 +1,5 @@
 "The experiment on real steel, in small: on a drawn stand-in for NEU-Seg wherever the tests run, on the real one where it is there."
 import json
-import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +13,7 @@ TINY = dict(images=1, defective=1, size=64, real_size=64, epochs=1, crop=48)
 TYPES = ["inclusion", "patches", "scratch"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _venv_first():
-    "The kernel named python3 starts `python`; it must be this one."
-    before = os.environ["PATH"]
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{before}"
-    yield
-    os.environ["PATH"] = before
+pytestmark = pytest.mark.usefixtures("own_kernel")
 
 
 def run(out: Path, **parameters):

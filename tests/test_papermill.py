@@ -1,6 +1,5 @@
 "The experiment notebooks as a batch runner uses them: papermill, parameters, files."
 import json
-import os
 
 import pandas as pd
 import papermill
@@ -15,15 +14,7 @@ def run(name, out, **parameters):
     return papermill.execute_notebook(EXPERIMENTS / f"{name}.ipynb", out / f"{name}.ipynb", parameters, cwd=str(out), progress_bar=False, kernel_name="python3")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _venv_first():
-    "The kernel named python3 starts `python`; it must be this one."
-    import sys
-    from pathlib import Path
-    before = os.environ["PATH"]
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{before}"
-    yield
-    os.environ["PATH"] = before
+pytestmark = pytest.mark.usefixtures("own_kernel")
 
 
 @pytest.fixture(scope="module")

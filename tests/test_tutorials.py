@@ -1,8 +1,5 @@
 "The tutorials with trained systems, in small: every cell runs, every assertion holds, every picture is there."
 import json
-import os
-import sys
-from pathlib import Path
 
 import papermill
 import pytest
@@ -14,13 +11,11 @@ FIGURES = dict(inside_dma_sap=11, inside_ssvp=10, which_defect=6, explore_heatma
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _venv_first():
-    "The kernel named python3 starts `python`, and draws into the notebook; it must be this one."
-    before = {k: os.environ.get(k) for k in ("PATH", "MPLBACKEND")}
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{before['PATH']}"
-    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
-    yield
-    for k, v in before.items(): os.environ.pop(k) if v is None else os.environ.update({k: v})
+def _pictures_inside(own_kernel):
+    "Kernels draw into the notebook."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+        yield
 
 
 def code(notebook: dict) -> list[dict]: return [c for c in notebook["cells"] if c["cell_type"] == "code"]

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from .backbones import Features
 from .features import key_hash
-from .graphs import _PACKAGES, EngineError, Session, check_choice, drawn_images, need, quantise, trace, write_onnx
-from .graphs import ENGINES, available, constants, cubic_matrix, quiet  # noqa: F401 (one door to engines)
+from .graphs import PACKAGES, EngineError, Session, check_choice, drawn_images, need, quantise, trace, write_onnx
 from .weights import weights_hash
 from ..core import write_atomically
 
@@ -56,7 +55,7 @@ class Engine:
                  compile: bool=False,            # engine "torch": torch.compile; pays on a GPU
                 ):
         check_choice(engine, precision)
-        need(f"engine={engine!r}", *_PACKAGES[engine], *(("onnxruntime",) if precision == "int8" else ()))
+        need(f"engine={engine!r}", *PACKAGES[engine], *(("onnxruntime",) if precision == "int8" else ()))
         if compile and engine != "torch": raise EngineError(f"compile=True belongs to engine='torch', not to {engine!r}")
         self.engine, self.precision, self.compile, self.folder, self.limit, self.calibration = engine, precision, compile, None if folder is None else Path(folder), limit_gb * 1e9, calibration
         self._kept, self._learned = {}, None

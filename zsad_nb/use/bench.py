@@ -29,7 +29,8 @@ from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
 from ..backbones.backbones import Backbone
-from ..backbones.engines import ENGINES, Engine, EngineError
+from ..backbones.engines import Engine
+from ..backbones.graphs import ENGINES, EngineError
 from ..components import maps
 from ..core import require_known, write_atomically
 from ..data.images import batches

@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 import zsad_nb
-from ..backbones.engines import EngineError, Session, available, drawn_images, flat, need, quiet, trace, unflat, write_onnx
+from ..backbones.engines import flat, unflat
+from ..backbones.graphs import EngineError, Session, available, drawn_images, need, quiet, trace, write_onnx
 from ..backbones.weights import weights_hash
 from ..data.pixels import load_image, resize
 from ..methods.base import Method, Prediction
