@@ -115,7 +115,8 @@ def tower_flops(backbone: Backbone, image: torch.Tensor) -> int:  # multiplicati
 @contextlib.contextmanager
 def pixel_work(size: tuple,  # (H, W) of the maps
                spent: list,  # its last entry, [wall seconds, CPU seconds], grows
-               device: torch.device):
+               device: torch.device,
+               method):       # its class may come from a notebook, which is no module
     "Inside, the time is taken of all that turns patch grids into pixels: `to_pixels`, and resizing to (H, W)."
     inside = []
     def watched(function):
@@ -132,12 +133,14 @@ def pixel_work(size: tuple,  # (H, W) of the maps
                 return found
             finally: inside.pop()
         return timed
-    places = [(m, "to_pixels") for name, m in list(sys.modules.items()) if name.startswith("zsad_nb.") and vars(m).get("to_pixels") is maps.to_pixels] + [(F, "interpolate")]
-    was = [getattr(m, name) for m, name in places]
-    for (m, name), function in zip(places, was): setattr(m, name, watched(function))
+    rooms = [vars(m) for name, m in list(sys.modules.items()) if name.startswith("zsad_nb.")]
+    rooms += [f.__globals__ for c in type(method).__mro__ for f in vars(c).values() if hasattr(f, "__globals__")]
+    was = {id(room): (room, "to_pixels", room["to_pixels"]) for room in rooms if room.get("to_pixels") is maps.to_pixels}
+    was[id(vars(F))] = vars(F), "interpolate", F.interpolate
+    for room, name, function in was.values(): room[name] = watched(function)
     try: yield
     finally:
-        for (m, name), function in zip(places, was): setattr(m, name, function)
+        for room, name, function in was.values(): room[name] = function
 
 @torch.inference_mode()
 def measure(method,                  # in evaluation mode, in its engine
@@ -162,7 +165,7 @@ def measure(method,                  # in evaluation mode, in its engine
         with PixelMetrics() as m: m.update(found["seen"].map, some.mask[:, 0].cpu()).compute()
     work = dict(decode=lambda: next(iter(batches(index.iloc[:batch], size, batch, workers=0))), encode=encode, head=head, metrics=metrics)
     for stage, f in work.items():
-        with memory.stage() as most, pixel_work(some.image.shape[-2:], spent, device): times[stage] = clock(f, batch, seconds, device, repeats)
+        with memory.stage() as most, pixel_work(some.image.shape[-2:], spent, device, method): times[stage] = clock(f, batch, seconds, device, repeats)
         if stage == "head": found["seen"] = found["prediction"].cpu()
         held[stage] = most["bytes"]
     times["map"] = tuple(min(s[k] for s in spent) / batch for k in (0, 1))
