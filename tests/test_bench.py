@@ -24,14 +24,18 @@ def index(tmp_path_factory): return synthetic_index(tmp_path_factory.mktemp("dra
 
 
 @pytest.mark.parametrize(("name", "parameters", "engine"), [("dma_sap", TINY, ("torch", "fp32")), ("visualad", dict(weights="random:0", image_size=SIZE), ("torch", "bf16"))])
-def test_stages_add_up_and_nothing_is_left_behind(index, name, parameters, engine):
+def test_stages_add_up_and_nothing_is_left_behind(index, name, parameters, engine, monkeypatch):
     method = create(name, **parameters, engine=engine[0], precision=engine[1]).train()
+    seen = []
+    for backbone in method.backbones().values(): backbone.register_forward_hook(lambda *_: seen.append("tower"))
+    for stage in ("features", "forward"): monkeypatch.setattr(method, stage, lambda *a, stage=stage, real=getattr(method, stage): (seen.append(stage), real(*a))[1])
     row = measure(method, index, SIZE, 2, repeats=1)
     assert method.training, "as it was before"
     assert maps.to_pixels.__name__ == dma_sap.to_pixels.__name__ == "to_pixels" and F.interpolate.__name__ == "interpolate"
     assert math.isclose(row["model_s"], sum(row[f"{s}_s"] for s in ("encode", "head", "map"))) and row["map_s"] > 0
-    assert row["encode_s"] < 0.1 * row["head_s"] if name == "visualad" else row["encode_s"] > row["map_s"]
-    assert row["images_per_s"] > 0 and 0 < row["ratio_to_towers"] < 100 and 0 < row["share_of_matmul"] < 2 and row["peak_mb"] > 100
+    if name == "dma_sap": assert seen.index("features") < seen.index("tower") < seen.index("forward"), "towers belong to encoding"
+    else: assert "tower" not in seen[:seen.index("forward")], "tokens act inside the backbone: it belongs to the head"
+    assert row["images_per_s"] > 0 and row["ratio_to_towers"] > 0 and row["share_of_matmul"] > 0 and row["peak_mb"] > 100
     assert row["tower_gflop"] == pytest.approx(sum(flops(b) for b in method.backbones().values() if hasattr(b, "patch")) / 1e9, rel=1e-6)
 
 
@@ -43,15 +47,19 @@ def flops(b) -> float:
 
 
 def test_time_that_is_spent_on_maps_is_the_maps(index, monkeypatch):
-    import time
+    from types import SimpleNamespace
     from zsad_nb.methods import controls
-    method = create("self_distance", image_size=SIZE)
+    method, now = create("self_distance", image_size=SIZE), [0.0]
+    def tick(seconds=0.001):  # a clock that only work moves
+        now[0] += seconds
+        return now[0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=tick, process_time=tick))
     usual = measure(method, index, SIZE, 1, repeats=1)
     real = maps.to_pixels
-    monkeypatch.setattr(maps, "to_pixels", lambda *a: (time.sleep(0.02), real(*a))[1])
+    monkeypatch.setattr(maps, "to_pixels", lambda *a: (tick(5), real(*a))[1])
     monkeypatch.setattr(controls, "to_pixels", maps.to_pixels)
     found = measure(method, index, SIZE, 1, repeats=1)
-    assert found["map_s"] > 0.02 > usual["map_s"] and found["head_s"] < 0.02
+    assert found["map_s"] > 5 > usual["map_s"] and found["head_s"] < 1
 
 
 def test_towers_run_in_the_engine_of_the_method(monkeypatch):
