@@ -36,13 +36,13 @@ def measure(what: str, parameters: dict, engine: str, batch: int, repeats: int, 
     import torch
     torch.set_num_threads(threads)
     from zsad_nb.backbones.backbones import create_backbone
-    from zsad_nb.backbones.engines import Engine
+    from zsad_nb.backbones.engines import Engine, fast_products
     from zsad_nb.backbones.graphs import drawn_images
     from zsad_nb.data.images import Batch
     from zsad_nb.methods.base import create
     engine, precision = engine.split()
-    if precision == "routed":
-        torch.backends.mkldnn.matmul.fp32_precision, precision = "bf16", "fp32"
+    os.environ["ZSAD_PRODUCTS"] = "" if precision == "routed" else "usual"  # torch fp32 is PyTorch as it comes; routed is what the package runs
+    precision = precision.replace("routed", "fp32")
     options = {} if engine == "torch" else dict(folder=folder)
     if what == "tower":
         tower = create_backbone(parameters["name"], parameters["weights"], parameters["size"])
@@ -52,7 +52,7 @@ def measure(what: str, parameters: dict, engine: str, batch: int, repeats: int, 
             return dict(cls=seen.cls, patches=seen.patches[0])
         runner = Engine(engine, precision, **options)
         def run():
-            with torch.inference_mode(): return function(image) if (engine, precision) == ("torch", "fp32") else runner(tower, function, dict(bare=tower.hash), image)
+            with torch.inference_mode(), fast_products(): return function(image) if (engine, precision) == ("torch", "fp32") else runner(tower, function, dict(bare=tower.hash), image)
     else:
         torch.manual_seed(0)
         method = create(what, **parameters).eval().use_engine(engine, precision, **options)
@@ -136,7 +136,7 @@ def drift(args):
                 expected = None
                 for engine in ("torch fp32", *[e for e in args.engines if e != "torch fp32"]):
                     which, precision = engine.split()
-                    torch.backends.mkldnn.matmul.fp32_precision = "bf16" if precision == "routed" else "none"
+                    os.environ["ZSAD_PRODUCTS"] = "" if precision == "routed" else "usual"
                     method.use_engine(which, precision.replace("routed", "fp32"), **({} if which == "torch" else dict(folder=room/"engines")))
                     start = time.perf_counter()
                     try: found = evaluate(method, target, size=size, progress=False).mean.filter(regex="^(image|pixel)_") * 100
@@ -147,7 +147,6 @@ def drift(args):
                     if expected is None: expected = found
                     rows.append(dict(method=name, state=kind, engine=which, precision=precision, **((found - expected).round(3) + 0.0 if engine != "torch fp32" else found).to_dict(), largest=(found - expected).abs().max()))
                     print(f"{name} {kind} {engine}: largest difference {rows[-1]['largest']:.3f} points at {(found - expected).abs().idxmax()}; {time.perf_counter() - start:.0f} s", flush=True)
-            torch.backends.mkldnn.matmul.fp32_precision = "none"
             table = pd.DataFrame(rows)
             write_atomically(args.csv or ROOT/"paper_figures"/"tables"/"engine_drift.csv", lambda p, table=table: table.to_csv(p, index=False, float_format="%.3f"))
     with pd.option_context("display.width", 250, "display.max_columns", None): print(table.round(3).to_string(index=False))
@@ -164,7 +163,7 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", 1)))
     parser.add_argument("--folder", help="where graphs go meanwhile; default: the system's temporary folder")
     parser.add_argument("--csv", help="also write the table here")
-    for name, default in (("size", 192), ("images", 18), ("train-images", 6), ("epochs", 2)): parser.add_argument(f"--{name}", type=int, default=default, help="of --drift (default: %(default)s)")
+    for name, default in (("size", 192), ("images", 72), ("train-images", 6), ("epochs", 2)): parser.add_argument(f"--{name}", type=int, default=default, help="of --drift (default: %(default)s)")
     parser.add_argument("--lr-scale", type=float, default=8.0, help="of --drift (default: %(default)s)")
     parser.add_argument("--states", nargs="+", default=["trained"], choices=("trained", "untrained"), help="of --drift (default: %(default)s)")
     parser.add_argument("--child", help=argparse.SUPPRESS)

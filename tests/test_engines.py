@@ -2,17 +2,18 @@
 import copy
 import importlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from zsad_nb.backbones import engines
 from zsad_nb.backbones.backbones import create_backbone
-from zsad_nb.backbones.engines import Engine, engine_folder, fast_matmul, probe_matmul
+from zsad_nb.backbones.engines import Engine, engine_folder, fast_products, probe_matmul, routes
 from zsad_nb.backbones.features import FeatureCache
 from zsad_nb.backbones.graphs import ENGINES, EngineError, Session, available, constants, cubic_matrix, drawn_images, need, trace, write_onnx
 from zsad_nb.core import seed_everything
-from zsad_nb.data.images import Batch
+from zsad_nb.data.images import Batch, batches
 from zsad_nb.methods.base import create, load, save
 
 SIZE = 64
@@ -267,11 +268,51 @@ def test_probe_leaves_the_switch_alone(monkeypatch):
     was = torch.backends.mkldnn.matmul.fp32_precision
     found = probe_matmul(64, 64, 64)
     assert torch.backends.mkldnn.matmul.fp32_precision == was and found["error_usual"] < 1e-6 and found["speedup"] > 0
+
+
+@pytest.fixture
+def switch():
+    "PyTorch's, as it comes, and put back after the test."
+    if not hasattr(torch.backends.mkldnn, "matmul"): pytest.skip("no such switch")
+    found = torch.backends.mkldnn.matmul
+    was, found.fp32_precision = found.fp32_precision, "none"
+    yield found
+    found.fp32_precision = was
+
+
+@pytest.mark.parametrize(("vendor", "error", "said", "on"), [("AuthenticAMD", 1e-7, "", True), ("AuthenticAMD", 1e-3, "", False), ("GenuineIntel", 1e-7, "", False), ("AuthenticAMD", 1e-7, "usual", False)])
+def test_products_take_the_fast_route_where_it_is_exact(switch, monkeypatch, vendor, error, said, on):
+    monkeypatch.setattr(engines, "probe_matmul", lambda *a: dict(error=error))
+    real = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda self, *a, **k: f"vendor_id : {vendor}" if str(self) == "/proc/cpuinfo" else real(self, *a, **k))
+    monkeypatch.setenv("ZSAD_PRODUCTS", said)
+    routes.cache_clear()
     try:
-        for error, speedup, on in ((1e-3, 2.0, False), (1e-7, 1.0, False), (1e-7, 2.0, True)):
-            monkeypatch.setattr(engines, "probe_matmul", lambda error=error, speedup=speedup: dict(error=error, speedup=speedup))
-            assert fast_matmul()["on"] is on and (torch.backends.mkldnn.matmul.fp32_precision == "bf16") is on
-    finally: torch.backends.mkldnn.matmul.fp32_precision = was
+        with pytest.raises(KeyError), fast_products():
+            assert switch.fp32_precision == ("bf16" if on else "none")
+            raise KeyError("restored after an error, too")
+        assert switch.fp32_precision == "none"
+        switch.fp32_precision = "tf32"
+        with fast_products(): assert switch.fp32_precision == "tf32", "somebody's choice"
+    finally: routes.cache_clear()
+
+
+def test_prediction_and_training_use_it(switch, monkeypatch, tmp_path):
+    "The switch is on inside the method's own code, and a prediction is the same either way."
+    from zsad_nb.data.synthetic import synthetic_index
+    from zsad_nb.learning.training import fit, recipe_of
+    if not routes(): pytest.skip("this processor multiplies fast as it is")
+    method, seen = create("dma_sap", clip_weights="random:0", dino_weights="random:0", image_size=SIZE), []
+    real = method.forward
+    monkeypatch.setattr(method, "forward", lambda *a: (seen.append(switch.fp32_precision), real(*a))[1])
+    index = synthetic_index(tmp_path, "auxiliary", SIZE, 1, 1).iloc[:4]
+    one = next(iter(batches(index, SIZE, 4)))
+    routed = method.predict(one).map
+    monkeypatch.setenv("ZSAD_PRODUCTS", "usual")
+    torch.testing.assert_close(routed, method.predict(one).map, rtol=1e-4, atol=1e-5)
+    monkeypatch.delenv("ZSAD_PRODUCTS")
+    fit(method, index, recipe_of(method, epochs=1), progress=False)
+    assert seen[:2] == ["bf16", "none"] and set(seen[2:]) == {"bf16"} and len(seen) > 2 and switch.fp32_precision == "none"
 
 
 def test_sessions_take_pytorch_threads(tmp_path):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPENAI', 'IMAGENET', 'HALF', 'BACKBONES', 'BackboneRow', 'Features', 'resize_positions', 'Frozen', 'Backbone',
-           'ClipBackbone', 'TimmBackbone', 'create_backbone']
+           'Attention', 'direct', 'ClipBackbone', 'TimmBackbone', 'create_backbone']
 
 # %% ../../nbs/backbones/20_backbones.ipynb #f0a871c8
 import math
@@ -169,6 +169,28 @@ def _default_taps(depth: int) -> tuple:
     return tuple(sorted({math.ceil(depth * q / 4) for q in (1, 2, 3, 4)}))
 
 # %% ../../nbs/backbones/20_backbones.ipynb #84fee30a
+class Attention(nn.MultiheadAttention):
+    "The same weights, tokens in their own order."
+    def heads(self, tokens: Tensor,  # (B, T, D)
+             ) -> tuple:             # query, key, value, each (B, heads, T, d)
+        "What every head compares and mixes, from one product."
+        return F.linear(tokens, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+
+    def merge(self, mixed: Tensor,  # (B, heads, T, d)
+             ) -> Tensor:           # (B, T, D)
+        "The heads side by side, through the output projection."
+        return self.out_proj(mixed.transpose(1, 2).flatten(2))
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool=False, attn_mask: Tensor|None=None) -> tuple:
+        "Self-attention of batch-first tokens; nobody here asks for weights."
+        return self.merge(F.scaled_dot_product_attention(*self.heads(query), attn_mask)), None
+
+def direct(tower: nn.Module) -> nn.Module:  # itself
+    "Let an open_clip tower attend without transposing its tokens."
+    for m in tower.modules():
+        if type(m) is nn.MultiheadAttention: m.__class__ = Attention
+    return tower
+
 class ClipBackbone(Backbone):
     "open_clip's VisionTransformer."
     def _conv(self, tower): return tower.conv1
@@ -245,6 +267,7 @@ def _tower(row: BackboneRow, state: dict|None, quick_gelu: bool, seed: int) -> n
         from open_clip.transformer import QuickGELU, VisionTransformer
         tower = VisionTransformer(image_size=cfg["image_size"], patch_size=cfg["patch"], width=cfg["width"], layers=cfg["layers"], heads=cfg["heads"],
                                   mlp_ratio=cfg["mlp_ratio"], output_dim=cfg["embed_dim"], act_layer=QuickGELU if quick_gelu else nn.GELU)
+        direct(tower)
         if state is None: return tower
         if not any(k.startswith("visual.") for k in state): raise WeightsError(f"no key starts with 'visual.' (first: {sorted(state)[:3]}): not an OpenAI/open_clip state dict")
         return _load(tower, {k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")}, row.name)

@@ -20,15 +20,14 @@ def heads_of(block,            # one of the tower's residual attention blocks
              tokens: Tensor,   # (B, T, D) after LN1
             ) -> dict:         # "q", "k", "v" -> (B, heads, T, d)
     "Query, key and value of every head, from the block's own projection."
-    qkv = F.linear(tokens, block.attn.in_proj_weight, block.attn.in_proj_bias)
-    return {name: x.unflatten(-1, (block.attn.num_heads, -1)).transpose(1, 2) for name, x in zip("qkv", qkv.chunk(3, -1))}
+    return dict(zip("qkv", block.attn.heads(tokens)))
 
 def attend(block, heads: dict,  # from `heads_of`
            kind: str,           # "plain" (q-k), "vv" or "qkv"
           ) -> Tensor:          # (B, T, D)
     "Attention of one kind, through the block's output projection (AnomalyCLIP section 3.4; Crane, E-Attn)."
     mixed = sum(F.scaled_dot_product_attention(heads[a], heads[b], heads["v"]) for a, b in _PAIRS[kind])  # scaled by 1/sqrt(d)
-    return block.ls_1(block.attn.out_proj(mixed.transpose(1, 2).flatten(2)))
+    return block.ls_1(block.attn.merge(mixed))
 
 # %% ../../nbs/components/37_dual_path.ipynb #175e13e6
 @dataclass

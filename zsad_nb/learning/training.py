@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from ..backbones.engines import fast_products
 from ..backbones.features import FeatureCache
 from ..core import require_known, seed_everything
 from ..data.images import batches
@@ -113,6 +114,7 @@ def fit(method: Method,          # changed in place
     method.trained_on = sorted({*method.trained_on, *(index["dataset"] + "/" + index["category"])})
     return history
 
+@fast_products()
 def _steps(method, groups, index, recipe, size, workers, progress, label, cache, devices, precision, checkpointing, compile) -> pd.DataFrame:
     "`fit` in this process, alone or in a team."
     team = Team(method.device) if devices > 1 else Alone()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import zsad_nb
 from ..backbones.backbones import Features, Frozen
-from ..backbones.engines import Engine
+from ..backbones.engines import Engine, fast_products
 from ..backbones.features import FeatureCache
 from ..backbones.weights import WeightsError, read_state
 from ..core import require_known, write_atomically
@@ -169,6 +169,7 @@ class Method(nn.Module):
     @property
     def device(self) -> torch.device: return next(iter(self.backbones().values())).mean.device
 
+    @fast_products()
     @torch.inference_mode()
     def predict(self, batch, cache: FeatureCache|None=None) -> Prediction:  # on the method's device
         "Prediction of one batch in evaluation mode; the result does not depend on the batch's size or company."

@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
 from ..backbones.backbones import Backbone
-from ..backbones.engines import Engine
+from ..backbones.engines import Engine, fast_products
 from ..backbones.graphs import ENGINES, EngineError
 from ..components import maps
 from ..core import require_known, write_atomically
@@ -142,6 +142,7 @@ def pixel_work(size: tuple,  # (H, W) of the maps
     finally:
         for room, name, function in was.values(): room[name] = function
 
+@fast_products()
 @torch.inference_mode()
 def measure(method,                  # in evaluation mode, in its engine
             index: pd.DataFrame,     # images to read; all rows
