@@ -181,7 +181,8 @@ def measure(method,                  # in evaluation mode, in its engine
     rate, (wall, cpu) = matmul_rate(device, dtype), (sum(times[s][k] for s in ("encode", "head", "map")) for k in (0, 1))
     return dict(**{f"{s}_s": times[s][0] for s in STAGES}, **{f"{s}_cpu_s": times[s][1] for s in STAGES}, **{f"{s}_mb": held[s] / 1e6 for s in STAGES if s != "map"},
                 images_per_s=1 / (cpu if which and torch.get_num_threads() == 1 else wall), model_s=wall, model_cpu_s=cpu, towers_s=towers[0], towers_cpu_s=towers[1], ratio_to_towers=(wall, cpu)[which] / towers[which],
-                tower_gflop=flops / 1e9, share_of_matmul=flops / towers[which] / rate, matmul_gflop_s=rate / 1e9, peak_mb=peak / 1e6)
+                tower_gflop=flops / 1e9, share_of_matmul=flops / towers[which] / rate, matmul_gflop_s=rate / 1e9, peak_mb=peak / 1e6,
+                products="oneDNN" if getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", "none") == "bf16" else "usual")  # of PyTorch in fp32, see fast_products
 
 def _bare(method, backbone: Backbone, image: torch.Tensor) -> Callable:
     "A tower alone, in the method's engine: class token and last patches."
@@ -283,7 +284,9 @@ def bench_table(table: pd.DataFrame  # of `bench`
     if "model_s" not in table: return pd.DataFrame()
     rows = _shown(table)
     def ms(column): return rows[column].map(lambda v: f"{v:.0f}" if v >= 99.5 else f"{v:.1f}" if v >= 0.95 else f"{v:.2f}")
-    return pd.DataFrame(dict(method=rows["method"], engine=rows["engine"] + " " + rows["precision"], px=rows["size"], batch=rows["batch"], **{s: ms(s) for s in STAGES},
+    engine = rows["engine"] + " " + rows["precision"]
+    if "products" in rows and rows["products"].nunique() > 1: engine += ", " + rows["products"] + " products"
+    return pd.DataFrame(dict(method=rows["method"], engine=engine, px=rows["size"], batch=rows["batch"], **{s: ms(s) for s in STAGES},
                              images_per_s=rows["images_per_s"].map("{:.3g}".format), towers=ms("towers"), x_towers=rows["ratio_to_towers"].map("{:.2f}".format),
                              matmul=(100 * rows["share_of_matmul"]).map("{:.0f} %".format), MB=rows["peak_mb"].map("{:.0f}".format)))
 
