@@ -132,6 +132,7 @@ def drift(args):
             for kind in args.states:
                 seed_everything(0)
                 method = create(name, **{**TINY[name], "image_size": size})
+                os.environ["ZSAD_PRODUCTS"] = "usual"
                 if kind == "trained": fit(method, auxiliary, recipe_of(method, epochs=args.epochs, lr_scale=args.lr_scale, seed=0), progress=False, cache=room/"features")
                 expected = None
                 for engine in ("torch fp32", *[e for e in args.engines if e != "torch fp32"]):

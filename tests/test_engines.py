@@ -9,7 +9,7 @@ import torch
 
 from zsad_nb.backbones import engines
 from zsad_nb.backbones.backbones import create_backbone
-from zsad_nb.backbones.engines import Engine, engine_folder, fast_products, probe_matmul, routes
+from zsad_nb.backbones.engines import Engine, engine_folder, fast_products, onednn_pays, probe_matmul
 from zsad_nb.backbones.features import FeatureCache
 from zsad_nb.backbones.graphs import ENGINES, EngineError, Session, available, constants, cubic_matrix, drawn_images, need, trace, write_onnx
 from zsad_nb.core import seed_everything
@@ -286,7 +286,7 @@ def test_products_take_the_fast_route_where_it_is_exact(switch, monkeypatch, ven
     real = Path.read_text
     monkeypatch.setattr(Path, "read_text", lambda self, *a, **k: f"vendor_id : {vendor}" if str(self) == "/proc/cpuinfo" else real(self, *a, **k))
     monkeypatch.setenv("ZSAD_PRODUCTS", said)
-    routes.cache_clear()
+    onednn_pays.cache_clear()
     try:
         with pytest.raises(KeyError), fast_products():
             assert switch.fp32_precision == ("bf16" if on else "none")
@@ -294,14 +294,14 @@ def test_products_take_the_fast_route_where_it_is_exact(switch, monkeypatch, ven
         assert switch.fp32_precision == "none"
         switch.fp32_precision = "tf32"
         with fast_products(): assert switch.fp32_precision == "tf32", "somebody's choice"
-    finally: routes.cache_clear()
+    finally: onednn_pays.cache_clear()
 
 
 def test_prediction_and_training_use_it(switch, monkeypatch, tmp_path):
     "The switch is on inside the method's own code, and a prediction is the same either way."
     from zsad_nb.data.synthetic import synthetic_index
     from zsad_nb.learning.training import fit, recipe_of
-    if not routes(): pytest.skip("this processor multiplies fast as it is")
+    if not onednn_pays(): pytest.skip("this processor multiplies fast as it is")
     method, seen = create("dma_sap", clip_weights="random:0", dino_weights="random:0", image_size=SIZE), []
     real = method.forward
     monkeypatch.setattr(method, "forward", lambda *a: (seen.append(switch.fp32_precision), real(*a))[1])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPENAI', 'IMAGENET', 'HALF', 'BACKBONES', 'BackboneRow', 'Features', 'resize_positions', 'Frozen', 'Backbone',
-           'Attention', 'direct', 'ClipBackbone', 'TimmBackbone', 'create_backbone']
+           'Attention', 'own_attention', 'ClipBackbone', 'TimmBackbone', 'create_backbone']
 
 # %% ../../nbs/backbones/20_backbones.ipynb #f0a871c8
 import math
@@ -170,7 +170,7 @@ def _default_taps(depth: int) -> tuple:
 
 # %% ../../nbs/backbones/20_backbones.ipynb #84fee30a
 class Attention(nn.MultiheadAttention):
-    "The same weights, tokens in their own order."
+    "`nn.MultiheadAttention` with the same weights, which does not transpose batch-first tokens."
     def heads(self, tokens: Tensor,  # (B, T, D)
              ) -> tuple:             # query, key, value, each (B, heads, T, d)
         "What every head compares and mixes, from one product."
@@ -181,12 +181,14 @@ class Attention(nn.MultiheadAttention):
         "The heads side by side, through the output projection."
         return self.out_proj(mixed.transpose(1, 2).flatten(2))
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool=False, attn_mask: Tensor|None=None) -> tuple:
-        "Self-attention of batch-first tokens; nobody here asks for weights."
-        return self.merge(F.scaled_dot_product_attention(*self.heads(query), attn_mask)), None
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool=True, attn_mask: Tensor|None=None, **others) -> tuple:
+        "Self-attention without weights, as the towers call it; everything else is left to PyTorch."
+        added = attn_mask is None or attn_mask.ndim == 2 and attn_mask.is_floating_point()
+        if query is key is value and added and not need_weights and not others: return self.merge(F.scaled_dot_product_attention(*self.heads(query), attn_mask)), None
+        return super().forward(query, key, value, need_weights=need_weights, attn_mask=attn_mask, **others)
 
-def direct(tower: nn.Module) -> nn.Module:  # itself
-    "Let an open_clip tower attend without transposing its tokens."
+def own_attention(tower: nn.Module) -> nn.Module:  # itself
+    "Give every attention of an open_clip tower the class `Attention`."
     for m in tower.modules():
         if type(m) is nn.MultiheadAttention: m.__class__ = Attention
     return tower
@@ -267,7 +269,7 @@ def _tower(row: BackboneRow, state: dict|None, quick_gelu: bool, seed: int) -> n
         from open_clip.transformer import QuickGELU, VisionTransformer
         tower = VisionTransformer(image_size=cfg["image_size"], patch_size=cfg["patch"], width=cfg["width"], layers=cfg["layers"], heads=cfg["heads"],
                                   mlp_ratio=cfg["mlp_ratio"], output_dim=cfg["embed_dim"], act_layer=QuickGELU if quick_gelu else nn.GELU)
-        direct(tower)
+        own_attention(tower)
         if state is None: return tower
         if not any(k.startswith("visual.") for k in state): raise WeightsError(f"no key starts with 'visual.' (first: {sorted(state)[:3]}): not an OpenAI/open_clip state dict")
         return _load(tower, {k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")}, row.name)

@@ -13,7 +13,7 @@ import re
 import torch
 from torch import Tensor, nn
 
-from .backbones import BACKBONES, BackboneRow, Frozen, _load, _pretrained_file, direct
+from .backbones import BACKBONES, BackboneRow, Frozen, _load, _pretrained_file, own_attention
 from .weights import WeightsError, _require, flat_state, import_vision_libraries, read_state
 
 # %% ../../nbs/backbones/20a_text.ipynb #3a497ece
@@ -159,7 +159,7 @@ def _text_tower(row: BackboneRow, state: dict|None, quick_gelu: bool, seed: int,
         torch.manual_seed(seed)
         tower = TextTransformer(context_length=cfg["context"], vocab_size=TOKENS if token_ids is None else len(token_ids), width=cfg["width"], heads=cfg["heads"], layers=cfg["layers"],
                                 mlp_ratio=cfg.get("mlp_ratio", 4.0), output_dim=cfg["embed_dim"], act_layer=QuickGELU if quick_gelu else nn.GELU)
-    direct(tower)
+    own_attention(tower)
     if token_ids is not None: tower.register_buffer("token_ids", token_ids.clone())
     if state is not None:
         if "token_ids" in state and state["token_ids"].is_floating_point(): raise WeightsError(f"token_ids of {row.name} are {state['token_ids'].dtype}, expected int64")

@@ -172,7 +172,7 @@ class Method(nn.Module):
     @fast_products()
     @torch.inference_mode()
     def predict(self, batch, cache: FeatureCache|None=None) -> Prediction:  # on the method's device
-        "Prediction of one batch in evaluation mode; the result does not depend on the batch's size or company."
+        "Prediction of one batch in evaluation mode; but for rounding, the result does not depend on the batch's size or company."
         was, batch = self.training, batch.to(self.device)
         self.eval()
         try: return self(self.features(batch, cache), batch)

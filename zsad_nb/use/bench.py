@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
 from ..backbones.backbones import Backbone
-from ..backbones.engines import Engine, fast_products
+from ..backbones.engines import Engine, fast_products, products
 from ..backbones.graphs import ENGINES, EngineError
 from ..components import maps
 from ..core import require_known, write_atomically
@@ -182,7 +182,7 @@ def measure(method,                  # in evaluation mode, in its engine
     return dict(**{f"{s}_s": times[s][0] for s in STAGES}, **{f"{s}_cpu_s": times[s][1] for s in STAGES}, **{f"{s}_mb": held[s] / 1e6 for s in STAGES if s != "map"},
                 images_per_s=1 / (cpu if which and torch.get_num_threads() == 1 else wall), model_s=wall, model_cpu_s=cpu, towers_s=towers[0], towers_cpu_s=towers[1], ratio_to_towers=(wall, cpu)[which] / towers[which],
                 tower_gflop=flops / 1e9, share_of_matmul=flops / towers[which] / rate, matmul_gflop_s=rate / 1e9, peak_mb=peak / 1e6,
-                products="oneDNN" if getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", "none") == "bf16" else "usual")  # of PyTorch in fp32, see fast_products
+                products=products())
 
 def _bare(method, backbone: Backbone, image: torch.Tensor) -> Callable:
     "A tower alone, in the method's engine: class token and last patches."
