@@ -63,7 +63,7 @@ pretrain: env
 	papermill nbs/experiments/pretrain_tiny.ipynb runs/pretrain/pretrain_tiny.ipynb --log-output \
 	  -p steps 7000 -p batch 48 -p pool 6900 -p warmup 200 -p threads 1 -p output "$(CURDIR)/runs/pretrain/tiny_dino.safetensors"
 	papermill nbs/experiments/pretrain_tiny_clip.ipynb runs/pretrain/pretrain_tiny_clip.ipynb --log-output \
-	  -p steps 9000 -p tokens 2048 -p pool 6900 -p held 460 -p target 20 -p warmup 200 -p threads 1 -p output "$(CURDIR)/runs/pretrain/tiny_clip.safetensors"
+	  -p steps 16000 -p tokens 2048 -p pool 14100 -p held 470 -p target 20 -p warmup 200 -p threads 1 -p state_file "$(CURDIR)/runs/pretrain/tiny_clip.pt" -p output "$(CURDIR)/runs/pretrain/tiny_clip.safetensors"
 
 ABLATION = -p images 6 -p size 256 -p epochs 3 -y "seeds: [0, 1, 2]"
 ablations: env

@@ -13,6 +13,8 @@ from .synthetic_drawing import COLOURS, Canvas, Dice, coverage, grid, mix, paint
 from .synthetic_textures import TEXTURES
 from .synthetic_objects import OBJECTS
 from .synthetic_objects_more import MORE_OBJECTS
+from .synthetic_objects_pretraining import PRETRAINING_OBJECTS
+from .synthetic_objects_assembled import ASSEMBLED_OBJECTS
 
 # %% ../../nbs/data/13d_synthetic_categories.ipynb #f495227c
 SETS = ("pretrain", "auxiliary", "target")
@@ -59,7 +61,31 @@ CATEGORIES = {c.name: c for c in (
         board       | circuit board         | electronic | printed
         cable       | cable cross-section   | rubber     | three-core
         socket      | wall socket           | plastic    | square
-        key         | door key              | metal      | toothed""")
+        key         | door key              | metal      | toothed
+        card        | memory card           | electronic | contacted
+        relay       | relay                 | electronic | pinned
+        ruler       | ruler                 | plastic    | graduated
+        gauge       | pressure gauge        | glass      | dialled
+        keypad      | keypad                | rubber     | keyed
+        domino      | domino tile           | plastic    | dotted
+        comb        | comb                  | plastic    | fine-toothed
+        tablet      | tablet                | pressed    | scored
+        bean        | jelly bean            | sugar      | glossy
+        cracker     | salt cracker          | baked      | pricked
+        doughnut    | doughnut              | baked      | glazed
+        saw         | saw blade             | steel      | jagged
+        pen         | felt pen              | plastic    | capped
+        plug        | data plug             | plastic    | shelled
+        heatsink    | heat sink             | metal      | finned
+        egg         | painted egg           | ceramic    | decorated
+        lipstick    | lipstick              | cosmetic   | slanted
+        reel        | film reel             | metal      | wound
+        chocolate   | chocolate bar         | cocoa      | segmented
+        ampoule     | ampoule               | glass      | filled
+        xylophone   | xylophone             | wooden     | barred
+        soap        | bar of soap           | soap       | stamped
+        terminal    | terminal block        | electronic | screwed
+        capacitor   | capacitor             | electronic | sleeved""")
     + _rows("texture", "auxiliary", """
         brick       | brick wall            | clay       | bricked
         denim       | denim fabric          | cotton     | twill
@@ -148,7 +174,7 @@ def make_scene(
     if category not in CATEGORIES: raise ValueError(f"there is no category {category!r}; the categories are {', '.join(CATEGORIES)}")
     row, d = CATEGORIES[category], Dice(category, seed, "scene")
     light, c = _light(d), Canvas(size, Dice(category, seed, "drawing"))
-    s = (TEXTURES | OBJECTS | MORE_OBJECTS)[category](c)
+    s = (TEXTURES | OBJECTS | MORE_OBJECTS | PRETRAINING_OBJECTS | ASSEMBLED_OBJECTS)[category](c)
     camera = {"exposure": d.u(.9, 1.08), "slope": (d.u(-.18, .18), d.u(-.18, .18)), "contrast": d.u(-.12, .16), "noise": d.u(.006, .016)}
     rgb = shade(s.albedo, s.height, c.px, light, s.gloss)
     scene = Scene(row, seed, size, c.word, rgb, None, np.ones((size, size), np.float32), None, s.parts, light, s.open_parts, camera=camera)
