@@ -8,15 +8,16 @@ export MPLBACKEND = Agg
 export PYTHONUNBUFFERED = 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help env everything demo test real seeds ablations types neu_seg figures pretrain bench bench-cluster memory screenshots notebooks clean lab
+.PHONY: help env everything demo test real seeds ablations systems types neu_seg figures pretrain bench bench-cluster memory screenshots notebooks clean lab
 
 help:
 	@echo "make demo      from nothing to pictures of defects in unseen categories (minutes, CPU, offline after install)"
 	@echo "make test      every check: style, notebooks in step, notebook tests, parity, failures, papermill, demo"
 	@echo "make real      DATA=... WEIGHTS=...  VisualAD on real images with a real small ViT, both ways, three seeds"
 	@echo "make seeds     the demo's job under three seeds -> paper_figures/tables/visualad_synthetic.csv"
-	@echo "make pretrain  train the embedded backbones again (about two and a half hours on one core)"
+	@echo "make pretrain  train the embedded backbones again (about three and a half hours on one core)"
 	@echo "make ablations the ablation tables of DMA+SAP and SSVP, three seeds, on drawn images"
+	@echo "make systems   DMA+SAP and SSVP, trained for minutes at 384 px, three seeds, on drawn images"
 	@echo "make types     which defect is it: DAPO and MultiADS, three seeds, on drawn images"
 	@echo "make neu_seg DATA=... WEIGHTS=...  which defect is it, on real steel"
 	@echo "make figures   every method on drawn images under three seeds, and every table and figure of the papers from it -> paper_figures"
@@ -72,10 +73,18 @@ ablations: env
 	papermill nbs/experiments/ablation.ipynb runs/ablation/ssvp.ipynb --cwd . --no-progress-bar --log-output -p method ssvp -p lr_scale 10.0 $(ABLATION) -p output "$(CURDIR)/runs/ablation/ssvp"
 	@for method in dma_sap ssvp; do cp runs/ablation/$$method/ablation.csv paper_figures/tables/$${method}_ablation.csv; done
 
+SYSTEMS = OMP_NUM_THREADS=1 papermill nbs/experiments/ablation.ipynb runs/systems/$(1).ipynb --cwd . --no-progress-bar --log-output -p method $(1) -y "variants: [$(2)]" -p lr_scale $(3) \
+	-p images 8 -p defective 14 -p targets 14 -p size 384 -p epochs 3 -y "seeds: [0, 1, 2]" -p measure False -p output "$(CURDIR)/runs/systems/$(1)"
+systems: env
+	@mkdir -p runs/systems
+	$(call SYSTEMS,dma_sap,D,1.0)
+	$(call SYSTEMS,ssvp,E full,10.0)
+	@for method in dma_sap ssvp; do cp runs/systems/$$method/ablation.csv paper_figures/tables/$${method}_synthetic.csv; done
+
 types: env
 	@mkdir -p runs/types
 	papermill nbs/experiments/defect_types.ipynb runs/types/defect_types.ipynb --cwd . --no-progress-bar --log-output \
-	  -p images 8 -p defective 14 -p targets 8 -p size 320 -p epochs 4 -y "seeds: [0, 1, 2]" -p output "$(CURDIR)/runs/types"
+	  -p images 8 -p defective 14 -p targets 8 -p size 384 -p epochs 3 -y "seeds: [0, 1, 2]" -p output "$(CURDIR)/runs/types"
 	@cp runs/types/types.csv paper_figures/tables/types_synthetic.csv
 
 neu_seg: env
