@@ -92,7 +92,8 @@ def egg(c: Canvas) -> Surface:
     a, b = .33, c.dice.u(.22, .26)
     d = _ellipse(x, y * (1 + .35 * x), a, b)
     shell, band = c.colour("white", "cream", "yellow", "pink", "teal", "red", "green"), c.colour("red", "blue", "purple", "orange", "green", "navy", "gold")
-    h = np.sqrt(np.maximum(1 - (x / a) ** 2 - (y * (1 + .35 * x) / b) ** 2, .003)) * b
+    u, v = x / a, y * (1 + .35 * x) / b
+    h = np.sqrt(np.maximum(1 - u * u - v * v, .003)) * b
     l = _Layers(c).add(d - .012, shell, h)
     kind, wave = c.dice.i(0, 3), c.dice.i(4, 9)
     for k in range(c.dice.i(1, 4)):

@@ -244,7 +244,8 @@ def bean(c: Canvas) -> Surface:
     d = capsule(x, v, -.17, 0, .17, 0, .145, .165) * .93
     colour = c.colour("red", "orange", "yellow", "green", "purple", "pink", "white", "black", "blue", "cream")
     spots = step(.70, .74, c.noise(26, 2)) * (c.dice.u() < .35)
-    w = np.sqrt(np.maximum(.024 - v * v - np.maximum(np.abs(x) - .17, 0) ** 2, .0006))
+    over = np.maximum(np.abs(x) - .17, 0)
+    w = np.sqrt(np.maximum(.024 - v * v - over * over, .0006))
     l = _Layers(c).add(d - .012, mix(paint(colour), paint(tuple(q * .55 + .2 for q in colour)), spots), w)
     return l.done(d, .7)
 
