@@ -8,7 +8,7 @@ __all__ = ['PRETRAINING_OBJECTS', 'card', 'relay', 'ruler', 'gauge', 'keypad', '
 
 # %% ../../nbs/data/13g_synthetic_objects_pretraining.ipynb #bf0f2055
 import numpy as np
-from .synthetic_drawing import Canvas, Surface, Lattice, angle, hash01, sine, step, mix, paint, turn, disc, box, capsule, ngon, dome
+from .synthetic_drawing import Canvas, Surface, Lattice, angle, hash01, sine, step, mix, paint, turn, disc, box, capsule, dome
 from .synthetic_objects import _Layers, _around, _ring, _turned
 from .synthetic_objects_more import _ellipse, _lines
 

@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
 from ..backbones.backbones import Backbone
-from ..backbones.engines import Engine, fast_products, products
+from ..backbones.engines import Engine, fast_products, products, products_switch
 from ..backbones.graphs import ENGINES, EngineError
 from ..components import maps
 from ..core import require_known, write_atomically
@@ -95,8 +95,8 @@ def matmul_rate(device: torch.device|str="cpu", dtype: torch.dtype=torch.float32
     "What the machine multiplies: two square matrices, the fastest of several, by the faster of PyTorch's routes where both are exact."
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     def rate(): return 2 * side**3 / clock(lambda: a @ b, 1, 0.5, device)[torch.device(device).type == "cpu"]
-    rates, switch = [rate()], getattr(torch.backends.mkldnn, "matmul", None)
-    if torch.device(device).type == "cpu" and dtype == torch.float32 and hasattr(switch, "fp32_precision"):
+    rates, switch = [rate()], products_switch()
+    if torch.device(device).type == "cpu" and dtype == torch.float32 and switch is not None:
         was, expected = switch.fp32_precision, (a[:64].double() @ b.double()).float()
         try:
             switch.fp32_precision = "bf16"
