@@ -66,6 +66,7 @@ pretrain: env
 	papermill nbs/experiments/pretrain_tiny_clip.ipynb runs/pretrain/pretrain_tiny_clip.ipynb --log-output \
 	  -p steps 16000 -p tokens 2048 -p pool 14100 -p held 470 -p target 20 -p warmup 200 -p threads 1 -p state_file "$(CURDIR)/runs/pretrain/tiny_clip.pt" -p output "$(CURDIR)/runs/pretrain/tiny_clip.safetensors"
 
+ablations systems types neu_seg: export OMP_NUM_THREADS = 1   # two threads in the way of anything else are many times slower than one
 ABLATION = -p images 6 -p size 256 -p epochs 3 -y "seeds: [0, 1, 2]"
 ablations: env
 	@mkdir -p runs/ablation
@@ -73,7 +74,7 @@ ablations: env
 	papermill nbs/experiments/ablation.ipynb runs/ablation/ssvp.ipynb --cwd . --no-progress-bar --log-output -p method ssvp -p lr_scale 10.0 $(ABLATION) -p output "$(CURDIR)/runs/ablation/ssvp"
 	@for method in dma_sap ssvp; do cp runs/ablation/$$method/ablation.csv paper_figures/tables/$${method}_ablation.csv; done
 
-SYSTEMS = OMP_NUM_THREADS=1 papermill nbs/experiments/ablation.ipynb runs/systems/$(1).ipynb --cwd . --no-progress-bar --log-output -p method $(1) -y "variants: [$(2)]" -p lr_scale $(3) \
+SYSTEMS = papermill nbs/experiments/ablation.ipynb runs/systems/$(1).ipynb --cwd . --no-progress-bar --log-output -p method $(1) -y "variants: [$(2)]" -p lr_scale $(3) \
 	-p images 8 -p defective 14 -p targets 14 -p size 384 -p epochs 3 -y "seeds: [0, 1, 2]" -p measure False -p output "$(CURDIR)/runs/systems/$(1)"
 systems: env
 	@mkdir -p runs/systems
