@@ -16,7 +16,7 @@ help:
 	@echo "make real      DATA=... WEIGHTS=...  VisualAD on real images with a real small ViT, both ways, three seeds"
 	@echo "make seeds     the demo's job under three seeds -> paper_figures/tables/visualad_synthetic.csv"
 	@echo "make pretrain  train the embedded backbones again (about three and a half hours on one core)"
-	@echo "make ablations the ablation tables of DMA+SAP and SSVP, three seeds, on drawn images"
+	@echo "make ablations the ablation tables of DMA+SAP and SSVP, and where SSVP's paper contradicts itself each reading of it; three seeds, on drawn images"
 	@echo "make systems   DMA+SAP and SSVP, trained for minutes at 384 px, three seeds, on drawn images"
 	@echo "make types     which defect is it: DAPO and MultiADS, three seeds, on drawn images"
 	@echo "make neu_seg DATA=... WEIGHTS=...  which defect is it, on real steel"
@@ -72,7 +72,9 @@ ablations: env
 	@mkdir -p runs/ablation
 	papermill nbs/experiments/ablation.ipynb runs/ablation/dma_sap.ipynb --cwd . --no-progress-bar --log-output -p method dma_sap -p lr_scale 1.0 $(ABLATION) -p output "$(CURDIR)/runs/ablation/dma_sap"
 	papermill nbs/experiments/ablation.ipynb runs/ablation/ssvp.ipynb --cwd . --no-progress-bar --log-output -p method ssvp -p lr_scale 10.0 $(ABLATION) -p output "$(CURDIR)/runs/ablation/ssvp"
+	papermill nbs/experiments/ablation.ipynb runs/ablation/ssvp_readings.ipynb --cwd . --no-progress-bar --log-output -p method ssvp -p table readings -p lr_scale 10.0 -p measure False -p each 0 $(ABLATION) -p output "$(CURDIR)/runs/ablation/ssvp_readings"
 	@for method in dma_sap ssvp; do cp runs/ablation/$$method/ablation.csv paper_figures/tables/$${method}_ablation.csv; done
+	@cp runs/ablation/ssvp_readings/ablation.csv paper_figures/tables/ssvp_readings.csv
 
 SYSTEMS = papermill nbs/experiments/ablation.ipynb runs/systems/$(1).ipynb --cwd . --no-progress-bar --log-output -p method $(1) -y "variants: [$(2)]" -p lr_scale $(3) \
 	-p images 8 -p defective 14 -p targets 14 -p size 384 -p epochs 3 -y "seeds: [0, 1, 2]" -p measure False -p output "$(CURDIR)/runs/systems/$(1)"
