@@ -66,7 +66,8 @@ pretrain: env
 	papermill nbs/experiments/pretrain_tiny_clip.ipynb runs/pretrain/pretrain_tiny_clip.ipynb --log-output \
 	  -p steps 16000 -p tokens 2048 -p pool 14100 -p held 470 -p target 20 -p warmup 200 -p threads 1 -p state_file "$(CURDIR)/runs/pretrain/tiny_clip.pt" -p output "$(CURDIR)/runs/pretrain/tiny_clip.safetensors"
 
-ablations systems types neu_seg: export OMP_NUM_THREADS = 1   # two threads in the way of anything else are many times slower than one
+# Two threads beside anything else on the machine are many times slower than one.
+ablations systems types neu_seg: export OMP_NUM_THREADS = 1
 ABLATION = -p images 6 -p size 256 -p epochs 3 -y "seeds: [0, 1, 2]"
 ablations: env
 	@mkdir -p runs/ablation
