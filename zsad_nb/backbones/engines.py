@@ -56,7 +56,7 @@ class Engine:
                  folder: str|Path|None=None,     # of graphs; default: `engine_folder()`
                  limit_gb: float=20.0,           # of that folder
                  calibration: Tensor|None=None,  # (k, 3, H, W) images for int8; default: 16 drawn ones
-                 compile: bool=False,            # engine "torch": torch.compile; pays on a GPU
+                 compile: bool|str=False,        # engine "torch": torch.compile; pays on a GPU; a text names its backend
                 ):
         check_choice(engine, precision)
         need(f"engine={engine!r}", *PACKAGES[engine], *(("onnxruntime",) if precision == "int8" else ()))
@@ -85,7 +85,7 @@ class Engine:
         return unflat({n: t.to(image.device) for n, t in _run(session, about, image).items()}, about["grid"])
 
     def _torch(self, owner, function, image):
-        if self.compile: function = self._kept.setdefault(function.__name__, torch.compile(function))
+        if self.compile: function = self._kept.setdefault(function.__name__, torch.compile(function, backend="inductor" if self.compile is True else self.compile))
         with torch.autocast(image.device.type, torch.bfloat16, enabled=self.precision == "bf16"): found = function(image)
         return unflat({n: t.float() for n, t in flat(found).items()}, found.grid if isinstance(found, Features) else None)
 

@@ -194,7 +194,8 @@ def _bare(method, backbone: Backbone, image: torch.Tensor) -> Callable:
     return lambda: alone(backbone, see, dict(bare=backbone.hash, resolution=backbone.size), image)
 
 # %% ../../nbs/use/87_bench.ipynb #e8357e17
-CASE = dict(method="", parameters={}, engine="torch", precision="fp32", size=256, batch=1, images=0, seconds=1.0, threads=0, device="cpu", folder="")
+CASE = dict(method="", parameters={}, engine="torch", precision="fp32", size=256, batch=1, images=0, seconds=1.0, threads=0, device="cpu", folder="", compile=False)
+_SHOWN = ("method", "engine", "precision", "compile", "size", "batch", "device")
 
 def bench_cases(methods: tuple=(),             # registered names; default: all
                 engines: tuple=("torch",), precisions: tuple=("fp32",),  # every pair that exists
@@ -222,7 +223,7 @@ def bench_cases(methods: tuple=(),             # registered names; default: all
     pairs = [(e, p) for e in engines for p in precisions if p in ENGINES.get(e, (p,))]
     lost = [p for p in precisions if p not in [b for _, b in pairs]] + [e for e in engines if e not in [a for a, _ in pairs]]
     if lost: raise EngineError(f"nothing fits {lost[0]!r}: " + "; ".join(f"{e} has {', '.join(p)}" for e, p in ENGINES.items()))
-    for pair in pairs: Engine(*pair)  # an engine that is not there says how to get it
+    for pair in pairs: Engine(*pair, compile=more.get("compile", False))  # an engine that is not there says how to get it
     cases = [dict(method=m, parameters=dict(image_size=size) | own[m], engine=e, precision=p, size=size, batch=b, **more) for m in methods for size in sizes for e, p in pairs for b in batch_sizes]
     for c in cases: method_class(c["method"]).Parameters(**c["parameters"])
     return cases
@@ -233,13 +234,13 @@ def run_case(case: dict) -> dict:  # keys of CASE
     case = {**CASE, **case}
     if case["threads"]: torch.set_num_threads(case["threads"])
     method = create(case["method"], **case["parameters"]).to(case["device"]).eval()
-    if case["engine"] != "torch" or case["precision"] != "fp32": method.use_engine(case["engine"], case["precision"], **({} if case["engine"] == "torch" else dict(folder=case["folder"] or None)))
+    method.use_engine(case["engine"], case["precision"], **(dict(compile=case["compile"]) if case["engine"] == "torch" else dict(folder=case["folder"] or None)))
     count = max(1, math.ceil(case["batch"] / 8))
     with tempfile.TemporaryDirectory(prefix="zsad_bench_") as room:
         index = synthetic_index(room, "target", case["size"], count, count)
         found = measure(method, index, case["size"], case["batch"], case["seconds"], math.ceil(case["images"] / case["batch"]))
     seen = ", ".join(f"{b.row.name} {b.size}" for b in method.backbones().values() if isinstance(b, Backbone))
-    return {**{k: case[k] for k in ("method", "engine", "precision", "size", "batch", "device")}, "towers": seen, **found, "threads": torch.get_num_threads()}
+    return {**{k: case[k] for k in _SHOWN}, "towers": seen, **found, "threads": torch.get_num_threads()}
 
 def machine() -> dict:
     "What was measured on, as its system says; no names of hosts."
@@ -259,7 +260,7 @@ def bench(cases: list[dict],          # each with keys of CASE
             done = subprocess.run([sys.executable, "-c", "import json, sys; from zsad_nb.use.bench import run_case; print(json.dumps(run_case(json.load(sys.stdin))))"],
                                   input=json.dumps(dict(folder=graphs) | case), capture_output=True, text=True, env={**os.environ, "TQDM_DISABLE": "1"})
             lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or [f"exit status {done.returncode}: killed, perhaps for want of memory"]
-            rows.append(json.loads(lines[-1]) if done.returncode == 0 else {**{k: {**CASE, **case}[k] for k in ("method", "engine", "precision", "size", "batch", "device")}, "error": lines[-1]})
+            rows.append(json.loads(lines[-1]) if done.returncode == 0 else {**{k: {**CASE, **case}[k] for k in _SHOWN}, "error": lines[-1]})
             rows[-1]["machine"] = name
             if progress: print(f"{len(rows)}/{len(cases)}  {say(rows[-1])}", file=sys.stderr, flush=True)
             if out: write_atomically(Path(out)/"bench.csv", lambda p: pd.DataFrame(rows).to_csv(p, index=False, float_format="%.4g"))
@@ -269,7 +270,7 @@ def bench(cases: list[dict],          # each with keys of CASE
 
 def say(row: dict) -> str:
     "One case in a line."
-    head = f"{row['method']:<14}{row['engine']:>9} {row['precision']:<5}{row['size']:>4} px, batch {row['batch']:<3}"
+    head = f"{row['method']:<14}{row['engine']:>9} {row['precision']:<5}{'compiled ' if row.get('compile') else ''}{row['size']:>4} px, batch {row['batch']:<3}"
     return head + (f"failed: {row['error']}" if row.get("error") else f"{row['images_per_s']:8.2f} images/s   {row['ratio_to_towers']:5.2f} x its towers, which reach {100 * row['share_of_matmul']:3.0f} % of the matrix product   {row['peak_mb']:6.0f} MB")
 
 def _shown(table: pd.DataFrame) -> pd.DataFrame:  # columns of STAGES, model, towers
@@ -278,15 +279,19 @@ def _shown(table: pd.DataFrame) -> pd.DataFrame:  # columns of STAGES, model, to
     alone = (rows["device"] == "cpu") & (rows["threads"] == 1)
     return rows.assign(**{s: 1000 * rows[f"{s}_cpu_s"].where(alone, rows[f"{s}_s"]) for s in (*STAGES, "model", "towers")})
 
+def _engines(rows: pd.DataFrame) -> pd.Series:
+    "What computed each row, as far as rows differ."
+    names, several = rows["engine"] + " " + rows["precision"], "products" in rows and rows["products"].nunique() > 1
+    if several: names += (", " + rows["products"] + " products").where(names == "torch fp32", "")  # which products PyTorch takes is nothing to other engines
+    return names + rows["compile"].map(lambda c: ", compiled" if c else "") if "compile" in rows else names
+
 def bench_table(table: pd.DataFrame  # of `bench`
                ) -> pd.DataFrame:    # milliseconds an image, MB
     "What a reader wants of it, rounded; failed cases are left out."
     if "model_s" not in table: return pd.DataFrame()
     rows = _shown(table)
     def ms(column): return rows[column].map(lambda v: f"{v:.0f}" if v >= 99.5 else f"{v:.1f}" if v >= 0.95 else f"{v:.2f}")
-    engine = rows["engine"] + " " + rows["precision"]
-    if "products" in rows and rows["products"].nunique() > 1: engine += ", " + rows["products"] + " products"
-    return pd.DataFrame(dict(method=rows["method"], engine=engine, px=rows["size"], batch=rows["batch"], **{s: ms(s) for s in STAGES},
+    return pd.DataFrame(dict(method=rows["method"], engine=_engines(rows), px=rows["size"], batch=rows["batch"], **{s: ms(s) for s in STAGES},
                              images_per_s=rows["images_per_s"].map("{:.3g}".format), towers=ms("towers"), x_towers=rows["ratio_to_towers"].map("{:.2f}".format),
                              matmul=(100 * rows["share_of_matmul"]).map("{:.0f} %".format), MB=rows["peak_mb"].map("{:.0f}".format)))
 
@@ -297,9 +302,9 @@ def bench_figure(table: pd.DataFrame  # of `bench`
     rows = _shown(table)
     figure = Figure(figsize=(PAGE, 0.17 * len(rows) + 0.75), layout="constrained")
     ax, left = figure.subplots(), 0
-    several = {c: rows[c].nunique() > 1 for c in ("size", "batch")}
-    names = [r.method + (f", {r.engine} {r.precision}" if (r.engine, r.precision) != ("torch", "fp32") else "") + (f", {r.size} px" if several["size"] else "") + (f", batch {r.batch}" if several["batch"] else "")
-             for r in rows.itertuples()]
+    engines, several = _engines(rows), {c: rows[c].nunique() > 1 for c in ("size", "batch")}
+    names = [r.method + (f", {e}" if set(engines) != {"torch fp32"} else "") + (f", {r.size} px" if several["size"] else "") + (f", batch {r.batch}" if several["batch"] else "")
+             for r, e in zip(rows.itertuples(), engines)]
     for stage, colour in zip(STAGES, ("#999999", SERIES[0], SERIES[5], SERIES[1], SERIES[2])):
         width = rows[stage].to_numpy()
         ax.barh(range(len(rows)), width, left=left, color=colour, label=stage, height=0.72)

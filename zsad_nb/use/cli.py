@@ -133,7 +133,7 @@ def _bench(args) -> int:
     if wrong := [text for text in args.set if "=" not in text]: raise ValueError(f"--set {wrong[0]}: write NAME=VALUE, or METHOD.NAME=VALUE for one method")
     given = {k: _value(v) for k, _, v in (text.partition("=") for text in args.set)}
     sizes = args.size or [given.get("image_size", 256)]
-    cases = bench_cases(args.methods, args.engines, args.precisions, sizes, args.batch, given, images=args.images, seconds=args.seconds, threads=args.threads, device=args.device)
+    cases = bench_cases(args.methods, args.engines, args.precisions, sizes, args.batch, given, images=args.images, seconds=args.seconds, threads=args.threads, device=args.device, compile=args.compile)
     try: table = bench(cases, args.out)
     except KeyboardInterrupt:
         print(f"zsad bench: stopped; what was measured is in {Path(args.out)/'bench.csv'}", file=sys.stderr)
@@ -258,6 +258,7 @@ def parser() -> argparse.ArgumentParser:
     b.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="parameters of all methods, or METHOD.NAME=VALUE of one; clip=clip-vitl14-336 clip_weights=random:0 is as fast as with its weights")
     b.add_argument("--threads", type=int, default=0, help="of PyTorch and of the engine (default: PyTorch's choice)")
     b.add_argument("--device", default="cpu", help="cpu or cuda")
+    b.add_argument("--compile", action="store_true", help="torch.compile for what is frozen; pays on a GPU")
     b.add_argument("--demo", action="store_true", help="instead: the demo's evaluation of its target set as a whole")
     b.add_argument("--out", default="runs/bench", help="folder of bench.csv, machine.json and the plot (default: %(default)s)")
     i = add("predict", _predict, "look at your own images: score, decision, heatmap, regions, defect type")
