@@ -1,6 +1,9 @@
 "`zsad bench`: what it says of a method is true of it, what does not fit is said before anything starts, a case that fails costs its row alone."
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -112,3 +115,15 @@ def test_what_does_not_fit_is_one_line(tmp_path, capsys, arguments, message):
     assert main(["bench", *arguments, "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert message in said and said.startswith("zsad bench: ") and said.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_the_papers_size_in_small(tmp_path):
+    "The script for large machines: inference beside the first engine, a step of training with activations kept and computed again."
+    script = Path(__file__).with_name("bench_large.py")
+    done = subprocess.run([sys.executable, script, "--tiny", "--training", "--only", "visualad", "--engines", "torch fp32 usual", "torch bf16", "--batch", "1", "2", "--out", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    table, steps = (pd.read_csv(tmp_path / "tables" / f"bench_large{end}.csv") for end in ("", "_training"))
+    assert table["precision"].tolist() == ["fp32", "fp32", "bf16", "bf16"] and table["batch"].tolist() == [1, 2, 1, 2] and table["x_first"][:2].tolist() == [1, 1]
+    assert (table["x_first"] * table["batch"].map(table["images_per_s"][:2].set_axis([1, 2]))).tolist() == pytest.approx(table["images_per_s"].tolist(), rel=0.01)
+    assert steps["checkpointing"].tolist() == [False, True] and (steps["batch"] == 8).all() and (steps["step_s"] > 0).all() and (steps["peak_gb"] > 0.1).all()
+    assert (tmp_path / "bench_large.png").stat().st_size > 1000

@@ -1,7 +1,9 @@
 "Engines: the same numbers from another runtime, graphs kept on disk, learned tokens, caches that never mix, what is missing or wrong is said."
+import contextlib
 import copy
 import importlib
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -108,6 +110,29 @@ def test_training_is_pytorch_where_tokens_are_inside(tower_file, batch, folder, 
     monkeypatch.setattr(Engine, "__call__", lambda *a, **k: pytest.fail("an engine has no gradients"))
     method.train().loss(method(None, batch), batch)["total"].backward()
     assert method.tokens.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(("name", "part"), [("ssvp", lambda m: m.hsvs.project[0]), ("dma_sap", lambda m: m.fuse[0].dino_proj)])
+def test_large_learned_products_take_bf16_where_the_engine_does(name, part, batch, monkeypatch):
+    seed_everything(0)
+    method, seen = create(name, image_size=SIZE, precision="bf16"), []
+    part(method).register_forward_hook(lambda module, given, found: seen.append(found.dtype))
+    found = method.predict(batch)
+    with torch.no_grad(): features = method.features(batch)
+    method.train()(features, batch)  # training says its own precision
+    monkeypatch.setattr(type(method), "lowered", lambda self: contextlib.nullcontext())
+    assert 0 < far(found, method.predict(batch)) < 0.01
+    assert seen == [torch.bfloat16, torch.float32, torch.float32] and found.map.dtype == found.score.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["visualad", "dma_sap"])
+def test_compiled(name, method, batch, monkeypatch):
+    "Captured as a graph, tokens inside the backbone or not; the code generator itself is left to machines that have one."
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)  # thousands of lines that pytest would keep
+    model = method if name == "visualad" else create(name, image_size=SIZE)
+    expected = model.predict(batch)
+    try: assert far(model.use_engine(compile="eager").predict(batch), expected) < SAME and model.engine._kept
+    finally: model.use_engine()
 
 
 def test_features_objects_and_other_sizes(folder):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPENAI', 'IMAGENET', 'HALF', 'BACKBONES', 'BackboneRow', 'Features', 'resize_positions', 'Frozen', 'Backbone',
-           'Attention', 'own_attention', 'ClipBackbone', 'TimmBackbone', 'create_backbone']
+           'dot_attention', 'Attention', 'own_attention', 'ClipBackbone', 'TimmBackbone', 'create_backbone']
 
 # %% ../../nbs/backbones/20_backbones.ipynb #f0a871c8
 import math
@@ -169,6 +169,13 @@ def _default_taps(depth: int) -> tuple:
     return tuple(sorted({math.ceil(depth * q / 4) for q in (1, 2, 3, 4)}))
 
 # %% ../../nbs/backbones/20_backbones.ipynb #84fee30a
+def dot_attention(query: Tensor, key: Tensor, value: Tensor,  # (B, heads, T, d)
+              mask: Tensor|None=None,  # (T, T), added
+             ) -> Tensor:              # (B, heads, T, d)
+    "softmax(q k^T / sqrt(d)) v; in bf16 on a CPU by way of float32, where PyTorch's kernel is both faster and more exact."
+    if query.dtype != torch.bfloat16 or query.device.type != "cpu": return F.scaled_dot_product_attention(query, key, value, mask)
+    with torch.autocast("cpu", enabled=False): return F.scaled_dot_product_attention(query.float(), key.float(), value.float(), mask).to(query.dtype)
+
 class Attention(nn.MultiheadAttention):
     "`nn.MultiheadAttention` with the same weights, which does not transpose batch-first tokens."
     def heads(self, tokens: Tensor,  # (B, T, D)
@@ -184,7 +191,7 @@ class Attention(nn.MultiheadAttention):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool=True, attn_mask: Tensor|None=None, **others) -> tuple:
         "Self-attention without weights, as the towers call it; everything else is left to PyTorch."
         added = attn_mask is None or attn_mask.ndim == 2 and attn_mask.is_floating_point()
-        if query is key is value and added and not need_weights and not others: return self.merge(F.scaled_dot_product_attention(*self.heads(query), attn_mask)), None
+        if query is key is value and added and not need_weights and not others: return self.merge(dot_attention(*self.heads(query), attn_mask)), None
         return super().forward(query, key, value, need_weights=need_weights, attn_mask=attn_mask, **others)
 
 def own_attention(tower: nn.Module) -> nn.Module:  # itself

@@ -8,10 +8,9 @@ __all__ = ['heads_of', 'attend', 'DualPath', 'dual_path', 'joint', 'values_to_jo
 # %% ../../nbs/components/37_dual_path.ipynb #a2a33b22
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..backbones.backbones import ClipBackbone
+from ..backbones.backbones import ClipBackbone, dot_attention
 
 # %% ../../nbs/components/37_dual_path.ipynb #01429db8
 _PAIRS = {"plain": ("qk",), "vv": ("vv",), "qkv": ("qq", "kk", "vv")}  # whose products the softmax sees; several are summed
@@ -26,7 +25,7 @@ def attend(block, heads: dict,  # from `heads_of`
            kind: str,           # "plain" (q-k), "vv" or "qkv"
           ) -> Tensor:          # (B, T, D)
     "Attention of one kind, through the block's output projection (AnomalyCLIP section 3.4; Crane, E-Attn)."
-    mixed = sum(F.scaled_dot_product_attention(heads[a], heads[b], heads["v"]) for a, b in _PAIRS[kind])  # scaled by 1/sqrt(d)
+    mixed = sum(dot_attention(heads[a], heads[b], heads["v"]) for a, b in _PAIRS[kind])  # scaled by 1/sqrt(d)
     return block.ls_1(block.attn.merge(mixed))
 
 # %% ../../nbs/components/37_dual_path.ipynb #175e13e6

@@ -7,8 +7,9 @@ __all__ = ['head_count', 'ATF', 'Concat', 'HSVS']
 
 # %% ../../nbs/components/32_hsvs.ipynb #58c136e6
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..backbones.backbones import dot_attention
 
 # %% ../../nbs/components/32_hsvs.ipynb #93021292
 def head_count(width: int,   # inner width
@@ -47,7 +48,7 @@ class ATF(nn.Module):
             ) -> tuple:           # two of (B, N, inner)
         "A_{c->d}, what each CLIP token reads in DINO's, and A_{d->c} the other way round (Eq. 3)."
         if not self.attend: return self.dino_value(dino), self.clip_value(clip)  # one key: its weight is 1
-        def attend(query, key, value): return F.scaled_dot_product_attention(*map(self._heads, (query, key, value))).transpose(1, 2).flatten(2)
+        def attend(query, key, value): return dot_attention(*map(self._heads, (query, key, value))).transpose(1, 2).flatten(2)
         return (attend(self.clip_query(clip), self.dino_key(dino), self.dino_value(dino)),
                 attend(self.dino_query(dino), self.clip_key(clip), self.clip_value(clip)))
 

@@ -8,6 +8,7 @@ __all__ = ['RULES', 'METHODS', 'MODULES', 'Prediction', 'param', 'ParameterSet',
 
 # %% ../../nbs/methods/40_base.ipynb #b4a430ca
 import dataclasses
+import contextlib
 import functools
 import importlib
 import json
@@ -146,6 +147,10 @@ class Method(nn.Module):
         "From now on run what is frozen there: for training, evaluation and prediction alike."
         self.engine = None if (engine, precision) == ("torch", "fp32") and not options.get("compile") else Engine(engine, precision, **options)
         return self
+    def lowered(self):  # a context
+        "Where the engine computes in bf16, large learned products do, too, while evaluating; training has a precision of its own."
+        low = self.engine is not None and self.engine.precision == "bf16" and not self.training
+        return torch.autocast(self.device.type, torch.bfloat16) if low else contextlib.nullcontext()
     def prepare(self, index: pd.DataFrame, training: bool=False) -> "Method":
         "Told of the index before training or testing on it; a method with defect types reads them there."
         return self

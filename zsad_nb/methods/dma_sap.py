@@ -140,8 +140,10 @@ class DMASAP(Method):
         query, levels = text.mean(0) if self.p.query == "text" else features["cls"], []
         for i, ((tap, _), fuse) in enumerate(zip(self.pairs, self.fuse)):
             mine, other = features[f"clip_{i}"], features[f"dino_{i}"]
-            if self.p.dma: levels.append(fuse(other, self.dino_grid, mine, self.grid, query, lambda v, tap=tap: values_to_joint(self.clip, v, tap)))
-            else: levels.append(joint(self.clip, resize_tokens(mine, self.grid, self.dino_grid) + fuse(other)))
+            with self.lowered():
+                if self.p.dma: level = fuse(other, self.dino_grid, mine, self.grid, query, lambda v, tap=tap: values_to_joint(self.clip, v, tap))
+                else: level = joint(self.clip, resize_tokens(mine, self.grid, self.dino_grid) + fuse(other))
+            levels.append(level.to(mine))
         return F.normalize(self.levels(levels) if self.p.fusion == "hierarchical" else levels[0], dim=-1)
 
     def compare(self, features: dict, text: Tensor) -> dict:  # text: (2, C) normalised

@@ -140,8 +140,10 @@ class SSVP(Method):
     def condition(self, features: dict, categories: list) -> tuple:  # V_syn: L of (B, N, C); V_g (B, C); T_init, T_final (B, 2K, C); the VAE's z, mu, logvar, or {}
         "HSVS and VCPG: what the mapper compares (Alg. 1, lines 2-8)."
         count = len(self.clip.taps)
-        local, seen = self.hsvs([features[f"clip_{i}"] for i in range(count)], [features[f"dino_{i}"] for i in range(count)] if self.dino else [],
-                                features["clip_global"], features.get("dino_global"))
+        with self.lowered():
+            local, seen = self.hsvs([features[f"clip_{i}"] for i in range(count)], [features[f"dino_{i}"] for i in range(count)] if self.dino else [],
+                                    features["clip_global"], features.get("dino_global"))
+        local, seen = [t.to(features["clip_0"]) for t in local], seen.to(features["clip_global"])
         init = self.prompt_features(categories)
         final, drawn = (init, {}) if self.vcpg is None else self.vcpg(init, seen)
         return local, seen, init, final, drawn
