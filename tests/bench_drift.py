@@ -1,6 +1,6 @@
 """What every engine and precision does to every metric, in points: the four methods, trained on drawn images, on the drawn target set.
 
-    python tests/bench_drift.py                    # half an hour on one core -> paper_figures/tables/engine_drift.csv
+    python tests/bench_drift.py                    # a quarter of an hour on one core -> paper_figures/tables/engine_drift.csv
     python tests/bench_drift.py --only visualad --engines "openvino bf16" --csv FILE
 
 "torch fp32" is PyTorch as it comes, "torch routed" its fp32 products through oneDNN, which the package uses where that pays. How fast the engines are: `zsad bench`, tests/bench_large.py.
