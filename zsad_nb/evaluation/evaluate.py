@@ -136,7 +136,7 @@ def evaluate(method: Method,
              label: str="evaluate",  # in front of the bar
              cache: FeatureCache|str|Path|None=None,  # keeps frozen features, for the next method with the same backbones
              allow_seen: tuple|str=(),  # data sets or "dataset/category" to evaluate although training has seen them
-             exact: bool=True,       # False: pixels are counted in bins, 50 MB however many; `reasons` says how far each number may be off
+             exact: bool=True,       # False: pixels are counted in bins, 150 MB however many; `reasons` says how far each number may be off
             ) -> Evaluation:
     "Metrics per class and mean, streaming (protocol, section 3.4)."
     test = target_set(index)

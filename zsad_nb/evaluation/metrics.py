@@ -110,9 +110,9 @@ class PixelMetrics:
     def __init__(self,
         limits: tuple = (0.3,), # FPR limits of the AUPRO; 0.3 is reported as `pixel_aupro`, another limit L as `pixel_aupro@L`
         spill: str | Path = None, # folder for what exceeds memory_limit. None: the system's temporary folder
-        memory_limit: int = 64 * 2**20, # bytes of normal scores kept in memory, besides the block that is being filled
+        memory_limit: int = 192 * 2**20, # bytes of normal scores kept in memory, besides the block that is being filled; 200 maps of 518 x 518 fit
         variant_200: str = "anomalyclip", # the public code whose 200-threshold AUPRO is reported, one of VARIANTS_200
-        block: int = 2**23, # pixels sorted at once (32 MB): smaller saves memory and costs time
+        block: int = 2**24, # pixels sorted at once (64 MB): smaller saves memory and costs time
     ):
         if spill is not None and not Path(spill).is_dir(): raise ValueError(f"spill folder {spill} does not exist; create it or pass spill=None")
         if not all(0 < l <= 1 for l in limits): raise ValueError(f"limits {limits} of the AUPRO must lie above 0 and not above 1")
@@ -193,7 +193,7 @@ def _checked(self: PixelMetrics, maps, masks, has_mask) -> tuple:
     return maps, masks.astype(bool, copy=False), has_mask, low, high
 
 # %% ../../nbs/evaluation/70_metrics.ipynb #e5984832
-_SLICE = 2**16 # keys per slice: small enough for the cache
+_SLICE = 2**14 # keys per slice: the part of a block that it spans fits the cache
 
 def _slices(keys: np.ndarray) -> Iterator[np.ndarray]:
     "Consecutive parts of sorted keys, equal scores together"

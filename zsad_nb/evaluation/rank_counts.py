@@ -27,7 +27,7 @@ class RankCounts:
         size: int = 2**24, # scores per block (64 MB): smaller saves memory and costs time
     ):
         self.folder, self.room, self.size = folder, room, size
-        self.blocks, self.file, self.end, self.tail, self.fill, self.total = [], None, 0, None, 0, 0
+        self.blocks, self.file, self.end, self.tail, self.fill, self.total, self.unsorted = [], None, 0, None, 0, 0, False
 
     def add(self, scores: np.ndarray):
         "Append (n,) float32"
@@ -36,7 +36,7 @@ class RankCounts:
             if self.tail is None: self.tail = np.empty(self.size, np.float32)
             part, scores = scores[:self.size - self.fill], scores[self.size - self.fill:]
             self.tail[self.fill:self.fill + part.size] = part
-            self.fill += part.size
+            self.fill += part.size; self.unsorted = True
             if self.fill == self.size: self._seal()
 
     def _seal(self):
@@ -63,7 +63,7 @@ class RankCounts:
     def __iter__(self) -> Iterator[np.ndarray]:
         for b in self.blocks: yield np.asarray(np.memmap(self.file, np.float32, "r", b, self.size)) if isinstance(b, int) else b
         if self.fill:
-            self.tail[:self.fill].sort()
+            if self.unsorted: self.tail[:self.fill].sort(); self.unsorted = False # once, not at every question
             yield self.tail[:self.fill]
 
     def counts(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -76,7 +76,10 @@ class RankCounts:
             less += at; less += low
             if part.size:
                 hit = np.flatnonzero(part[np.minimum(at, part.size - 1)] == values) # few, except where scores are quantised
-                if hit.size: ties[hit] += b[low:].searchsorted(values[hit], "right") - at[hit]
+                ties[hit] += 1
+                after = low + at[hit] + 1
+                more = (b[np.minimum(after, b.size - 1)] == values[hit]) & (after < b.size) # fewer still
+                if more.any(): ties[hit[more]] += b.searchsorted(values[hit[more]], "right") - after[more]
             _let_go(b)
         return less, ties
 
