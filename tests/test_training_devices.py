@@ -101,16 +101,23 @@ def both(index, tmp_path_factory):
     return alone, *(pickle.loads((out / f"{r}.pkl").read_bytes()) for r in range(2))
 
 
+def same_but_for_rounding(a: pd.DataFrame, b: pd.DataFrame):
+    "Float32 losses of one training, summed in another order: the first step to 1e-6, the last after Adam has carried the rounding on"
+    pd.testing.assert_frame_equal(a[:1], b[:1], rtol=1e-6, atol=1e-6)
+    pd.testing.assert_frame_equal(a, b, rtol=1e-4, atol=1e-5)
+
+
 @needs_accelerate
 @pytest.mark.parametrize("name", METHODS)
 def test_two_processes_take_the_steps_of_one(name, both):
     """In float64 an epoch agrees to 1e-9: what two processes compute is what one computes, whatever the loss (Bayes-PFL's is no mean over images), with shares of 1 + 2 and 0 + 1.
-    In float32 sums over 2 rows and over 3 round differently by about 1e-7. Losses feel just that. Adam divides a gradient by its own size, so parameters whose gradient is itself of the size of the rounding
+    In float32 sums over 2 rows and over 3 round differently by about 1e-7. The first losses feel just that; later ones also that the weights have moved apart, by how much depends on the processor (2e-5 was seen). Adam divides a gradient by its own size, so parameters whose gradient is itself of the size of the rounding
     (a bias that nearly cancels) may move apart by a small part of a step; hence a bound in steps for the worst parameter, and 1e-6 for all but few."""
     alone, first, second = both
-    for double, limit in ((True, 1e-9), (False, 1e-5)):
+    for double in (True, False):
         (a, start, p), (b, _, q), (c, _, r) = (found[name, double] for found in both)
-        pd.testing.assert_frame_equal(a, b, rtol=limit, atol=limit)
+        if double: pd.testing.assert_frame_equal(a, b, rtol=1e-9, atol=1e-9)
+        else: same_but_for_rounding(a, b)
         pd.testing.assert_frame_equal(b, c, rtol=1e-12, atol=0)
         assert all(torch.equal(q[k], r[k]) for k in q), "both processes have the same parameters to the last bit"
         apart = torch.cat([(p[k] - q[k]).abs().flatten() for k in p])
@@ -129,7 +136,7 @@ def test_fit_starts_its_own_processes(index, tmp_path):
     together = made("dma_sap")
     identity = {k: id(p) for k, p in together.learned().items()}
     b = fit(together, index, short("dma_sap"), progress=False, devices=2, cache=cache)
-    pd.testing.assert_frame_equal(a.drop(columns="seconds"), b.drop(columns="seconds"), rtol=1e-5, atol=1e-5)
+    same_but_for_rounding(a.drop(columns="seconds"), b.drop(columns="seconds"))
     assert max((p - together.learned()[k]).abs().max() for k, p in alone.learned().items()) < 1e-4
     assert {k: id(p) for k, p in together.learned().items()} == identity and not together.training and together.trained_on == ["toy/metal_nut", "toy/wood"] == alone.trained_on
     assert [(e["hits"], e["misses"]) for e in b.attrs["epochs"]] == [(0, 7), (7, 0)] and (cache.hits, cache.misses) == (7, 7)
