@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['OPENAI', 'IMAGENET', 'HALF', 'BACKBONES', 'BackboneRow', 'Features', 'resize_positions', 'Frozen', 'Backbone',
-           'dot_attention', 'Attention', 'own_attention', 'ClipBackbone', 'TimmBackbone', 'create_backbone']
+           'bf16_tiles', 'dot_attention', 'Attention', 'own_attention', 'ClipBackbone', 'TimmBackbone',
+           'create_backbone']
 
 # %% ../../nbs/backbones/20_backbones.ipynb #f0a871c8
 import math
 from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -169,11 +171,16 @@ def _default_taps(depth: int) -> tuple:
     return tuple(sorted({math.ceil(depth * q / 4) for q in (1, 2, 3, 4)}))
 
 # %% ../../nbs/backbones/20_backbones.ipynb #84fee30a
+@cache
+def bf16_tiles() -> bool:
+    "Does this processor multiply bf16 in tiles (AMX)?"
+    return bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"))
+
 def dot_attention(query: Tensor, key: Tensor, value: Tensor,  # (B, heads, T, d)
               mask: Tensor|None=None,  # (T, T), added
              ) -> Tensor:              # (B, heads, T, d)
-    "softmax(q k^T / sqrt(d)) v; in bf16 on a CPU by way of float32, where PyTorch's kernel is both faster and more exact."
-    if query.dtype != torch.bfloat16 or query.device.type != "cpu": return F.scaled_dot_product_attention(query, key, value, mask)
+    "softmax(q k^T / sqrt(d)) v; in bf16 on a CPU without tiles by way of float32, where PyTorch's kernel is both faster and more exact."
+    if query.dtype != torch.bfloat16 or query.device.type != "cpu" or bf16_tiles(): return F.scaled_dot_product_attention(query, key, value, mask)
     with torch.autocast("cpu", enabled=False): return F.scaled_dot_product_attention(query.float(), key.float(), value.float(), mask).to(query.dtype)
 
 class Attention(nn.MultiheadAttention):
