@@ -129,6 +129,13 @@ class Hand:
     def frame(self, label: str, room=None): return (room or self.explorer).locator(".zsad-panel", has=self.page.locator(f"figcaption span:text-is('{label}')")).locator(".frame")
     def picture(self, label: str, room=None) -> str: return self.frame(label, room).locator("img:not([hidden])").last.get_attribute("src")
 
+    def choose(self, thumb: int, shown: str):
+        "Click a thumbnail; again if nothing came of it, as a person does: on a busy machine the page may move between press and release, and then the browser reports no click."
+        for patience in (30_000, PATIENCE):
+            self.explorer.locator(".thumb").nth(thumb).click()
+            with contextlib.suppress(AssertionError): return expect(self.explorer.get_by_text(shown)).to_be_visible(timeout=patience)
+        expect(self.explorer.get_by_text(shown)).to_be_visible(timeout=1)
+
     def slide(self, name: str, share: float, room=None) -> str:
         "Click a slider's track, and read what stands beside it."
         control = (room or self.explorer).locator(".widget-hslider", has=self.page.locator(f".widget-label:text-is('{name}')"))
@@ -165,8 +172,7 @@ def use_explorer(hand):
     expect(numbers).to_have_text(first)
 
     before = hand.picture("image")  # thumbnails, and arrows where the focus is
-    explorer.locator(".thumb").nth(2).click()
-    expect(explorer.get_by_text("3 / 3")).to_be_visible()
+    hand.choose(2, "3 / 3")
     expect(explorer.locator(".thumb").nth(2)).to_have_attribute("aria-pressed", "true")
     hand.changed("image", before)
     page.keyboard.press("ArrowLeft")
