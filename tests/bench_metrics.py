@@ -48,10 +48,10 @@ def ours(maps, masks, batch=8, **kwargs):
         return dict(m.compute())
 
 
-def spilled(maps, masks): return ours(maps, masks, memory_limit=0)
+def spilled(maps, masks): return ours(maps, masks, block=2**24)
 
 
-def small_blocks(maps, masks): return ours(maps, masks, memory_limit=0, block=2**20)
+def small_blocks(maps, masks): return ours(maps, masks, block=2**20)
 
 
 def binned(maps, masks, batch=8):

@@ -65,11 +65,12 @@ class SCA(nn.Module):
                 grid: tuple,            # (h, w)
                ) -> Tensor:             # (B, T, D) corrected tokens
         "t + alpha * W_o(sum_i gate_i U_i): every token gets its own mixture of the same evidence."
-        attention, value = self.attend(patches, grid), self.value(patches)
+        attention = self.attend(patches, grid)
         if self.training and self.attention_dropout.p > 0:  # one mask a token, as in two separate calls
             attention = self.attention_dropout(attention.unsqueeze(1).expand(-1, tokens.shape[1], -1, -1))
-            evidence = attention @ value.unsqueeze(1)                                             # (B, T, m, D)
-        else: evidence = (attention @ value).unsqueeze(1)                                         # (B, 1, m, D)
+            read = attention @ patches.unsqueeze(1)                                               # (B, T, m, D)
+        else: read = (attention @ patches).unsqueeze(1)                                           # (B, 1, m, D)
+        evidence = self.value(read)  # U = A (P W_v) = (A P) W_v: m rows through W_v, not N
         mixed = (self.gate(tokens).sigmoid().unsqueeze(-1) * evidence).sum(2)                     # (B, T, D)
         return tokens + self.scale * self.out_dropout(self.out(mixed))
 

@@ -34,7 +34,7 @@ class BinnedPixelMetrics(PixelMetrics):
         device: str | torch.device = "cpu", # where the bins are; maps that are there stay there
     ):
         if not 8 <= bits <= 24: raise ValueError(f"bits={bits}; use 8 to 24: fewer say nothing, more cost memory (24 bytes a bin)")
-        super().__init__(limits, memory_limit=0)
+        super().__init__(limits)
         self.bits, self.device = bits, torch.device(device)
         self.normal, self.hits = (torch.zeros(2**bits, dtype=torch.int64, device=self.device) for _ in range(2))
         self.weight = torch.zeros(2**bits, dtype=torch.float64, device=self.device) # 1 / area of its region, summed over the bin's anomalous pixels

@@ -23,8 +23,8 @@ class RankCounts:
     "A growing heap of float32 scores that says how many of them are less than, and equal to, given values"
     def __init__(self,
         folder: str | Path = None, # where blocks go that exceed `room`; None: the system's temporary folder
-        room: int = 256 * 2**20, # bytes of full blocks kept in memory
-        size: int = 2**24, # scores per block (64 MB): smaller saves memory and costs time
+        room: int = 0, # bytes of full blocks kept in memory
+        size: int = 2**26, # scores per block (256 MB): smaller saves memory and costs time
     ):
         self.folder, self.room, self.size = folder, room, size
         self.blocks, self.file, self.end, self.tail, self.fill, self.total, self.unsorted = [], None, 0, None, 0, 0, False
@@ -84,9 +84,9 @@ class RankCounts:
         return less, ties
 
     def merge(self, other: "RankCounts"):
-        "Append all scores of `other`; its full blocks on disk stay where they are"
+        "Append all scores of `other`; its large blocks on disk stay where they are"
         for b in other:
-            if len(b) != self.size or b.flags.writeable: self.add(b)
+            if b.flags.writeable or 4 * len(b) < self.size: self.add(b) # `other` may change it, or there would be too many to search
             else: self.blocks.append(b); self.total += len(b)
 
     def write(self, file: BinaryIO):
