@@ -58,8 +58,8 @@ class DMA(nn.Module):
         projected = self.dino_proj(patches)                                                    # (B, N, D)
         dino = similarity_attention(projected if self.project_first else patches, **self.similarity)
         query = self.query(query).expand(patches.shape[0], -1).unsqueeze(1)                    # (B, 1, D)
-        logits = (query @ self.key.weight) @ projected.transpose(1, 2) + (query @ self.key.bias).unsqueeze(-1)  # q (W p + b) = (q W) p + q b: one row through W, not N
-        return dino, (logits / math.sqrt(query.shape[-1])).softmax(-1)
+        logits = projected @ (query @ self.key.weight).transpose(1, 2) + (query @ self.key.bias).unsqueeze(-1)  # (B, N, 1): q (W p + b) = (q W) p + q b, one row through W instead of N
+        return dino, (logits / math.sqrt(query.shape[-1])).softmax(1).transpose(1, 2)
 
     def forward(self, patches: Tensor,   # (B, N, Dd) DINO patches of this depth
                 grid: tuple,             # (h, w) of them
