@@ -1,9 +1,9 @@
 """What every engine and precision does to every metric, in points: the four methods, trained on drawn images, on the drawn target set.
 
-    python tests/bench_drift.py                    # a quarter of an hour on one core -> paper_figures/tables/engine_drift.csv
+    python tests/bench_drift.py                    # an hour on one core -> paper_figures/tables/engine_drift.csv
     python tests/bench_drift.py --only visualad --engines "openvino bf16" --csv FILE
 
-"torch fp32" is PyTorch as it comes, "torch routed" its fp32 products through oneDNN, which the package uses where that pays. How fast the engines are: `zsad bench`, tests/bench_large.py.
+"torch fp32" is PyTorch as it comes, "torch routed" its fp32 products through oneDNN, which the package uses where that pays. 288 images a category, because with 72 a single pair of images in another order moves the image F1-max by tenths of a point. How fast the engines are: `zsad bench`, tests/bench_large.py.
 """
 import argparse
 import os
@@ -65,7 +65,7 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", 1)))
     parser.add_argument("--folder", help="where graphs go meanwhile; default: the system's temporary folder")
     parser.add_argument("--csv", type=Path, default=ROOT/"paper_figures"/"tables"/"engine_drift.csv", help="the table (default: the committed one)")
-    for name, default in (("size", 192), ("images", 72), ("train-images", 6), ("epochs", 2)): parser.add_argument(f"--{name}", type=int, default=default, help="default: %(default)s")
+    for name, default in (("size", 192), ("images", 288), ("train-images", 6), ("epochs", 2)): parser.add_argument(f"--{name}", type=int, default=default, help="default: %(default)s")
     parser.add_argument("--lr-scale", type=float, default=8.0, help="default: %(default)s")
     parser.add_argument("--states", nargs="+", default=["trained"], choices=("trained", "untrained"), help="default: %(default)s")
     with pd.option_context("display.width", 250, "display.max_columns", None): print(drift(parser.parse_args()).round(3).to_string(index=False))
