@@ -3,7 +3,9 @@
     python tests/bench_drift.py                    # an hour on one core -> paper_figures/tables/engine_drift.csv
     python tests/bench_drift.py --only visualad --engines "openvino bf16" --csv FILE
 
-"torch fp32" is PyTorch as it comes, "torch routed" its fp32 products through oneDNN, which the package uses where that pays. 288 images a category, because with 72 a single pair of images in another order moves the image F1-max by tenths of a point. How fast the engines are: `zsad bench`, tests/bench_large.py.
+"torch fp32" is PyTorch as it comes, "torch routed" its fp32 products through oneDNN, which the package uses where that pays: on an AMD processor, and only there it has a row.
+288 normal and 288 defective images a category, because with 72 one pair of images in another order moves the image F1-max by tenths of a point. What other processors said, or
+another number of images, stays in the table. How fast the engines are: `zsad bench`, tests/bench_large.py.
 """
 import argparse
 import os
@@ -14,12 +16,14 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from zsad_nb.backbones.engines import onednn_pays
 from zsad_nb.backbones.graphs import EngineError
 from zsad_nb.core import seed_everything, write_atomically
 from zsad_nb.data.synthetic import synthetic_index
 from zsad_nb.evaluation.evaluate import evaluate
 from zsad_nb.learning.training import fit, recipe_of
 from zsad_nb.methods.base import create
+from zsad_nb.use.bench import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("visualad", "dapo", "dma_sap", "ssvp")
@@ -29,7 +33,7 @@ ENGINES = ("torch fp32", "torch routed", "torch bf16", "onnxruntime fp32", "open
 def drift(args) -> pd.DataFrame:
     "Every metric's difference to PyTorch in fp32, in points (hundredths); small trainings with a fixed seed"
     torch.set_num_threads(args.threads)
-    rows, size = [], args.size
+    about, rows, size, engines = machine(), [], args.size, [e for e in args.engines if e != "torch fp32" and (e != "torch routed" or onednn_pays())]
     with tempfile.TemporaryDirectory(dir=args.folder) as room:
         room = Path(room)
         auxiliary, target = synthetic_index(room/"auxiliary", "auxiliary", size, args.train_images, args.train_images), synthetic_index(room/"target", "target", size, args.images, args.images)
@@ -40,22 +44,30 @@ def drift(args) -> pd.DataFrame:
                 os.environ["ZSAD_PRODUCTS"] = "usual"
                 if kind == "trained": fit(method, auxiliary, recipe_of(method, epochs=args.epochs, lr_scale=args.lr_scale, seed=0), progress=False, cache=room/"features")
                 expected = None
-                for engine in ("torch fp32", *[e for e in args.engines if e != "torch fp32"]):
+                for engine in ("torch fp32", *engines):
                     which, precision = engine.split()
+                    row = dict(processor=about["cpu"], images=len(target), method=name, state=kind, engine=which, precision=precision)
                     os.environ["ZSAD_PRODUCTS"] = "" if precision == "routed" else "usual"
                     method.use_engine(which, precision.replace("routed", "fp32"), **({} if which == "torch" else dict(folder=room/"engines")))
                     start = time.perf_counter()
                     try: found = evaluate(method, target, size=size, progress=False).mean.filter(regex="^(image|pixel)_") * 100
                     except EngineError as error:  # too far away at export: nobody gets numbers from it
-                        rows.append(dict(method=name, state=kind, engine=which, precision=precision, refused=str(error)))
+                        rows.append(row | dict(refused=str(error)))
                         print(f"{name} {kind} {engine}: refused, {error}", flush=True)
                         continue
                     if expected is None: expected = found
-                    rows.append(dict(method=name, state=kind, engine=which, precision=precision, **((found - expected).round(3) + 0.0 if engine != "torch fp32" else found).to_dict(), largest=(found - expected).abs().max()))
+                    rows.append(row | ((found - expected).round(3) + 0.0 if engine != "torch fp32" else found).to_dict() | dict(largest=(found - expected).abs().max()))
                     print(f"{name} {kind} {engine}: largest difference {rows[-1]['largest']:.3f} points at {(found - expected).abs().idxmax()}; {time.perf_counter() - start:.0f} s", flush=True)
-            table = pd.DataFrame(rows)
+            table = merged(args.csv, pd.DataFrame(rows))
             write_atomically(args.csv, lambda p, table=table: table.to_csv(p, index=False, float_format="%.3f"))
     return table
+
+
+def merged(path: Path, new: pd.DataFrame) -> pd.DataFrame:
+    "The table there is, with the new rows in the place of those that tell of the same processor, images, method and state"
+    if not path.exists(): return new
+    which, old = ["processor", "images", "method", "state"], pd.read_csv(path)
+    return pd.concat([old[~old.set_index(which).index.isin(new.set_index(which).index)], new], ignore_index=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from zsad_nb.data.synthetic import synthetic_index
 from zsad_nb.methods import dma_sap
 from zsad_nb.methods.base import MODULES, create
 from zsad_nb.use import bench as module
-from zsad_nb.use.bench import CASE, STAGES, bench_cases, bench_figure, bench_table, measure
+from zsad_nb.use.bench import CASE, STAGES, bench_cases, bench_figure, bench_table, machine, measure
 from zsad_nb.use.cli import main
 
 SIZE = 64
@@ -127,3 +127,15 @@ def test_the_papers_size_in_small(tmp_path):
     assert (table["x_first"] * table["batch"].map(table["images_per_s"][:2].set_axis([1, 2]))).tolist() == pytest.approx(table["images_per_s"].tolist(), rel=0.01)
     assert steps["checkpointing"].tolist() == [False, True] and (steps["batch"] == 8).all() and (steps["step_s"] > 0).all() and (steps["peak_gb"] > 0.1).all()
     assert (tmp_path / "bench_large.png").stat().st_size > 1000
+
+
+def test_the_drift_of_one_machine_leaves_the_rows_of_another(tmp_path):
+    "What an engine does to the metrics, in small; a second run takes the place of the first and of nothing else."
+    script, table = Path(__file__).with_name("bench_drift.py"), tmp_path / "drift.csv"
+    pd.DataFrame([dict(processor="another", images=16, method="visualad", state="trained", engine="torch", precision="fp32", image_auroc=50.0)]).to_csv(table, index=False)
+    for _ in range(2):
+        done = subprocess.run([sys.executable, script, "--only", "visualad", "--engines", "torch bf16", "--size", "64", "--images", "1", "--train-images", "1", "--epochs", "1", "--csv", table], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    found = pd.read_csv(table)
+    assert found["processor"].tolist() == ["another", machine()["cpu"], machine()["cpu"]] and found["precision"].tolist() == ["fp32", "fp32", "bf16"] and (found["images"] == 16).all()
+    assert found["largest"][1] == 0 and found.filter(regex="^(image|pixel)_").iloc[2].abs().max() == pytest.approx(found["largest"][2], abs=1e-3)
