@@ -53,7 +53,7 @@ def test_time_that_is_spent_on_maps_is_the_maps(index, monkeypatch):
     from types import SimpleNamespace
     from zsad_nb.methods import controls
     method, now = create("self_distance", image_size=SIZE), [0.0]
-    def tick(seconds=0.001):  # a clock that only work moves
+    def tick(seconds=0.02):  # a clock that only work moves
         now[0] += seconds
         return now[0]
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=tick, process_time=tick))
