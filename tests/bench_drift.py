@@ -33,7 +33,7 @@ ENGINES = ("torch fp32", "torch routed", "torch bf16", "onnxruntime fp32", "open
 def drift(args) -> pd.DataFrame:
     "Every metric's difference to PyTorch in fp32, in points (hundredths); small trainings with a fixed seed"
     torch.set_num_threads(args.threads)
-    about, rows, size, engines = machine(), [], args.size, [e for e in args.engines if e != "torch fp32" and (e != "torch routed" or onednn_pays())]
+    processor, rows, size, engines = machine()["cpu"], [], args.size, [e for e in args.engines if e != "torch fp32" and (e != "torch routed" or onednn_pays())]
     with tempfile.TemporaryDirectory(dir=args.folder) as room:
         room = Path(room)
         auxiliary, target = synthetic_index(room/"auxiliary", "auxiliary", size, args.train_images, args.train_images), synthetic_index(room/"target", "target", size, args.images, args.images)
@@ -46,7 +46,7 @@ def drift(args) -> pd.DataFrame:
                 expected = None
                 for engine in ("torch fp32", *engines):
                     which, precision = engine.split()
-                    row = dict(processor=about["cpu"], images=len(target), method=name, state=kind, engine=which, precision=precision)
+                    row = dict(processor=processor, images=len(target), method=name, state=kind, engine=which, precision=precision)
                     os.environ["ZSAD_PRODUCTS"] = "" if precision == "routed" else "usual"
                     method.use_engine(which, precision.replace("routed", "fp32"), **({} if which == "torch" else dict(folder=room/"engines")))
                     start = time.perf_counter()

@@ -19,7 +19,7 @@ def _let_go(block: np.ndarray):
     while isinstance(block, np.ndarray): block = block.base
     if isinstance(block, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"): block.madvise(mmap.MADV_DONTNEED)
 
-_FEW = 4
+_FAR, _TOGETHER = 256, 4 # up to so many values lie far apart in a large block; so many of those are searched before it is let go
 
 class RankCounts:
     "A growing heap of float32 scores that says how many of them are less than, and equal to, given values"
@@ -70,8 +70,8 @@ class RankCounts:
 
     def counts(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         "For ascending float32 `values`: int64 numbers of scores less than each, and equal to each"
-        if _FEW < len(values) <= 64 * _FEW: # far apart in a large block: each maps up to a megabyte of it, which is let go part by part
-            return tuple(np.concatenate(c) for c in zip(*(self.counts(values[i:i + _FEW]) for i in range(0, len(values), _FEW))))
+        if _TOGETHER < len(values) <= _FAR: # each maps up to a megabyte of a block
+            return tuple(np.concatenate(c) for c in zip(*(self.counts(values[i:i + _TOGETHER]) for i in range(0, len(values), _TOGETHER))))
         less, ties = np.zeros(len(values), np.int64), np.zeros(len(values), np.int64)
         for b in self if len(values) else ():
             low, high = b.searchsorted(values[[0, -1]]) # search only the part of the block that the values span
