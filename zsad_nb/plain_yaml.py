@@ -36,11 +36,11 @@ def plain_value(word: str  # unquoted
         return float(f"{sign[1]}inf")
     return float("nan") if word in (".nan", ".NaN", ".NAN") else word
 
-# %% ../nbs/04_plain_yaml.ipynb #ff6c537b
+# %% ../nbs/04_plain_yaml.ipynb #1f73e2f2
 DEPTH = 30          # lists and mappings inside each other
 VALUES = 100_000    # that a text may expand to, aliases counted as often as they are used
 LENGTH = 200_000    # characters of a text
-_PLAIN_TAGS = dict(str=str, int=int, float=float, bool=bool, null=type(None), seq=list, map=dict)
+_PLAIN_TAGS = dict(str=str, int=int, float=float, bool=bool, null=type(None))
 
 def _refuse(mark, why: str):
     raise ValueError(f"line {mark.line + 1}, column {mark.column + 1}: {why}")
@@ -77,7 +77,7 @@ class _Growing:
                 _refuse(mark, f"the key {value!r} stands twice")
             self.key, self.has_key = value, True
 
-# %% ../nbs/04_plain_yaml.ipynb #5d8b7ad9
+# %% ../nbs/04_plain_yaml.ipynb #039f403f
 def read_yaml(text: str,             # one document
               name: str="the text",  # for messages
               values: int=VALUES,    # the most it may expand to
@@ -109,8 +109,8 @@ def _read(events, values: int) -> object:
         elif isinstance(event, yaml.ScalarEvent):
             value, size, quoted = _scalar(event), 1, event.style is not None
         elif isinstance(event, yaml.CollectionStartEvent):
-            kind = {"seq": yaml.SequenceStartEvent, "map": yaml.MappingStartEvent}.get((event.tag or "").removeprefix("tag:yaml.org,2002:"), type(event))
-            if type(event) is not kind or (event.tag and not event.tag.startswith("tag:yaml.org,2002:")):
+            kind = "map" if isinstance(event, yaml.MappingStartEvent) else "seq"
+            if event.tag not in (None, "!", f"tag:yaml.org,2002:{kind}"):
                 _refuse(event.start_mark, f"the tag {event.tag} is not read; write plain lists and mappings")
             if len(open_) == DEPTH:
                 _refuse(event.start_mark, f"more than {DEPTH} lists and mappings inside each other")
