@@ -32,7 +32,12 @@ def _numbers(folder: Path) -> dict[str, object]:
     found = dict(leaves("result.json", read_record(folder/"result.json")[0]))
     for file in sorted(folder.rglob("*.csv")):
         if "data" in file.relative_to(folder).parts[:1]: continue  # drawn images
-        table, name = read_table(file, ours=False), file.relative_to(folder).as_posix()  # as written: to the last digit
+        name = file.relative_to(folder).as_posix()
+        try:
+            table = read_table(file, ours=False)  # as written: to the last digit
+        except ValueError:  # of a shape of its own: byte by byte
+            found[f"{name} sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+            continue
         for column in table.columns.difference(TIMES, sort=False):
             found.update({f"{name} {column} {row}": v for row, v in enumerate(table[column].tolist())})
     found.update({p.relative_to(folder).as_posix() + " sha256": hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*.safetensors"))})
@@ -53,6 +58,8 @@ def rerun(folder: str|Path,         # of a finished run
     folder, old = Path(folder).resolve(), look(folder)
     if not old.ok: raise ValueError(f"{folder} is {old.status}{f' ({old.error})' if old.error else ''}; only a finished run can be repeated")
     source, record = read_notebook(folder/"notebook.ipynb"), old.record
+    if lost := [k for k in ("spec", "hash", "notebook_hash", "after", "seed", "cwd") if k not in record] or ["parameters"] * ("parameters" not in record["spec"]):
+        raise ValueError(f"run.json in {folder} has no {', '.join(lost)}; it cannot be repeated from it")
     if source_hash(source) != record["notebook_hash"]: raise ValueError(f"notebook.ipynb in {folder} was changed after it was run: it is not the notebook of the record")
     before = {name: inside(folder.parent.parent, d["run"]) for name, d in record["after"].items()}
     for name, path in before.items():

@@ -36,7 +36,7 @@ import pandas as pd
 import zsad_nb
 from ..backbones.features import key_hash
 from ..evaluation.results import PLAN, RUN, read_runs
-from ..files import inside, open_lock, write_json
+from ..files import inside, open_lock, to_json, write_atomically, write_json
 from ..names import shown
 from ..records import read_record
 from ..tables import write_table
@@ -379,7 +379,7 @@ def execute(source: dict,     # a notebook of `read_notebook`
     return Result(folder, record["status"], {} if kind else result, record, error, kind, True)
 
 def _now() -> str: return datetime.now(timezone.utc).isoformat(timespec="seconds")
-def _save(folder: Path, record: dict): write_json(folder/"run.json", record)
+def _save(folder: Path, record: dict): write_atomically(folder/"run.json", lambda p: p.write_text(to_json(record), encoding="utf-8"))
 
 def _open_log(folder: Path):
     "run.log, to be continued; a link under that name is not followed."
