@@ -6,8 +6,9 @@
 __all__ = ['split', 'evaluate_shard', 'evaluate_shards']
 
 # %% ../../nbs/use/83f_shards.ipynb #999a7801
-import sys
+import os
 import pickle
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -22,6 +23,7 @@ from ..backbones.weights import import_vision_libraries
 from ..data.images import defect_names
 from ..evaluation.evaluate import Evaluation, by_category, predict_images, put_together, seen_in_training, target_set
 from ..evaluation.metrics import PixelMetrics
+from ..files import owned_only
 from ..methods.base import Method, load
 from .executors import LostWorker, open_executor
 
@@ -47,7 +49,7 @@ def split(test: pd.DataFrame,  # of `target_set`
 def evaluate_shard(folder: str, number: int, parts: list[tuple]) -> dict[str, list[dict]]:  # category -> rows of `predict_images`
     "Predict the images of a shard; the state of their pixel metrics is left in the folder, a file a category."
     import_vision_libraries()  # classes of theirs are in the file
-    common, before = torch.load(Path(folder)/"evaluation.pt", map_location="cpu", weights_only=False), torch.get_num_threads()
+    common, before = torch.load(owned_only(Path(folder)/"evaluation.pt"), map_location="cpu", weights_only=False), torch.get_num_threads()
     test, options, limits, spill = (common[k] for k in ("test", "options", "limits", "spill"))
     method = common["method"] if common["checkpoint"] is None else load(common["checkpoint"], **common["changes"])
     method, tables, rows = method.to(common["device"]).prepare(test), dict(by_category(test)), {}
@@ -92,7 +94,9 @@ def evaluate_shards(method: Method|str|Path,  # or a checkpoint that all machine
                   spill=spill, threads=cores or torch.get_num_threads())
     if folder is not None: Path(folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".shards-", dir=folder, ignore_cleanup_errors=True) as place:
-        try: torch.save(common, Path(place)/"evaluation.pt")
+        try:
+            torch.save(common, Path(place)/"evaluation.pt")
+            os.chmod(Path(place)/"evaluation.pt", 0o600)  # it is unpickled
         except (AttributeError, TypeError, RuntimeError, pickle.PicklingError) as error: raise ValueError(f"{method.name} cannot be sent to other processes ({error}); save it and pass the checkpoint's path") from error
         with tqdm(total=len(test), desc=label, disable=not progress, unit="image") as bar:
             if executor is not None: rows = _run(executor, place, parts, retries, bar)
