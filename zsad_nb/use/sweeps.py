@@ -192,6 +192,7 @@ def sweep(specs: list[Spec],
           executor=None,                # default: processes of this machine, or the workers of `client`
           workers: int=1, cores: int|None=None, gpus: list|None=None,
           client=None,                  # a Dask Client, the address of a scheduler, or "local": see `cluster.connect`
+          tls: dict|None=None,          # ca, cert and key of a tls:// scheduler, likewise
           retries: int=1,               # further tries when a kernel or a worker died
           timeout: float|None=None,     # seconds a cell may take
           dry_run: bool=False,          # say what would be run; start and write nothing
@@ -216,7 +217,7 @@ def sweep(specs: list[Spec],
     for t in tasks:
         if t.note.startswith("repeated"): show.say(f"{t.spec.folder(root)}: {t.note[10:]}; it is run again")
     stopped = None
-    with contextlib.nullcontext(executor) if executor or all(t.status == "done" for t in tasks) else open_executor(root, client, workers, cores, gpus) as executor:
+    with contextlib.nullcontext(executor) if executor or all(t.status == "done" for t in tasks) else open_executor(root, client, workers, cores, gpus, tls) as executor:
         slots = getattr(executor, "slots", len(tasks))
         try:
             while open_ := [t for t in tasks if t.status in OPEN]:
