@@ -126,7 +126,7 @@ def _evaluation(run: Finished) -> pd.DataFrame|None:
     record, told = run.record, result.get("backbones") or {r: str(f).partition(" ")[0] for r, f in (result.get("frozen") or {}).items()}
     head = dict(method=str(result["method"]), data=str(result["data"]), seed=int(run.seed), transductive=bool(result.get("transductive", False)), checkpoint=str(result.get("checkpoint") or ""),
                 trained_on="+".join(sorted({c.partition("/")[0] for c in result.get("trained_on") or []})), backbones=" + ".join(dict.fromkeys(told.values())),
-                fingerprint=result.get("fingerprint") or (record["fingerprint"] if isinstance(record.get("fingerprint"), str) else None), experiment=record.get("spec", {}).get("experiment", ""), hash=run.hash, path=run.path)
+                fingerprint=result.get("fingerprint") or record.get("fingerprint"), experiment=record.get("spec", {}).get("experiment", ""), hash=run.hash, path=run.path)
     tail = {**{k: record.get("code", {}).get(k) for k in ("commit", "dirty", "source")}, "version": record.get("versions", {}).get("zsad_nb"), "seconds": record.get("seconds"), "peak_memory_mb": record.get("peak_memory_mb")}
     tail = tail if record else {}
     own = {k: json.dumps(v) if isinstance(v, (list, dict)) else v for k, v in run.parameters.items() if k not in head and k not in tail}
@@ -142,7 +142,7 @@ def evaluations(runs: Iterable, skipped: Iterable=()) -> pd.DataFrame:  # of `fi
     parts, skipped = [], list(skipped)
     for run in runs:
         try: rows = _evaluation(run)
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError) as error: skipped.append((run.path, shown(str(error)) or type(error).__name__))
+        except ValueError as error: skipped.append((run.path, str(error)))
         else: parts += [] if rows is None else [rows]
     front = ["method", "data", "seed", "category"]
     table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*front, "seen", "transductive", "checkpoint", "hash", "path"])

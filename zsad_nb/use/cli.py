@@ -109,7 +109,8 @@ def _sweep(args) -> int:
     if tls and args.scheduler is None: raise ValueError("--tls-ca, --tls-cert and --tls-key go with --scheduler tls://HOST:PORT")
     done = sweep(expand(args.file, variables, limit=args.limit), args.root, workers=args.workers, cores=args.cores, gpus=args.gpus, client=args.scheduler, retries=args.retries, timeout=args.timeout,
                  dry_run=args.dry_run, stream=sys.stdout if args.dry_run else None, tls=tls or None)
-    return 0 if args.dry_run or done.ok else 130 if done.interrupted else 1
+    if done.interrupted: raise KeyboardInterrupt  # `main` says so
+    return 0 if args.dry_run or done.ok else 1
 
 def _status(args) -> int:
     table = status(args.folder)

@@ -10,7 +10,6 @@ import contextlib
 import copy
 import hashlib
 import inspect
-import json
 import math
 import os
 import threading
@@ -32,9 +31,10 @@ from ..backbones.features import key_hash
 from ..core import write_atomically
 from ..data.images import Batch
 from ..data.pixels import BadImage, load_image, resize
+from ..files import write_json
 from ..methods.base import Method
 from .inspection import COLUMNS, NO_THRESHOLD, Inspection, row_of, table_of
-from .journal import Journal, aside, need_parquet, save_parquet
+from .journal import Journal, aside, clear_temporary, make_way, need_parquet, save_parquet
 from .regions import at_size, display_size, find_regions
 from .runs import lock
 from .sources import Source, is_single, from_array, method_from, sources
@@ -254,13 +254,14 @@ class Inspector:
     def _into(self, out: Path, items: list[Source], pictures: str, table: str, bar) -> pd.DataFrame:
         mine, path, first, rows, kept, moved = key_hash(self.settings), out/"results.csv", {}, [], 0, ""
         with lock(out):
-            for left in (*out.glob(".*.tmp"), *(out/"pictures").rglob(".*.tmp")): left.unlink()  # of a killed process; the lock says that no other one is at work
+            clear_temporary(out)  # of a killed process; the lock says that no other one is at work
+            for name in ("results.csv", "settings.json", "results.parquet"): make_way(out/name)
             journal = Journal(path, COLUMNS)
             if {r["settings"] for r in journal.rows} - {mine}:  # of other settings: neither believed nor lost
                 moved, dropped = str(aside(path, "before")), journal.dropped
                 journal = Journal(path, COLUMNS)
                 journal.dropped = dropped
-            write_atomically(out/"settings.json", lambda p: p.write_text(json.dumps({mine: self.settings}, indent=1), encoding="utf-8"))
+            write_json(out/"settings.json", {mine: self.settings})
             rows_before = {r["path"]: r for r in journal.rows if r["decision"] != "error"}  # a later row of a path is the newer one
             def wanted(decision): return pictures == "all" or (pictures == "defective" and decision == "defective")
             def known(source, content):

@@ -423,7 +423,7 @@ def _real_folders(folder: Path) -> list[Path]:
         warnings.warn(f"{folder} cannot be listed ({error.strerror}); left out", stacklevel=4)
         return []
     for entry in inner:
-        if entry.is_symlink() and entry.is_dir():
+        if entry.is_symlink() and os.path.isdir(entry.path):
             warnings.warn(f"{entry.path} is a link to another folder, which is not followed; left out: give that folder itself", stacklevel=4)
     return [Path(entry.path) for entry in inner if entry.is_dir(follow_symlinks=False)]
 

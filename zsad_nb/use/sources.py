@@ -23,6 +23,8 @@ from ..data.layouts import IMAGE_SUFFIXES
 from ..data.pixels import _to_8_bit, to_rgb
 from ..methods.base import METHODS, MODULES, Method, create, load
 from .journal import utf8
+from ..files import inside
+from ..records import misfit
 from .runs import look
 
 # %% ../../nbs/use/80d_sources.ipynb #6775e671
@@ -109,6 +111,8 @@ def sources(what, category: str="object",  # of all; "folder": the name of the f
     return made
 
 # %% ../../nbs/use/80d_sources.ipynb #579e5ca8
+_GIVEN = dict.fromkeys(("checkpoint", "method", "backbone", "clip", "dino", "weights", "released"), (str, None)) | {"size": (int, None), "seed": int, "options": dict}
+
 def _from_run(folder: Path, changes: dict) -> Method:
     "The method of a run: its checkpoint, or that of the training it evaluated, or the untrained method it names."
     found = look(folder)
@@ -117,8 +121,9 @@ def _from_run(folder: Path, changes: dict) -> Method:
     if len(files) == 1: return load(files[0], **changes)
     if files: raise ValueError(f"{folder} holds several checkpoints ({', '.join(f.name for f in files)}); name one of them")
     p = found.record.get("spec", {}).get("parameters", {})
+    if wrong := misfit(p, _GIVEN): raise ValueError(f"run.json in {folder}: the parameter {wrong}; its method is not used")
     if path := p.get("checkpoint"):
-        for name, before in found.record.get("after", {}).items(): path = path.replace(f"{{{name}}}", str(folder.parent.parent/before["run"]))
+        for name, before in found.record.get("after", {}).items(): path = path.replace(f"{{{name}}}", str(inside(folder.parent.parent, before.get("run", name))))
         path = Path(found.record.get("cwd", "."), path)
         return _from_run(path, changes) if path.is_dir() else load(path, **({"image_size": p["size"]} if p.get("size") else {}) | changes)
     if "method" not in p: raise ValueError(f"{folder} holds no checkpoint (.safetensors) and no run that names a method")

@@ -22,8 +22,9 @@ from scipy.stats import beta, betabinom, binom
 
 import zsad_nb
 from ..backbones.features import key_hash
-from ..core import write_atomically
+from ..files import write_json
 from ..methods.base import Method
+from ..records import misfit, read_record
 
 # %% ../../nbs/use/80a_thresholds.ipynb #f09502bd
 def _check_share(name: str, value):
@@ -239,6 +240,12 @@ def identity(method: Method,
 # %% ../../nbs/use/80a_thresholds.ipynb #a29096e2
 FORMAT = "zsad_nb thresholds 1"
 
+_THRESHOLDS = {"*": {"value": float, "kind": str, "facts": dict}}
+_SHAPE = {
+    "method": {"method": str, "size": int, "hash": str}, "image": _THRESHOLDS, "pixel": _THRESHOLDS, "typical": {"*": float}, "categories": [str], "notes": [str], "version": str,
+    "comparable": ({"how": str, "reference": {"*": [float]}}, None),
+}
+
 @dataclass
 class Calibration:
     "Thresholds of images and pixels, for one method."
@@ -268,21 +275,23 @@ class Calibration:
 
     def save(self, path: str|Path) -> Path:
         "As JSON, whole or not at all."
-        return write_atomically(path, lambda p: p.write_text(json.dumps(dict(format=FORMAT, **dataclasses.asdict(self)), indent=1, ensure_ascii=False), encoding="utf-8"))
+        return write_json(path, dict(format=FORMAT, **dataclasses.asdict(self)))
 
     @classmethod
     def load(cls, path: str|Path) -> "Calibration":
         "Read what `save` wrote."
         path = Path(path)
         if not path.is_file(): raise ValueError(f"no thresholds at {path}; make them with Inspector.calibrate(normal images).save(path)")
-        try: d = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error: raise ValueError(f"{path} is not JSON ({error}); it was not written by Calibration.save") from error
-        if not isinstance(d, dict) or d.pop("format", None) != FORMAT: raise ValueError(f"{path} does not say that it holds {FORMAT!r}; it was not written by Calibration.save")
+        d, wrong = read_record(path.resolve())
+        if wrong: raise ValueError(f"{path} is not JSON as Calibration.save writes it ({wrong})")
+        if d.pop("format", None) != FORMAT: raise ValueError(f"{path} does not say that it holds {FORMAT!r}; it was not written by Calibration.save")
+        if wrong := misfit(d, _SHAPE): raise ValueError(f"{path} was changed after it was written ({wrong})")
         try:
             d["image"], d["pixel"] = ({c: Threshold(**t) for c, t in d[k].items()} for k in ("image", "pixel"))
             found = cls(**dict(d, comparable=Comparable(**d["comparable"]) if d["comparable"] else None))
             if not all(math.isfinite(t.value) for k in (found.image, found.pixel) for t in k.values()) or set(found.method) != {"method", "size", "hash"}: raise ValueError("a threshold or the method")
-        except (KeyError, TypeError, AttributeError, ValueError) as error: raise ValueError(f"{path} was changed after it was written ({error})") from error
+            str(found)  # says all that a threshold is made of
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error: raise ValueError(f"{path} was changed after it was written ({error})") from error
         return found
 
     def require(self, method: dict,    # of `identity`
