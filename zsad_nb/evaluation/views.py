@@ -7,6 +7,7 @@ __all__ = ['choose', 'colour_scale', 'map_ranges', 'look_at_types', 'Views', 'vi
 
 # %% ../../nbs/evaluation/74a_views.ipynb #65b75fb4
 import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,6 +87,20 @@ def look_at_types(method,                # with types: dapo, multiads; it was to
                               has_mask=bool(batch.has_mask[i]), type=method.types[kinds[i] - 1] if kinds[i] else "normal", guess=method.types[keep[best[i]] - 1], score=float(said.score[i])))
     return found
 
+def _read_arrays(path: Path) -> dict:
+    "The arrays of views.npz, if they are those of images, masks and maps of one size; nothing is unpickled."
+    with np.load(path, allow_pickle=False) as kept:
+        arrays = {k: kept[k] for k in kept.files}
+    images, masks, maps, types = (arrays[k] for k in ("images", "masks", "maps", "types"))
+    kinds = dict(images=("u1", 4), masks=("b1", 3), maps=("f4", 3))
+    wrong = [k for k, (kind, axes) in kinds.items() if arrays[k].dtype != np.dtype(kind) or arrays[k].ndim != axes or arrays[k].shape[:3] != maps.shape[:3]]
+    wrong += ["images"] if images.ndim == 4 and images.shape[3] != 3 else []
+    wrong += ["types"] if types.dtype.kind != "U" or types.ndim != 1 else []
+    wrong += [k for k, v in arrays.items() if k.startswith("typed_") and (v.dtype.kind not in "uf" or v.shape != maps.shape)]
+    if wrong: raise ValueError(f"{', '.join(wrong)} in {path.name} are of another shape or kind")
+    if not np.isfinite(maps).all(): raise ValueError(f"maps in {path.name} hold values that are no numbers")
+    return arrays
+
 @dataclass
 class Views:
     "Images, masks and maps of one method."
@@ -112,9 +127,9 @@ class Views:
         "What `save` left."
         try:
             rows = pd.read_csv(Path(folder)/"views.csv", dtype=dict(category=str, image=str, defect=str), keep_default_na=True)
-            with np.load(Path(folder)/"views.npz", allow_pickle=False) as kept: arrays = {k: kept[k] for k in kept.files}
+            arrays = _read_arrays(Path(folder)/"views.npz")
             images, masks, maps = (arrays[k] for k in ("images", "masks", "maps"))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error: raise ValueError(f"{folder} holds no views ({type(error).__name__}: {error}); make the run again") from None
+        except (OSError, ValueError, KeyError, EOFError, MemoryError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error: raise ValueError(f"{folder} holds no views ({type(error).__name__}: {error}); make the run again") from None
         if not len(rows) == len(images) == len(masks) == len(maps): raise ValueError(f"{folder}: views.csv has {len(rows)} rows, views.npz {len(images)} images; make the run again")
         return cls(rows, images, masks, maps, tuple(arrays["types"].tolist()), {k[6:]: v for k, v in arrays.items() if k.startswith("typed_")})
 
