@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 
 from .index import root_of
+from .left_out import index_findings
 from .mosaic import Mosaic
 from .pixels import BadImage, load_image, load_mask, load_pair, open_image, resize, resize_mask, to_rgb  # noqa: F401 (one door to images)
 
@@ -157,7 +158,8 @@ def batches(
     return Batches(index, size, batch_size, shuffle, seed, workers, on_bad, rgb, names, dict(mask_mismatch=mask_mismatch, bits=bits, threshold=mask_threshold), plan)
 
 # %% ../../nbs/data/12_images.ipynb #c6b411f1
-PROBLEMS = ("missing", "truncated", "unreadable", "missing_mask", "bad_mask", "normal_mask", "size_mismatch", "empty_mask", "duplicate")
+PROBLEMS = ("missing", "truncated", "unreadable", "missing_mask", "bad_mask", "normal_mask", "size_mismatch", "empty_mask", "duplicate",
+            "name_clash", "left_out")
 
 
 def _check_row(root: Path, image_path: str, mask_path: str, anomalous: bool, category: str) -> tuple[list, str | None]:
@@ -186,7 +188,7 @@ def _check_row(root: Path, image_path: str, mask_path: str, anomalous: bool, cat
 def check(
     index: pd.DataFrame,  # an Index
     workers: int = 2,  # threads that read
-) -> pd.DataFrame:  # row, image, problem, message: one row a problem; empty when all is well
+) -> pd.DataFrame:  # row (<NA>: files of no row), image, problem, message: one row a problem; empty when all is well
     "Open every file of an Index and say what is wrong, per row."
     root = root_of(index)
     rows = list(index[["image", "mask", "anomalous", "category", "split"]].itertuples(index=False, name=None))
@@ -200,4 +202,5 @@ def check(
             clash = " with the other label" if bool(other[2]) != bool(row[2]) else " in the other split" if other[4] != row[4] else ""
             out.append((number, row[0], "duplicate", f"the same bytes as row {twin} ({other[0]}){clash}; keep one of them"))
         else: first[content] = number
-    return pd.DataFrame(out, columns=["row", "image", "problem", "message"])
+    out += index_findings(index)
+    return pd.DataFrame(out, columns=["row", "image", "problem", "message"]).astype({"row": "Int64"})

@@ -196,8 +196,9 @@ def root_of(
 def _joined(indices: list[pd.DataFrame], prefixes: list[PurePosixPath]) -> Record:
     "What the readers of all parts left out; unknown where one part does not say."
     records = [list(index.attrs.get("left_out", [None])) for index in indices]
-    if [None] in records:
-        return Record([None])
+    unknown = next((record for record in records if record in ([None], ["list"])), None)
+    if unknown is not None:
+        return Record(unknown)
     return Record(group | dict(first=str(prefix / group["first"])) for record, prefix in zip(records, prefixes) for group in record)
 
 
@@ -263,7 +264,9 @@ def load_index(
         if not len(stored) or not stored.iloc[0]:
             raise ValueError(f"{shown(str(path))} does not say where its images are; pass root=FOLDER")
         root = path.parent / stored.iloc[0]
-    return make_index(table, root, places=places)
+    index = make_index(table, root, places=places)
+    index.attrs["left_out"] = Record(["list"])
+    return index
 
 # %% ../../nbs/data/10_index.ipynb #122c9c49
 def save_split(

@@ -8,7 +8,6 @@ __all__ = ['NO_PHOTOGRAPHS', 'IMAGE_SUFFIXES', 'NORMAL_NAMES', 'DEFECTIVE_NAMES'
 
 # %% ../../nbs/data/09_listing.ipynb #21cd887b
 import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -128,7 +127,8 @@ def walk(
     "Everything below a folder, every folder once; links are followed, loops end."
     root = os.fspath(root)
     out = None if out is None else os.path.realpath(out)
-    entries, seen, folders, links = [], {_identity(root)}, [("", False)], []
+    above = [_identity(str(folder)) for folder in (Path(root).resolve(), *Path(root).resolve().parents)]  # a link there leads back
+    entries, seen, folders, links = [], set(above), [("", False)], []
     while folders or links:
         if folders:
             parent, concealed = folders.pop()
@@ -153,19 +153,19 @@ def walk(
                 return sorted(entries)
             path, kind = f"{parent}/{item.name}" if parent else item.name, kind_of(item)
             unseen = concealed or item.name[0] in (hidden if kind == "folder" else ".")
-            entries.append(Entry(path, kind, unseen))
-            if kind != "folder":
-                continue
-            if item.is_symlink() or getattr(item, "is_junction", bool)():
+            if kind == "folder" and (item.is_symlink() or getattr(item, "is_junction", bool)()):
                 links.append((path, unseen))
-            else:
-                seen.add(_identity(item.path))
-                folders.append((path, unseen))
+            elif kind == "folder":
+                identity = _identity(item.path)
+                kind = "twin" if identity in seen else kind  # met before, below a link
+                folders += [] if identity in seen else [(path, unseen)]
+                seen.add(identity)
+            entries.append(Entry(path, kind, unseen))
     return sorted(entries)
 
 # %% ../../nbs/data/09_listing.ipynb #022dcdc9
 class Record(list):
-    "What a reader left out, a dict a reason; [None]: nobody has looked."
+    "What a reader left out, a dict a reason; [None]: rows made by hand; ['list']: read from a file."
 
     __hash__ = None
 

@@ -12,6 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from .listing import is_image
+from ..names import same_name
+
 # %% ../../nbs/data/12a_pixels.ipynb #82e14ad0
 class BadImage(ValueError):
     "A file that cannot be used; `code` says in one word why."
@@ -104,12 +107,43 @@ def resize_mask(
     return np.asarray(Image.fromarray(mask.astype("uint8") * 255).resize((width, height), Image.Resampling.BILINEAR)) > 127.5
 
 
+def _parts_of(
+    path: str | os.PathLike,  # a folder that is a mask (MVTec LOCO)
+) -> list[Path]:
+    "The images in it, whose union is the mask."
+    parts = sorted(part for part in Path(path).iterdir() if is_image(part.name) and not part.name.startswith("."))
+    if not parts:
+        raise BadImage(path, "a folder of masks without an image", "restore its images, or name the mask of this image", "missing")
+    return parts
+
+
+def _union(
+    path: str | os.PathLike,  # a folder that is a mask
+    threshold: int | None,  # see `load_mask`
+) -> np.ndarray:  # (H, W) bool
+    "What any of the masks in a folder marks."
+    masks = [load_mask(part, threshold=threshold) for part in _parts_of(path)]
+    if len({mask.shape for mask in masks}) > 1:
+        sizes = ", ".join(sorted({f"{mask.shape[1]}x{mask.shape[0]}" for mask in masks}))
+        raise BadImage(path, f"its masks have different sizes ({sizes})", "correct them: together they are one mask", "size_mismatch")
+    return np.logical_or.reduce(masks)
+
+
+def _own_folder(image_path: str | os.PathLike, mask_path: str | os.PathLike) -> None:
+    "A folder is a mask only of the image whose name it has: masks/ as a whole is nobody's."
+    if Path(mask_path).is_dir() and same_name(Path(mask_path).name) != same_name(Path(image_path).stem):
+        raise BadImage(mask_path, f"a folder that is not named like its image {Path(image_path).name}", "name the mask itself, not its folder", "bad_mask")
+
+
 def load_mask(
-    path: str | os.PathLike,  # a mask file
+    path: str | os.PathLike,  # a mask file, or a folder whose images together are the mask
     size: int | tuple[int, int] | None = None,  # resize to this (height, width) or side; default: as stored
     threshold: int | None = None,  # true above this; default 0, and 127 for JPEG
 ) -> np.ndarray:  # (H, W) bool
     "Read one mask."
+    if Path(path).is_dir():
+        mask = _union(path, threshold)
+        return mask if size is None else resize_mask(mask, size)
     image, _ = open_image(path)
     mask = _above(image, (127 if Path(path).suffix.lower() in (".jpg", ".jpeg") else 0) if threshold is None else threshold)
     return mask if size is None else resize_mask(mask, size)
@@ -132,6 +166,7 @@ def load_pair(
     stored, orientation = open_image(image_path)
     image = stored if raw else to_rgb(stored, bits, str(image_path))
     if mask_path is None: return image, None
+    _own_folder(image_path, mask_path)
     mask = load_mask(mask_path, threshold=threshold)
     if orientation in _TURN and mask.shape == image.size and mask.shape[0] != mask.shape[1]:
         mask = np.asarray(Image.fromarray(mask).transpose(_TURN[orientation]))

@@ -68,10 +68,11 @@ def _seeds(args) -> int:
 # %% ../../nbs/use/85_cli.ipynb #56db1cbc
 def _check(args) -> int:
     name = args.dataset or detect(args.root)
-    index = read(name, args.root)
+    index = read(name, args.root, **({"masks": False} if args.no_masks else {}))
     print(f"{name}: {len(index)} images, {index.category.nunique()} categories, {int(index.anomalous.sum())} anomalous")
     problems = check(index)
-    for p in problems.itertuples(): print(f"row {p.row}  {p.image}  {p.problem}: {p.message}")
+    for p in problems.itertuples():
+        print(f"{'' if pd.isna(p.row) else f'row {p.row}  '}{shown(p.image)}  {p.problem}: {shown(p.message)}")
     print(f"{len(problems)} problems" if len(problems) else "no problems")
     return 1 if len(problems) else 0
 
@@ -185,7 +186,10 @@ def _predict(args) -> int:
     if len(bad) > 20: print(f"... and {len(bad) - 20} more", file=sys.stderr)
     if inspector.calibration is None or not inspector.calibration.image: print("no threshold: scores only (--normals FOLDER makes one from good images)")
     else: print(f"{s['defective']} defective, {s['normal']} normal")
-    print(f"{s['images']} images, {s['errors']} without a result, {s['duplicates']} copies of others, {s['known_before']} known before\ntable     {Path(args.out)/('results.' + args.format)}")
+    print(f"{s['images']} images, {s['errors']} without a result, {s['duplicates']} copies of others, {s['known_before']} known before")
+    for group in s["left_out"]:
+        print(f"left out  {group['text']}")
+    print(f"table     {Path(args.out)/('results.' + args.format)}")
     if s["moved"]: print(f"before    {s['moved']} (rows of other settings)")
     if args.pictures != "none": print(f"pictures  {Path(args.out)/'pictures'}")
     return exit_code(table)
@@ -238,6 +242,7 @@ def parser() -> argparse.ArgumentParser:
     c = add("check", _check, "open every file of a data set and report what is wrong, row by row")
     c.add_argument("root", help="the data set's folder")
     c.add_argument("--dataset", help="its layout (mvtec, visa, ...); default: guessed from the folder")
+    c.add_argument("--no-masks", action="store_true", help="the copy has no masks: read it without (masks=False)")
     h = add("show", _show, "what a checkpoint says of itself")
     h.add_argument("checkpoint")
     x = add("export", _export, "write a checkpoint as ONNX and torch.export, checked against PyTorch, with a description of how to prepare an image")

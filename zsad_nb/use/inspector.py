@@ -37,7 +37,7 @@ from .inspection import COLUMNS, NO_THRESHOLD, Inspection, row_of, table_of
 from .journal import Journal, aside, clear_temporary, make_way, need_parquet, save_parquet
 from .regions import at_size, display_size, find_regions
 from .runs import lock
-from .sources import Source, is_single, from_array, method_from, sources
+from .sources import Source, Sources, is_single, from_array, method_from, sources
 from .thresholds import Calibration, calibration, given, identity
 
 # %% ../../nbs/use/80_inspector.ipynb #f1605f4c
@@ -138,6 +138,8 @@ class Inspector:
                 raise ValueError(f"{int(wrong.sum())} of {len(what)} images given as {'defective' if bad else 'normal'} are labelled otherwise; choose the rows with index[{'' if bad else '~'}index.anomalous]")
             name = "defective" if bad else "normal"
             parts.append(bare.predict([what] if is_single(what) else what, None if out is None else Path(out)/name, "none", progress=progress, label=f"{name} images").assign(anomalous=bad))
+        for part in parts:
+            notes += [f"not looked at: {group['text']}" for group in part.attrs["summary"]["left_out"]]
         rows = pd.concat(parts, ignore_index=True)
         bad, twice = rows[rows["decision"] == "error"], rows["duplicate_of"].ne("")
         if len(bad): notes.append(f"{len(bad)} of {len(rows)} images could not be used, such as {bad['path'].iloc[0]}: {bad['error'].iloc[0]}")
@@ -206,9 +208,12 @@ class Inspector:
 
     def stream(self, what) -> Iterator[Inspection|BadImage]:  # whatever `predict` takes
         "Results one after the other, with heatmaps; a file that cannot be used comes as the error it is."
-        for _, found in self._all(self._sources(what), True): yield found
+        items = self._sources(what)
+        if items.left_out:
+            warnings.warn(f"not looked at: {'; '.join(group['text'] for group in items.left_out)}", stacklevel=2)
+        for _, found in self._all(items, True): yield found
 
-    def _sources(self, what, out=None) -> list[Source]:
+    def _sources(self, what, out=None) -> Sources:
         items = sources(what, self.category, out)
         names, c = sorted({s.category for s in items}), self.calibration
         for name in names if c is not None else (): c.of("image", name)  # unknown: raises before anything is done
@@ -245,7 +250,7 @@ class Inspector:
                 for read, found in self._all(items, False):
                     rows.append(self._line(read, found, first, ""))
                     bar.update()
-        return _summed(rows, 0)
+        return _summed(rows, 0, left_out=items.left_out)
 
     def _line(self, read: _Read, found, first: dict, settings: str) -> dict:
         twin = first.setdefault(read.content, read.source.name) if read.content else read.source.name
@@ -284,7 +289,7 @@ class Inspector:
             others = {r["path"]: r for r in journal.rows if r["path"] not in asked and r["decision"] != "error"}
             journal.rewrite([*rows, *others.values()])
             if table == "parquet": save_parquet(table_of(journal.rows), out/"results.parquet")
-        return _summed(rows, kept, half_rows=journal.dropped, moved=moved, out=str(out))
+        return _summed(rows, kept, left_out=items.left_out, half_rows=journal.dropped, moved=moved, out=str(out))
 
 def _summed(rows: list[dict], kept: int, **more) -> pd.DataFrame:
     "The table with its summary."
