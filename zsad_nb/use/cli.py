@@ -21,6 +21,7 @@ from ..core import require_known, write_atomically
 from ..data.images import check
 from ..data.readers import detect, read
 from ..methods.base import MODULES, load, read_header
+from ..tables import table_text, write_table
 from .bench import bench, bench_cases, bench_table, demo_evaluation
 from .demo import SETTINGS, demo
 from .export import export
@@ -52,7 +53,7 @@ def _seeds(args) -> int:
         mean = table.loc["mean"].unstack().rename_axis("method").reset_index()
         rows.append(mean.assign(seed=seed))
     result = pd.concat(rows, ignore_index=True)[["method", "seed", "image AUROC", "pixel AUROC", "AUPRO"]].sort_values(["method", "seed"])
-    write_atomically(args.csv, lambda p: result.to_csv(p, index=False, float_format="%.1f"))
+    write_table(result, args.csv, float_format="%.1f")
     print(result.to_string(index=False), f"\n\nmean over seeds\n{result.groupby('method')[['image AUROC', 'pixel AUROC', 'AUPRO']].agg(['mean', 'std']).round(1)}\n\n{args.csv}", sep="")
     return 0
 
@@ -114,7 +115,7 @@ def _status(args) -> int:
 def _collect(args) -> int:
     table = collect(args.folder)
     if args.out: print(f"{len(table)} rows of {table['hash'].nunique()} runs: {save_table(table, args.out)}")
-    else: print(table.to_csv(index=False), end="")
+    else: sys.stdout.write(table_text(table))
     return 0
 
 def _figures(args) -> int:

@@ -16,6 +16,7 @@ import pandas as pd
 from PIL import Image
 
 from ..data.pixels import BadImage
+from ..names import shown
 from .blending import FOUND, View, blend, encode, outline, to_levels
 from .journal import _text
 
@@ -64,9 +65,9 @@ class Inspection:
     def facts(self) -> dict[str, str]:
         "What a person reads."
         spots = "no pixel threshold: no mask" if self.mask is None else f"{len(self.regions)}, {self.area} px together" if self.regions else "none"
-        kinds = ", ".join(f"{t} {100 * v:.0f} %" for t, v in sorted(self.types.items(), key=lambda i: -i[1])[:3])
-        rows = dict(image=f"{self.name}, {self.size[0]} x {self.size[1]}", decision=self.decision, why=self.said, score=f"{self.score:.4g}",
-                    comparable=None if self.comparable is None else f"{self.comparable:.3g} (category {self.category})", regions=spots, type=kinds if self.types and self.decision != "normal" else None)
+        kinds = ", ".join(f"{shown(t)} {100 * v:.0f} %" for t, v in sorted(self.types.items(), key=lambda i: -i[1])[:3])
+        rows = dict(image=f"{shown(self.name)}, {self.size[0]} x {self.size[1]}", decision=self.decision, why=self.said, score=f"{self.score:.4g}",
+                    comparable=None if self.comparable is None else f"{self.comparable:.3g} (category {shown(self.category)})", regions=spots, type=kinds if self.types and self.decision != "normal" else None)
         return {k: v for k, v in rows.items() if v is not None}
 
     def strip(self, height: int=240) -> Image.Image:

@@ -33,7 +33,7 @@ from ..core import write_atomically
 from ..data.images import Batch
 from ..data.pixels import BadImage, load_image, resize
 from ..methods.base import Method
-from .inspection import COLUMNS, NO_THRESHOLD, Inspection, row_of, table_of
+from .inspection import COLUMNS, COUNTS, NO_THRESHOLD, NUMBERS, Inspection, row_of, table_of
 from .journal import Journal, aside, need_parquet, save_parquet
 from .regions import at_size, display_size, find_regions
 from .runs import lock
@@ -255,10 +255,10 @@ class Inspector:
         mine, path, first, rows, kept, moved = key_hash(self.settings), out/"results.csv", {}, [], 0, ""
         with lock(out):
             for left in (*out.glob(".*.tmp"), *(out/"pictures").rglob(".*.tmp")): left.unlink()  # of a killed process; the lock says that no other one is at work
-            journal = Journal(path, COLUMNS)
+            journal = Journal(path, COLUMNS, (*NUMBERS, *COUNTS))
             if {r["settings"] for r in journal.rows} - {mine}:  # of other settings: neither believed nor lost
                 moved, dropped = str(aside(path, "before")), journal.dropped
-                journal = Journal(path, COLUMNS)
+                journal = Journal(path, COLUMNS, (*NUMBERS, *COUNTS))
                 journal.dropped = dropped
             write_atomically(out/"settings.json", lambda p: p.write_text(json.dumps({mine: self.settings}, indent=1), encoding="utf-8"))
             rows_before = {r["path"]: r for r in journal.rows if r["decision"] != "error"}  # a later row of a path is the newer one

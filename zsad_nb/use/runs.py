@@ -37,6 +37,7 @@ import zsad_nb
 from ..backbones.features import key_hash
 from ..core import write_atomically
 from ..evaluation.results import read_json, read_runs
+from ..tables import write_table
 from .parameters import check_parameters, read_notebook, source_hash
 
 # %% ../../nbs/use/83_runs.ipynb #39696006
@@ -314,7 +315,7 @@ def save_table(table: pd.DataFrame, path: str|Path) -> Path:  # the file written
     "Parquet where pyarrow is installed and the name asks for it, otherwise CSV."
     path = Path(path)
     if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None: path = path.with_suffix(".csv")
-    return write_atomically(path, (lambda p: table.to_parquet(p)) if path.suffix == ".parquet" else lambda p: table.to_csv(p, index=False))
+    return write_table(table, path)
 
 def status(folder: str|Path) -> pd.DataFrame:  # one row a run: experiment, hash, notebook, status, seconds, attempt, error, path
     "What every run in a folder has come to; those of its last sweep that have not begun are `absent`."
