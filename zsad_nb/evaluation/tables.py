@@ -99,9 +99,10 @@ def tex(text: str  # any
 
 def html_text(
     text: str,  # any
+    lines: bool = False,  # line ends in it are meant
 ) -> str:
     "Text for HTML, between tags and inside quotes."
-    return html.escape(shown(text))
+    return html.escape("\n".join(map(shown, text.split("\n"))) if lines else shown(text))
 
 
 def markdown_text(
@@ -110,7 +111,8 @@ def markdown_text(
     "Text for Markdown and cells of its tables: no mark-up, no formula, no HTML."
     text = re.sub(r"([\\`*\[\]|~$])", r"\\\1", shown(text))
     text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)  # inside a word it is no mark-up
-    text = re.sub(r"^(\s*)([-+#]+|\d+(?=[.)]))(?=[.)\s]|$)", lambda m: m[1] + (f"{m[2]}\\" if m[2].isdigit() else f"\\{m[2]}"), text)
+    text = re.sub(r"^(\s*)([-+#]+(?=\s|$))", r"\1\\\2", text)  # at the beginning of a line these are lists and headings
+    text = re.sub(r"^(\s*\d+)(?=[.)](\s|$))", r"\1\\", text)
     text = re.sub(r"&(?=#?\w+;)", "&amp;", text)
     return text.replace("<", "&lt;").replace(">", "&gt;")
 

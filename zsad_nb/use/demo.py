@@ -6,7 +6,6 @@
 __all__ = ['SETTINGS', 'demo', 'compare']
 
 # %% ../../nbs/use/84_demo.ipynb #7b3e83a2
-import json
 import sys
 import time
 from pathlib import Path

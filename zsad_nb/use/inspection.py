@@ -7,7 +7,6 @@ __all__ = ['NO_THRESHOLD', 'COLUMNS', 'NUMBERS', 'COUNTS', 'overlaid', 'Inspecti
 
 # %% ../../nbs/use/80e_inspection.ipynb #4622a97d
 import base64
-import html
 import json
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ import pandas as pd
 from PIL import Image
 
 from ..data.pixels import BadImage
+from ..evaluation.tables import html_text
 from ..names import shown
 from .blending import FOUND, View, blend, encode, outline, to_levels
 from .journal import _text
@@ -77,8 +77,8 @@ class Inspection:
 
     def _repr_png_(self) -> bytes|None: return None if self.image is None else encode(np.asarray(self.strip(160)), "PNG")  # where HTML is not shown: smaller
     def _repr_html_(self) -> str:
-        if self.image is None: return f"<pre>{html.escape(repr(self))}</pre>"
-        rows = "".join(f"<tr><th style='text-align:left'>{k}</th><td style='text-align:left'>{html.escape(v)}</td></tr>" for k, v in self.facts().items())
+        if self.image is None: return f"<pre>{html_text(repr(self), lines=True)}</pre>"
+        rows = "".join(f"<tr><th style='text-align:left'>{k}</th><td style='text-align:left'>{html_text(v)}</td></tr>" for k, v in self.facts().items())
         return f"<table>{rows}</table><img alt='photograph and overlay' src='data:image/jpeg;base64,{base64.b64encode(encode(np.asarray(self.strip()))).decode()}'>"
     def __repr__(self): return "\n".join(f"{k:10} {v}" for k, v in self.facts().items())
 
