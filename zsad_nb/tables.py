@@ -83,6 +83,22 @@ def table_text(
     return "".join(lines)
 
 
+def _for_parquet(
+    table: pd.DataFrame,
+) -> pd.DataFrame:  # without attrs
+    "A table whose columns Parquet can hold: one kind a column, else text; text that is not UTF-8 written out, as \\udcff."
+    columns = {}
+    for number, name in enumerate(table.columns):
+        column = table.iloc[:, number]
+        if column.dtype == object:
+            kinds = {bool if isinstance(value, (bool, np.bool_)) else float if isinstance(value, (int, float, np.number)) else type(value) for value in column if value is not None and value is not pd.NA}
+            if not (kinds <= {bool} or kinds <= {float}):
+                texts = [None if value is None or value is pd.NA or value != value else str(value) for value in column]
+                column = pd.Series([text if text is None else text.encode("utf-8", "backslashreplace").decode("utf-8") for text in texts], index=table.index, dtype=object)
+        columns[str(name)] = column
+    return pd.DataFrame(columns, index=table.index)
+
+
 def write_table(
     table: pd.DataFrame,
     path: str | os.PathLike,  # .parquet: Parquet (needs pyarrow), anything else: CSV
@@ -96,7 +112,8 @@ def write_table(
             import pyarrow  # noqa: F401
         except ImportError:
             raise ValueError("Parquet needs pyarrow: pip install 'zsad_nb[parquet]' (or pyarrow), or use CSV") from None
-        return write_atomically(path, lambda temporary: table.to_parquet(temporary, index=index))
+        whole = _for_parquet(table.reset_index() if index else table)
+        return write_atomically(path, lambda temporary: whole.to_parquet(temporary, index=False))
     data = table_text(table, index, float_format).encode("utf-8", "backslashreplace")  # a name that is not UTF-8: as \udcff
     return write_atomically(path, lambda temporary: temporary.write_bytes(data))
 

@@ -15,9 +15,11 @@ from pathlib import Path
 import pandas as pd
 
 from .evaluate import MEAN
+from .metrics import ROUNDING
 from .published import METRIC_NAMES
 from ..names import shown
 from ..records import misfit, read_record, relative_path
+from ..tables import read_table
 
 # %% ../../nbs/evaluation/75a_results.ipynb #a691682e
 _NUMBER = (float, None)
@@ -107,30 +109,124 @@ def finished_runs(folder: str|Path  # searched through all levels
     return found, skipped
 
 # %% ../../nbs/evaluation/75a_results.ipynb #034dd133
-def _evaluation(run: Finished) -> pd.DataFrame|None:
-    "Rows of one evaluation; None for a run of another notebook."
-    result, file = run.result, run.folder/"metrics.csv"
-    if result.get("notebook", "evaluate") != "evaluate" or (run.record and not file.is_file() and run.notebook != "evaluate"): return None
-    if not file.is_file(): raise ValueError("result.json without metrics.csv")
-    if lost := [k for k in ("method", "data", "seed") if k not in result]: raise ValueError(f"result.json has no {', '.join(lost)}")
-    try: table = pd.read_csv(file, dtype={0: str, "category": str})
-    except (ValueError, OSError) as error: raise ValueError(f"metrics.csv cannot be read ({error})") from None
+def _rows(
+    file: Path,  # metrics.csv
+) -> pd.DataFrame:  # category, counts, metrics as fractions of 1, whatever else there is as text
+    "What an evaluation wrote; ValueError says what is wrong with it."
+    where = shown(str(file))
+    try:
+        headings = read_table(file).columns
+    except (ValueError, OSError) as error:
+        raise ValueError(f"metrics.csv cannot be read ({str(error).replace(where, file.name)})") from None
+    counts = [c for c in headings if c in ("normal", "anomalous")]
+    fractions = [c for c in headings if c.startswith(("image_", "pixel_"))]
+    metrics = [c for c in fractions if c in METRIC_NAMES]
+    try:
+        table = read_table(file, numbers=[*counts, *fractions])
+    except ValueError as error:
+        raise ValueError(f"metrics.csv holds values that are no fractions of 1 ({str(error).replace(where, file.name)})") from None
+    if "category" not in table or not metrics or list(table["category"])[-1:] != [MEAN]:
+        raise ValueError(f"metrics.csv needs a column category, columns of metrics and a last row {MEAN!r}; is it cut off?")
+    if table["category"].duplicated().any():
+        raise ValueError(f"metrics.csv has the category {shown(table['category'][table['category'].duplicated()].iloc[0])!r} twice; give every category a name of its own and evaluate again")
+    wrong = [m for m in metrics if not table[m].dropna().between(-ROUNDING, 1 + ROUNDING).all()]
+    if wrong:
+        raise ValueError(f"metrics.csv holds values that are no fractions of 1 in {', '.join(wrong)}")
+    return table
+
+
+def _name(
+    result: dict,  # result.json
+    field: str,
+) -> str:  # its value
+    "A field that must be a name."
+    value = result[field]
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value == "":
+        raise ValueError(f"result.json says {field} {shown(json.dumps(value))}, which is no name")
+    return str(value)
+
+
+def _seed(
+    value,  # as it was recorded
+) -> int:
+    "A seed as a whole number."
+    if not isinstance(value, bool) and isinstance(value, (int, float, str)):
+        try:
+            if int(value) == float(value):
+                return int(value)
+        except (ValueError, OverflowError):
+            pass
+    raise ValueError(f"result.json says seed {shown(json.dumps(value))}, which is no whole number")
+
+
+def _texts(
+    value,  # a list of text, as it should be
+    field: str,
+) -> list[str]:
+    "A list that marks rows: where it is something else, a mark would be lost, so it is refused."
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ValueError(f"result.json says {field} {shown(json.dumps(value))[:80]}, which is no list of names")
+    return value
+
+
+def _part(
+    record: dict,
+    field: str,
+) -> dict:  # {} where it is something else
+    "A part of a record."
+    value = record.get(field)
+    return value if isinstance(value, dict) else {}
+
+
+def _plain(value):
+    "What a cell of a table can hold: lists and dicts as JSON, text that is no UTF-8 written out, as \\udcff."
+    if isinstance(value, (list, dict)):
+        return json.dumps(value)
+    return value.encode("utf-8", "backslashreplace").decode("utf-8") if isinstance(value, str) else value
+
+
+def _towers(
+    result: dict,  # result.json
+) -> str:  # names, joined
+    "The frozen backbones by name."
+    names = _part(result, "backbones") or {role: str(name).partition(" ")[0] for role, name in _part(result, "frozen").items()}
+    return " + ".join(dict.fromkeys(map(str, names.values())))
+
+
+def _evaluation(
+    run: Finished,
+) -> pd.DataFrame | None:  # None for a run of another notebook
+    "Rows of one evaluation."
+    result, record, file = run.result, run.record, run.folder / "metrics.csv"
+    if result.get("notebook", "evaluate") != "evaluate" or (record and not file.is_file() and run.notebook != "evaluate"):
+        return None
+    if not file.is_file():
+        raise ValueError("result.json without metrics.csv")
+    lost = [field for field in ("method", "data", "seed") if field not in result]
+    if lost:
+        raise ValueError(f"result.json has no {', '.join(lost)}")
+    table = _rows(file)
     metrics = [c for c in table.columns if c in METRIC_NAMES]
-    if "category" not in table or not metrics or list(table["category"])[-1:] != [MEAN]: raise ValueError(f"metrics.csv needs a column category, columns of metrics and a last row {MEAN!r}; is it cut off?")
-    wrong = [m for m in metrics if not pd.api.types.is_numeric_dtype(table[m]) or not table[m].dropna().between(0, 1).all()]
-    if wrong: raise ValueError(f"metrics.csv holds values that are no fractions of 1 in {', '.join(wrong)}")
-    differ = [m for m in metrics if isinstance(result.get(m), float) and abs(result[m] - table[m].iloc[-1]) > 1e-9]
-    if differ: raise ValueError(f"result.json and metrics.csv disagree on the mean {differ[0]}: they are of different runs")
-    seen = {str(s).rpartition("/")[2] for s in result.get("seen") or []}
+    differ = [m for m in metrics if isinstance(result.get(m), float) and abs(result[m] - table[m].iloc[-1]) > ROUNDING]
+    if differ:
+        raise ValueError(f"result.json and metrics.csv disagree on the mean {differ[0]}: they are of different runs")
+    table[metrics] = table[metrics].clip(0, 1)
+    seen = {name.rpartition("/")[2] for name in _texts(result.get("seen"), "seen")}
     table["seen"] = [c in seen or (c == MEAN and bool(seen)) for c in table["category"]]
-    record, told = run.record, result.get("backbones") or {r: str(f).partition(" ")[0] for r, f in (result.get("frozen") or {}).items()}
-    head = dict(method=str(result["method"]), data=str(result["data"]), seed=int(run.seed), transductive=bool(result.get("transductive", False)), checkpoint=str(result.get("checkpoint") or ""),
-                trained_on="+".join(sorted({c.partition("/")[0] for c in result.get("trained_on") or []})), backbones=" + ".join(dict.fromkeys(told.values())),
-                fingerprint=result.get("fingerprint") or record.get("fingerprint"), experiment=record.get("spec", {}).get("experiment", ""), hash=run.hash, path=run.path)
-    tail = {**{k: record.get("code", {}).get(k) for k in ("commit", "dirty", "source")}, "version": record.get("versions", {}).get("zsad_nb"), "seconds": record.get("seconds"), "peak_memory_mb": record.get("peak_memory_mb")}
-    tail = tail if record else {}
-    own = {k: json.dumps(v) if isinstance(v, (list, dict)) else v for k, v in run.parameters.items() if k not in head and k not in tail}
-    return pd.concat([table, pd.DataFrame({**head, **own, **tail}, index=table.index)], axis=1)
+    trained_on = sorted({name.partition("/")[0] for name in _texts(result.get("trained_on"), "trained_on")})
+    head = dict(method=_name(result, "method"), data=_name(result, "data"), seed=_seed(run.seed), transductive=bool(result.get("transductive", False)),
+                checkpoint=str(result.get("checkpoint") or ""), trained_on="+".join(trained_on), backbones=_towers(result),
+                fingerprint=result.get("fingerprint") or record.get("fingerprint"), experiment=_part(record, "spec").get("experiment", ""), hash=run.hash, path=run.path)
+    tail = {}
+    if record:
+        tail = {field: _part(record, "code").get(field) for field in ("commit", "dirty", "source")}
+        tail |= dict(version=_part(record, "versions").get("zsad_nb"), seconds=record.get("seconds"), peak_memory_mb=record.get("peak_memory_mb"))
+    table = table.drop(columns=[c for c in table.columns if c in head or c in tail])
+    own = {f"parameter.{name}" if name in table.columns else name: value for name, value in run.parameters.items() if name not in head and name not in tail}
+    return pd.concat([table, pd.DataFrame({name: _plain(value) for name, value in {**head, **own, **tail}.items()}, index=table.index)], axis=1)
+
 
 def read_runs(folder: str|Path       # searched through all levels
              ) -> pd.DataFrame:      # one row a run and category (with the mean): method, data, seed, category, metrics (fractions), seen, transductive, backbones, every parameter, hash, path
@@ -141,9 +237,12 @@ def evaluations(runs: Iterable, skipped: Iterable=()) -> pd.DataFrame:  # of `fi
     "The evaluations among finished runs, as `read_runs` gives them."
     parts, skipped = [], list(skipped)
     for run in runs:
-        try: rows = _evaluation(run)
-        except ValueError as error: skipped.append((run.path, str(error)))
-        else: parts += [] if rows is None else [rows]
+        try:
+            rows = _evaluation(run)
+        except ValueError as error:
+            skipped.append((run.path, str(error)))
+            continue
+        parts += [] if rows is None else [rows]
     front = ["method", "data", "seed", "category"]
     table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*front, "seen", "transductive", "checkpoint", "hash", "path"])
     table = table[[*front, *[c for c in table.columns if c not in front]]]

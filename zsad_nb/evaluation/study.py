@@ -7,7 +7,6 @@ __all__ = ['METRICS', 'study', 'summary', 'ordering']
 
 # %% ../../nbs/evaluation/75_study.ipynb #ec2ab757
 import dataclasses
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +15,14 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ..backbones.features import FeatureCache, key_hash
-from ..core import seed_everything, write_atomically
+from ..core import seed_everything
 from ..data.index import fingerprint
 from .evaluate import MEAN, evaluate
 from .views import view
 from ..learning.training import fit, recipe_of
+from ..files import write_json
 from ..methods.base import create
+from ..tables import read_table, write_table
 
 # %% ../../nbs/evaluation/75_study.ipynb #dfef830e
 METRICS = ["image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "pixel_f1max", "pixel_aupro"]  # percent in tables, fractions in files
@@ -54,13 +55,13 @@ def study(method: str,                 # a registered method
             kept = shown if seed == seeds[0] else None
             key = dict(common, variant=name, changes=changes, seed=seed, weights=weights, **({} if kept is None else dict(shown=fingerprint(kept))))
             file = None if out is None else Path(out)/f"{key_hash(key)}.csv"
-            if file is not None and file.is_file(): rows = pd.read_csv(file)
+            if file is not None and file.is_file(): rows = read_table(file, numbers="rest", text=("variant", "category", "stage"))
             else:
                 rows = _one(method, {**options, **changes}, auxiliary, target, seed, recipe, cache, untrained, device, more, None if kept is None else (kept, file.with_suffix("")))
                 rows.insert(0, "seed", seed); rows.insert(0, "variant", name)
                 if file is not None:
-                    write_atomically(file.with_suffix(".json"), lambda p, key=key: p.write_text(json.dumps(key, indent=1, default=list)))
-                    write_atomically(file, lambda p, rows=rows: rows.to_csv(p, index=False))  # last: this one is done
+                    write_json(file.with_suffix(".json"), key)
+                    write_table(rows, file)  # last: this one is done
             if kept is not None: views[name] = file.with_suffix("")
             parts.append(rows)
     table = pd.concat(parts, ignore_index=True)

@@ -24,6 +24,8 @@ from ..data.pixels import load_mask
 from ..data.taxonomy import typed
 from .multi_type import _own_types
 from ..methods.base import Method
+from ..names import shown as shown_name
+from ..tables import read_table, write_table
 
 # %% ../../nbs/evaluation/74a_views.ipynb #a368d843
 def choose(index: pd.DataFrame,      # an Index; rows with split "test" are used
@@ -83,7 +85,7 @@ def look_at_types(method,                # with types: dapo, multiads; it was to
         best = method.type_scores(said.layers, maps, keep).argmax(1)
         for i in range(len(batch)):
             found.append(dict(image=batch.image[i].permute(1, 2, 0).cpu().numpy(), truth=(batch.mask[i, 0] * kinds[i]).cpu().numpy(), largest=kept[maps[i].argmax(0)].cpu().numpy(),
-                              likely=kept[1 + maps[i, 1:].argmax(0)].cpu().numpy(), heat=maps[i, 1:].sum(0).cpu().numpy(), map=said.map[i].cpu().numpy(), mask=batch.mask[i, 0].cpu().numpy(), path=batch.path[i],
+                              likely=kept[1 + maps[i, 1:].argmax(0)].cpu().numpy(), heat=maps[i, 1:].sum(0).cpu().numpy(), map=said.map[i].cpu().numpy(), mask=batch.mask[i, 0].cpu().numpy(), path=batch.path[i], category=batch.category[i],
                               has_mask=bool(batch.has_mask[i]), type=method.types[kinds[i] - 1] if kinds[i] else "normal", guess=method.types[keep[best[i]] - 1], score=float(said.score[i])))
     return found
 
@@ -120,16 +122,16 @@ class Views:
         def write(path):
             with open(path, "wb") as file: np.savez_compressed(file, images=self.images, masks=self.masks, maps=self.maps, types=types, **{f"typed_{k}": v for k, v in self.typed.items()})
         write_atomically(folder/"views.npz", write)
-        return write_atomically(folder/"views.csv", lambda p: self.rows.to_csv(p, index=False))
+        return write_table(self.rows, folder/"views.csv")
 
     @classmethod
     def read(cls, folder: str|Path) -> "Views":
         "What `save` left."
         try:
-            rows = pd.read_csv(Path(folder)/"views.csv", dtype=dict(category=str, image=str, defect=str), keep_default_na=True)
+            rows = read_table(Path(folder)/"views.csv", numbers=("anomalous", "area", "has_mask", "score", "low", "high"))
             arrays = _read_arrays(Path(folder)/"views.npz")
             images, masks, maps = (arrays[k] for k in ("images", "masks", "maps"))
-        except (OSError, ValueError, KeyError, EOFError, MemoryError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error: raise ValueError(f"{folder} holds no views ({type(error).__name__}: {error}); make the run again") from None
+        except (OSError, ValueError, KeyError, EOFError, MemoryError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error: raise ValueError(f"{shown_name(str(folder))} holds no views ({type(error).__name__}: {error}); make the run again") from None
         if not len(rows) == len(images) == len(masks) == len(maps): raise ValueError(f"{folder}: views.csv has {len(rows)} rows, views.npz {len(images)} images; make the run again")
         return cls(rows, images, masks, maps, tuple(arrays["types"].tolist()), {k[6:]: v for k, v in arrays.items() if k.startswith("typed_")})
 
@@ -145,7 +147,8 @@ def view(method: Method|None,    # None: images and masks alone
     if method is not None and test is not None and hasattr(method, "type_maps"):
         test = typed(test[test["split"] == "test"])  # labels become types
         method.prepare(test)
-        shown = shown[["image", *(["area"] if "area" in shown else [])]].merge(test, on="image")
+        keys = ["dataset", "category", "image"]  # one photograph may belong to several categories
+        shown = shown[[*keys, *(["area"] if "area" in shown else [])]].merge(test, on=keys)
         for _, part in shown.groupby(["dataset", "category"], sort=True):
             part.attrs = dict(test.attrs)
             found += look_at_types(method, part, test, size=size)
@@ -153,11 +156,11 @@ def view(method: Method|None,    # None: images and masks alone
         for batch in batches(shown, size, 8):
             said = None if method is None else method.predict(batch, cache).cpu()
             for i in range(len(batch)):
-                found.append(dict(path=batch.path[i], image=batch.image[i].permute(1, 2, 0).numpy(), mask=batch.mask[i, 0].numpy(), has_mask=bool(batch.has_mask[i]),
+                found.append(dict(path=batch.path[i], category=batch.category[i], image=batch.image[i].permute(1, 2, 0).numpy(), mask=batch.mask[i, 0].numpy(), has_mask=bool(batch.has_mask[i]),
                                   map=np.zeros((size, size), np.float32) if said is None else said.map[i].numpy(), score=np.nan if said is None else said.score[i].item()))
     if not found: raise ValueError("there are no images to look at")
-    told = pd.DataFrame([{k: f[k] for k in ("path", "has_mask", "score", "type", "guess") if k in f} | dict(map_low=f["map"].min(), map_high=f["map"].max()) for f in found]).rename(columns=dict(path="image"))
-    rows = told.merge(shown[[c for c in ("dataset", "category", "image", "defect", "anomalous", "area") if c in shown]], on="image", validate="1:1", how="left")
+    told = pd.DataFrame([{k: f[k] for k in ("path", "category", "has_mask", "score", "type", "guess") if k in f} | dict(map_low=f["map"].min(), map_high=f["map"].max()) for f in found]).rename(columns=dict(path="image"))
+    rows = told.merge(shown[[c for c in ("dataset", "category", "image", "defect", "anomalous", "area") if c in shown]], on=["category", "image"], validate="1:1", how="left")
     scales = {c: colour_scale(r) for c, r in (rows if ranges is None else ranges).groupby("category")}
     rows["low"], rows["high"] = ([float(scales[c][k]) for c in rows["category"]] for k in (0, 1))
     kinds = {k: np.stack([f[k] for f in found]).astype(d) for k, d in dict(truth=np.uint8, largest=np.uint8, likely=np.uint8, heat=np.float32).items()} if "heat" in found[0] else {}

@@ -17,7 +17,7 @@ import zsad_nb
 
 def _load():
     "Import what the commands need: seconds, so not before one is called."
-    global pd, require_known, write_atomically, check, detect, read, load, read_header, shown, table_text
+    global pd, require_known, write_atomically, check, detect, read, load, read_header, shown, table_text, write_table
     global bench, bench_cases, bench_table, demo_evaluation, demo, export, exit_code, Inspector, build
     global parameters_of, typed_value, rerun, Spec, collect, run, save_table, status, expand, sweep, shutil
     import shutil
@@ -29,7 +29,7 @@ def _load():
     from zsad_nb.data.readers import detect, read
     from zsad_nb.methods.base import load, read_header
     from zsad_nb.names import shown
-    from zsad_nb.tables import table_text
+    from zsad_nb.tables import table_text, write_table
     from zsad_nb.use.bench import bench, bench_cases, bench_table, demo_evaluation
     from zsad_nb.use.demo import demo
     from zsad_nb.use.export import export
@@ -61,7 +61,7 @@ def _seeds(args) -> int:
         mean = table.loc["mean"].unstack().rename_axis("method").reset_index()
         rows.append(mean.assign(seed=seed))
     result = pd.concat(rows, ignore_index=True)[["method", "seed", "image AUROC", "pixel AUROC", "AUPRO"]].sort_values(["method", "seed"])
-    write_atomically(args.csv, lambda p: result.to_csv(p, index=False, float_format="%.1f"))
+    write_table(result, args.csv, float_format="%.1f")
     print(result.to_string(index=False), f"\n\nmean over seeds\n{result.groupby('method')[['image AUROC', 'pixel AUROC', 'AUPRO']].agg(['mean', 'std']).round(1)}\n\n{args.csv}", sep="")
     return 0
 

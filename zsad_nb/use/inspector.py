@@ -33,7 +33,7 @@ from ..data.images import Batch
 from ..data.pixels import BadImage, load_image, resize
 from ..files import write_json
 from ..methods.base import Method
-from .inspection import COLUMNS, NO_THRESHOLD, Inspection, row_of, table_of
+from .inspection import COLUMNS, COUNTS, NO_THRESHOLD, NUMBERS, Inspection, row_of, table_of
 from .journal import Journal, aside, clear_temporary, make_way, need_parquet, save_parquet
 from .regions import at_size, display_size, find_regions
 from .runs import lock
@@ -261,10 +261,10 @@ class Inspector:
         with lock(out):
             clear_temporary(out)  # of a killed process; the lock says that no other one is at work
             for name in ("results.csv", "settings.json", "results.parquet"): make_way(out/name)
-            journal = Journal(path, COLUMNS)
+            journal = Journal(path, COLUMNS, (*NUMBERS, *COUNTS))
             if {r["settings"] for r in journal.rows} - {mine}:  # of other settings: neither believed nor lost
                 moved, dropped = str(aside(path, "before")), journal.dropped
-                journal = Journal(path, COLUMNS)
+                journal = Journal(path, COLUMNS, (*NUMBERS, *COUNTS))
                 journal.dropped = dropped
             write_json(out/"settings.json", {mine: self.settings})
             rows_before = {r["path"]: r for r in journal.rows if r["decision"] != "error"}  # a later row of a path is the newer one

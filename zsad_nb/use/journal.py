@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import write_atomically
+from ..files import write_atomically
+from ..tables import _line, spreadsheet_safe, spreadsheet_text, write_table
 
 # %% ../../nbs/use/80c_journal.ipynb #76ea874b
 SEAL = "seal"
@@ -29,10 +30,11 @@ def _text(value) -> str: return "" if value is None else repr(value) if isinstan
 
 def _seal(fields: list[str]) -> str: return hashlib.sha256("\0".join(fields).encode()).hexdigest()[:8]
 
-def _bytes(rows: Iterable[list[str]]) -> bytes:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue().encode()
+def _bytes(
+    rows: Iterable[list[str]],  # cells
+) -> bytes:
+    "Rows as a CSV has them; line ends of both kinds are quoted."
+    return "".join(map(_line, rows)).encode()
 
 def aside(path: str|Path, why: str  # a word for the new name
          ) -> Path:                 # results.csv is now results.why.csv, or results.why2.csv, ...
@@ -45,8 +47,10 @@ def aside(path: str|Path, why: str  # a word for the new name
 class Journal:
     "A CSV that grows by whole rows."
     def __init__(self, path: str|Path,  # a CSV; is made
-                 columns: Iterable[str]):
-        self.path, self.columns = Path(path), [*columns]
+                 columns: Iterable[str],
+                 numbers: Iterable[str]=(),  # columns that hold numbers: no other cell may look like a formula
+                ):
+        self.path, self.columns, self.numbers = Path(path), [*columns], frozenset(numbers)
         if self.path.is_file() and self.path.stat().st_size and not self._ours(): aside(self.path, "other")
         self.rows, self.dropped = self._read()  # rows as dicts of text; how many were not believed
         self.rewrite(self.rows)  # a half row in front of the next one would spoil both
@@ -63,25 +67,43 @@ class Journal:
             except csv.Error: line = ["damaged"]
             if line is None: return found, dropped
             if line == [*self.columns, SEAL]: at = source.tell()
-            elif len(line) == len(self.columns) + 1 and line[-1] == _seal(line[:-1]):
-                found.append(dict(zip(self.columns, line)))
+            elif (fields := self._believed(line)) is not None:
+                found.append(dict(zip(self.columns, fields)))
                 at = source.tell()
             else:  # an open quote swallows what follows: go on at the very next line
                 dropped += bool(line)
                 source.seek(at); source.readline()
                 at = source.tell()
 
+    def _believed(
+        self,
+        cells: list[str],  # of one row
+    ) -> list[str] | None:  # its fields; None: a row that the seal does not fit
+        "What a row says, if it is whole."
+        if len(cells) != len(self.columns) + 1:
+            return None
+        cells, seal = cells[:-1], cells[-1]
+        fields = [cell if name in self.numbers else spreadsheet_text(cell) for name, cell in zip(self.columns, cells)]
+        return next((row for row in (fields, cells) if _seal(row) == seal), None)  # the second: earlier versions wrote fields as they were
+
+    def _cells(
+        self,
+        fields: list[str],  # of one row
+    ) -> list[str]:  # with the seal
+        "A row as it stands in the file: no spreadsheet executes it."
+        return [*(field if name in self.numbers else spreadsheet_safe(field) for name, field in zip(self.columns, fields)), _seal(fields)]
+
     def rewrite(self, rows: Iterable[dict]):
         "Replace all rows, atomically."
         rows = list(rows)
         lines = [[_text(r.get(c)) for c in self.columns] for r in rows]
-        write_atomically(self.path, lambda p: p.write_bytes(_bytes([[*self.columns, SEAL], *([*line, _seal(line)] for line in lines)])))
+        write_atomically(self.path, lambda p: p.write_bytes(_bytes([[*self.columns, SEAL], *map(self._cells, lines)])))
         self.rows = [dict(zip(self.columns, line)) for line in lines]
 
     def append(self, row: dict) -> dict:  # the row as text
         "One row, one write; where the disk is full, nothing of it stays."
         line = [_text(row.get(c)) for c in self.columns]
-        data = _bytes([[*line, _seal(line)]])
+        data = _bytes([self._cells(line)])
         handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
         try:
             before = os.fstat(handle).st_size
@@ -120,4 +142,4 @@ def need_parquet():
 def save_parquet(table: pd.DataFrame, path: str|Path) -> Path:
     "Write Parquet, whole or not at all."
     need_parquet()
-    return write_atomically(path, lambda p: table.to_parquet(p, index=False))
+    return write_table(table, path)
