@@ -22,7 +22,6 @@ from ..backbones.engines import fast_products
 from ..backbones.features import FeatureCache
 from ..core import require_known, seed_everything
 from ..data.images import batches
-from ..data.index import root_of
 from .devices import Alone, Team, check_devices, inside, launch
 from .precision import checkpointed, full, lowered, peak_memory, reset_peak
 from ..methods.base import Method, method_class
@@ -126,7 +125,7 @@ def _steps(method, groups, index, recipe, size, workers, progress, label, cache,
     size = size or next(iter(method.backbones().values())).size
     whole = batches(index, size, recipe.batch_size, shuffle=True, seed=recipe.seed, workers=workers)
     loader, steps = team.shares(whole), recipe.epochs * len(whole)
-    kept = None if cache is None else cache.view(root_of(index), **({} if precision == "fp32" else dict(precision=precision)))  # other products, other features
+    kept = None if cache is None else cache.view(**({} if precision == "fp32" else dict(precision=precision)))  # other products, other features
     spare = None if kept is None else copy.copy(kept)  # for an image that another process counts
     if spare is not None: spare.counts = dict(kept.counts)
     scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, enabled=precision == "fp16")

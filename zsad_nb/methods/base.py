@@ -26,9 +26,9 @@ from torch import Tensor, nn
 import zsad_nb
 from ..backbones.backbones import Features, Frozen
 from ..backbones.engines import Engine, fast_products
-from ..backbones.features import FeatureCache
+from ..backbones.features import FeatureCache, one_by_one
 from ..backbones.weights import WeightsError, read_state
-from ..core import require_known, write_atomically
+from ..core import require_known, usual_defaults, write_atomically
 
 # %% ../../nbs/methods/40_base.ipynb #d8a4bd79
 @dataclass
@@ -122,9 +122,9 @@ class Method(nn.Module):
         "All that `encode` depends on besides the image, JSON-able; None where nothing is worth keeping."
         return None
     def features(self, batch, cache: FeatureCache|None=None) -> dict[str, Tensor]|Features|None:
-        "`encode` in the method's engine, through a cache where there is one and the method says what its features depend on."
+        "`encode` in the method's engine; through a cache, where there is one and the method says what its features depend on, image by image."
         encode = self.encode if self.engine is None or not self.encodes else lambda batch: self.engine(self, self._frozen, self.graph_key(), batch.image)
-        return encode(batch) if cache is None or self.encode_key() is None else cache(self.encode_key(), batch, encode)
+        return encode(batch) if cache is None or self.encode_key() is None else cache(self.encode_key(), batch, one_by_one(encode))
     def _frozen(self, image: Tensor): return self.encode(SimpleNamespace(image=image))
 
     def graph_key(self) -> dict:
@@ -174,6 +174,7 @@ class Method(nn.Module):
     @property
     def device(self) -> torch.device: return next(iter(self.backbones().values())).mean.device
 
+    @usual_defaults()
     @fast_products()
     @torch.inference_mode()
     def predict(self, batch, cache: FeatureCache|None=None) -> Prediction:  # on the method's device
@@ -184,6 +185,7 @@ class Method(nn.Module):
         finally: self.train(was)
 
 # %% ../../nbs/methods/40_base.ipynb #29ab2e60
+@usual_defaults(gradients=True)
 def create(name: str,        # a registered method
            engine: str="torch",     # of its frozen part, see `Method.use_engine`
            precision: str="fp32",   # of the engine
@@ -249,6 +251,7 @@ def load_tensors(method: Method, state: dict, where: str):
     with torch.no_grad():
         for k, p in own.items(): p.copy_(state[k])
 
+@usual_defaults(gradients=True)
 def load(path: str|Path,  # written by `save`
          **changes        # parameters to change, such as weights=PATH where the backbone's file moved; engine and precision as in `create`
         ) -> Method:      # on the CPU
