@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 import zsad_nb
 
@@ -49,8 +51,16 @@ def seed_everything(seed: int  # any whole number of 64 bits
     return torch.Generator(device="cpu").manual_seed(seed)
 
 # %% ../nbs/00_core.ipynb #5afcfa7c
+def _in_device_block() -> bool:
+    "Does a `with torch.device(...)` block, rather than `torch.set_default_device`, say where new tensors go?"
+    blocks = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, DeviceContext)]
+    default = getattr(getattr(torch, "_GLOBAL_DEVICE_CONTEXT", None), "device_context", None)
+    return bool(blocks) and blocks[-1] is not default
+
+
 @contextlib.contextmanager
-def usual_defaults(gradients: bool=False  # inside, gradients can be computed: also where the caller has switched them off
+def usual_defaults(gradients: bool=False,  # inside, gradients can be computed: also where the caller has switched them off
+                   blocks: bool=False,     # inside `with torch.device(...)` new tensors go there
                   ) -> Iterator[None]:
     "Inside, PyTorch computes in float32, without autocast, with new tensors on the CPU; also a decorator."
     dtype, lowered = torch.get_default_dtype(), [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
@@ -58,7 +68,7 @@ def usual_defaults(gradients: bool=False  # inside, gradients can be computed: a
         if dtype != torch.float32:
             undo.callback(torch.set_default_dtype, dtype)
             torch.set_default_dtype(torch.float32)
-        if torch.get_default_device().type != "cpu":
+        if torch.get_default_device().type != "cpu" and not (blocks and _in_device_block()):
             undo.enter_context(torch.device("cpu"))
         for kind in lowered:
             undo.callback(torch.set_autocast_enabled, kind, True)

@@ -298,7 +298,7 @@ def _load(tower: nn.Module, state: dict, name: str) -> nn.Module:
     tower.load_state_dict({k: v.float() for k, v in state.items()})
     return tower
 
-@usual_defaults(gradients=True)
+@usual_defaults(gradients=True, blocks=True)
 def create_backbone(name: str,  # a name of BACKBONES
                     weights: str="pretrained",  # "pretrained", a local file, or "random:SEED"
                     size: int|None=None,  # working image size in pixels; default: the table's, or the state dict's own

@@ -92,7 +92,8 @@ def narrow(t: Tensor,           # of one image
 def all_finite(tensors: dict  # name -> tensor
               ) -> bool:
     "Is there neither NaN nor infinity?"
-    return all(bool(t.isfinite().all()) for t in tensors.values() if t.is_floating_point())
+    finite = [t.isfinite().all() for t in tensors.values() if t.is_floating_point()]
+    return not finite or bool(torch.stack(finite).all())
 
 # %% ../../nbs/backbones/22_features.ipynb #59880347
 class FeatureCache:

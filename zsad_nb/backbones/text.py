@@ -170,7 +170,7 @@ def _text_tower(row: BackboneRow, state: dict|None, quick_gelu: bool, seed: int,
 
 _BESIDES = ("logit_scale", "logit_bias", "input_resolution", "context_length", "vocab_size", "attn_mask")  # what a state dict holds beside the two towers
 
-@usual_defaults(gradients=True)
+@usual_defaults(gradients=True, blocks=True)
 def create_text(name: str,  # an open_clip name of BACKBONES
                 weights: str="pretrained",  # "pretrained", a local file, or "random:SEED"
                 quick_gelu: bool=True,  # activation where the name does not say it ("clip", "tiny-clip"): OpenAI's weights need QuickGELU

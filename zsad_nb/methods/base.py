@@ -185,7 +185,7 @@ class Method(nn.Module):
         finally: self.train(was)
 
 # %% ../../nbs/methods/40_base.ipynb #29ab2e60
-@usual_defaults(gradients=True)
+@usual_defaults(gradients=True, blocks=True)
 def create(name: str,        # a registered method
            engine: str="torch",     # of its frozen part, see `Method.use_engine`
            precision: str="fp32",   # of the engine
@@ -251,7 +251,7 @@ def load_tensors(method: Method, state: dict, where: str):
     with torch.no_grad():
         for k, p in own.items(): p.copy_(state[k])
 
-@usual_defaults(gradients=True)
+@usual_defaults(gradients=True, blocks=True)
 def load(path: str|Path,  # written by `save`
          **changes        # parameters to change, such as weights=PATH where the backbone's file moved; engine and precision as in `create`
         ) -> Method:      # on the CPU
