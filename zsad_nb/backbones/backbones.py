@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core import usual_defaults
 from .weights import (WeightsError, clip_shapes, fitted, flat_state, hub_file, import_vision_libraries, read_state,
                                        vit_shapes, weights_hash)
 
@@ -294,6 +295,7 @@ def _load(tower: nn.Module, state: dict, name: str) -> nn.Module:
     tower.load_state_dict(fitted(own, state, f"the state dict does not fit {name}", 5))
     return tower
 
+@usual_defaults(gradients=True, blocks=True)
 def create_backbone(name: str,  # a name of BACKBONES
                     weights: str="pretrained",  # "pretrained", a local file, or "random:SEED"
                     size: int|None=None,  # working image size in pixels; default: the table's, or the state dict's own

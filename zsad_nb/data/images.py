@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ..core import usual_defaults
 from .index import root_of
 from .left_out import index_findings
 from .mosaic import Mosaic
@@ -95,6 +96,7 @@ class Batches:
         small = np.zeros(pixels.shape[:2], bool) if mask is None else resize_mask(mask, pixels.shape[:2])
         return self.rows[at], torch.from_numpy(pixels.copy()).permute(2, 0, 1), torch.from_numpy(small.copy())[None]
 
+    @usual_defaults()
     def _collect(self, results: list) -> Batch | None:
         "Rows read, as one batch."
         good = []

@@ -16,6 +16,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ..backbones.features import FeatureCache
+from ..core import usual_defaults
 from ..data.images import batches
 from .binned import BinnedPixelMetrics
 from .metrics import Metrics, PixelMetrics, image_metrics, mean_over_classes
@@ -139,6 +140,7 @@ def seen_in_training(method: Method,
     if seen: warnings.warn(f"{method.name} was trained on {taught(sets)}: the rows of {some(seen)} are not zero-shot", stacklevel=3)
     return seen
 
+@usual_defaults()
 def evaluate(method: Method,
              index: pd.DataFrame,    # target set; rows with split "test" are used
              size: int|None=None,    # pixels of maps and masks; default: the size of the method's first backbone

@@ -19,7 +19,6 @@ import tempfile
 import threading
 import time
 import traceback
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -96,6 +95,7 @@ class Alone:
     def shares(self, loader: Batches) -> Batches: return loader
     def busy(self, loader: Batches) -> bool: return True  # does this process have rows of the present batch?
     def total(self, counts: dict) -> dict: return counts
+    def same(self, value) -> bool: return True  # have all processes this value?
     def agree(self, parameters: list): pass
 
     def backward(self, method: Method, forward: Callable, features, batch: Batch,
@@ -124,6 +124,10 @@ class Team(Alone):
         "Counts of all processes."
         everyone = self._gather([counts])
         return {k: sum(c[k] for c in everyone) for k in counts}
+
+    def same(self, value) -> bool:
+        "Have all processes this value?"
+        return len(set(self._gather([value]))) == 1
 
     def agree(self, parameters: list):
         "All processes have the same parameters and the same random numbers ahead, or it is an error."
@@ -263,14 +267,12 @@ def _work():
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
     try:
-        from zsad_nb.learning.training import fit
+        from zsad_nb.learning.training import train_here
         import_vision_libraries()
         method = torch.load(owned_only(folder / "method.pt"), map_location="cpu", mmap=True, weights_only=False)  # the frozen weights are shared pages
         arguments, kind = pickle.loads(owned_only(folder / "arguments.pkl").read_bytes())
         if kind == "cuda": method.to(f"cuda:{rank}")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*have no mask")  # was said before the start
-            history = fit(method, **dict(arguments, progress=arguments["progress"] and rank == 0))
+        history = train_here(method, **dict(arguments, progress=arguments["progress"] and rank == 0))
         if rank == 0:
             frozen = tuple(f"{role}." for role in method.backbones())
             state = {k: v.detach().cpu() for k, v in (*method.named_parameters(), *method.named_buffers()) if not k.startswith(frozen)}

@@ -34,9 +34,9 @@ from torch import Tensor, nn
 import zsad_nb
 from ..backbones.backbones import Features, Frozen
 from ..backbones.engines import Engine, fast_products
-from ..backbones.features import FeatureCache
+from ..backbones.features import FeatureCache, one_by_one
 from ..backbones.weights import HEADER_MB, WeightsError, fitted, listed, require_finite, require_plain
-from ..core import require_known
+from ..core import require_known, usual_defaults
 from ..files import to_json, write_atomically
 from ..names import shown
 
@@ -192,9 +192,9 @@ class Method(nn.Module):
         "All that `encode` depends on besides the image, JSON-able; None where nothing is worth keeping."
         return None
     def features(self, batch, cache: FeatureCache|None=None) -> dict[str, Tensor]|Features|None:
-        "`encode` in the method's engine, through a cache where there is one and the method says what its features depend on."
+        "`encode` in the method's engine; through a cache, where there is one and the method says what its features depend on, image by image."
         encode = self.encode if self.engine is None or not self.encodes else lambda batch: self.engine(self, self._frozen, self.graph_key(), batch.image)
-        return encode(batch) if cache is None or self.encode_key() is None else cache(self.encode_key(), batch, encode)
+        return encode(batch) if cache is None or self.encode_key() is None else cache(self.encode_key(), batch, one_by_one(encode))
     def _frozen(self, image: Tensor): return self.encode(SimpleNamespace(image=image))
 
     def graph_key(self) -> dict:
@@ -244,6 +244,7 @@ class Method(nn.Module):
     @property
     def device(self) -> torch.device: return next(iter(self.backbones().values())).mean.device
 
+    @usual_defaults()
     @fast_products()
     @torch.inference_mode()
     def predict(self, batch, cache: FeatureCache|None=None) -> Prediction:  # on the method's device
@@ -254,6 +255,7 @@ class Method(nn.Module):
         finally: self.train(was)
 
 # %% ../../nbs/methods/40_base.ipynb #29ab2e60
+@usual_defaults(gradients=True, blocks=True)
 def create(name: str,        # a registered method
            engine: str="torch",     # of its frozen part, see `Method.use_engine`
            precision: str="fp32",   # of the engine
@@ -397,6 +399,7 @@ def _built(header: dict, changes: dict, path: Path) -> Method:
         said = str(error) if isinstance(error, ValueError) else f"{shown(str(header['method']))[:80]} cannot be built from its header ({type(error).__name__}: {str(error)[:200]})"
         raise WeightsError(said if path.name in said else f"{path.name}: {said}") from error
 
+@usual_defaults(gradients=True, blocks=True)
 def load(path: str|Path,  # written by `save`
          **changes        # parameters to change, such as weights=PATH where the backbone's file moved; engine and precision as in `create`
         ) -> Method:      # on the CPU
