@@ -87,8 +87,8 @@ class StatePrompts(TextPrompts):
                  count: int=3,          # prompts a state (SSVP, 4.2)
                  std: float=0.02,       # of the initial vectors, truncated normal (ours)
                  shared_background: bool=True,  # one background for all prompts (SSVP); False: one a pair (Bayes-PFL)
-                 naming: str="words",   # what a prompt calls the class, see `rewrite`
                  state_mean: float=0.0, # mean of the initial state vectors, negative for the abnormal ones (ours 0; Bayes-PFL 0.5, without effect: see below)
+                 naming: str="words",   # what a prompt calls the class, see `rewrite`
                 ):
         super().__init__(text)
         if min(count, state) < 1 or background < 0: raise ValueError(f"background={background}, state={state}, count={count}; there must be at least one prompt with one state vector")

@@ -55,10 +55,7 @@ class TextTower(Frozen):
         "Byte-pair ids; a text that does not fit, or that would end the sentence early, raises instead of losing its end."
         texts, ids = [texts] if isinstance(texts, str) else list(texts), []
         for text in texts:
-            try:
-                words = tokenizer().encode(text)
-            except UnicodeEncodeError as error:  # half a surrogate pair: a file name that is not UTF-8
-                raise ValueError(f"the prompt {text!r} holds a character that is no text; correct the name") from error
+            words = tokenizer().encode(text)
             if START in words or END in words:
                 raise ValueError(f"the prompt {text!r} holds one of CLIP's own marks for start and end of text, which would cut it off; leave the mark out")
             ids.append([START, *words, END])

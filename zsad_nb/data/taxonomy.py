@@ -8,6 +8,7 @@ __all__ = ['USES', 'taxonomy', 'plain', 'type_of', 'type_words', 'product_types'
 
 # %% ../../nbs/data/16_taxonomy.ipynb #bf92fc0f
 import re
+import unicodedata
 import warnings
 from functools import lru_cache
 from importlib.resources import files
@@ -32,7 +33,7 @@ def taxonomy(dataset: str|None=None  # as in the Index: mvtec, visa, synthetic-t
 def plain(label: str  # a folder's name, an annotation's label
          ) -> str:    # lower case, single spaces
     "A label as words."
-    return re.sub(r"[\s_-]+", " ", label).strip().lower()
+    return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFC", label)).strip().lower()
 
 # %% ../../nbs/data/16_taxonomy.ipynb #d5ad68db
 @lru_cache(maxsize=None)

@@ -33,6 +33,7 @@ from ..core import write_atomically
 from ..data.images import Batch
 from ..data.pixels import BadImage, load_image, resize
 from ..methods.base import Method
+from ..methods.class_names import check_names
 from .inspection import COLUMNS, NO_THRESHOLD, Inspection, row_of, table_of
 from .journal import Journal, aside, need_parquet, save_parquet
 from .regions import at_size, display_size, find_regions
@@ -211,6 +212,7 @@ class Inspector:
     def _sources(self, what, out=None) -> list[Source]:
         items = sources(what, self.category, out)
         names, c = sorted({s.category for s in items}), self.calibration
+        check_names(self.method, names)
         for name in names if c is not None else (): c.of("image", name)  # unknown: raises before anything is done
         if c is not None and c.comparable is None and c.categories and (other := sorted(set(names) - set(c.categories))):
             warnings.warn(f"the thresholds were made from images of {', '.join(c.categories)}, these are of {', '.join(other)}: a rate that holds for one product says nothing of another", stacklevel=3)
