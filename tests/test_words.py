@@ -8,7 +8,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from zsad_nb.backbones.ensembles import WINCLIP_STATES, WINCLIP_TEMPLATES, anovl_templates, sentences
+from zsad_nb.backbones.ensembles import anovl_templates, sentences
 from zsad_nb.backbones.text import END, START, create_text
 from zsad_nb.backbones.words import NAMINGS, rewrite
 from zsad_nb.data.images import Batch

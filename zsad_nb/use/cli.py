@@ -22,6 +22,7 @@ from ..data.images import check
 from ..data.readers import detect, read
 from ..methods.base import MODULES, load, read_header
 from .bench import bench, bench_cases, bench_table, demo_evaluation
+from .console import on_any_console
 from .demo import SETTINGS, demo
 from .export import export
 from .inspection import exit_code
@@ -288,11 +289,14 @@ def parser() -> argparse.ArgumentParser:
     i.add_argument("--device", default="cpu", help="cpu or cuda")
     return p
 
+@on_any_console
 def main(argv: list[str]|None=None  # default: the process's own arguments
         ) -> int:                   # exit status
     "Entry point of the console script `zsad`; expected errors are one line, not a traceback."
     args = parser().parse_args(argv)
     try: return args.run(args)
+    except BrokenPipeError:
+        raise  # for `on_any_console`
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"zsad {args.command}: {error}", file=sys.stderr)
         return 2

@@ -37,6 +37,7 @@ import zsad_nb
 from ..backbones.features import key_hash
 from ..core import write_atomically
 from ..evaluation.results import read_json, read_runs
+from .console import some_home
 from .parameters import check_parameters, read_notebook, source_hash
 
 # %% ../../nbs/use/83_runs.ipynb #39696006
@@ -263,7 +264,7 @@ def execute(source: dict,     # a notebook of `read_notebook`
         _save(folder, record)
         half.write_text(json.dumps(source), encoding="utf-8")
         name = str(half).replace("{", "{{").replace("}", "}}")  # papermill fills in braces
-        with open(folder/"run.log", "a", encoding="utf-8", buffering=1) as log, tempfile.TemporaryDirectory(prefix="zsad-", ignore_cleanup_errors=True) as sockets:
+        with open(folder/"run.log", "a", encoding="utf-8", buffering=1) as log, tempfile.TemporaryDirectory(prefix="zsad-", ignore_cleanup_errors=True) as sockets, some_home():
             kernel.log = log
             log.write(f"--- {record['started']} attempt {record.get('attempt', 1)}, process {os.getpid()}{', took over from ' + record['took_over'] if 'took_over' in record else ''}\n")
             papermill.execute_notebook(name, name, {**values, "output": str(folder)}, kernel_name="python3", progress_bar=False, stdout_file=log, stderr_file=log,
