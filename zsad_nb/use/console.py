@@ -22,15 +22,15 @@ def any_letter():
     "Inside, what standard output and error cannot encode is shown as an escape."
     before = []
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure") and stream.errors == "strict":
-            before.append(stream)
+        if hasattr(stream, "reconfigure") and stream.errors in ("strict", "surrogateescape"):  # the latter in a C locale
+            before.append((stream, stream.errors))
             stream.reconfigure(errors="backslashreplace")
     try:
         yield
     finally:
-        for stream in before:
+        for stream, errors in before:
             with contextlib.suppress(ValueError):  # closed in the meantime
-                stream.reconfigure(errors="strict")
+                stream.reconfigure(errors=errors)
 
 def locale_hint() -> str:
     "What is wrong with this process's file names, if anything."
