@@ -30,15 +30,23 @@ from .backbones import Features
 from .features import key_hash
 from .graphs import PACKAGES, EngineError, Session, check_choice, drawn_images, need, quantise, trace, write_onnx
 from .weights import weights_hash
-from ..files import read_json, write_json
+from ..files import private_folder, read_json, write_json
 
 # %% ../../nbs/backbones/23_engines.ipynb #07248ebe
 LIMITS = dict(fp32=1e-4, bf16=0.05, int8=0.3)  # largest relative error of an output at export (ours): above, something is wrong, not just rounded
 SMALL = 0.01  # root mean square below which an output is compared absolutely (ours): what is left of a difference of cosines
 
 def engine_folder() -> Path:
-    "Where graphs are kept unless one says otherwise."
-    return Path(os.environ.get("ZSAD_ENGINES") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache")/"zsad_nb"/"engines").expanduser()
+    "Where graphs are kept unless one says otherwise: ZSAD_ENGINES, the user's cache, or a private temporary folder for a user without a home."
+    if own := os.environ.get("ZSAD_ENGINES"):
+        return Path(own).expanduser()
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not cache.is_absolute():  # unset, or a relative one, which does not count
+        try:
+            cache = Path.home()/".cache"
+        except RuntimeError:
+            cache = private_folder(Path(tempfile.gettempdir())/f"zsad_nb-{os.getuid()}")
+    return cache/"zsad_nb"/"engines"
 
 def flat(found) -> dict[str, Tensor]:
     "What a frozen function gave, as a dict of tensors."
@@ -113,7 +121,11 @@ class Engine:
         "Draw, write, rename."
         if shutil.disk_usage(_existing(folder)).free < (wanted := 1.2 * sum(p.nbytes for p in owner.parameters())):
             raise EngineError(f"{folder.parent} has no room for a graph of {wanted / 1e9:.1f} GB; free some space, or pass folder= (or set ZSAD_ENGINES)")
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-").cleanup()
+        except OSError as error:
+            raise EngineError(f"no graph can be kept in {folder.parent} ({error.strerror or error}); pass folder=, or set ZSAD_ENGINES to a folder that can be written") from error
         grid = []
         def run(image):
             found = function(image)
@@ -148,8 +160,10 @@ class Engine:
             worst = max(far, key=lambda n: far[n] if math.isfinite(far[n]) else math.inf)
             if not far[worst] <= LIMITS[self.precision]:
                 raise EngineError(f"engine={self.engine!r} in {self.precision} is {far[worst]:.2g} away from PyTorch at {worst} (limit {LIMITS[self.precision]}); use another precision or engine='torch'")
-            write_json(checked, dict(relative_error=far))
-        os.utime(folder/"about.json")
+            with contextlib.suppress(OSError):  # a full or read-only disk: it is checked again the next time
+                write_json(checked, dict(relative_error=far))
+        with contextlib.suppress(OSError):
+            os.utime(folder/"about.json")
         return session, about
 
     def _evict(self, newest):

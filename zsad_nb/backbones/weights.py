@@ -8,10 +8,13 @@ __all__ = ['HEADER_MB', 'NESTING', 'WRAPPERS', 'SHELLS', 'PREFIXES', 'import_vis
            'released_state', 'fitted', 'hub_file', 'weights_hash', 'clip_shapes', 'vit_shapes']
 
 # %% ../../nbs/backbones/19_weights.ipynb #67ae5618
+import contextlib
 import hashlib
+import os
 import sys
 import urllib.error
 import urllib.request
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +23,26 @@ import torch
 from safetensors.torch import load_file
 
 # %% ../../nbs/backbones/19_weights.ipynb #53dd8724
+@contextlib.contextmanager
+def _world_kept():
+    "What an import adds to the environment or to the warning filters is taken back: both are the caller's (tokenizers, inductor and sympy do so)."
+    before = dict(os.environ)
+    with warnings.catch_warnings():
+        try:
+            yield
+        finally:
+            for name in set(os.environ) - set(before):
+                del os.environ[name]
+            os.environ.update(before)
+
 def import_vision_libraries():  # -> (timm, open_clip)
     "Import timm and open_clip; where torchvision's C++ operators are missing, declare their schemas first."
+    if "timm" in sys.modules and "open_clip" in sys.modules:
+        return sys.modules["timm"], sys.modules["open_clip"]
+    with _world_kept():
+        return _import_vision_libraries()
+
+def _import_vision_libraries():
     try:
         import torchvision  # noqa: F401
     except RuntimeError as error:

@@ -6,12 +6,15 @@
 __all__ = ['window_counts', 'normal_spots', 'defective_spots', 'cut_crops', 'cut_ksdd']
 
 # %% ../../nbs/data/12b_crops.ipynb #b0260bcf
+import errno
+import functools
 import math
 import os
 import re
 import shutil
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +26,7 @@ from .index import GOOD, make_index, root_of, save_index, save_split
 from .layouts import LayoutError, enter
 from .pixels import load_pair
 from .sets import read_ksdd
+from ..names import shown
 
 # %% ../../nbs/data/12b_crops.ipynb #f46eedcf
 def window_counts(
@@ -92,14 +96,43 @@ def _new_folder(out: str | os.PathLike, overwrite: bool) -> tuple[Path, Path]:
 
 
 def _publish(part: Path, out: Path) -> None:
-    "Give a finished folder its name."
-    if out.exists(): shutil.rmtree(out)
-    part.rename(out)
+    "Give a finished folder its name; the old one goes when the new one is there."
+    if not out.exists():
+        part.rename(out)
+        return
+    old = out.with_name(out.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    out.rename(old)
+    try:
+        part.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # of a write
+
+
+def _whole_or_absent(cut: Callable) -> Callable:
+    "A cut that fails leaves nothing behind and says which folder was not made."
+    @functools.wraps(cut)
+    def wrapped(source, out, *args, **kwargs):
+        try:
+            return cut(source, out, *args, **kwargs)
+        except BaseException as error:
+            place = Path(os.path.abspath(out))
+            shutil.rmtree(place.with_name(place.name + ".part"), ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in _DISK:
+                raise OSError(error.errno, f"{shown(str(place))} was not made ({error.strerror}); what was there before is unchanged. Free some space or choose another folder.") from error
+            raise
+    return wrapped
 
 
 def _safe(name: str) -> str: return re.sub(r"[^\w.+-]+", "_", name).strip("._") or "defect"
 
 
+@_whole_or_absent
 def cut_crops(
     index: pd.DataFrame,  # an Index
     out: str | os.PathLike,  # folder to make: <category>/{train,test}/<good or defect>/*.png, <category>/ground_truth/<defect>/*_mask.png
@@ -147,6 +180,7 @@ def cut_crops(
     return make_index(found, out)
 
 # %% ../../nbs/data/12b_crops.ipynb #cf776227
+@_whole_or_absent
 def cut_ksdd(
     raw: str | os.PathLike,  # folder of kos01..kos50 as distributed
     out: str | os.PathLike,  # folder to make, usually SDD: train/good, test/{good,defect}, ground_truth/defect, split.csv

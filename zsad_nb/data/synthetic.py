@@ -21,6 +21,7 @@ from ..records import read_record
 from .synthetic_drawing import Dice, close_mask, to_uint8
 from .synthetic_categories import CATEGORIES, SETS, Category, Scene, categories, expose, make_scene, sensor
 from .synthetic_defects import DEFECTS, Defect, Spot, defects, find_spot
+from ..files import write_json
 
 # %% ../../nbs/data/13_synthetic.ipynb #2975c281
 _all_ = ["CATEGORIES", "DEFECTS", "SETS", "Category", "Defect", "categories", "defects"]   # drawn from here too
@@ -125,8 +126,11 @@ def _jobs(which: str, normal: int, defective: int, train_normal: int, seed: int)
 
 
 def _save(array: np.ndarray, path: Path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path, compress_level=1)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(path, compress_level=1)
+    except OSError as error:
+        raise OSError(error.errno, f"{path} was not written ({error.strerror or error}); free some space or choose another folder, and draw the set again") from error
 
 
 def synthetic_index(
@@ -166,6 +170,5 @@ def synthetic_index(
             sample = draw(name, s, size, kind)
             _save(sample.image, root / row["image"])
             if row["mask"]: _save(sample.mask.astype(np.uint8) * 255, root / row["mask"])
-        root.mkdir(parents=True, exist_ok=True)
         write_json(stamp, params)
     return make_index(rows, root)

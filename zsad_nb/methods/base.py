@@ -38,6 +38,7 @@ from ..backbones.features import FeatureCache, one_by_one
 from ..backbones.weights import HEADER_MB, WeightsError, fitted, listed, require_finite, require_plain
 from ..core import require_known, usual_defaults
 from ..files import to_json, write_atomically
+from .class_names import check_index, prompt_table
 from ..names import shown
 
 # %% ../../nbs/methods/40_base.ipynb #d8a4bd79
@@ -222,8 +223,14 @@ class Method(nn.Module):
         low = self.engine is not None and self.engine.precision == "bf16" and not self.training
         return torch.autocast(self.device.type, torch.bfloat16) if low else contextlib.nullcontext()
     def prepare(self, index: pd.DataFrame, training: bool=False) -> "Method":
-        "Told of the index before training or testing on it; a method with defect types reads them there."
+        "Told of the index before training or testing on it: its class names are checked; a method with defect types reads them there."
+        if index is not None:
+            check_index(self, index)
         return self
+    @classmethod
+    def class_sentences(cls, p, category: str) -> list[str]:
+        "The sentences that name a class, a normal one first, for a set of parameters; [] where no class is named."
+        return []
     def loss(self, prediction: Prediction, batch) -> dict[str, Tensor]:
         "Loss terms with their sum under `total`."
         raise NotImplementedError(f"{self.name} is training-free: it has no loss")
@@ -267,9 +274,19 @@ def create(name: str,        # a registered method
     parameters = {k: tuple(v) if isinstance(v, list) else v for k, v in parameters.items()}  # JSON has lists only
     return cls(cls.Parameters(**parameters)).use_engine(engine, precision)
 
-def describe(name: str  # a registered method
-            ) -> pd.DataFrame:  # parameter, default, allowed, source, help
-    "A method's parameters, their defaults and where each default comes from."
+def describe(name: str|Method,  # a registered method, or one that was made
+             categories=None,   # names of classes, or an Index: show what the sentences call them
+             **parameters       # of a registered method, for its sentences
+            ) -> pd.DataFrame:  # parameter, default, allowed, source, help; with categories: category, words, prompt, prompts, shared_with, unread
+    "A method's parameters with the source of each default; with categories, the words that the method makes of them."
+    if categories is not None:
+        names = categories["category"] if isinstance(categories, pd.DataFrame) else [categories] if isinstance(categories, str) else categories
+        if isinstance(name, Method):
+            return prompt_table(name, name.p, names, getattr(name, "text", None))
+        cls = method_class(name)
+        require_known(parameters, [f.name for f in dataclasses.fields(cls.Parameters)], f"parameter of {name}")
+        return prompt_table(cls, cls.Parameters(**parameters), names)
+    name = name.name if isinstance(name, Method) else name
     def say(allowed): return "" if allowed is None else allowed if isinstance(allowed, str) else " | ".join(allowed)
     return pd.DataFrame([dict(parameter=f.name, default=f.default, allowed=say(f.metadata["allowed"]), source=f.metadata["source"], help=f.metadata["help"])
                          for f in dataclasses.fields(method_class(name).Parameters)])

@@ -86,7 +86,7 @@ class TypeMethod(Method):
             raise ValueError(f"{count} images have a defect that is none of the types ({', '.join(self.p.types)}): {', '.join(repr(d) for _, d in sorted(lost)[:6])}. "
                              "Add its type, correct the label, or leave the images out (zsad_nb.data.taxonomy.typed drops those without a type)")
         self._kinds = kinds
-        return self
+        return super().prepare(index, training)
 
     def kinds(self, batch) -> Tensor:  # (B,) 0 for an image without defect, else the number of its type from 1
         "The types of a batch's images."

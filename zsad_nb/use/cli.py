@@ -14,6 +14,7 @@ import threading
 from pathlib import Path
 
 import zsad_nb
+from .console import on_any_console
 
 def _load():
     "Import what the commands need: seconds, so not before one is called."
@@ -395,12 +396,15 @@ def _call(args, signals: "_Signals|None") -> int:
         if signals is not None:
             signals.settle()
         return _stopped(args, 130 if signals is None else signals.code or 130)
+    except BrokenPipeError:
+        raise  # for `on_any_console`
     except (ValueError, TypeError, OSError, ImportError) as error:
         if signals is not None and signals.code is not None:  # what an interruption became on its way
             return _stopped(args, signals.code)
         print(f"zsad {args.command}: {error}", file=sys.stderr)
         return 2
 
+@on_any_console
 def main(argv: list[str]|None=None  # default: the process's own arguments, and its signals
         ) -> int:                   # exit status
     "The command line; expected errors are one line, not a traceback."

@@ -33,6 +33,7 @@ from ..data.images import Batch
 from ..data.pixels import BadImage, load_image, resize
 from ..files import write_json
 from ..methods.base import Method
+from ..methods.class_names import check_names
 from .inspection import COLUMNS, COUNTS, NO_THRESHOLD, NUMBERS, Inspection, row_of, table_of
 from .journal import Journal, aside, clear_temporary, make_way, need_parquet, save_parquet
 from .regions import at_size, display_size, find_regions
@@ -216,6 +217,7 @@ class Inspector:
     def _sources(self, what, out=None) -> Sources:
         items = sources(what, self.category, out)
         names, c = sorted({s.category for s in items}), self.calibration
+        check_names(self.method, names)
         for name in names if c is not None else (): c.of("image", name)  # unknown: raises before anything is done
         if c is not None and c.comparable is None and c.categories and (other := sorted(set(names) - set(c.categories))):
             warnings.warn(f"the thresholds were made from images of {', '.join(c.categories)}, these are of {', '.join(other)}: a rate that holds for one product says nothing of another", stacklevel=3)

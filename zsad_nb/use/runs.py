@@ -40,6 +40,7 @@ from ..files import inside, open_lock, to_json, write_atomically, write_json
 from ..names import shown
 from ..records import read_record
 from ..tables import write_table
+from .console import some_home
 from .executors import end_tree
 from .kernel import LIBRARIES, code_state, kernel_command, package_folder, versions  # noqa: F401 (they were here)
 from .parameters import check_parameters, read_notebook, source_hash
@@ -341,7 +342,7 @@ def execute(source: dict,     # a notebook of `read_notebook`
         _save(folder, record)
         write_json(half, source)
         name = str(half).replace("{", "{{").replace("}", "}}")  # papermill fills in braces
-        with _open_log(folder) as log, tempfile.TemporaryDirectory(prefix="zsad-", ignore_cleanup_errors=True) as sockets:
+        with _open_log(folder) as log, tempfile.TemporaryDirectory(prefix="zsad-", ignore_cleanup_errors=True) as sockets, some_home():
             kernel.log = log
             log.write(f"--- {record['started']} attempt {record.get('attempt', 1)}, process {os.getpid()}{', took over from ' + record['took_over'] if 'took_over' in record else ''}\n")
             try:
