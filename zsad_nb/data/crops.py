@@ -21,7 +21,8 @@ from scipy import ndimage
 
 from .index import GOOD, make_index, root_of, save_index, save_split
 from .layouts import LayoutError, enter
-from .pixels import load_pair
+from .pixels import load_pair, read_pair
+from .reading import reading_of, takes_reading
 from .sets import read_ksdd
 
 # %% ../../nbs/data/12b_crops.ipynb #f46eedcf
@@ -100,6 +101,7 @@ def _publish(part: Path, out: Path) -> None:
 def _safe(name: str) -> str: return re.sub(r"[^\w.+-]+", "_", name).strip("._") or "defect"
 
 
+@takes_reading
 def cut_crops(
     index: pd.DataFrame,  # an Index
     out: str | os.PathLike,  # folder to make: <category>/{train,test}/<good or defect>/*.png, <category>/ground_truth/<defect>/*_mask.png
@@ -111,16 +113,16 @@ def cut_crops(
     jitter: float = 0.25,  # how far from the centre of the crop its defect may lie, as a fraction of the side
     seed: int = 0,
     overwrite: bool = False,  # replace a folder that is not empty
-    mask_mismatch: str = "error",  # a mask of another size than its image: "error", or "resize" it
+    **reading,  # see `Reading`; default: as the index says. Crops are written with 8 bits, upright
 ) -> pd.DataFrame:  # the Index of the crops
     "Cut normal and defective crops, written in MVTec layout; dataset, category, split and defect are kept."
     if size < 1: raise ValueError(f"size={size}; it must be at least 1 pixel")
-    source = root_of(index)
+    source, how = root_of(index), reading_of(index, **reading)
     out, part = _new_folder(out, overwrite)
     found, blind = [], []
     for row in index.itertuples(index=False):
         if row.anomalous and not row.mask: blind.append(row.image); continue  # nobody knows where it is clean
-        image, mask = load_pair(source / row.image, source / row.mask if row.mask else None, row.category, mask_mismatch)
+        image, mask = read_pair(source / row.image, source / row.mask if row.mask else None, how, row.category)[:2]
         if min(image.size) < size:
             raise ValueError(f"{row.image} is {image.size[0]}x{image.size[1]}, smaller than a crop of {size}; choose size <= {min(image.size)}")
         mask = np.zeros(image.size[::-1], bool) if mask is None else mask

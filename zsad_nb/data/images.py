@@ -175,7 +175,7 @@ def batches(
 # %% ../../nbs/data/12_images.ipynb #c6b411f1
 PROBLEMS = ("missing", "truncated", "unreadable", "pages", "dark", "missing_mask", "bad_mask", "unclear_mask", "normal_mask", "size_mismatch", "empty_mask",
             "inverted_mask", "alpha_mask", "mask_position", "duplicate")
-DARK = 1 / 16  # of white: an image of more than 8 bits that is nowhere brighter has probably another depth
+DARK = 1 / 16  # of white: floats that are nowhere brighter have probably another white
 
 
 @dataclass
@@ -224,7 +224,8 @@ def _check_row(root: Path, image_path: str, mask_path: str, anomalous: bool, cat
     seen, image, path = _Seen([]), None, root / image_path
     try:
         stored = open_stored(path)
-        image = rgb_of(stored, reading.bits, reading.white, str(path)).size, stored.orientation
+        image = stored.image.size, stored.orientation
+        rgb_of(stored, reading.bits, reading.white, str(path))
         seen.brightest, seen.white = _brightness(stored, reading)
     except BadImage as error:
         seen.problems.append((error.code, str(error)))
@@ -247,11 +248,9 @@ def _dark(seen: _Seen, top: float) -> list[tuple[str, str]]:
     if seen.white == 1:
         text = f"its brightest pixel is {seen.brightest:.4g} and 1 is white: if another value is, state it, such as white={seen.brightest:.4g}"
         return [("dark", text)] if seen.brightest < DARK else []
-    depth = next((bits for bits in (8, 10, 12, 14) if top < 2**bits), None)
-    if depth is None and seen.brightest > DARK * 65535:
+    if top >= 2**14:
         return []
-    cure = f"if its camera has {depth} bits, state bits={depth}" if depth else f"others of this set reach {top:.0f}: leave it if it is a dark picture of the same camera"
-    return [("dark", f"its brightest pixel is {seen.brightest:.0f} of 65535, so it is read dark; {cure}")]
+    return [("dark", f"its brightest pixel is {seen.brightest:.0f} of 65535, and no image of this set goes beyond {top:.0f}: it is read dark; if its camera has 14 bits, state bits=14")]
 
 
 def _position(seen: _Seen, lie: set[str]) -> list[tuple[str, str]]:

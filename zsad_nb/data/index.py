@@ -120,6 +120,9 @@ def concat_indices(
     roots = [str(root_of(index)) for index in indices]
     try: root = os.path.commonpath(roots)
     except ValueError as error: raise ValueError(f"the roots {roots} have no common parent (different drives)") from error
+    readings = [index.attrs.get("reading", {}) for index in indices]
+    if any(reading != readings[0] for reading in readings):
+        raise ValueError(f"the indices say that their files are read differently ({', '.join(map(str, readings))}); read_as(index, ...) makes them agree")
     tables = []
     for index, own in zip(indices, roots):
         prefix = PurePosixPath(os.path.relpath(own, root).replace(os.sep, "/"))
@@ -127,7 +130,10 @@ def concat_indices(
         for name in ("image", "mask"): table[name] = [str(prefix / path) if path else "" for path in table[name]]
         table.attrs = {}
         tables.append(table)
-    return make_index(pd.concat(tables, ignore_index=True), root)
+    joined = make_index(pd.concat(tables, ignore_index=True), root)
+    if readings[0]:
+        joined.attrs["reading"] = dict(readings[0])
+    return joined
 
 # %% ../../nbs/data/10_index.ipynb #2b77ddef
 def save_index(
@@ -190,9 +196,11 @@ def fingerprint(
     index: pd.DataFrame,  # an Index
     files: str = "none",  # "none": rows only; "size": and the sizes of the files; "content": and their bytes
 ) -> str:  # 64 hexadecimal digits
-    "sha256 over the rows of an Index, and over the files if asked."
+    "sha256 over the rows of an Index, over how its files are read where that was stated, and over the files if asked."
     if files not in ("none", "size", "content"): raise ValueError(f"files={files!r}; it must be 'none', 'size' or 'content'")
     digest = hashlib.sha256()
+    if index.attrs.get("reading"):
+        digest.update(json.dumps(index.attrs["reading"], sort_keys=True, default=float).encode() + b"\n")
     root = None if files == "none" else root_of(index)
     for row in index[list(COLUMNS)].itertuples(index=False):
         digest.update(json.dumps([value if isinstance(value, str) else bool(value) for value in row], ensure_ascii=False).encode() + b"\n")

@@ -36,6 +36,7 @@ class Stored:
     white: float | None = 255  # the stored value that is white; None: the file does not say
     deep: np.ndarray | None = None  # (H, W, bands) uint16: colours of more than 8 bits, complete
     cut: bool = False  # the library kept 8 of more bits, and the others are out of reach
+    perhaps_cut: bool = False  # it was decoded by somebody else, and may have been cut then
     factor: float = 1.0  # the library's values times this are the stored ones
     inverted: bool = False  # the file says that 0 is white
     numbers: bool = False  # 2 or 4 bits a pixel: numbers of labels rather than shades
@@ -316,6 +317,6 @@ def stored_image(
     elif image.mode[0] in "IF":
         stored.white = 65535 if image.format in ("PNG", "PPM") else None
     else:  # an 8-bit mode: who decoded a PNG cannot say whether it had 16
-        stored.cut = image.format in ("PNG", "PPM", "JPEG2000", "SGI") or depth > 8
-        stored.white = 65535 if stored.cut else 255
+        stored.cut, stored.perhaps_cut = depth > 8, depth <= 8 and image.format in ("PNG", "PPM", "JPEG2000", "SGI")
+        stored.white = 65535 if stored.cut or stored.perhaps_cut else 255
     return stored

@@ -20,6 +20,7 @@ from ..core import write_atomically
 from ..data.images import batches, defect_names
 from ..data.index import root_of
 from ..data.pixels import load_mask
+from ..data.reading import reading_of
 from ..data.taxonomy import typed
 from .multi_type import _own_types
 from ..methods.base import Method
@@ -31,11 +32,12 @@ def choose(index: pd.DataFrame,      # an Index; rows with split "test" are used
           ) -> pd.DataFrame:         # rows of the Index, with a column `area`: the defect's share of the image
     "Defective images by the area of their defect, whatever a method says of them."
     test, root, chosen = index[(index["split"] == "test") & index["anomalous"]], root_of(index), []
+    threshold = reading_of(index).mask_threshold
     if lost := sorted(set(categories) - set(index["category"])): raise ValueError(f"the index has no category {', '.join(lost)}; it has {', '.join(sorted(set(index['category'])))}")
     if each < 1: raise ValueError(f"each={each}; it must be at least 1")
     for category, rows in test.groupby("category", sort=True):
         if categories and category not in categories: continue
-        rows = rows.assign(area=[float(load_mask(root/m).mean()) if m else np.nan for m in rows["mask"]]).sort_values(["area", "image"])
+        rows = rows.assign(area=[float(load_mask(root/m, None, threshold).mean()) if m else np.nan for m in rows["mask"]]).sort_values(["area", "image"])
         at = sorted({int((k + 0.5) / each * len(rows)) for k in range(each)})
         chosen.append(rows.iloc[at])
     out = pd.concat(chosen) if chosen else test.assign(area=np.nan)

@@ -23,6 +23,7 @@ from ..backbones.features import FeatureCache
 from ..core import require_known, seed_everything
 from ..data.images import batches
 from ..data.index import root_of
+from ..data.reading import read_as, reading_of, takes_reading
 from .devices import Alone, Team, check_devices, inside, launch
 from .precision import checkpointed, full, lowered, peak_memory, reset_peak
 from ..methods.base import Method, method_class
@@ -79,6 +80,7 @@ def rate(recipe: Recipe, base: float,  # learning rate of a parameter group, bef
     return cosine_rate(base, floor, epoch, recipe.epochs) if recipe.schedule == "cosine_epochs" else cosine_rate(base, floor, step - rising, steps - rising)
 
 # %% ../../nbs/learning/61_training.ipynb #90d2dd12
+@takes_reading
 def fit(method: Method,          # changed in place
         index: pd.DataFrame,     # auxiliary set: its rows are all trained on, whatever their split
         recipe: Recipe|None=None,  # default: the method's own
@@ -91,8 +93,10 @@ def fit(method: Method,          # changed in place
         precision: str="fp32",   # of products: fp32, bf16 or fp16
         checkpointing: bool=False,  # compute the frozen blocks' activations again on the way back instead of keeping them
         compile: bool|str=False,  # torch.compile for the learned part; a text names its backend
+        **reading                # see `Reading`: bits, white, mask_threshold, mask_mismatch, mask_orientation; default: as the index says
        ) -> pd.DataFrame:        # one row a step: step, epoch, seconds, lr, skipped, total and the parts of the loss; `attrs`: epochs, step_seconds, peak_memory, ...
     "Train a method's learned part on an Index; same seed, same numbers."
+    index = read_as(index, **reading)
     groups = method.param_groups()
     if not groups: raise ValueError(f"{method.name} is training-free: there is nothing to fit")
     if len(index) == 0: raise ValueError("the index is empty: nothing to train on")
@@ -112,6 +116,7 @@ def fit(method: Method,          # changed in place
         for name in ("hits", "misses") if cache is not None else (): cache.counts[name] += sum(e[name] for e in history.attrs["epochs"])
     else: history = _steps(method, groups, index, recipe, size, workers, progress, label, cache, devices, precision, checkpointing, compile)
     method.trained_on = sorted({*method.trained_on, *(index["dataset"] + "/" + index["category"])})
+    history.attrs["reading"] = dataclasses.asdict(reading_of(index))
     return history
 
 @fast_products()

@@ -8,6 +8,7 @@ __all__ = ['parser', 'main']
 # %% ../../nbs/use/85_cli.ipynb #9122d2f2
 import argparse
 import contextlib
+import dataclasses
 import shutil
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ import yaml
 import zsad_nb
 from ..core import require_known, write_atomically
 from ..data.images import check
+from ..data.reading import Reading, read_as
 from ..data.readers import detect, read
 from ..methods.base import MODULES, load, read_header
 from .bench import bench, bench_cases, bench_table, demo_evaluation
@@ -59,7 +61,7 @@ def _seeds(args) -> int:
 # %% ../../nbs/use/85_cli.ipynb #56db1cbc
 def _check(args) -> int:
     name = args.dataset or detect(args.root)
-    index = read(name, args.root)
+    index = read_as(read(name, args.root), **{field.name: getattr(args, field.name) for field in dataclasses.fields(Reading)})
     print(f"{name}: {len(index)} images, {index.category.nunique()} categories, {int(index.anomalous.sum())} anomalous")
     problems = check(index)
     for p in problems.itertuples(): print(f"row {p.row}  {p.image}  {p.problem}: {p.message}")
@@ -161,7 +163,7 @@ def _predict(args) -> int:
     if args.normals is None and (args.defective or args.comparable): raise ValueError("--defective and --comparable go with --normals: thresholds are made from good images")
     asked = {k: args.__dict__[k] for k in ("rate", "sure", "pixel_rate", "miss", "false_alarm", "share") if args.__dict__[k] is not None}
     if asked and args.normals is None: raise ValueError(f"--{' --'.join(k.replace('_', '-') for k in asked)}: thresholds are made from good images; add --normals FOLDER")
-    inspector = Inspector.load(args.model, device=args.device, category=args.category, bits=args.bits, max_side=args.max_side, min_area=args.min_area, batch_size=args.batch, **{k: _value(v) for k, v in _pairs(args.parameter).items()})
+    inspector = Inspector.load(args.model, device=args.device, category=args.category, bits=args.bits, white=args.white, max_side=args.max_side, min_area=args.min_area, batch_size=args.batch, **{k: _value(v) for k, v in _pairs(args.parameter).items()})
     try:
         if args.normals is not None:
             made = inspector.calibrate(args.normals, args.defective, out=Path(args.out)/"calibration", comparable=args.comparable, **asked)
@@ -192,6 +194,9 @@ def parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help)
         sub.set_defaults(run=run)
         return sub
+    def add_scale(sub):
+        sub.add_argument("--bits", type=int, help="depth of images with more than 8 bits, such as 12 (default: that of their type)")
+        sub.add_argument("--white", type=float, help="white of floating-point images, such as 255 (default: 1)")
     d = add("demo", _demo, "train VisualAD on drawn categories, test it on others, write pictures (no data, GPU or internet needed)")
     d.add_argument("--out", default="runs/demo", help="folder for results (default: %(default)s)")
     d.add_argument("--seed", type=int, default=0)
@@ -205,6 +210,10 @@ def parser() -> argparse.ArgumentParser:
     c = add("check", _check, "open every file of a data set and report what is wrong, row by row")
     c.add_argument("root", help="the data set's folder")
     c.add_argument("--dataset", help="its layout (mvtec, visa, ...); default: guessed from the folder")
+    add_scale(c)
+    c.add_argument("--mask-threshold", type=float, help="a mask marks what is above this stored value (default: half of its range, labels above 0)")
+    c.add_argument("--mask-mismatch", default="error", choices=["error", "resize"], help="a mask of another size than its image (default: %(default)s)")
+    c.add_argument("--mask-orientation", default="auto", choices=["auto", "upright", "stored"], help="how masks lie on photographs that EXIF turns (default: %(default)s, as their shape tells)")
     h = add("show", _show, "what a checkpoint says of itself")
     h.add_argument("checkpoint")
     x = add("export", _export, "write a checkpoint as ONNX and torch.export, checked against PyTorch, with a description of how to prepare an image")
@@ -279,7 +288,7 @@ def parser() -> argparse.ArgumentParser:
     i.add_argument("--threshold", type=float, help="a score from elsewhere")
     i.add_argument("--pixel-threshold", type=float, help="a heatmap value from elsewhere, with --threshold or alone")
     i.add_argument("--category", default="object", help="what prompts call the thing; folder: the name of the folder an image lies in (default: %(default)s)")
-    i.add_argument("--bits", type=int, help="bit depth of images with more than 8 bits (default: seen from each image)")
+    add_scale(i)
     i.add_argument("--max-side", type=int, default=2048, help="longer side of heatmaps and pictures of larger photographs (default: %(default)s)")
     i.add_argument("--min-area", type=int, default=0, help="smaller regions are left out, pixels")
     i.add_argument("--pictures", default="all", choices=["all", "defective", "none"], help="overlays to write (default: %(default)s)")

@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..core import write_atomically
+from ..data.reading import read_as
 from ..evaluation.evaluate import Evaluation, cases
 from ..evaluation.views import colour_scale, view
 from ..methods.base import Method
@@ -81,6 +82,7 @@ def draw_cases(method: Method, index: pd.DataFrame, evaluation: Evaluation,
     if len(chosen) == 0: return []
     shown = index.loc[sorted(set(chosen["position"]))]
     shown.attrs = dict(index.attrs)
+    shown = read_as(shown, **evaluation.reading)  # as they were evaluated
     seen = view(method, shown, size)
     views = {at: (seen.images[i] / 255, seen.masks[i], seen.maps[i], bool(seen.rows["has_mask"][i])) for i, at in enumerate(shown.index)}
     scales = {c: colour_scale(rows) for c, rows in evaluation.per_image.groupby("category")}

@@ -20,29 +20,18 @@ from PIL import Image
 from ..core import seed_everything
 from ..data.index import root_of
 from ..data.layouts import IMAGE_SUFFIXES
-from ..data.pixels import _to_8_bit, to_rgb
+from ..data.pixels import read_image
 from ..methods.base import METHODS, MODULES, Method, create, load
 from .journal import utf8
 from .runs import look
 
 # %% ../../nbs/use/80d_sources.ipynb #6775e671
-def from_array(array, bits: int|None=None  # bit depth of more than 8 bits
+def from_array(array,                  # an array, a tensor, an opened image, the bytes of a file or an open one
+               bits: int|None=None,    # depth of images with more than 8 bits, such as 12
+               white: float|None=None  # white of floating point; default: 1
               ) -> Image.Image:
-    "An array or tensor as RGB; what is ambiguous raises."
-    if isinstance(array, Image.Image): return to_rgb(array, bits)
-    tensor = torch.is_tensor(array)
-    a = array.detach().cpu().numpy() if tensor else np.asarray(array)
-    if a.ndim == 3 and tensor: a = a.transpose(1, 2, 0)
-    if a.ndim == 3 and a.shape[2] == 1: a = a[..., 0]
-    if a.ndim not in (2, 3) or a.ndim == 3 and a.shape[2] not in (3, 4) or 0 in a.shape:
-        hint = "; it looks like (3, H, W): transpose it with array.transpose(1, 2, 0)" if a.ndim == 3 and a.shape[0] in (1, 3) and not tensor else ""
-        raise ValueError(f"{'a tensor' if tensor else 'an array'} of shape {tuple(array.shape)}; an image is {'(3, H, W)' if tensor else '(H, W), (H, W, 3) or (H, W, 4)'}{hint}")
-    if a.dtype == bool: a = a.astype("uint8") * 255
-    elif a.dtype.kind == "f":
-        if not np.isfinite(a).all() or a.min() < 0 or a.max() > 1: raise ValueError(f"a {a.dtype} array from {a.min():g} to {a.max():g}; floats are read as 0 to 1: divide by the white value, or convert to uint8")
-        a = np.rint(a * 255).astype("uint8")
-    elif a.dtype != np.uint8: a = _to_8_bit(a, bits, "an array")
-    return to_rgb(Image.fromarray(np.ascontiguousarray(a)))
+    "What is no path, as upright RGB; what is ambiguous raises."
+    return read_image(array, bits, white)
 
 # %% ../../nbs/use/80d_sources.ipynb #2677bd15
 @dataclass(frozen=True)
@@ -53,12 +42,13 @@ class Source:
     picture: str       # name of its overlay, below the folder of pictures
     category: str
 
-def _is_array(what) -> bool: return isinstance(what, (Image.Image, np.ndarray)) or torch.is_tensor(what)
+def _is_file(what) -> bool: return isinstance(what, (bytes, bytearray, memoryview)) or (hasattr(what, "read") and not isinstance(what, Image.Image))
+def _is_array(what) -> bool: return isinstance(what, (Image.Image, np.ndarray)) or torch.is_tensor(what) or _is_file(what)
 def _is_pattern(what) -> bool: return glob.has_magic(str(what)) and not os.path.lexists(what)
 
 def is_single(what) -> bool:
     "One image, not several: what `Inspector.predict` gives an Inspection for."
-    if _is_array(what): return isinstance(what, Image.Image) or what.ndim < 4
+    if _is_array(what): return isinstance(what, Image.Image) or _is_file(what) or what.ndim < 4
     return isinstance(what, (str, os.PathLike)) and not os.path.isdir(what) and not _is_pattern(what)
 
 def _of_results(folder: Path, out: Path|None) -> bool: return folder.resolve() == out or ((folder/"results.csv").is_file() and (folder/"settings.json").is_file())
@@ -84,7 +74,7 @@ def _paths(what, out: Path|None) -> list:  # paths and arrays
         if not os.path.lexists(path) and path.suffix.lower() not in IMAGE_SUFFIXES: raise ValueError(f"there is no folder and no image {path}")
         return [path]
     try: parts = list(what)
-    except TypeError: raise TypeError(f"cannot look at {type(what).__name__}; give a path, an array, a PIL image, a folder, a pattern, an Index, or a list of these") from None
+    except TypeError: raise TypeError(f"cannot look at {type(what).__name__}; give a path, an array, a PIL image, the bytes of a file or an open one, a folder, a pattern, an Index, or a list of these") from None
     return [p for part in parts for p in _paths(part, out)]
 
 def sources(what, category: str="object",  # of all; "folder": the name of the folder an image lies in
@@ -99,7 +89,7 @@ def sources(what, category: str="object",  # of all; "folder": the name of the f
     folders = [os.path.dirname(os.path.abspath(p)) for p, _ in found if not _is_array(p)]
     base, made, taken = os.path.commonpath(folders) if folders else "", [], set()
     for n, (p, c) in enumerate(found):
-        name = f"array-{n:05d}" if _is_array(p) else utf8(Path(p).as_posix())
+        name = f"{'bytes' if _is_file(p) else 'array'}-{n:05d}" if _is_array(p) else utf8(Path(p).as_posix())
         if name in taken: continue  # named twice, by a folder and a list
         taken.add(name)
         picture = name if _is_array(p) else utf8(os.path.relpath(os.path.abspath(p), base).replace(os.sep, "/"))
