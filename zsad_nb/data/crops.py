@@ -149,6 +149,7 @@ def cut_crops(
     return make_index(found, out)
 
 # %% ../../nbs/data/12b_crops.ipynb #cf776227
+@takes_reading
 def cut_ksdd(
     raw: str | os.PathLike,  # folder of kos01..kos50 as distributed
     out: str | os.PathLike,  # folder to make, usually SDD: train/good, test/{good,defect}, ground_truth/defect, split.csv
@@ -158,6 +159,7 @@ def cut_ksdd(
     split: str | os.PathLike | None = None,  # a split.csv of another run, to repeat its choice
     overwrite: bool = False,  # replace a folder that is not empty
     category: str = "electrical commutators",
+    **reading,  # see `Reading`; what has more than 8 bits is written with 8
 ) -> pd.DataFrame:  # the Index of the strips
     "KSDD (KolektorSDD) cut into strips in MVTec layout."
     whole = read_ksdd(enter(raw, "KolektorSDD"), category)
@@ -165,7 +167,7 @@ def cut_ksdd(
     out, part = _new_folder(out, overwrite)
     found = []  # name, image, top, bottom, mask of the strip where it is defective
     for row in whole.itertuples(index=False):
-        image, label = load_pair(root_of(whole) / row.image, root_of(whole) / row.mask if row.mask else None, category)
+        image, label = load_pair(root_of(whole) / row.image, root_of(whole) / row.mask if row.mask else None, category, **reading)
         edges = [image.size[1] * k // strips for k in range(strips + 1)]
         for k, (top, bottom) in enumerate(zip(edges, edges[1:])):
             strip = None if label is None or not label[top:bottom].any() else label[top:bottom].astype("uint8") * 255
@@ -185,7 +187,7 @@ def cut_ksdd(
         mask = f"ground_truth/defect/{name}_mask.png" if strip is not None else ""
         rows.append(dict(category=category, split=half, image=f"{half}/{kind}/{name}.png", mask=mask, anomalous=strip is not None, defect=kind))
         for path in (rows[-1]["image"], mask): (part / path).parent.mkdir(parents=True, exist_ok=True)
-        picture, _ = load_pair(root_of(whole) / image, raw=True)
+        picture, _ = load_pair(root_of(whole) / image, raw=True, **reading)
         picture.crop((0, top, picture.size[0], bottom)).save(part / rows[-1]["image"])
         if strip is not None: Image.fromarray(strip).save(part / mask)
     save_split(make_index(rows, part, "ksdd"), part / "split.csv")

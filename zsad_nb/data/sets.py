@@ -20,7 +20,8 @@ from PIL import Image
 from .index import GOOD, concat_indices
 from .layouts import (DEFECTIVE_NAMES, MASK_NAMES, NORMAL_NAMES, LayoutError, enter, files, find, finish, folders, look, mvtec_rows,
                                   need, pair, read_beside, read_mvtec, rows)
-from .pixels import load_mask, open_image
+from .masks import marks_anything
+from .pixels import open_image
 
 # %% ../../nbs/data/11b_sets.ipynb #fe3ea45f
 def read_visa(
@@ -95,7 +96,7 @@ def _by_mask(images: list[Path], masks: list[Path | None], root: Path, category:
         warnings.warn(f"{dataset}: {len(unknown)} images have no label file (first: {unknown[0].name} in {unknown[0].parent.name}); they are left out",
                       stacklevel=3)
     return [row for image, mask in zip(images, masks) if mask is not None
-            for row in rows([image], root, category, split, "defect" if load_mask(mask).any() else GOOD, [mask])]
+            for row in rows([image], root, category, split, "defect" if marks_anything(mask) else GOOD, [mask])]
 
 
 def read_ksdd(

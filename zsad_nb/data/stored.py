@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 import re
+import struct
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ def _explained(name: str | os.PathLike) -> Iterator[None]:
         raise BadImage(name, "too many pixels to be a photograph", "scale it down") from error
     except PermissionError as error:
         raise BadImage(name, "no permission to read it", "change its permissions") from error
-    except (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, OverflowError, TypeError, AttributeError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, LookupError, ArithmeticError, TypeError, AttributeError, struct.error) as error:
         cut = any(word in str(error).lower() for word in ("trunc", "eof", "incomplete"))
         why = "the file is truncated" if cut else "the file is damaged or cut short"
         raise BadImage(name, f"{why} ({error or type(error).__name__})", again, "truncated" if cut else "unreadable") from error

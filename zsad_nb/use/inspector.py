@@ -135,6 +135,8 @@ class Inspector:
         "Decide by these thresholds from now on; those of another method are refused."
         where = "the thresholds"
         if isinstance(thresholds, (str, os.PathLike)): where, thresholds = str(thresholds), Calibration.load(thresholds)
+        if thresholds is not None and thresholds.reading and thresholds.reading != self.reading:
+            raise ValueError(f"{where} were made from images read with {thresholds.reading}, this inspector reads with {self.reading}: their scores are on another scale. Give it the same bits and white, or calibrate again")
         if thresholds is not None: thresholds.require(self.identity, where)
         self.calibration = thresholds
         return self
@@ -165,6 +167,7 @@ class Inspector:
         rows = rows[rows["decision"].ne("error") & ~twice]
         made = calibration(rows, self.identity, **how)
         made.notes[:0] = notes
+        made.reading = self.reading
         self.use(made).calibrated_on = rows.sort_values("score", ascending=False, ignore_index=True)
         return made
 
@@ -230,9 +233,9 @@ class Inspector:
 
     def _sources(self, what, out=None) -> list[Source]:
         if isinstance(what, pd.DataFrame):
-            stated, own = reading_of(what), Reading(bits=self.bits, white=self.white)
-            if (stated.bits, stated.white) != (own.bits, own.white):
-                raise ValueError(f"the index says that its images are read with bits={stated.bits}, white={stated.white}; this Inspector reads with bits={own.bits}, white={own.white}: make it with the same values")
+            stated = reading_of(what)
+            if dict(bits=stated.bits, white=stated.white) != self.reading:
+                raise ValueError(f"the index says that its images are read with bits={stated.bits}, white={stated.white}; this inspector reads with {self.reading}: make it with the same values")
         items = sources(what, self.category, out)
         names, c = sorted({s.category for s in items}), self.calibration
         for name in names if c is not None else (): c.of("image", name)  # unknown: raises before anything is done
@@ -241,9 +244,14 @@ class Inspector:
         return items
 
     @property
+    def reading(self) -> dict:
+        "How images are read."
+        return dict(bits=self.bits, white=self.white)
+
+    @property
     def settings(self) -> dict:
         "Everything besides the image and its category that a row depends on."
-        return dict(version=zsad_nb.__version__, method=self.identity, thresholds=None if self.calibration is None else self.calibration.hash, max_side=self.max_side, min_area=self.min_area, connectivity=self.connectivity)
+        return dict(version=zsad_nb.__version__, reading=self.reading, method=self.identity, thresholds=None if self.calibration is None else self.calibration.hash, max_side=self.max_side, min_area=self.min_area, connectivity=self.connectivity)
 
     def predict(self, what,                  # a path, array or PIL image; a folder, pattern, Index, or a list of any of these
                 out: str|Path|None=None,     # folder for results.csv and pictures/; is created
