@@ -213,6 +213,9 @@ def concat_indices(
         root = os.path.commonpath(roots)
     except ValueError as error:
         raise ValueError(f"the roots {roots} have no common parent (different drives)") from error
+    readings = [index.attrs.get("reading", {}) for index in indices]
+    if any(reading != readings[0] for reading in readings):
+        raise ValueError(f"the indices say that their files are read differently ({', '.join(map(str, readings))}); read_as(index, ...) makes them agree")
     tables, prefixes = [], [PurePosixPath(os.path.relpath(own, root).replace(os.sep, "/")) for own in roots]
     for index, prefix in zip(indices, prefixes):
         table = pd.DataFrame(index, copy=True)
@@ -222,6 +225,8 @@ def concat_indices(
         tables.append(table)
     out = make_index(pd.concat(tables, ignore_index=True), root)
     out.attrs["left_out"] = _joined(indices, prefixes)
+    if readings[0]:
+        out.attrs["reading"] = dict(readings[0])
     return out
 
 # %% ../../nbs/data/10_index.ipynb #2b77ddef
@@ -314,10 +319,12 @@ def fingerprint(
     index: pd.DataFrame,  # an Index
     files: str = "none",  # "none": rows only; "size": and the sizes of the files; "content": and their bytes
 ) -> str:  # 64 hexadecimal digits
-    "sha256 over the rows of an Index, and over the files if asked."
+    "sha256 over the rows of an Index, over how its files are read where that was stated, and over the files if asked."
     if files not in ("none", "size", "content"):
         raise ValueError(f"files={files!r}; it must be 'none', 'size' or 'content'")
     digest = hashlib.sha256()
+    if index.attrs.get("reading"):
+        digest.update(json.dumps(index.attrs["reading"], sort_keys=True, default=float).encode() + b"\n")
     root = None if files == "none" else root_of(index)
     for row in index[list(COLUMNS)].itertuples(index=False):
         values = [value if isinstance(value, str) else bool(value) for value in row]

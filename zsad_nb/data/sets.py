@@ -20,7 +20,8 @@ from PIL import Image
 from .index import GOOD, concat_indices, relative_path
 from .layouts import (DEFECTIVE_NAMES, MASK_NAMES, MVTEC, NORMAL_NAMES, LayoutError, enter, files, find, finish, folders, look,
                                   mvtec_rows, need, paired, read_beside, read_mvtec, rows)
-from .pixels import load_mask, open_image
+from .masks import marks_anything
+from .pixels import open_image
 from ..files import FileNames, read_json, write_atomically
 from ..names import same_name, shown
 from ..tables import numbered_table
@@ -178,7 +179,7 @@ def _by_mask(images: list[Path], owned: list[Path | None], root: Path, category:
     out = []
     for image, mask in zip(images, owned):
         if mask is not None:
-            defect = "defect" if load_mask(mask).any() else GOOD
+            defect = "defect" if marks_anything(mask) else GOOD
             out += rows([image], root, category, split, defect, [mask if masks else None])
     return out
 

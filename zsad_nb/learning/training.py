@@ -24,6 +24,8 @@ from ..backbones.engines import fast_products
 from ..backbones.features import FeatureCache, all_finite
 from ..core import require_known, seed_everything, usual_defaults
 from ..data.images import Batch, batches
+from ..data.index import root_of
+from ..data.reading import read_as, reading_of, takes_reading
 from .devices import Alone, Team, check_devices, inside, launch
 from .precision import checkpointed, full, lowered, peak_memory, reset_peak
 from .resume import (TrainingState, copied, optimiser_tensors, put_back, random_state, remove_state, set_optimiser,
@@ -99,6 +101,7 @@ def rate(recipe: Recipe, base: float,  # learning rate of a parameter group, bef
     return cosine_rate(base, floor, epoch, recipe.epochs) if recipe.schedule == "cosine_epochs" else cosine_rate(base, floor, step - rising, steps - rising)
 
 # %% ../../nbs/learning/61_training.ipynb #90d2dd12
+@takes_reading
 @usual_defaults(gradients=True)
 def fit(method: Method,          # changed in place
         index: pd.DataFrame,     # auxiliary set: its rows are all trained on, whatever their split
@@ -114,8 +117,10 @@ def fit(method: Method,          # changed in place
         compile: bool|str=False,  # torch.compile for the learned part; a text names its backend
         resume: str|Path|None=None,  # folder for the state after every epoch: after a kill, the same call goes on from there
         keep_state: bool=False,  # leave that state when the training has ended, for a caller who has yet to save the method
+        **reading                # see `Reading`: bits, white, mask_threshold, mask_mismatch, mask_orientation; default: as the index says
        ) -> pd.DataFrame:        # one row a step: step, epoch, seconds, lr, skipped, total and the parts of the loss; `attrs`: epochs, step_seconds, peak_memory, ...
     "Train a method's learned part on an Index; same seed, same numbers."
+    index = read_as(index, **reading)
     recipe = recipe_of(method) if recipe is None else recipe
     _check_training(method, index, recipe)
     check_devices(method, devices, recipe.batch_size)
@@ -140,6 +145,7 @@ def fit(method: Method,          # changed in place
     if not history["skipped"].all(): method.trained_on = trained_on
     state = history.attrs.pop("state")
     if state and not keep_state: remove_state(state)
+    history.attrs["reading"] = dataclasses.asdict(reading_of(index))
     _warn_of_skipped(history, precision)
     return history
 

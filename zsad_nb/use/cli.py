@@ -7,6 +7,8 @@ __all__ = ['EXITS', 'STOPPED', 'parser', 'main']
 
 # %% ../../nbs/use/85_cli.ipynb #9122d2f2
 import argparse
+import contextlib
+import dataclasses
 import os
 import signal
 import sys
@@ -18,7 +20,7 @@ from .console import on_any_console
 
 def _load():
     "Import what the commands need: seconds, so not before one is called."
-    global pd, require_known, write_atomically, check, detect, read, load, read_header, shown, table_text, write_table
+    global pd, require_known, write_atomically, check, detect, read, Reading, read_as, load, read_header, shown, table_text, write_table
     global bench, bench_cases, bench_table, demo_evaluation, demo, export, exit_code, Inspector, build
     global parameters_of, typed_value, rerun, Spec, collect, run, save_table, status, expand, sweep, shutil
     import shutil
@@ -27,6 +29,7 @@ def _load():
 
     from zsad_nb.core import require_known, write_atomically
     from zsad_nb.data.images import check
+    from zsad_nb.data.reading import Reading, read_as
     from zsad_nb.data.readers import detect, read
     from zsad_nb.methods.base import load, read_header
     from zsad_nb.names import shown
@@ -70,6 +73,7 @@ def _seeds(args) -> int:
 def _check(args) -> int:
     name = args.dataset or detect(args.root)
     index = read(name, args.root, **({"masks": False} if args.no_masks else {}))
+    index = read_as(index, **{field.name: getattr(args, field.name) for field in dataclasses.fields(Reading)})
     print(f"{name}: {len(index)} images, {index.category.nunique()} categories, {int(index.anomalous.sum())} anomalous")
     problems = check(index)
     for p in problems.itertuples():
@@ -171,7 +175,7 @@ def _predict(args) -> int:
     if args.normals is None and (args.defective or args.comparable): raise ValueError("--defective and --comparable go with --normals: thresholds are made from good images")
     asked = {k: args.__dict__[k] for k in ("rate", "sure", "pixel_rate", "miss", "false_alarm", "share") if args.__dict__[k] is not None}
     if asked and args.normals is None: raise ValueError(f"--{' --'.join(k.replace('_', '-') for k in asked)}: thresholds are made from good images; add --normals FOLDER")
-    inspector = Inspector.load(args.model, device=args.device, category=args.category, bits=args.bits, max_side=args.max_side, min_area=args.min_area, batch_size=args.batch, **{k: _value(v) for k, v in _pairs(args.parameter).items()})
+    inspector = Inspector.load(args.model, device=args.device, category=args.category, bits=args.bits, white=args.white, max_side=args.max_side, min_area=args.min_area, batch_size=args.batch, **{k: _value(v) for k, v in _pairs(args.parameter).items()})
     try:
         if args.normals is not None:
             made = inspector.calibrate(args.normals, args.defective, out=Path(args.out)/"calibration", comparable=args.comparable, **asked)
@@ -230,6 +234,9 @@ def parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help, epilog=_exits(name))
         sub.set_defaults(run=run)
         return sub
+    def add_scale(sub):
+        sub.add_argument("--bits", type=int, help="depth of images with more than 8 bits, such as 12 (default: that of their type)")
+        sub.add_argument("--white", type=float, help="white of floating-point images, such as 255 (default: 1)")
     d = add("demo", _demo, "train VisualAD on drawn categories, test it on others, write pictures (no data, GPU or internet needed)")
     d.add_argument("--out", default="runs/demo", help="folder for results (default: %(default)s)")
     d.add_argument("--seed", type=int, default=0)
@@ -244,6 +251,10 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("root", help="the data set's folder")
     c.add_argument("--dataset", help="its layout (mvtec, visa, ...); default: guessed from the folder")
     c.add_argument("--no-masks", action="store_true", help="the copy has no masks: read it without (masks=False)")
+    add_scale(c)
+    c.add_argument("--mask-threshold", type=float, help="a mask marks what is above this stored value (default: half of its range, labels above 0)")
+    c.add_argument("--mask-mismatch", default="error", choices=["error", "resize"], help="a mask of another size than its image (default: %(default)s)")
+    c.add_argument("--mask-orientation", default="auto", choices=["auto", "upright", "stored"], help="how masks lie on photographs that EXIF turns (default: %(default)s, as their shape tells)")
     h = add("show", _show, "what a checkpoint says of itself")
     h.add_argument("checkpoint")
     x = add("export", _export, "write a checkpoint as ONNX and torch.export, checked against PyTorch, with a description of how to prepare an image")
@@ -322,7 +333,7 @@ def parser() -> argparse.ArgumentParser:
     i.add_argument("--threshold", type=float, help="a score from elsewhere")
     i.add_argument("--pixel-threshold", type=float, help="a heatmap value from elsewhere, with --threshold or alone")
     i.add_argument("--category", default="object", help="what prompts call the thing; folder: the name of the folder an image lies in (default: %(default)s)")
-    i.add_argument("--bits", type=int, help="bit depth of images with more than 8 bits (default: seen from each image)")
+    add_scale(i)
     i.add_argument("--max-side", type=int, default=2048, help="longer side of heatmaps and pictures of larger photographs (default: %(default)s)")
     i.add_argument("--min-area", type=int, default=0, help="smaller regions are left out, pixels")
     i.add_argument("--pictures", default="all", choices=["all", "defective", "none"], help="overlays to write (default: %(default)s)")

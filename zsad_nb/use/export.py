@@ -25,7 +25,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 import zsad_nb
@@ -33,7 +32,7 @@ from ..backbones.engines import flat, unflat
 from ..backbones.graphs import EngineError, available, drawn_images, need, quiet, trace, write_onnx
 from ..backbones.programs import file_hash, onnx_session, read_program
 from ..backbones.weights import listed, weights_hash
-from ..data.pixels import load_image, resize
+from ..data.pixels import read_image, resize
 from ..files import read_json, to_json, write_json
 from ..methods.base import SIDE, Method, Prediction
 from ..names import shown
@@ -280,7 +279,9 @@ class Exported:
     @property
     def size(self) -> int: return self.about["input"]["size"][0]
 
-    def image(self, images) -> Tensor:  # (B, 3, size, size) in [0, 1]
+    def image(self, images,  # a picture or several: paths, bytes or open files, PIL images, arrays; or a batch (B, 3, size, size) in [0, 1]
+              bits: int|None=None, white: float|None=None,  # see `Reading`: of images with more than 8 bits, of floats
+             ) -> Tensor:    # (B, 3, size, size) in [0, 1]
         "Pictures as the graphs want them."
         if torch.is_tensor(images) or isinstance(images, np.ndarray) and images.ndim == 4:
             images = torch.as_tensor(images)
@@ -288,7 +289,7 @@ class Exported:
                 raise ValueError(f"images are {tuple(images.shape)} {images.dtype}; give (B, 3, {self.size}, {self.size}) floating point, RGB in [0, 1], or files")
             return images.float()
         listed = images if isinstance(images, (list, tuple)) else [images]
-        opened = [load_image(i) if isinstance(i, (str, Path)) else Image.fromarray(i) if isinstance(i, np.ndarray) else i for i in listed]
+        opened = [read_image(i, bits, white) for i in listed]
         return torch.stack([torch.from_numpy(resize(i, self.size).copy()).permute(2, 0, 1) for i in opened]).float() / 255
 
     def run(self, image: Tensor) -> dict[str, Tensor]:
@@ -300,9 +301,9 @@ class Exported:
         for step in self.steps: given = step(given)
         return given
 
-    def predict(self, images) -> Prediction:
-        "Map and score of pictures (paths, PIL images, uint8 arrays), or of a batch of tensors."
-        found = self.run(self.image(images))
+    def predict(self, images, bits: int|None=None, white: float|None=None) -> Prediction:  # as of `image`
+        "Map and score of pictures, or of a batch of tensors."
+        found = self.run(self.image(images, bits, white))
         return Prediction(found["map"], found["score"], {}, found.get("type_map"), found.get("type_score"))
 
 def _named(path: Path, graph: dict, values) -> dict:

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 from tqdm.auto import tqdm
 
 import zsad_nb
@@ -30,6 +29,8 @@ from ..backbones.features import key_hash
 from ..data.datasets import load_dataset
 from ..data.images import batches, defect_names
 from ..data.index import fingerprint, load_index, root_of, save_index
+from ..data.reading import read_as, reading_of, takes_reading
+from ..data.stored import upright_size
 from ..files import read_json, write_atomically, write_json
 from ..methods.base import SIDE, Method
 from ..names import shown
@@ -219,9 +220,7 @@ class MapStore:
     def aspect(self, row: int) -> float:
         "Width / height of the photograph of a row; 1 where the file cannot be read."
         try:
-            with Image.open(root_of(self.index)/self.index["image"].iat[row]) as image:
-                width, height = image.size
-                if image.getexif().get(0x0112, 1) >= 5: width, height = height, width  # stored lying down
+            width, height = upright_size(root_of(self.index)/self.index["image"].iat[row])
         except Exception: return 1.0  # whoever opens the image will be told why
         return width / height
 
@@ -304,13 +303,16 @@ def _remembered(kept: OrderedDict, key, make, most: int):
     return kept[key]
 
 # %% ../../nbs/use/82a_maps_store.ipynb #a2b6028f
+@takes_reading
 def make_store(method: Method, index: pd.DataFrame,  # rows with split "test" are used
                root: str|Path="maps",                # folder for stores
                size: int|None=None,                  # pixels of images and maps; default: the method's first tower
                dtype: str="float16",                 # of what is kept, or float32
+               **reading                             # see `Reading`; default: as the index says, but masks of another size are resized
               ) -> MapStore:                         # nothing is computed yet, unless it was before
     "The store of a method's maps of an index; the same arguments find the same store."
     if dtype not in DTYPES: raise ValueError(f"dtype={dtype!r}; use {' or '.join(DTYPES)}")
+    index = read_as(index, **reading)
     test = index[index["split"] == "test"].reset_index(drop=True)
     test.attrs = dict(index.attrs)
     if not len(test): raise ValueError(f"the index has no rows with split 'test' (splits: {sorted(index['split'].unique())}); there is nothing to look at")
@@ -323,7 +325,7 @@ def make_store(method: Method, index: pd.DataFrame,  # rows with split "test" ar
         save_index(test, folder/"index.csv")
         for name, length in ((f"maps.{DTYPES[dtype]}", size**2 * np.dtype(dtype).itemsize), ("rows.bin", ROW.itemsize)):
             with open(folder/name, "wb") as file: file.truncate(length * len(test))  # takes no room until it is written
-        header |= dict(rows=len(test), parameters=dataclasses.asdict(method.p), types=list(getattr(method, "types", ())), trained_on=list(method.trained_on), version=zsad_nb.__version__)
+        header |= dict(rows=len(test), reading=reading_of(test).stated, parameters=dataclasses.asdict(method.p), types=list(getattr(method, "types", ())), trained_on=list(method.trained_on), version=zsad_nb.__version__)
         MapStore(folder, header, test)._note()
     kept = read_store(folder)
     if other := [k for k in ("method", "hash", "index", "size", "dtype", "rows") if k in header and kept[k] != header[k]]:
@@ -349,7 +351,8 @@ def open_store(folder: str|Path, method: Method|None=None  # needed for what was
     "A store that is there."
     folder = Path(folder)
     if not (folder/"store.json").is_file(): raise ValueError(f"{folder} is no store of maps (it has no store.json); make one with make_store(method, index)")
-    header, index = read_store(folder), load_index(folder/"index.csv")
+    header = read_store(folder)
+    index = read_as(load_index(folder/"index.csv"), **header.get("reading", {}))
     if fingerprint(index) != header["index"] or len(index) != header["rows"]:
         raise ValueError(f"index.csv of {shown(str(folder))} is not the one that its maps were made from: rows were deleted, added, moved or changed. Restore it, or delete the folder and make it again: make_store(method, index).compute()")
     if method is not None:

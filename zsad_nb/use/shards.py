@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from ..backbones.features import FeatureCache
 from ..backbones.weights import import_vision_libraries
 from ..data.images import defect_names
+from ..data.reading import read_as, takes_reading
 from ..evaluation.evaluate import Evaluation, by_category, predict_images, put_together, seen_in_training, target_set
 from ..evaluation.metrics import PixelMetrics
 from ..files import owned_only
@@ -67,6 +68,7 @@ def evaluate_shard(folder: str, number: int, parts: list[tuple]) -> dict[str, li
 def _state(folder, number, category, categories) -> Path: return Path(folder)/f"{number:05}-{list(categories).index(category):05}.pixels"
 
 # %% ../../nbs/use/83f_shards.ipynb #0a7ef368
+@takes_reading
 def evaluate_shards(method: Method|str|Path,  # or a checkpoint that all machines see
                     index: pd.DataFrame,      # as of `evaluate`
                     shards: int=2,            # the images are divided into
@@ -80,8 +82,10 @@ def evaluate_shards(method: Method|str|Path,  # or a checkpoint that all machine
                     size: int|None=None, batch_size: int=8, limits: tuple=(0.3,), spill: str|Path|None=None, workers: int=2, progress: bool=True, label: str="evaluate",
                     cache: FeatureCache|str|Path|None=None, allow_seen: tuple|str=(),  # as of `evaluate`
                     changes: dict|None=None,  # of the checkpoint's parameters
+                    **reading                 # as of `evaluate`
                    ) -> Evaluation:           # equal to that of `evaluate`
     "`evaluate` over several processes or machines; transductive methods are divided between categories only."
+    index = read_as(index, **reading)
     checkpoint = None if isinstance(method, Method) else Path(method).resolve()
     if checkpoint: method = load(checkpoint, **(changes or {}))
     test = target_set(index)

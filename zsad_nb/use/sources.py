@@ -21,7 +21,6 @@ from ..core import seed_everything
 from ..data.index import root_of
 from ..data.left_out import Unused, grouped, is_note
 from ..data.listing import is_image, is_rubbish, walk
-from ..data.pixels import _to_8_bit, to_rgb
 from ..methods.base import METHODS, MODULES, Method, create, load
 from ..names import same_name, shown
 from .journal import utf8
@@ -30,23 +29,12 @@ from ..records import misfit
 from .runs import look
 
 # %% ../../nbs/use/80d_sources.ipynb #6775e671
-def from_array(array, bits: int|None=None  # bit depth of more than 8 bits
+def from_array(array,                  # an array, a tensor, an opened image, the bytes of a file or an open one
+               bits: int|None=None,    # depth of images with more than 8 bits, such as 12
+               white: float|None=None  # white of floating point; default: 1
               ) -> Image.Image:
-    "An array or tensor as RGB; what is ambiguous raises."
-    if isinstance(array, Image.Image): return to_rgb(array, bits)
-    tensor = torch.is_tensor(array)
-    a = array.detach().cpu().numpy() if tensor else np.asarray(array)
-    if a.ndim == 3 and tensor: a = a.transpose(1, 2, 0)
-    if a.ndim == 3 and a.shape[2] == 1: a = a[..., 0]
-    if a.ndim not in (2, 3) or a.ndim == 3 and a.shape[2] not in (3, 4) or 0 in a.shape:
-        hint = "; it looks like (3, H, W): transpose it with array.transpose(1, 2, 0)" if a.ndim == 3 and a.shape[0] in (1, 3) and not tensor else ""
-        raise ValueError(f"{'a tensor' if tensor else 'an array'} of shape {tuple(array.shape)}; an image is {'(3, H, W)' if tensor else '(H, W), (H, W, 3) or (H, W, 4)'}{hint}")
-    if a.dtype == bool: a = a.astype("uint8") * 255
-    elif a.dtype.kind == "f":
-        if not np.isfinite(a).all() or a.min() < 0 or a.max() > 1: raise ValueError(f"a {a.dtype} array from {a.min():g} to {a.max():g}; floats are read as 0 to 1: divide by the white value, or convert to uint8")
-        a = np.rint(a * 255).astype("uint8")
-    elif a.dtype != np.uint8: a = _to_8_bit(a, bits, "an array")
-    return to_rgb(Image.fromarray(np.ascontiguousarray(a)))
+    "What is no path, as upright RGB; what is ambiguous raises."
+    return read_image(array, bits, white)
 
 # %% ../../nbs/use/80d_sources.ipynb #2677bd15
 @dataclass(frozen=True)
@@ -63,12 +51,13 @@ class Sources(list):
 
     left_out: list[dict] = []  # a reason each: reason, count, first, text
 
-def _is_array(what) -> bool: return isinstance(what, (Image.Image, np.ndarray)) or torch.is_tensor(what)
+def _is_file(what) -> bool: return isinstance(what, (bytes, bytearray, memoryview)) or (hasattr(what, "read") and not isinstance(what, Image.Image))
+def _is_array(what) -> bool: return isinstance(what, (Image.Image, np.ndarray)) or torch.is_tensor(what) or _is_file(what)
 def _is_pattern(what) -> bool: return glob.has_magic(str(what)) and not os.path.lexists(what)
 
 def is_single(what) -> bool:
     "One image, not several: what `Inspector.predict` gives an Inspection for."
-    if _is_array(what): return isinstance(what, Image.Image) or what.ndim < 4
+    if _is_array(what): return isinstance(what, Image.Image) or _is_file(what) or what.ndim < 4
     return isinstance(what, (str, os.PathLike)) and not os.path.isdir(what) and not _is_pattern(what)
 
 def _walk(
@@ -152,7 +141,7 @@ def _paths(what, out: Path | None, left: list[Unused]) -> list:
     try:
         parts = list(what)
     except TypeError:
-        raise TypeError(f"cannot look at {type(what).__name__}; give a path, an array, a PIL image, a folder, a pattern, an Index, "
+        raise TypeError(f"cannot look at {type(what).__name__}; give a path, an array, a PIL image, the bytes of a file or an open one, a folder, a pattern, an Index, "
                         "or a list of these") from None
     return [path for part in parts for path in _paths(part, out, left)]
 
@@ -190,7 +179,7 @@ def sources(
     folders = [os.path.dirname(os.path.abspath(path)) for path, _ in found if not _is_array(path)]
     base, items, owner = os.path.commonpath(folders) if folders else "", [], {}
     for number, (path, kind) in enumerate(found):
-        name = f"array-{number:05d}" if _is_array(path) else utf8(Path(path).as_posix())
+        name = f"{'bytes' if _is_file(path) else 'array'}-{number:05d}" if _is_array(path) else utf8(Path(path).as_posix())
         if owner.setdefault(name, path) is not path:
             if Path(owner[name]) != Path(path):  # a name that is not UTF-8, and a file that is really called as it is written here
                 left.append(Unused("twin_name", str(path)))

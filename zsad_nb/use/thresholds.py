@@ -284,6 +284,7 @@ class Calibration:
     categories: list = field(default_factory=list)  # of the images it was made from
     notes: list = field(default_factory=list)   # what was left out or could not be made
     version: str = zsad_nb.__version__
+    reading: dict = field(default_factory=dict)  # how its images were read: bits and white of `Reading`
 
     def of(self, kind: str,      # image or pixel
            category: str) -> Threshold|None:
@@ -326,7 +327,7 @@ class Calibration:
         "Refuse another method; say so where only the package's version is another."
         if self.method["hash"] != method["hash"]:
             said = "{method} {hash} at {size} px"
-            raise ValueError(f"{where} were made with {said.format(**self.method)}, this is {said.format(**method)}: {'parameters, weights or size differ, ' if self.method['method'] == method['method'] else ''}"
+            raise ValueError(f"{where} were made with {said.format(**self.method)}, this is {said.format(**method)}: {'parameters, weights, size or the reading of images (bits, white) differ, ' if self.method['method'] == method['method'] else ''}"
                              "so its scores are on another scale. Calibrate again with normal images, or load the method they were made with")
         if self.version != zsad_nb.__version__: warnings.warn(f"{where} were made with zsad_nb {self.version}, this is {zsad_nb.__version__}; check them on a few normal images", stacklevel=3)
 
