@@ -21,7 +21,6 @@ from ..records import read_record
 from .synthetic_drawing import Dice, close_mask, to_uint8
 from .synthetic_categories import CATEGORIES, SETS, Category, Scene, categories, expose, make_scene, sensor
 from .synthetic_defects import DEFECTS, Defect, Spot, defects, find_spot
-from ..files import write_json
 
 # %% ../../nbs/data/13_synthetic.ipynb #2975c281
 _all_ = ["CATEGORIES", "DEFECTS", "SETS", "Category", "Defect", "categories", "defects"]   # drawn from here too

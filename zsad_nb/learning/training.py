@@ -24,7 +24,6 @@ from ..backbones.engines import fast_products
 from ..backbones.features import FeatureCache, all_finite
 from ..core import require_known, seed_everything, usual_defaults
 from ..data.images import Batch, batches
-from ..data.index import root_of
 from ..data.reading import read_as, reading_of, takes_reading
 from .devices import Alone, Team, check_devices, inside, launch
 from .precision import checkpointed, full, lowered, peak_memory, reset_peak

@@ -7,7 +7,6 @@ __all__ = ['EXITS', 'STOPPED', 'parser', 'main']
 
 # %% ../../nbs/use/85_cli.ipynb #9122d2f2
 import argparse
-import contextlib
 import dataclasses
 import os
 import signal

@@ -11,7 +11,6 @@ import copy
 import hashlib
 import inspect
 import io
-import json
 import math
 import os
 import threading

@@ -21,6 +21,7 @@ from ..core import seed_everything
 from ..data.index import root_of
 from ..data.left_out import Unused, grouped, is_note
 from ..data.listing import is_image, is_rubbish, walk
+from ..data.pixels import read_image
 from ..methods.base import METHODS, MODULES, Method, create, load
 from ..names import same_name, shown
 from .journal import utf8
