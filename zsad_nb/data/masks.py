@@ -45,6 +45,8 @@ def _shades(stored: Stored) -> tuple[np.ndarray, float | None, bool]:  # (H, W) 
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         rgba = np.asarray((image.convert("LA") if image.mode == "La" else image).convert("RGBA"))
         values, colours = _painted(rgba[..., :3], rgba[..., 3]), rgba[..., :3][rgba[..., 3] > 0]
+    elif image.mode == "LAB":
+        return np.asarray(image.getchannel("L")), 255, False
     else:
         colours = np.asarray(image.convert("RGB"))
         values = colours.max(-1)

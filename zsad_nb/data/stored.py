@@ -282,15 +282,24 @@ def file_content(
         return None
 
 
+def _was_cut(image: Image.Image) -> bool | None:
+    "Does the file that a decoded image came from hold more than its 8 bits? None: it is not there any more."
+    try:
+        with open(image.filename, "rb") as file, Image.open(image.filename) as again:
+            same = (again.format, again.size, again.mode) == (image.format, image.size, image.mode)
+            return _describe(again, file.read(65536), image.filename).cut if same else None
+    except (AttributeError, TypeError, OSError, ValueError):
+        return None
+
+
 def _from_its_path(image: Image.Image) -> Stored | None:
     "A decoded image once more from its path, where that still holds the same pixels."
-    path = getattr(image, "filename", "")
     try:
-        stored = open_stored(path) if path else None
-    except (BadImage, TypeError, ValueError):
+        stored = open_stored(image.filename)
+    except BadImage:
         return None
     upright = ImageOps.exif_transpose(image)
-    same = stored is not None and stored.image.mode == upright.mode and stored.image.size == upright.size
+    same = stored.image.mode == upright.mode and stored.image.size == upright.size
     return stored if same and stored.image.tobytes() == upright.tobytes() else None
 
 
@@ -307,9 +316,10 @@ def stored_image(
             _go_to_the_page(image, name)
     with _explained(name):
         image.load()
-        known = _from_its_path(image) if image.mode in ("RGB", "RGBA", "CMYK") and image.format in ("PNG", "TIFF", "PPM") else None
-        if known is not None:
-            return known
+        was_cut = _was_cut(image) if image.mode in ("RGB", "RGBA", "CMYK") and isinstance(image, ImageFile.ImageFile) else None
+        whole = _from_its_path(image) if was_cut else None
+        if whole is not None:
+            return whole
         stored = Stored(ImageOps.exif_transpose(image), _orientation(image))
     depth = getattr(image, "tag_v2", {}).get(258, 8)
     depth = max(depth) if isinstance(depth, tuple) else depth
@@ -318,6 +328,6 @@ def stored_image(
     elif image.mode[0] in "IF":
         stored.white = 65535 if image.format in ("PNG", "PPM") else None
     else:  # an 8-bit mode: who decoded a PNG cannot say whether it had 16
-        stored.cut, stored.perhaps_cut = depth > 8, depth <= 8 and image.format in ("PNG", "PPM", "JPEG2000", "SGI")
+        stored.cut, stored.perhaps_cut = depth > 8, depth <= 8 and was_cut is not False and image.format in ("PNG", "PPM", "JPEG2000", "SGI")
         stored.white = 65535 if stored.cut or stored.perhaps_cut else 255
     return stored
