@@ -3,6 +3,7 @@ import inspect
 import io
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,9 @@ from zsad_nb.evaluation.study import study
 from zsad_nb.evaluation.views import choose, map_ranges, view
 from zsad_nb.learning.training import fit, recipe_of
 from zsad_nb.methods.base import create
+from zsad_nb.use import maps_store
 from zsad_nb.use.cli import main
+from zsad_nb.use.figures import draw_cases
 from zsad_nb.use.inspector import Inspector
 from zsad_nb.use.maps_store import make_store, open_store
 from zsad_nb.use.shards import evaluate_shards
@@ -295,6 +298,15 @@ def test_the_depth_reaches_shards_types_maps_and_views(sets, method, tmp_path):
     assert make_store(method, index, tmp_path / "maps", bits=16).folder != store.folder
     shown = choose(index, bits=12)
     assert view(method, shown, bits=12).images.max() > 250 and view(method, read_as(shown, bits=16)).images.max() < 20
+
+
+def test_the_depth_reaches_figures_and_what_a_run_knows(sets, method, tmp_path, monkeypatch):
+    found = evaluate(method, sets["grey"], progress=False, bits=12)
+    assert len(draw_cases(method, sets["grey"], found, tmp_path, dpi=20)) == 2  # read as it was evaluated
+    record = dict(spec=dict(parameters=dict(data="t", root="r", bits=12, mask_threshold=100, white=None)))
+    monkeypatch.setattr(maps_store, "look", lambda folder: SimpleNamespace(record=record))
+    monkeypatch.setattr(maps_store, "load_dataset", lambda name, root: sets["grey"])
+    assert reading_of(maps_store.data_of(tmp_path)) == Reading(bits=12, mask_threshold=100)
 
 
 def test_the_depth_reaches_the_references_a_method_collects(sets):

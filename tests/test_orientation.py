@@ -3,15 +3,17 @@ import io
 
 import numpy as np
 import pytest
+import torch
 from image_files import encoded, png16, tiff
 from PIL import Image, ImageOps
 
 from zsad_nb.data.images import Batch, batches, check
 from zsad_nb.data.index import make_index
 from zsad_nb.data.masks import placed, told_by_shape, turned
-from zsad_nb.data.pixels import BadImage, load_image, load_pair, read_image
+from zsad_nb.data.pixels import BadImage, load_image, load_pair, read_image, resize
 from zsad_nb.data.stored import open_stored, upright_size
 from zsad_nb.methods.base import create
+from zsad_nb.use.export import Exported
 from zsad_nb.use.inspector import Inspector
 from zsad_nb.use.sources import from_array, is_single, sources
 
@@ -83,6 +85,19 @@ def test_an_inspector_sees_one_photograph(inspector, tmp_path, kind):
             assert found.score == want.score and found.size == want.size == (20, 32) and np.array_equal(found.heat, want.heat)
     table = inspector.predict([path, data, io.BytesIO(data)], progress=False)
     assert table["duplicate_of"].tolist() == ["", str(path), str(path)] and table["score"].nunique() == 1
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "tiff", "16-bit tiff"])
+def test_an_exported_method_sees_the_same_photograph(tmp_path, kind):
+    exported = object.__new__(Exported)  # of which only the way from a picture to a tensor is asked
+    exported.about = dict(input=dict(size=[32, 32]))
+    data = FILES[kind](6)
+    (tmp_path / "a.png").write_bytes(data)
+    want = torch.from_numpy(resize(load_image(tmp_path / "a.png"), 32).copy()).permute(2, 0, 1) / 255
+    with Image.open(tmp_path / "a.png") as opened:
+        for same in (tmp_path / "a.png", str(tmp_path / "a.png"), data, io.BytesIO(data), opened, np.asarray(load_image(tmp_path / "a.png"))):
+            assert torch.equal(exported.image(same)[0], want)
+    assert torch.equal(exported.image(PHOTO.astype("uint16") * 16, bits=12), exported.image(np.rint(PHOTO.astype(float) * 16 * (255 / 4095)).astype("uint8")))
 
 
 @pytest.mark.parametrize("value", [0, 9, 77, 65535])

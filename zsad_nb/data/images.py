@@ -158,26 +158,49 @@ def batches(
     shuffle: bool = False,  # another order in every pass, the same orders for the same seed
     seed: int = 0,  # of the order
     workers: int = 0,  # threads that read ahead
-    on_bad: str = "raise",  # a file that cannot be used: "raise", or "skip" it with a warning (and a line in `.skipped`)
+    on_bad: str = "raise",  # a file that cannot be used: "raise", or "skip" it with a warning, listed in `.skipped`
     rgb: str = "before",  # see `resize`
     defects: list[str] | None = None,  # names that number the defects; default: those of this index
-    mosaic: float | dict | Mosaic = 0.0,  # for training: share of the images that are replaced by 2 x 2 images of their category, see `Mosaic`
-    **reading,  # see `Reading`: bits, white, mask_threshold, mask_mismatch, mask_orientation; default: as the index says
+    mosaic: float
+    | dict
+    | Mosaic = 0.0,  # for training: share of images replaced by 2 x 2 images of their category, see `Mosaic`
+    **reading,  # `Reading`: bits, white, mask_threshold, mask_mismatch, mask_orientation; default: as the index says
 ) -> Batches:  # iterable with a length
     "An Index as batches; the numbers depend neither on the batch size nor on the workers."
     how = reading_of(index, **reading)
-    if on_bad not in ("raise", "skip"): raise ValueError(f"on_bad={on_bad!r}; it must be 'raise' or 'skip'")
-    if rgb not in ("before", "after"): raise ValueError(f"rgb={rgb!r}; it must be 'before' or 'after'")
-    if batch_size < 1: raise ValueError(f"batch_size={batch_size}; it must be at least 1")
+    if on_bad not in ("raise", "skip"):
+        raise ValueError(f"on_bad={on_bad!r}; it must be 'raise' or 'skip'")
+    if rgb not in ("before", "after"):
+        raise ValueError(f"rgb={rgb!r}; it must be 'before' or 'after'")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}; it must be at least 1")
     names = defect_names(index) if defects is None else list(defects)
     unknown = sorted(set(index["defect"]) - set(names))
-    if unknown: raise ValueError(f"the index has the defects {unknown}, which are not in defects={names}")
+    if unknown:
+        raise ValueError(f"the index has the defects {unknown}, which are not in defects={names}")
     plan = mosaic if isinstance(mosaic, Mosaic) else Mosaic(index, mosaic, seed) if mosaic else None
     return Batches(index, size, batch_size, shuffle, seed, workers, on_bad, rgb, names, how, plan)
 
 # %% ../../nbs/data/12_images.ipynb #c6b411f1
-PROBLEMS = ("missing", "truncated", "unreadable", "pages", "dark", "missing_mask", "bad_mask", "unclear_mask", "normal_mask", "size_mismatch", "empty_mask",
-            "inverted_mask", "alpha_mask", "mask_position", "duplicate", "name_clash", "left_out")
+PROBLEMS = (
+    "missing",
+    "truncated",
+    "unreadable",
+    "pages",
+    "dark",
+    "missing_mask",
+    "bad_mask",
+    "unclear_mask",
+    "normal_mask",
+    "size_mismatch",
+    "empty_mask",
+    "inverted_mask",
+    "alpha_mask",
+    "mask_position",
+    "duplicate",
+    "name_clash",
+    "left_out",
+)
 DARK = 1 / 16  # of white: floats that are nowhere brighter have probably another white
 
 
@@ -204,15 +227,34 @@ def _brightness(stored: Stored, reading: Reading) -> tuple[float, float | None]:
     return 0.0, None
 
 
-def _check_mask(root: Path, image_path: str, mask_path: str, anomalous: bool, category: str, reading: Reading, image: tuple | None, seen: _Seen) -> None:
+def _check_mask(
+    root: Path,
+    image_path: str,
+    mask_path: str,
+    anomalous: bool,
+    category: str,
+    reading: Reading,
+    image: tuple | None,
+    seen: _Seen,
+) -> None:
     "Problems of a row's mask; `image`: size and EXIF orientation, None where it cannot be read."
     require_own(image_path, mask_path)
     mask, orientation, files = read_mask(root / mask_path, reading.mask_threshold)
     if not anomalous:
-        what = f"marks {int(mask.sum())} pixels; correct the label or clear the mask" if mask.any() else "is empty; set mask to '' in this row"
+        what = (
+            f"marks {int(mask.sum())} pixels; correct the label or clear the mask"
+            if mask.any()
+            else "is empty; set mask to '' in this row"
+        )
         seen.problems.append(("normal_mask", f"a normal image has a mask: {mask_path} {what}"))
     elif not mask.any():
-        seen.problems.append(("empty_mask", f"the mask {mask_path} of an anomalous image is empty; correct the label, redraw the mask or set it to ''"))
+        seen.problems.append(
+            (
+                "empty_mask",
+                f"the mask {mask_path} of an anomalous image is empty; "
+                "correct the label, redraw the mask or set it to ''",
+            )
+        )
     else:
         remarks = {problem: text for file in files for problem, text in mask_remarks(file, mask)}
         seen.problems += [(problem, f"the mask {mask_path} {text}") for problem, text in remarks.items()]
@@ -234,12 +276,23 @@ def _check_row(root: Path, image_path: str, mask_path: str, anomalous: bool, cat
     except BadImage as error:
         seen.problems.append((error.code, str(error)))
     if anomalous and not mask_path:
-        seen.problems.append(("missing_mask", "an anomalous image without a mask; it counts at image level only: add the mask for pixel metrics"))
+        seen.problems.append(
+            (
+                "missing_mask",
+                "an anomalous image without a mask; it counts at image level only: add the mask for pixel metrics",
+            )
+        )
     if mask_path:
         try:
             _check_mask(root, image_path, mask_path, anomalous, category, reading, image, seen)
         except BadImage as error:
-            code = "missing_mask" if error.code == "missing" else error.code if error.code in ("size_mismatch", "unclear_mask") else "bad_mask"
+            code = (
+                "missing_mask"
+                if error.code == "missing"
+                else error.code
+                if error.code in ("size_mismatch", "unclear_mask")
+                else "bad_mask"
+            )
             seen.problems.append((code, str(error)))
     seen.content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
     return seen
@@ -250,11 +303,18 @@ def _dark(seen: _Seen, top: float) -> list[tuple[str, str]]:
     if not seen.brightest or seen.white is None:
         return []
     if seen.white == 1:
-        text = f"its brightest pixel is {seen.brightest:.4g} and 1 is white: if another value is, state it, such as white={seen.brightest:.4g}"
+        value = f"{seen.brightest:.4g}"
+        text = f"its brightest pixel is {value} and 1 is white: if another value is, state it, such as white={value}"
         return [("dark", text)] if seen.brightest < DARK else []
     if top >= 2**14:
         return []
-    return [("dark", f"its brightest pixel is {seen.brightest:.0f} of 65535, and no image of this set goes beyond {top:.0f}: it is read dark; if its camera has 14 bits, state bits=14")]
+    return [
+        (
+            "dark",
+            f"its brightest pixel is {seen.brightest:.0f} of 65535, and no image of this set goes beyond {top:.0f}: "
+            "it is read dark; if its camera has 14 bits, state bits=14",
+        )
+    ]
 
 
 def _position(seen: _Seen, lie: set[str]) -> list[tuple[str, str]]:
@@ -262,8 +322,14 @@ def _position(seen: _Seen, lie: set[str]) -> list[tuple[str, str]]:
     if not seen.unsure or lie == {"upright"}:
         return []
     others = "the masks of its oblong photographs lie as stored" if lie == {"stored"} else "nothing in this set tells"
-    return [("mask_position", f"EXIF turns this photograph and the shape of its mask does not tell whether it was drawn upright, as it is taken; {others}: "
-                              'look at one and pass mask_orientation="upright" or "stored"')]
+    return [
+        (
+            "mask_position",
+            "EXIF turns this photograph and the shape of its mask does not tell whether it was drawn upright, "
+            f"as it is taken; {others}: "
+            'look at one and pass mask_orientation="upright" or "stored"',
+        )
+    ]
 
 
 @takes_reading
@@ -276,17 +342,28 @@ def check(
     root, how = root_of(index), reading_of(index, **reading)
     rows = list(index[["image", "mask", "anomalous", "category", "split"]].itertuples(index=False, name=None))
     out, first = [], {}
-    with ThreadPoolExecutor(max(workers, 1)) as pool: results = list(pool.map(lambda row: _check_row(root, *row[:4], how), rows))
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        results = list(pool.map(lambda row: _check_row(root, *row[:4], how), rows))
     top = max((seen.brightest for seen in results if seen.white == 65535), default=0)
     lie = {seen.lies for seen in results} - {""}
     for number, (row, seen) in enumerate(zip(rows, results)):
         problems = [*seen.problems, *_dark(seen, top), *_position(seen, lie)]
         out += [(number, row[0], *problem) for problem in problems]
-        if seen.content is None or (problems and problems[0][0] == "unreadable"): continue
+        if seen.content is None or (problems and problems[0][0] == "unreadable"):
+            continue
         if seen.content in first:
             twin, other = first[seen.content], rows[first[seen.content]]
-            clash = " with the other label" if bool(other[2]) != bool(row[2]) else " in the other split" if other[4] != row[4] else ""
-            out.append((number, row[0], "duplicate", f"the same bytes as row {twin} ({other[0]}){clash}; keep one of them"))
-        else: first[seen.content] = number
+            clash = (
+                " with the other label"
+                if bool(other[2]) != bool(row[2])
+                else " in the other split"
+                if other[4] != row[4]
+                else ""
+            )
+            out.append(
+                (number, row[0], "duplicate", f"the same bytes as row {twin} ({other[0]}){clash}; keep one of them")
+            )
+        else:
+            first[seen.content] = number
     out += index_findings(index)
     return pd.DataFrame(out, columns=["row", "image", "problem", "message"]).astype({"row": "Int64"})

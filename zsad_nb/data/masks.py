@@ -34,7 +34,9 @@ def _painted(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     return np.where(alpha > 0, strength, 0)
 
 
-def _shades(stored: Stored) -> tuple[np.ndarray, float | None, bool]:  # (H, W) values; white, None where unknown; labels for certain
+def _shades(
+    stored: Stored,
+) -> tuple[np.ndarray, float | None, bool]:  # (H, W) values; white, None where unknown; labels for certain
     "One value a pixel, whatever the mode."
     image = stored.image
     if stored.deep is not None and stored.deep.shape[2] in (2, 4) and image.mode == "RGBA":
@@ -48,6 +50,8 @@ def _shades(stored: Stored) -> tuple[np.ndarray, float | None, bool]:  # (H, W) 
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         rgba = np.asarray((image.convert("LA") if image.mode == "La" else image).convert("RGBA"))
         values, colours = _painted(rgba[..., :3], rgba[..., 3]), rgba[..., :3][rgba[..., 3] > 0]
+    elif image.mode == "LAB":
+        return np.asarray(image.getchannel("L")), 255, False
     else:
         colours = np.asarray(image.convert("RGB"))
         values = colours.max(-1)
@@ -87,19 +91,31 @@ def _cut(values: np.ndarray, white: float | None, labels: bool, lossy: bool, nam
     if white is None and few:
         return 0
     if white is None:
-        raise BadImage(name, f"it holds {len(levels)} different values up to {high:g}, and which of them are marked is not known",
-                       "state mask_threshold: what is above it is marked", "unclear_mask")
+        raise BadImage(
+            name,
+            f"it holds {len(levels)} different values up to {high:g}, and which of them are marked is not known",
+            "state mask_threshold: what is above it is marked",
+            "unclear_mask",
+        )
     half = white / 2
     if high <= half:
         if few:
             return 0
         if lossy and high <= LABELS:
             return half  # noise on black
-        raise BadImage(name, f"its brightest value is {high:g} of {white:g}, so that nothing is above one half",
-                       f"state mask_threshold: 0 where these are labels, {high / 2:g} where they are soft edges", "unclear_mask")
+        raise BadImage(
+            name,
+            f"its brightest value is {high:g} of {white:g}, so that nothing is above one half",
+            f"state mask_threshold: 0 where these are labels, {high / 2:g} where they are soft edges",
+            "unclear_mask",
+        )
     if _even(values, (values > (LABELS if lossy else 0)) & (values <= half)):
-        raise BadImage(name, f"it has even areas of grey below one half ({half:g}) beside brighter ones",
-                       f"state mask_threshold: 0 where they are marked, {math.floor(half)} where they are not", "unclear_mask")
+        raise BadImage(
+            name,
+            f"it has even areas of grey below one half ({half:g}) beside brighter ones",
+            f"state mask_threshold: 0 where they are marked, {math.floor(half)} where they are not",
+            "unclear_mask",
+        )
     return half
 
 # %% ../../nbs/data/11f_masks.ipynb #7280552b
@@ -111,9 +127,16 @@ def marked(
     "The pixels that a mask marks."
     values, white, labels = _shades(stored)
     if not np.isfinite(values).all():
-        raise BadImage(name, "it holds pixels that are not numbers (NaN or infinity)", "repair the mask or set it to ''", "bad_mask")
+        raise BadImage(
+            name,
+            "it holds pixels that are not numbers (NaN or infinity)",
+            "repair the mask or set it to ''",
+            "bad_mask",
+        )
     if values.min() < 0:
-        raise BadImage(name, f"it holds negative values (down to {values.min():g})", "set what is not marked to 0", "bad_mask")
+        raise BadImage(
+            name, f"it holds negative values (down to {values.min():g})", "set what is not marked to 0", "bad_mask"
+        )
     if stored.inverted and values.dtype.kind == "f":
         values = 1 - values
     threshold = _cut(values, white, labels, stored.lossy, name) if mask_threshold is None else mask_threshold
@@ -126,7 +149,10 @@ def resize_mask(
 ) -> np.ndarray:  # bool, of that size
     "Bilinear (antialiased) on 0/255, then above one half (VisualAD, training)."
     height, width = (size, size) if isinstance(size, int) else size
-    return np.asarray(Image.fromarray(mask.astype("uint8") * 255).resize((width, height), Image.Resampling.BILINEAR)) > 127.5
+    return (
+        np.asarray(Image.fromarray(mask.astype("uint8") * 255).resize((width, height), Image.Resampling.BILINEAR))
+        > 127.5
+    )
 
 
 def _parts_of(
@@ -252,7 +278,11 @@ def mask_remarks(
         alpha = image.getchannel("A" if image.mode[-1] == "A" else "a").getextrema()
         if alpha[0] < alpha[1]:
             rgb = image.convert("RGBA").convert("RGB").getextrema()
-            how = "what is transparent counts as not marked" if any(high for _, high in rgb) else "nothing else is painted, so alpha is the mask"
+            how = (
+                "what is transparent counts as not marked"
+                if any(high for _, high in rgb)
+                else "nothing else is painted, so alpha is the mask"
+            )
             found.append(("alpha_mask", f"has an alpha channel: {how}; save the mask without transparency"))
     edges = mask[0].all() and mask[-1].all() and mask[:, 0].all() and mask[:, -1].all()
     if mask.mean() > NEARLY_ALL or edges:

@@ -15,7 +15,7 @@ from PIL import Image, ImageCms
 
 from .masks import _TURN, load_mask, placed, read_mask, require_own, resize_mask  # noqa: F401 (one door to images)
 from .reading import Reading, takes_reading
-from .stored import BadImage, Stored, file_content, open_image, open_stored, stored_image  # noqa: F401 (likewise)
+from .stored import BadImage, Stored, file_content, open_image, open_stored, stored_image  # noqa: F401
 
 # %% ../../nbs/data/12a_pixels.ipynb #b288a26a
 DARKEST = 4096  # a file of 16 bits that is nowhere as bright as this needs its depth stated
@@ -25,8 +25,12 @@ def _require_bright(high: float, bits: int | None, own: float | None, name: str)
     "Refuse 16-bit values that would come out nearly black by their type alone."
     if bits is None and own == 65535 and 0 < high < DARKEST:
         depth = next(depth for depth in (8, 10, 12) if high < 2**depth)
-        raise BadImage(name, f"its brightest pixel is {high:.0f} of 65535: a frame of a camera with fewer bits, or a very dark picture",
-                       f"state bits={depth} (or what the camera has), or bits=16 if it is as dark as that", "dark")
+        raise BadImage(
+            name,
+            f"its brightest pixel is {high:.0f} of 65535: a frame of a camera with fewer bits, or a very dark picture",
+            f"state bits={depth} (or what the camera has), or bits=16 if it is as dark as that",
+            "dark",
+        )
 
 
 def to_8_bit(
@@ -43,25 +47,39 @@ def to_8_bit(
     if values.dtype == np.uint8:
         return values
     if kind not in "iuf":
-        raise BadImage(name, f"its values are {values.dtype}, which is no brightness", "convert them to uint8, uint16 or float")
+        raise BadImage(
+            name, f"its values are {values.dtype}, which is no brightness", "convert them to uint8, uint16 or float"
+        )
     if not np.isfinite(values).all():
         raise BadImage(name, "it holds pixels that are not numbers (NaN or infinity)", "repair them or remove its row")
     low, high = values.min().item(), values.max().item()
     if low < 0:
-        raise BadImage(name, f"it holds negative values (down to {low:g})", "shift it to start at 0, and save it as 16-bit PNG")
+        raise BadImage(
+            name, f"it holds negative values (down to {low:g})", "shift it to start at 0, and save it as 16-bit PNG"
+        )
     if kind == "f":
         top = 1.0 if white is None else float(white)
         if high > top:
-            raise BadImage(name, f"its brightest pixel is {high:g}; floats are read as 0 to {top:g}",
-                           "state the value that is white, such as white=255, or divide by it")
+            raise BadImage(
+                name,
+                f"its brightest pixel is {high:g}; floats are read as 0 to {top:g}",
+                "state the value that is white, such as white=255, or divide by it",
+            )
     else:
         top = own if bits is None else 2**bits - 1
         if top is None:
-            raise BadImage(name, f"its type ({values.dtype}, brightest pixel {high}) does not say which value is white",
-                           "state the depth of the camera, such as bits=12, or save it with 8 or 16 bits without sign")
+            raise BadImage(
+                name,
+                f"its type ({values.dtype}, brightest pixel {high}) does not say which value is white",
+                "state the depth of the camera, such as bits=12, or save it with 8 or 16 bits without sign",
+            )
         if high > top:
             held = f"{bits} bits hold" if bits is not None else "its file allows"
-            raise BadImage(name, f"its brightest pixel is {high:g}, more than {held} ({top:g})", "state the right bits, or leave them out")
+            raise BadImage(
+                name,
+                f"its brightest pixel is {high:g}, more than {held} ({top:g})",
+                "state the right bits, or leave them out",
+            )
     _require_bright(high, bits, top, name)
     if values.dtype == np.uint16:
         table = np.rint(np.arange(min(int(top), 65535) + 1) * (255 / top)).astype("uint8")
@@ -69,7 +87,9 @@ def to_8_bit(
     return np.rint(values.astype("float64") * (255 / top)).astype("uint8")
 
 
-def _deep_rgb(values: np.ndarray, own: float, bits: int | None, name: str, cmyk: bool = False, clear=None) -> Image.Image:
+def _deep_rgb(
+    values: np.ndarray, own: float, bits: int | None, name: str, cmyk: bool = False, clear=None
+) -> Image.Image:
     "Colours of 16 bits, with or without alpha, as RGB."
     top = own if bits is None else 2**bits - 1
     colours, alpha = (values, None) if cmyk or values.shape[2] == 3 else (values[..., :-1], values[..., -1])
@@ -86,7 +106,9 @@ def _deep_rgb(values: np.ndarray, own: float, bits: int | None, name: str, cmyk:
 
 def _from_lab(image: Image.Image, name: str) -> Image.Image:
     try:
-        return ImageCms.profileToProfile(image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB")
+        return ImageCms.profileToProfile(
+            image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB"
+        )
     except (ImportError, OSError, ValueError, ImageCms.PyCMSError) as error:
         raise BadImage(name, f"its LAB colours cannot be converted ({error})", "save it as RGB") from error
 
@@ -112,8 +134,11 @@ def rgb_of(
     if stored.cut and stored.white == 65535:
         _require_bright(257 * max(high for _, high in image.convert("RGB").getextrema()), bits, stored.white, name)
     if (stored.cut or stored.perhaps_cut) and bits is not None and 2**bits - 1 != stored.white:
-        raise BadImage(name, f"its colours were, or may have been, cut to 8 bits when they were decoded: bits={bits} cannot be applied",
-                       "give the path or the bytes of the file, as PNG or TIFF with interleaved colours, or image.copy() if it has 8 bits")
+        raise BadImage(
+            name,
+            f"its colours were, or may have been, cut to 8 bits when they were decoded: bits={bits} cannot be applied",
+            "give the path or the bytes of a PNG or TIFF with interleaved colours, or image.copy() if it has 8 bits",
+        )
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
@@ -149,7 +174,9 @@ def _from_numbers(array, bits: int | None, white: float | None) -> Image.Image:
         values = values[..., 0]
     if values.ndim not in (2, 3) or values.ndim == 3 and values.shape[2] not in (3, 4) or 0 in values.shape:
         looks_like_channels_first = values.ndim == 3 and values.shape[0] in (1, 3) and not tensor
-        hint = "; it looks like (3, H, W): transpose it with array.transpose(1, 2, 0)" if looks_like_channels_first else ""
+        hint = (
+            "; it looks like (3, H, W): transpose it with array.transpose(1, 2, 0)" if looks_like_channels_first else ""
+        )
         wanted = "(3, H, W)" if tensor else "(H, W), (H, W, 3) or (H, W, 4)"
         raise ValueError(f"{'a tensor' if tensor else 'an array'} of shape {shape}; an image is {wanted}{hint}")
     name = "a tensor" if tensor else "an array"
@@ -217,7 +244,8 @@ def fit_mask(
     where = f" (category {category})" if category else ""
     cure = 'resize the mask or pass mask_mismatch="resize"'
     if mask.shape == size and orientation >= 5 and reading.mask_orientation != "auto":
-        cure = f'EXIF turns this photograph: pass mask_orientation="{"upright" if reading.mask_orientation == "stored" else "stored"}"'
+        other = "upright" if reading.mask_orientation == "stored" else "stored"
+        cure = f'EXIF turns this photograph: pass mask_orientation="{other}"'
     raise BadImage(
         paths[1],
         f"mask {names[1]} is {mask.shape[1]}x{mask.shape[0]} but image {names[0]} is {size[0]}x{size[1]}{where}",
@@ -232,7 +260,9 @@ def read_pair(
     reading: Reading,
     category: str = "",  # for the message
     raw: bool = False,  # leave an image of 8 bits in its own mode
-) -> tuple[Image.Image, np.ndarray | None, bool]:  # image (W, H); mask (H, W) bool or None; how the mask lies is a supposition
+) -> tuple[
+    Image.Image, np.ndarray | None, bool
+]:  # image (W, H); mask (H, W) bool or None; how the mask lies is a supposition
     "One image and its mask, of one size."
     stored = open_stored(image_path)
     image = stored.image if raw and not stored.is_deep else rgb_of(stored, reading.bits, reading.white, str(image_path))

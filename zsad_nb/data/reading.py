@@ -25,7 +25,9 @@ def _require_bits(bits) -> None:
     except TypeError:
         fine = False
     if not fine:
-        raise ValueError(f"bits={bits!r}; it is the depth of images with more than 8 bits: a whole number from 8 to 32, or None")
+        raise ValueError(
+            f"bits={bits!r}; it is the depth of images with more than 8 bits: a whole number from 8 to 32, or None"
+        )
 
 
 def _require_number(name: str, value, least: str, fine: bool) -> None:
@@ -44,9 +46,13 @@ class Reading:
 
     bits: int | None = None  # depth of images with more than 8 bits, such as 12; None: the depth of their type
     white: float | None = None  # white of floating-point images, such as 255; None: 1
-    mask_threshold: float | None = None  # a mask marks what is above this stored value; None: half of its range, labels above 0
+    mask_threshold: float | None = (
+        None  # a mask marks what is above this stored value; None: half of its range, labels above 0
+    )
     mask_mismatch: str = "error"  # a mask of another size than its image: "error", or "resize" it
-    mask_orientation: str = "auto"  # masks of photographs turned by EXIF lie "upright" or "stored"; "auto": as their size tells
+    mask_orientation: str = (
+        "auto"  # masks of photographs turned by EXIF lie "upright" or "stored"; "auto": as their size tells
+    )
 
     def __post_init__(self):
         if self.bits is not None:
@@ -55,7 +61,9 @@ class Reading:
             _require_number("white", self.white, "above 0", isinstance(self.white, numbers.Real) and self.white > 0)
         if self.mask_threshold is not None:
             threshold = self.mask_threshold
-            _require_number("mask_threshold", threshold, "from 0 on", isinstance(threshold, numbers.Real) and threshold >= 0)
+            _require_number(
+                "mask_threshold", threshold, "from 0 on", isinstance(threshold, numbers.Real) and threshold >= 0
+            )
         _require_word("mask_mismatch", self.mask_mismatch, ("error", "resize"))
         _require_word("mask_orientation", self.mask_orientation, ("auto", "upright", "stored"))
 

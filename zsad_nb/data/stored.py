@@ -72,13 +72,30 @@ def _explained(name: str | os.PathLike) -> Iterator[None]:
         raise BadImage(name, "too many pixels to be a photograph", "scale it down") from error
     except PermissionError as error:
         raise BadImage(name, "no permission to read it", "change its permissions") from error
-    except (OSError, SyntaxError, ValueError, EOFError, LookupError, ArithmeticError, TypeError, AttributeError, struct.error) as error:
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        EOFError,
+        LookupError,
+        ArithmeticError,
+        TypeError,
+        AttributeError,
+        struct.error,
+    ) as error:
         cut = any(word in str(error).lower() for word in ("trunc", "eof", "incomplete"))
         why = "the file is truncated" if cut else "the file is damaged or cut short"
-        raise BadImage(name, f"{why} ({error or type(error).__name__})", again, "truncated" if cut else "unreadable") from error
+        raise BadImage(
+            name, f"{why} ({error or type(error).__name__})", again, "truncated" if cut else "unreadable"
+        ) from error
 
 # %% ../../nbs/data/11e_stored.ipynb #2305f181
-ONE_PICTURE = ("MPO", "PSD", "ICO", "ICNS")  # several pictures of one thing: the photograph of an MPO, the look of a PSD, the largest icon
+ONE_PICTURE = (
+    "MPO",
+    "PSD",
+    "ICO",
+    "ICNS",
+)  # several pictures of one thing: the photograph of an MPO, the look of a PSD, the largest icon
 
 
 def _is_page(image: Image.Image, number: int) -> bool:
@@ -101,7 +118,12 @@ def _go_to_the_page(image: Image.Image, name: str | os.PathLike) -> None:
         image.seek(pages[0])
         count = len(pages)
     if count > 1:
-        raise BadImage(name, f"it is {what.format(count)}, and which one is meant is not known", "save that one as a file of its own", "pages")
+        raise BadImage(
+            name,
+            f"it is {what.format(count)}, and which one is meant is not known",
+            "save that one as a file of its own",
+            "pages",
+        )
 
 # %% ../../nbs/data/11e_stored.ipynb #c0b136ce
 def _other_bytes(rawmode) -> str | None:
@@ -169,9 +191,15 @@ def _describe(image: Image.Image, head: bytes, name: str | os.PathLike) -> Store
         stored.inverted = image.mode[0] in "IF" and 262 in tags and tags[262] == 0
         separate = deep_colours and tags.get(284, 1) == 2
         if separate and not getattr(image, "use_load_libtiff", False):
-            raise BadImage(name, "16-bit colours in separate planes cannot be read", "save it with interleaved colours, or as PNG")
+            raise BadImage(
+                name, "16-bit colours in separate planes cannot be read", "save it with interleaved colours, or as PNG"
+            )
         if 2 in np.atleast_1d(tags.get(339, 1)) and image.mode[0] not in "IF":
-            raise BadImage(name, "signed 8-bit values cannot be told from unsigned ones", "shift them to start at 0, and save it as PNG")
+            raise BadImage(
+                name,
+                "signed 8-bit values cannot be told from unsigned ones",
+                "shift them to start at 0, and save it as PNG",
+            )
     elif image.format == "JPEG2000":
         depth = _precision(head)
         stored.white = 2**depth - 1
@@ -182,7 +210,12 @@ def _describe(image: Image.Image, head: bytes, name: str | os.PathLike) -> Store
         stored.factor = stored.white / 65535 if image.mode == "I" else 1.0
         deep_colours = image.mode == "RGB" and stored.white > 255
         stored.white = max(stored.white, 255)
-    elif image.mode[0] == "I" or deep_colours or image.format == "SGI" and any(t.codec_name == "SGI16" for t in image.tile):
+    elif (
+        image.mode[0] == "I"
+        or deep_colours
+        or image.format == "SGI"
+        and any(t.codec_name == "SGI16" for t in image.tile)
+    ):
         stored.white = 65535
         deep_colours |= image.format == "SGI"
     if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
@@ -249,7 +282,9 @@ def open_stored(
 
 def open_image(
     path: str | os.PathLike,  # an image file
-) -> tuple[Image.Image, int]:  # the decoded image, upright, in its own mode; the EXIF orientation it was stored with (1: upright)
+) -> tuple[
+    Image.Image, int
+]:  # the decoded image, upright, in its own mode; the EXIF orientation it was stored with (1: upright)
     "Decode a file completely, or raise `BadImage`."
     stored = open_stored(path)
     return stored.image, stored.orientation
@@ -269,7 +304,12 @@ def file_content(
     image: Image.Image,  # as `Image.open` returns it
 ) -> bytes | None:  # None: it is decoded already, or was never a file, or another page than the first was chosen
     "The file behind an opened image; its position is left as it was."
-    if not isinstance(image, ImageFile.ImageFile) or not image.tile or getattr(image, "fp", None) is None or image.tell():
+    if (
+        not isinstance(image, ImageFile.ImageFile)
+        or not image.tile
+        or getattr(image, "fp", None) is None
+        or image.tell()
+    ):
         return None
     try:
         at = image.fp.tell()
@@ -282,15 +322,24 @@ def file_content(
         return None
 
 
+def _was_cut(image: Image.Image) -> bool | None:
+    "Does the file that a decoded image came from hold more than its 8 bits? None: it is not there any more."
+    try:
+        with open(image.filename, "rb") as file, Image.open(image.filename) as again:
+            same = (again.format, again.size, again.mode) == (image.format, image.size, image.mode)
+            return _describe(again, file.read(65536), image.filename).cut if same else None
+    except (AttributeError, TypeError, OSError, ValueError):
+        return None
+
+
 def _from_its_path(image: Image.Image) -> Stored | None:
     "A decoded image once more from its path, where that still holds the same pixels."
-    path = getattr(image, "filename", "")
     try:
-        stored = open_stored(path) if path else None
-    except (BadImage, TypeError, ValueError):
+        stored = open_stored(image.filename)
+    except BadImage:
         return None
     upright = ImageOps.exif_transpose(image)
-    same = stored is not None and stored.image.mode == upright.mode and stored.image.size == upright.size
+    same = stored.image.mode == upright.mode and stored.image.size == upright.size
     return stored if same and stored.image.tobytes() == upright.tobytes() else None
 
 
@@ -307,9 +356,14 @@ def stored_image(
             _go_to_the_page(image, name)
     with _explained(name):
         image.load()
-        known = _from_its_path(image) if image.mode in ("RGB", "RGBA", "CMYK") and image.format in ("PNG", "TIFF", "PPM") else None
-        if known is not None:
-            return known
+        was_cut = (
+            _was_cut(image)
+            if image.mode in ("RGB", "RGBA", "CMYK") and isinstance(image, ImageFile.ImageFile)
+            else None
+        )
+        whole = _from_its_path(image) if was_cut else None
+        if whole is not None:
+            return whole
         stored = Stored(ImageOps.exif_transpose(image), _orientation(image))
     depth = getattr(image, "tag_v2", {}).get(258, 8)
     depth = max(depth) if isinstance(depth, tuple) else depth
@@ -318,6 +372,9 @@ def stored_image(
     elif image.mode[0] in "IF":
         stored.white = 65535 if image.format in ("PNG", "PPM") else None
     else:  # an 8-bit mode: who decoded a PNG cannot say whether it had 16
-        stored.cut, stored.perhaps_cut = depth > 8, depth <= 8 and image.format in ("PNG", "PPM", "JPEG2000", "SGI")
+        stored.cut, stored.perhaps_cut = (
+            depth > 8,
+            depth <= 8 and was_cut is not False and image.format in ("PNG", "PPM", "JPEG2000", "SGI"),
+        )
         stored.white = 65535 if stored.cut or stored.perhaps_cut else 255
     return stored

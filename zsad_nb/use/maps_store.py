@@ -29,7 +29,7 @@ from ..backbones.features import key_hash
 from ..data.datasets import load_dataset
 from ..data.images import batches, defect_names
 from ..data.index import fingerprint, load_index, root_of, save_index
-from ..data.reading import read_as, reading_of, takes_reading
+from ..data.reading import Reading, read_as, reading_of, takes_reading
 from ..data.stored import upright_size
 from ..files import read_json, write_atomically, write_json
 from ..methods.base import SIDE, Method
@@ -407,4 +407,5 @@ def data_of(folder: str|Path) -> pd.DataFrame|None:  # an Index; None where the 
     given = look(folder).record.get("spec", {}).get("parameters", {})
     if not given.get("data"): return None
     drawn = dict(size=given["size"], normal=given["images"], defective=given["images"]) if given["data"].startswith("synthetic-") else {}
-    return load_dataset(given["data"], given.get("root") or Path(folder)/"data"/given["data"], **drawn)
+    reading = {field.name: given[field.name] for field in dataclasses.fields(Reading) if given.get(field.name) is not None}
+    return read_as(load_dataset(given["data"], given.get("root") or Path(folder)/"data"/given["data"], **drawn), **reading)

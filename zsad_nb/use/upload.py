@@ -33,8 +33,11 @@ class Upload:
     def __init__(self, source,            # an Inspector, a Method, a checkpoint, a run's folder, or a method's name
                  category: str="object",  # what prompts call the thing; can be changed on the page
                  side: int=720,           # pixels of the longer side on the screen
+                 bits: int|None=None, white: float|None=None,  # see `Reading`; default: as the Inspector says
                 ):
-        self.inspector = copy.copy(source) if isinstance(source, Inspector) else Inspector(method_from(source), category=category)
+        self.inspector = copy.copy(source) if isinstance(source, Inspector) else Inspector(method_from(source), category=category, bits=bits, white=white)
+        if isinstance(source, Inspector) and not {bits, white} <= {None, source.bits, source.white}:
+            raise ValueError(f"the Inspector reads with {source.reading}; make it with bits={bits}, white={white}: its thresholds depend on it")
         self.side, self.found, self.drawing, self._quiet = side, None, None, False
         self.zone, self.word = DropZone(), w.Text(self.inspector.category, description="It is a", placeholder="screw", tooltip="the word for the thing in the prompts of methods that read it", continuous_update=False, layout=w.Layout(width="220px"), style=dict(description_width="initial"))
         self.pictures = {name: Picture(label=name) for name in PANELS}

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.pixels import BadImage
+from ..data.reading import Reading, takes_reading
 from ..evaluation.tables import html_text
 from ..files import inside, safe_name, write_atomically
 from ..names import shown
@@ -24,6 +25,7 @@ from .blending import ORDER, Drawing, View, encode
 from .controls import LABEL, bars, box, button, choice, contour_words, dropdown, fallback, from_to, legend, message, numbers_html, put, set_range, show, slider, spans, told, verdict, wide
 from .gallery import SHOW, SORT, Gallery, arrange
 from .histogram import Histogram, ScoreSplit, percent, say
+from .inspector import Inspector
 from .maps_store import DONE, MapStore, data_of, make_store, open_store, similarity_panel, snapshot
 from .panels import Later, Picture
 from .sources import method_from
@@ -40,6 +42,7 @@ def _slug(
 
 class HeatmapExplorer:
     "Looks at where methods see defects."
+    @takes_reading
     def __init__(self, sources,                   # a Method, a checkpoint, a run's folder, a MapStore, an Inspector; or a dict name -> one of these
                  index: pd.DataFrame|None=None,   # rows with split "test" are used; default: what the run or the store knows
                  folder: str|Path="maps",         # for stores of maps
@@ -48,7 +51,10 @@ class HeatmapExplorer:
                  page: int=12,                    # thumbnails at a time
                  out: str|Path="heatmaps",        # folder for saved pictures
                  batch_size: int=8, progress: bool=True,
+                 **reading                        # see `Reading`; default: as the index, the Inspector or the run says
                 ):
+        Reading(**reading)  # raises for what cannot be
+        self._reading = reading
         self.sources = dict(sources) if isinstance(sources, dict) else {self._name(sources): sources}
         if not self.sources: raise ValueError("there is nothing to explore: give a method, a checkpoint, the folder of a run, or a dict of these")
         self.folder, self.size, self.out, self._compute, self._progress, self._batch = Path(folder), size, Path(out), compute, progress, batch_size
@@ -77,7 +83,8 @@ class HeatmapExplorer:
                 index = self._given if self._given is not None else self.index if self._stores else data_of(source) if isinstance(source, (str, Path)) else None
                 if index is None: raise ValueError(f"{name} does not say what it was evaluated on; pass an index, such as load_dataset('mvtec', FOLDER)")
                 inner = getattr(source, "method", source)  # an Inspector carries its method
-                store = make_store(method_from(inner), index, self.folder, self.size)
+                own = source.reading if isinstance(source, Inspector) else {}
+                store = make_store(method_from(inner), index, self.folder, self.size, **{**{k: v for k, v in own.items() if v is not None}, **self._reading})
             if self._stores:
                 mine, own = (s.index[["dataset", "category", "image"]].to_numpy() for s in (next(iter(self._stores.values())), store))
                 if mine.shape != own.shape or (mine != own).any(): raise ValueError(f"the maps of {name} are of other images than those of {next(iter(self._stores))}; make them from one index")
