@@ -62,7 +62,7 @@ def _too_long(text: str) -> bool:
     if len(text) < _LONGEST // 3:
         return False
     size = (lambda name: len(os.fsencode(name))) if os.name == "posix" else len
-    return any(size(name) > _LONGEST for name in re.split(r"[/\\]" if os.name != "posix" else "/", text))
+    return size(text) > 16 * _LONGEST or any(size(name) > _LONGEST for name in re.split(r"[/\\]" if os.name != "posix" else "/", text))
 
 
 def relative_path(

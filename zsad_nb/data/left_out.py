@@ -109,9 +109,10 @@ def _of_image(path: str, used: _Used, apart: dict[str, str], listed: str, masks:
     if listed:
         return Unused("unlisted", path, listed)
     folders = [folder for folder in place.parents if folder.name]
-    odd = next((folder.name for folder in reversed(folders) if folder.as_posix() not in used.folders and near_name(folder.name)), None)
+    odd = next((folder for folder in reversed(folders) if folder.as_posix() not in used.folders and near_name(folder.name)), None)
     if odd:
-        return Unused("near", path, f"{odd}/ looks like {near_name(odd)}/")
+        likely = near_name(odd.name)
+        return Unused("near", path, f"{odd.name}/ looks like {likely}/" if likely != odd.name else f"{odd}/ is not looked into")
     deeper = any(folder.as_posix() in used.direct for folder in place.parents if folder != place.parent)
     return Unused("deeper" if deeper else "elsewhere", path)
 
