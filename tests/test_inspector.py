@@ -426,7 +426,7 @@ def test_a_full_disk_keeps_the_rows(inspector, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="3 rows are kept. Free some space"): look(inspector, tmp_path / "in", out=tmp_path / "out", pictures="none")
     monkeypatch.undo()
     assert len(pd.read_csv(tmp_path / "out" / "results.csv")) == 3
-    assert look(inspector, tmp_path / "in", out=tmp_path / "out", pictures="none").attrs["summary"] | dict(out="") == dict(images=6, errors=0, defective=0, normal=0, duplicates=0, known_before=3, half_rows=0, moved="", out="")
+    assert look(inspector, tmp_path / "in", out=tmp_path / "out", pictures="none").attrs["summary"] | dict(out="") == dict(images=6, errors=0, defective=0, normal=0, duplicates=0, known_before=3, left_out=[], half_rows=0, moved="", out="")
 
 
 def test_two_at_once_are_refused(inspector, tmp_path):
