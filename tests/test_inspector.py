@@ -121,7 +121,8 @@ def test_every_good_image_gets_its_result_and_every_bad_one_a_reason(inspector, 
     twins = table.set_index(pd.Series(names(table)))["duplicate_of"]
     assert Path(twins["zz copy of plain.png"]).name == "plain.png" and (twins.drop("zz copy of plain.png") == "").all()
     assert table["score"][names(table).index("plain.png")] == table["score"][names(table).index("zz copy of plain.png")]
-    assert table.attrs["summary"] == dict(images=len(table), errors=len(bad), defective=len(good), normal=0, duplicates=1, known_before=0, half_rows=0, moved="", out=str(tmp_path / "out"))
+    assert table.attrs["summary"] == dict(images=len(table), errors=len(bad), defective=len(good), normal=0, duplicates=1, known_before=0, left_out=[], half_rows=0, moved="",
+                                          out=str(tmp_path / "out"))
     on_disk = pd.read_csv(tmp_path / "out" / "results.csv", keep_default_na=False)
     assert on_disk["path"].tolist() == table["path"].tolist() and "Prüfling 7 – 検査.png" in "".join(on_disk["path"])
 
@@ -426,7 +427,7 @@ def test_a_full_disk_keeps_the_rows(inspector, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="3 rows are kept. Free some space"): look(inspector, tmp_path / "in", out=tmp_path / "out", pictures="none")
     monkeypatch.undo()
     assert len(pd.read_csv(tmp_path / "out" / "results.csv")) == 3
-    assert look(inspector, tmp_path / "in", out=tmp_path / "out", pictures="none").attrs["summary"] | dict(out="") == dict(images=6, errors=0, defective=0, normal=0, duplicates=0, known_before=3, half_rows=0, moved="", out="")
+    assert look(inspector, tmp_path / "in", out=tmp_path / "out", pictures="none").attrs["summary"] | dict(out="") == dict(images=6, errors=0, defective=0, normal=0, duplicates=0, known_before=3, left_out=[], half_rows=0, moved="", out="")
 
 
 def test_two_at_once_are_refused(inspector, tmp_path):

@@ -59,12 +59,14 @@ def _leaves(path: str) -> bool:
 
 def _too_long(text: str) -> bool:
     "No disk of this machine holds such a name."
+    if len(text) < _LONGEST // 3:
+        return False
     size = (lambda name: len(os.fsencode(name))) if os.name == "posix" else len
-    return any(size(name) > _LONGEST for name in re.split(r"[/\\]" if os.name != "posix" else "/", text))
+    return size(text) > 16 * _LONGEST or any(size(name) > _LONGEST for name in re.split(r"[/\\]" if os.name != "posix" else "/", text))
 
 
 def relative_path(
-    path: str | os.PathLike,  # absolute or relative, with / or \\
+    path: str | os.PathLike,  # absolute or relative, with / or backslashes
     root: str | os.PathLike,  # the folder it should be relative to
     where: str = "",  # what the path belongs to, for the message
 ) -> str:  # relative posix path; "" stays ""
@@ -72,29 +74,29 @@ def relative_path(
     text = os.fspath(path)
     if not text:
         return ""
-    name = shown(text)
     if "\0" in text:
-        raise ValueError(f"{where}{name} holds a NUL character, which no file name has; correct it")
+        raise ValueError(f"{where}{shown(text)} holds a NUL character, which no file name has; correct it")
     require_utf8(text, where)
     if _too_long(text):
-        raise ValueError(f"{where}{name[:60]}... is longer than a file name can be ({_LONGEST}); correct it")
+        raise ValueError(f"{where}{shown(text[:60])}... is longer than a file name can be ({_LONGEST}); correct it")
     if os.path.isabs(text):
         inside = os.path.relpath(text, root).replace(os.sep, "/")
         if _leaves(inside):
-            raise ValueError(f"{where}{name} does not lie under the root {shown(str(root))}; pass the root that holds it")
+            raise ValueError(f"{where}{shown(text)} does not lie under the root {shown(str(root))}; pass the root that holds it")
         return inside
     if _URL.match(text):
-        raise ValueError(f"{where}{name} is a web address; download the file and give its path relative to {shown(str(root))}")
+        raise ValueError(f"{where}{shown(text)} is a web address; download the file and give its path relative to {shown(str(root))}")
     plain = os.path.normpath(text).replace(os.sep, "/")
-    windows = PureWindowsPath(text)
-    if ("\\" in text or windows.drive) and not _leaves(plain) and os.path.lexists(os.path.join(root, plain)):
+    odd = "\\" in text or ":" in text
+    if odd and os.name == "posix" and not _leaves(plain) and os.path.lexists(os.path.join(root, plain)):
         return plain  # on Linux and macOS a name may hold these characters
-    if windows.drive or text.startswith("\\"):
-        raise ValueError(f"{where}{name} is an absolute path of another machine; give it relative to {shown(str(root))}")
+    windows = PureWindowsPath(text) if odd else None
+    if odd and (windows.drive or text.startswith("\\")):
+        raise ValueError(f"{where}{shown(text)} is an absolute path of another machine; give it relative to {shown(str(root))}")
     if "\\" in text:
         plain = os.path.normpath(windows.as_posix()).replace(os.sep, "/")
     if _leaves(plain):
-        raise ValueError(f"{where}{name} leaves the root {shown(str(root))}; choose a root that holds all files")
+        raise ValueError(f"{where}{shown(text)} leaves the root {shown(str(root))}; choose a root that holds all files")
     return plain
 
 # %% ../../nbs/data/10_index.ipynb #dbf31686
@@ -134,7 +136,8 @@ def _check_row(row: dict, place: str, root: str) -> dict:
 
 def _once(table: pd.DataFrame, places: Sequence[str]) -> None:
     "Every image once in a half of a category, and none of them a mask."
-    rows = table[["dataset", "category", "split", "image"]].assign(image=[unicodedata.normalize("NFC", image) for image in table["image"]])
+    forms = [image if image.isascii() else unicodedata.normalize("NFC", image) for image in table["image"]]
+    rows = table[["dataset", "category", "split", "image"]].assign(image=forms)
     twice = np.flatnonzero(rows.duplicated())
     if len(twice):
         number = int(twice[0])

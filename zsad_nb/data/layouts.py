@@ -53,6 +53,14 @@ def _names(folder: Path) -> list[os.DirEntry]:
     return found
 
 
+def _leads_back(item: os.DirEntry) -> bool:
+    "A link to the folder that it lies in, or to one above: what it shows is read under its own name."
+    if not item.is_symlink():
+        return False
+    here = os.path.join(os.path.realpath(os.path.dirname(item.path)), "")
+    return here.startswith(os.path.join(os.path.realpath(item.path), ""))
+
+
 def folders(
     folder: Path,  # where
     skip: Iterable[str] = (),  # names to leave out
@@ -61,7 +69,7 @@ def folders(
     if not folder.is_dir():
         return []
     skip = {same_name(name) for name in skip}
-    inner = [item.name for item in _names(folder) if item.name[0] not in "._" and kind_of(item) == "folder"]
+    inner = [item.name for item in _names(folder) if item.name[0] not in "._" and kind_of(item) == "folder" and not _leads_back(item)]
     return [folder / name for name in inner if same_name(name) not in skip]
 
 
@@ -181,10 +189,13 @@ def rows(
     masks: list[Path | None] | None = None,  # one an image; None: no masks
 ) -> list[dict]:  # rows for `make_index`
     "Images of one category, split and defect as rows."
-    home = os.path.abspath(root)
+    home = os.path.join(os.path.abspath(root), "")
 
     def relative(path: Path) -> str:
-        return Path(os.path.abspath(path)).relative_to(home).as_posix()
+        whole = os.path.abspath(path)
+        if not whole.startswith(home):
+            raise ValueError(f"{shown(whole)} does not lie in {shown(home)}; choose a root that holds all files")
+        return whole[len(home):].replace(os.sep, "/")
 
     return [dict(category=category, split=split, image=relative(image), mask=relative(mask) if mask and defect != GOOD else "",
                  anomalous=defect != GOOD, defect=defect) for image, mask in zip(images, masks or [None] * len(images), strict=True)]

@@ -66,15 +66,22 @@ class Unused(NamedTuple):
     detail: str = ""  # what the sentence about its reason names besides
 
 
+def _split(path: str) -> tuple[str, str]:
+    "Folder and stem; pathlib is too slow for every file of a large set."
+    folder, _, name = path.rpartition("/")
+    return folder or ".", os.path.splitext(name)[0]
+
+
 class _Used:
     "What an index uses, for questions about a path."
 
     def __init__(self, used: Iterable[str], normal: Iterable[str]):
         self.paths = {path for path in used if path}
-        self.folders = {folder.as_posix() for path in self.paths for folder in PurePosixPath(path).parents}  # that hold something used
-        self.direct = {PurePosixPath(path).parent.as_posix() for path in self.paths}
-        self.normal = {(PurePosixPath(path).parent.as_posix(), same_name(PurePosixPath(path).stem)) for path in normal}
-        self.stems = {(PurePosixPath(path).parent.as_posix(), PurePosixPath(path).stem) for path in self.paths}
+        self.stems = set(map(_split, self.paths))
+        places = {folder for folder, _ in self.stems}
+        self.direct = {_split(path)[0] for path in self.paths if is_image(path)}  # folders of images; not where a folder is used as a whole
+        self.folders = places | {parent.as_posix() for folder in places for parent in PurePosixPath(folder).parents}  # that hold something used
+        self.normal = {(folder, same_name(stem)) for folder, stem in map(_split, normal)}
 
     def has(self, path: str) -> bool:
         "Used itself, or in a folder that is a mask."
@@ -102,9 +109,10 @@ def _of_image(path: str, used: _Used, apart: dict[str, str], listed: str, masks:
     if listed:
         return Unused("unlisted", path, listed)
     folders = [folder for folder in place.parents if folder.name]
-    odd = next((folder.name for folder in reversed(folders) if folder.as_posix() not in used.folders and near_name(folder.name)), None)
+    odd = next((folder for folder in reversed(folders) if folder.as_posix() not in used.folders and near_name(folder.name)), None)
     if odd:
-        return Unused("near", path, f"{odd}/ looks like {near_name(odd)}/")
+        likely = near_name(odd.name)
+        return Unused("near", path, f"{odd.name}/ looks like {likely}/" if likely != odd.name else f"{odd}/ is not looked into")
     deeper = any(folder.as_posix() in used.direct for folder in place.parents if folder != place.parent)
     return Unused("deeper" if deeper else "elsewhere", path)
 

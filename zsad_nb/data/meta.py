@@ -110,7 +110,7 @@ def _foreign_prefix(paths: list[str], root: Path) -> tuple[str, ...]:
     "What to cut off absolute paths of another machine: the shortest head whose rest exists under root."
     for parts in map(_parts, paths):
         for cut in range(1, len(parts)):
-            if ".." not in parts[cut:] and root.joinpath(*parts[cut:]).is_file():
+            if ".." not in parts[cut:] and os.path.isfile(root.joinpath(*parts[cut:])):
                 return parts[:cut]
     raise FileNotFoundError(f"none of the {len(paths)} absolute paths has a tail that exists under {shown(str(root))} "
                             f"(the first is {shown(paths[0])}); pass root=FOLDER of this data set")
@@ -167,16 +167,16 @@ def _home(path: Path, images: list[str], dataset: str) -> Path:
     tail = PurePosixPath(*_parts(probe))
     if ".." in tail.parts or "\0" in probe:
         return path.parent
-    return next((home for home in (path.parent, beside) if (home / tail).is_file() or (home / probe).is_file()), path.parent)
+    return next((home for home in (path.parent, beside) if os.path.isfile(home / tail) or os.path.isfile(home / probe)), path.parent)
 
 
 def _no_mask(mask: str, image: str, root: Path) -> bool:
     "A folder stands for no mask, but for one of masks with its image's name; so does a path without a suffix that is no file."
     place = root / mask
-    if place.is_dir():
+    if os.path.isdir(place):
         own = same_name(place.name) == same_name(PurePosixPath(image).stem)
         return not (own and any(is_image(part.name) for part in place.iterdir()))
-    return not PurePosixPath(mask).suffix and not place.is_file()
+    return not PurePosixPath(mask).suffix and not os.path.isfile(place)
 
 
 def _text(path: Path, limit_mb: float = 1024) -> str:
@@ -202,10 +202,10 @@ def _with_masks(rows: list[dict], local: list[str], root: Path) -> tuple[list[st
         named_folder = row["mask"].endswith(("/", "\\"))
         if mask and (_no_mask(mask, image, root) or named_folder and not row["anomalous"]):
             mask = ""
-        if mask and not (root / mask).exists():
+        if mask and not os.path.exists(root / mask):
             gone += [mask] if row["anomalous"] else []
             mask = ""
-        if (root / mask).is_dir() and not row["anomalous"]:
+        if mask and os.path.isdir(root / mask) and not row["anomalous"]:
             mask = ""
         odd += row["anomalous"] and row["defect"] == GOOD
         defect = (row["defect"] if row["defect"] != GOOD else "") if row["anomalous"] else GOOD
@@ -224,6 +224,8 @@ def read_meta(
     if not path.is_file():
         raise FileNotFoundError(f"{shown(str(path))} does not exist; expected a meta.json, a meta_<name>.json or a .jsonl file")
     rows, file = _records(_text(path), path, split), shown(path.name)
+    if not rows:
+        raise ValueError(f"{shown(str(path))} names no image; expected 'train' and 'test' with a list of records for each class")
     named = re.fullmatch(r"meta_(.+)", path.stem)
     said = named[1] if named else next((row["dataset"] for row in rows if row.get("dataset")), None)
     name = dataset or said or Path(root or path.absolute().parent).name
@@ -237,7 +239,7 @@ def read_meta(
                       "they count at image level only", stacklevel=2)
     if odd:
         warnings.warn(f"{file}: {odd} anomalous images are of the specie 'good'; their defect is unknown here", stacklevel=2)
-    lost = sum(not (root / row["image"]).is_file() for row in rows)
+    lost = sum(not os.path.isfile(root / row["image"]) for row in rows)
     if lost:
         warnings.warn(f"{file}: {lost} of {len(rows)} images do not exist under {shown(str(root))}; run check(index), or pass root=FOLDER",
                       stacklevel=2)

@@ -10,6 +10,7 @@ import glob
 import hashlib
 import os
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -81,22 +82,35 @@ def _walk(
     return sorted(images)
 
 
+def _fits(names: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
+    "Do the names of a path fit the parts of a pattern, ** for any number of folders?"
+    if not patterns:
+        return not names
+    if patterns[0] == "**":
+        return _fits(names, patterns[1:]) or bool(names) and _fits(names[1:], patterns)
+    return bool(names) and fnmatch(names[0], patterns[0]) and _fits(names[1:], patterns[1:])
+
+
+def _glob(pattern: str) -> list[Path]:
+    "Paths that fit a pattern. glob's own ** follows a link that leads back up to forty times, and every other one each time."
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        return [Path(text) for text in glob.glob(pattern)]
+    fixed = next(number for number, part in enumerate(parts) if glob.has_magic(part))
+    base = Path(*parts[:fixed])
+    entries = walk(base, hidden=".") if base.is_dir() else []
+    return [base / entry.path for entry in entries if not entry.hidden and _fits(tuple(entry.path.split("/")), parts[fixed:])]
+
+
 def _matches(pattern: str, left: list[Unused]) -> list[Path]:
-    "The images that fit a pattern, every folder once."
-    images, real = [], set()
-    for text in sorted(glob.glob(pattern, recursive=True), key=lambda text: (text.count(os.sep), text)):
-        path = Path(text)
-        if is_rubbish(path.name) or path.is_dir() and not is_image(path.name):
-            continue
-        place = (os.path.realpath(path.parent), path.name)
-        if place in real:
-            continue  # a link that leads back: the same file once more
-        real.add(place)
+    "The images that fit a pattern."
+    images = []
+    for path in sorted(_glob(pattern)):
         if is_image(path.name):
             images.append(path)
-        elif not is_note(path.name):
-            left.append(Unused("suffix", text, path.suffix.lower() or "no suffix"))
-    return sorted(images)
+        elif not path.is_dir() and not is_note(path.name) and not is_rubbish(path.name):
+            left.append(Unused("suffix", str(path), path.suffix.lower() or "no suffix"))
+    return images
 
 
 def _types() -> str:
