@@ -43,17 +43,23 @@ def anovl_templates(class_name: str  # as in the Index
 def sentences(class_name: str,  # as in the Index; rewritten
               states,           # such as WINCLIP_STATES["normal"]
               templates,        # such as WINCLIP_TEMPLATES
+              naming: str="words",  # what a sentence calls the class, see `rewrite`
              ) -> list[str]:    # states outside, templates inside
     "Every state of a thing in every template."
-    name = rewrite(class_name)
-    return [t.format(s.format(name)) for s in states for t in templates]
+    name = rewrite(class_name, naming)
+    for kind, texts in (("state", states), ("template", templates)):
+        odd = next((text for text in texts if text.count("{}") != 1), None)
+        if odd is not None:
+            raise ValueError(f"the {kind} {odd!r} must hold {{}} once, where the {'thing' if kind == 'state' else 'state'} stands, such as 'a photo of a {{}}'")
+    return [t.replace("{}", s.replace("{}", name)) for s in states for t in templates]  # not format: a name may hold braces
 
 def ensemble(tower: TextTower,
              class_name: str,     # as in the Index; rewritten
              states,              # such as WINCLIP_STATES["normal"]
              templates,           # such as WINCLIP_TEMPLATES
              normalise_each: bool=True,  # before averaging: True as APRIL-GAN and AdaCLIP, False as WinCLIP and AnoVL
+             naming: str="words",  # what a sentence calls the class, see `rewrite`
             ) -> Tensor:          # (embed_dim,) of length 1
     "The mean of a state's sentences."
-    z = tower.encode(sentences(class_name, states, templates))
+    z = tower.encode(sentences(class_name, states, templates, naming))
     return F.normalize((F.normalize(z, dim=-1) if normalise_each else z).mean(0), dim=0)

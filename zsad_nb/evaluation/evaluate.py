@@ -9,14 +9,16 @@ __all__ = ['MEAN', 'Evaluation', 'require_categories', 'target_set', 'by_categor
 # %% ../../nbs/evaluation/71_evaluate.ipynb #25923364
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pandas as pd
 from tqdm.auto import tqdm
 
 from ..backbones.features import FeatureCache
+from ..core import usual_defaults
 from ..data.images import batches
+from ..data.reading import read_as, reading_of, takes_reading
 from .binned import BinnedPixelMetrics
 from .metrics import Metrics, PixelMetrics, image_metrics, mean_over_classes
 from ..methods.base import Method
@@ -33,6 +35,7 @@ class Evaluation:
     per_image: pd.DataFrame  # position in the index, image, category, anomalous, defect, score, pixel_ap, map_low, map_high
     reasons: pd.DataFrame    # category, metric, reason: every number that is missing or not exact
     seen: list[str]          # "dataset/category" of this index whose data set was trained on: not zero-shot
+    reading: dict = field(default_factory=dict)  # how images and masks were read: the fields of `Reading`
 
     @property
     def mean(self) -> pd.Series:
@@ -118,7 +121,7 @@ def put_together(test: pd.DataFrame,  # of `target_set`
     reasons += [dict(category=MEAN, metric=k, reason=f"mean of {int(r['averaged'])} classes, without {r['left_out']}") for k, r in mean.iterrows() if r["left_out"]]
     table.loc[MEAN] = {"normal": table["normal"].sum(), "anomalous": table["anomalous"].sum(), **mean["mean"].to_dict()}
     return Evaluation(table, pd.concat(images, ignore_index=True)[["position", *columns, "score", "pixel_ap", "map_low", "map_high"]],
-                      pd.DataFrame(reasons, columns=["category", "metric", "reason"]), seen)
+                      pd.DataFrame(reasons, columns=["category", "metric", "reason"]), seen, asdict(reading_of(test)))
 
 # %% ../../nbs/evaluation/71_evaluate.ipynb #98ddf9b8
 def seen_in_training(method: Method,
@@ -139,6 +142,8 @@ def seen_in_training(method: Method,
     if seen: warnings.warn(f"{method.name} was trained on {taught(sets)}: the rows of {some(seen)} are not zero-shot", stacklevel=3)
     return seen
 
+@takes_reading
+@usual_defaults()
 def evaluate(method: Method,
              index: pd.DataFrame,    # target set; rows with split "test" are used
              size: int|None=None,    # pixels of maps and masks; default: the size of the method's first backbone
@@ -151,8 +156,10 @@ def evaluate(method: Method,
              cache: FeatureCache|str|Path|None=None,  # keeps frozen features, for the next method with the same backbones
              allow_seen: tuple|str=(),  # data sets or "dataset/category" to evaluate although training has seen them
              exact: bool=True,       # False: pixels are counted in bins, 150 MB however many; `reasons` says how far each number may be off
+             **reading               # see `Reading`: bits, white, mask_threshold, mask_mismatch, mask_orientation; default: as the index says
             ) -> Evaluation:
     "Metrics per class and mean, streaming (protocol, section 3.4)."
+    index = read_as(index, **reading)
     test = target_set(index)
     size = size or next(iter(method.backbones().values())).size
     seen = seen_in_training(method, test, allow_seen)

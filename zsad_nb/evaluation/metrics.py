@@ -268,6 +268,24 @@ def pixel_metrics(
 # %% ../../nbs/evaluation/70_metrics.ipynb #9a81e061
 _MAGIC = b"zsad_pm1"
 
+def _state(file, path) -> tuple: # header, where its data begin
+    "The header of a file that `save` wrote: of the right kinds, and of a file of the right length"
+    start, size = file.read(16), os.fstat(file.fileno()).st_size
+    length = int.from_bytes(start[8:], "little")
+    foreign = ValueError(f"{path} holds no pixel metrics: PixelMetrics.save did not write it; evaluate that shard again")
+    if start[:8] != _MAGIC or length > min(size, 2**26): raise foreign
+    try: head = json.loads(file.read(length))
+    except (ValueError, RecursionError): raise foreign from None
+    def whole(value): return type(value) is int and value >= 0
+    def number(value): return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    fine = isinstance(head, dict) and {"limits", "variant_200", "images", "excluded", "regions", "low", "high", "keys", "blocks"} <= set(head)
+    fine = fine and all(whole(head[k]) for k in ("images", "excluded", "regions", "keys")) and all(number(head[k]) for k in ("low", "high"))
+    fine = fine and isinstance(head["blocks"], list) and all(map(whole, head["blocks"])) and isinstance(head["limits"], list) and all(number(l) and 0 < l <= 1 for l in head["limits"])
+    if not fine: raise ValueError(f"the header of {path} was changed after it was written; evaluate that shard again")
+    at = file.tell()
+    expected = at + 8 * head["keys"] + 4 * sum(head["blocks"])
+    if size != expected: raise ValueError(f"{path} is cut short or too long: {size} bytes instead of {expected}; evaluate that shard again")
+    return head, at
 
 def _finite(value: float) -> float | None:
     "JSON knows no infinity, which stands here for no image yet."
@@ -296,12 +314,7 @@ def load(cls: PixelMetrics,
 ) -> PixelMetrics:
     "What `save` wrote"
     with open(path, "rb") as f:
-        start, size = f.read(16), os.fstat(f.fileno()).st_size
-        try: head = json.loads(f.read(int.from_bytes(start[8:], "little"))) if start[:8] == _MAGIC else None
-        except ValueError: head = None
-        if head is None: raise ValueError(f"{path} holds no pixel metrics: PixelMetrics.save did not write it")
-        at = f.tell()
-        if size != at + 8 * head["keys"] + 4 * sum(head["blocks"]): raise ValueError(f"{path} is cut short: {size} bytes instead of {at + 8 * head['keys'] + 4 * sum(head['blocks'])}; evaluate that shard again")
+        head, at = _state(f, path)
         m = cls(tuple(head["limits"]), variant_200=head["variant_200"], **options)
         m._anomalous = [np.fromfile(f, np.uint64, head["keys"])] if head["keys"] else []
     m._normal.map(path, at + 8 * head["keys"], head["blocks"])

@@ -16,6 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..data.images import batches, defect_names
+from ..data.reading import read_as, takes_reading
 from ..data.index import GOOD
 from ..data.taxonomy import novel_types, product_types, typed
 from .evaluate import MEAN, require_categories, seen_in_training
@@ -141,6 +142,7 @@ class TypeEvaluation:
         return write_table(self.per_product, folder/"types_products.csv")
 
 # %% ../../nbs/evaluation/73_multi_type.ipynb #04a66fa5
+@takes_reading
 def evaluate_types(method,                  # with types: dapo, multiads
                    index: pd.DataFrame,     # target set; rows with split "test" are used
                    size: int|None=None,     # pixels of maps and masks; default: the size of the method's first backbone
@@ -154,9 +156,11 @@ def evaluate_types(method,                  # with types: dapo, multiads
                    progress: bool=True,     # a bar on stderr
                    cache=None,              # keeps frozen features (see `evaluate`)
                    allow_seen: tuple|str=(),  # data sets or "dataset/category" to evaluate although training has seen them
+                   **reading                # see `Reading`; default: as the index says
                   ) -> TypeEvaluation:
     "Multi-type segmentation per product, then mean (section 6)."
     if not hasattr(method, "type_maps"): raise ValueError(f"{method.name} knows no types; use dapo or multiads")
+    index = read_as(index, **reading)
     if not choices or set(choices) - set(CHOICES): raise ValueError(f"choices={choices}; choose from {', '.join(CHOICES)}")
     test = index[index["split"] == "test"]
     if len(test) == 0: raise ValueError(f"the index has no rows with split 'test' (splits: {sorted(index['split'].unique())}); nothing to evaluate")

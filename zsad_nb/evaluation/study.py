@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from ..backbones.features import FeatureCache, key_hash
 from ..core import seed_everything
 from ..data.index import fingerprint
+from ..data.reading import read_as, takes_reading
 from .evaluate import MEAN, evaluate
 from .views import view
 from ..learning.training import fit, recipe_of
@@ -27,6 +28,7 @@ from ..tables import read_table, write_table
 # %% ../../nbs/evaluation/75_study.ipynb #dfef830e
 METRICS = ["image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "pixel_f1max", "pixel_aupro"]  # percent in tables, fractions in files
 
+@takes_reading
 def study(method: str,                 # a registered method
           variants: dict[str, dict],   # name -> parameters of the method that differ
           auxiliary: pd.DataFrame,     # Index trained on
@@ -41,9 +43,12 @@ def study(method: str,                 # a registered method
           more: Callable|None=None,    # further numbers of a trained model: more(model, target) -> name: value, in the row of the mean
           device: str="cpu",
           progress: bool=True,
+          **reading                    # of both sets, see `Reading`; default: as each index says
          ) -> pd.DataFrame:            # one row a variant, seed, stage ("untrained" or "trained") and category (with the mean): metrics, seconds; .attrs["views"]: variant -> folder
     "Train and evaluate every variant under every seed; go on where a stopped study ended."
     options, recipe = options or {}, recipe or {}
+    auxiliary, target = read_as(auxiliary, **reading), read_as(target, **reading)
+    shown = None if shown is None else read_as(shown, **reading)
     if isinstance(cache, (str, Path)): cache = FeatureCache(cache)
     if shown is not None and out is None: raise ValueError("the maps of `shown` are kept in files: pass out=FOLDER")
     common = dict(method=method, options=options, recipe=dataclasses.asdict(recipe_of(method, **recipe)), auxiliary=fingerprint(auxiliary), target=fingerprint(target), untrained=untrained)

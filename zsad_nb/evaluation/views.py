@@ -7,6 +7,7 @@ __all__ = ['choose', 'colour_scale', 'map_ranges', 'look_at_types', 'Views', 'vi
 
 # %% ../../nbs/evaluation/74a_views.ipynb #65b75fb4
 import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..core import write_atomically
 from ..data.images import batches, defect_names
 from ..data.index import root_of
 from ..data.pixels import load_mask
+from ..data.reading import read_as, reading_of, takes_reading
 from ..data.taxonomy import typed
 from .multi_type import _own_types
 from ..methods.base import Method
@@ -27,17 +29,21 @@ from ..names import shown as shown_name
 from ..tables import read_table, write_table
 
 # %% ../../nbs/evaluation/74a_views.ipynb #a368d843
+@takes_reading
 def choose(index: pd.DataFrame,      # an Index; rows with split "test" are used
            each: int=1,              # defective images a category; 1 is the median in area
            categories: Iterable=(),  # of these only
+           **reading                 # see `Reading`; default: as the index says
           ) -> pd.DataFrame:         # rows of the Index, with a column `area`: the defect's share of the image
     "Defective images by the area of their defect, whatever a method says of them."
+    index = read_as(index, **reading)
     test, root, chosen = index[(index["split"] == "test") & index["anomalous"]], root_of(index), []
+    threshold = reading_of(index).mask_threshold
     if lost := sorted(set(categories) - set(index["category"])): raise ValueError(f"the index has no category {', '.join(lost)}; it has {', '.join(sorted(set(index['category'])))}")
     if each < 1: raise ValueError(f"each={each}; it must be at least 1")
     for category, rows in test.groupby("category", sort=True):
         if categories and category not in categories: continue
-        rows = rows.assign(area=[float(load_mask(root/m).mean()) if m else np.nan for m in rows["mask"]]).sort_values(["area", "image"])
+        rows = rows.assign(area=[float(load_mask(root/m, None, threshold).mean()) if m else np.nan for m in rows["mask"]]).sort_values(["area", "image"])
         at = sorted({int((k + 0.5) / each * len(rows)) for k in range(each)})
         chosen.append(rows.iloc[at])
     out = pd.concat(chosen) if chosen else test.assign(area=np.nan)
@@ -51,12 +57,15 @@ def colour_scale(rows: pd.DataFrame  # images of one class: map_low, map_high
     low, high = rows["map_low"].median(), rows["map_high"].quantile(0.95)
     return (low, high) if high > low else (low, low + 1)
 
+@takes_reading
 def map_ranges(method: Method,
                index: pd.DataFrame,  # rows with split "test" are used
                each: int=20,         # images a category at most, normal and defective in turn; 0: all
                size: int|None=None, cache: FeatureCache|None=None,
+               **reading             # see `Reading`; default: as the index says
               ) -> pd.DataFrame:     # image, category, map_low, map_high
     "Between which values the maps of a category lie."
+    index = read_as(index, **reading)
     size, rows, test = size or next(iter(method.backbones().values())).size, [], index[index["split"] == "test"]
     if each: test = test.sort_values("image", kind="stable").assign(turn=lambda t: t.groupby(["category", "anomalous"]).cumcount()).sort_values(["category", "turn"], kind="stable").groupby("category").head(each)
     test.attrs = dict(index.attrs)
@@ -88,6 +97,20 @@ def look_at_types(method,                # with types: dapo, multiads; it was to
                               has_mask=bool(batch.has_mask[i]), type=method.types[kinds[i] - 1] if kinds[i] else "normal", guess=method.types[keep[best[i]] - 1], score=float(said.score[i])))
     return found
 
+def _read_arrays(path: Path) -> dict:
+    "The arrays of views.npz, if they are those of images, masks and maps of one size; nothing is unpickled."
+    with np.load(path, allow_pickle=False) as kept:
+        arrays = {k: kept[k] for k in kept.files}
+    images, masks, maps, types = (arrays[k] for k in ("images", "masks", "maps", "types"))
+    kinds = dict(images=("u1", 4), masks=("b1", 3), maps=("f4", 3))
+    wrong = [k for k, (kind, axes) in kinds.items() if arrays[k].dtype != np.dtype(kind) or arrays[k].ndim != axes or arrays[k].shape[:3] != maps.shape[:3]]
+    wrong += ["images"] if images.ndim == 4 and images.shape[3] != 3 else []
+    wrong += ["types"] if types.dtype.kind != "U" or types.ndim != 1 else []
+    wrong += [k for k, v in arrays.items() if k.startswith("typed_") and (v.dtype.kind not in "uf" or v.shape != maps.shape)]
+    if wrong: raise ValueError(f"{', '.join(wrong)} in {path.name} are of another shape or kind")
+    if not np.isfinite(maps).all(): raise ValueError(f"maps in {path.name} hold values that are no numbers")
+    return arrays
+
 @dataclass
 class Views:
     "Images, masks and maps of one method."
@@ -114,20 +137,24 @@ class Views:
         "What `save` left."
         try:
             rows = read_table(Path(folder)/"views.csv", numbers=("anomalous", "area", "has_mask", "score", "low", "high"))
-            with np.load(Path(folder)/"views.npz", allow_pickle=False) as kept: arrays = {k: kept[k] for k in kept.files}
+            arrays = _read_arrays(Path(folder)/"views.npz")
             images, masks, maps = (arrays[k] for k in ("images", "masks", "maps"))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error: raise ValueError(f"{shown_name(str(folder))} holds no views ({type(error).__name__}: {error}); make the run again") from None
+        except (OSError, ValueError, KeyError, EOFError, MemoryError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error: raise ValueError(f"{shown_name(str(folder))} holds no views ({type(error).__name__}: {error}); make the run again") from None
         if not len(rows) == len(images) == len(masks) == len(maps): raise ValueError(f"{folder}: views.csv has {len(rows)} rows, views.npz {len(images)} images; make the run again")
         return cls(rows, images, masks, maps, tuple(arrays["types"].tolist()), {k[6:]: v for k, v in arrays.items() if k.startswith("typed_")})
 
+@takes_reading
 def view(method: Method|None,    # None: images and masks alone
          shown: pd.DataFrame,    # rows of an Index, such as those of `choose`
          size: int|None=None,    # pixels; default: the size of the method's first backbone
          ranges: pd.DataFrame|None=None,  # category, map_low, map_high of images that set the scales; None: the shown ones
          test: pd.DataFrame|None=None,    # the Index they are from: for what a method with types says of types
          cache: FeatureCache|None=None,
+         **reading               # see `Reading`; default: as the rows say
         ) -> Views:
     "Look at some images through a method."
+    shown = read_as(shown, **reading)
+    test = None if test is None else read_as(test, **{**reading_of(shown).stated, **reading})
     size, found = size or next(iter(method.backbones().values())).size, []
     if method is not None and test is not None and hasattr(method, "type_maps"):
         test = typed(test[test["split"] == "test"])  # labels become types

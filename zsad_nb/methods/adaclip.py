@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..backbones.backbones import ClipBackbone, Features, create_backbone
 from ..backbones.ensembles import ADACLIP_STATES, ADACLIP_TEMPLATES, sentences
-from ..backbones.text import TextTower, create_text, rewrite, tokenizer
+from ..backbones.text import TextTower, create_text, tokenizer
+from ..backbones.words import NAMINGS, rewrite
 from ..components.dapo_prompts import enlarge
 from ..components.maps import to_pixels
 from ..learning.losses import dice, focal
@@ -137,6 +138,7 @@ class AdaCLIPParameters(ParameterSet):
     "Every choice AdaCLIP makes."
     clip: str = param("tiny-clip", "ours: the embedded default; paper: clip-vitl14-336", "image and text tower, a CLIP of the backbone table")
     clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
+    naming: str = param("words", "ours; raw: most released codes", "a class's name in a sentence: words (the rule of zsad_nb.backbones.words: metal_nut is metal nut, bottle-001 bottle, M8 m8) or raw, as it is spelt", NAMINGS)
     image_size: int|None = param(None, "code: 518; default: the CLIP tower's", "pixels, square")
     taps: tuple|None = param(None, "code: 6/12/18/24 of 24; default: the tower's", "1-based blocks")
     positions: str = param("bicubic", "code", "how the image tower's positions are resized: bicubic (antialiased) or bilinear", ("bicubic", "bilinear"))
@@ -186,13 +188,18 @@ class AdaCLIP(Method):
         "What `encode` depends on besides the image."
         return dict(method=self.name, clip=dict(name=self.clip.row.name, hash=self.clip.hash, size=self.clip.size, positions=self.p.positions))
 
+    @classmethod
+    def class_sentences(cls, p, category: str) -> list[str]:
+        "Every sentence that names the class."
+        return sentences(category, sum(ADACLIP_STATES.values(), ()), p.templates, p.naming)
+
     @torch.inference_mode(False)
     @torch.no_grad()
-    def started(self, name: str  # rewritten class name
+    def started(self, name: str  # what the sentences call the class
                ) -> tuple:       # (S, L, width), (S,) end of text, how many of the S are normal
         "The frozen first block of a class's sentences, read once."
         if name not in self._started:
-            normal, abnormal = (sentences(name, ADACLIP_STATES[s], self.p.templates) for s in ("normal", "abnormal"))
+            normal, abnormal = (sentences(name, ADACLIP_STATES[s], self.p.templates, self.p.naming) for s in ("normal", "abnormal"))
             self._started[name] = *(x.cpu() for x in read_start(self.text, normal + abnormal, self.p.length)), len(normal)
         start, end, normal = self._started[name]
         return start.to(self.text.device), end.to(self.text.device), normal
@@ -202,7 +209,7 @@ class AdaCLIP(Method):
                       cls: Tensor,             # (B, C) of `encode`
                      ) -> Tensor:              # (B, 2, C) normal, abnormal, normalised
         "Every sentence with every image's tokens, each normalised, averaged per state, normalised."
-        p, names, found = self.p, [rewrite(c) for c in categories], [None] * len(categories)
+        p, names, found = self.p, [rewrite(c, self.p.naming) for c in categories], [None] * len(categories)
         for name in dict.fromkeys(names):
             rows = [i for i, n in enumerate(names) if n == name]
             start, end, normal = self.started(name)

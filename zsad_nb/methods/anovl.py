@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..backbones.backbones import create_backbone
 from ..backbones.ensembles import ANOVL_STATES, ANOVL_TEXTURES, anovl_templates, sentences
-from ..backbones.text import create_text, rewrite
+from ..backbones.text import create_text
+from ..backbones.words import NAMINGS, rewrite
 from ..components.dapo_prompts import enlarge
 from ..components.dual_path import dual_path, joint
 from ..data.synthetic import CATEGORIES
@@ -31,11 +32,13 @@ def kind_of(category: str,           # as in the Index
     known = ANOVL_TEXTURES if textures is None else textures
     return "texture" if category in known or rewrite(category) in known else "object"
 
-def state_sentences(category: str, kind: str  # "texture" or "object"
+def state_sentences(category: str,
+                    kind: str,  # "texture" or "object"
+                    naming: str="words",  # what a sentence calls the category, see `rewrite`
                    ) -> list:                 # 462 normal, then 462 abnormal sentences
     "Every state in every template in the three wordings of a kind (baselines 2.7)."
     templates = anovl_templates(ANOVL_TEXTURES[0] if kind == "texture" else "object")
-    return [s for states in ANOVL_STATES.values() for s in sentences(category, states, templates)]
+    return [s for states in ANOVL_STATES.values() for s in sentences(category, states, templates, naming)]
 
 # %% ../../nbs/methods/54_anovl.ipynb #0a84df01
 ANGLES = tuple(s * k * math.pi / 16 for k in (1, 2, 3, 4) for s in (1, -1))
@@ -90,6 +93,7 @@ class AnoVLParameters(ParameterSet):
     "Every choice AnoVL makes."
     clip: str = param("tiny-clip", "ours: the embedded default; paper: clip-vitb16-plus-240", "image and text tower, a CLIP of the backbone table")
     clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
+    naming: str = param("words", "ours; raw: most released codes", "a class's name in a sentence: words (the rule of zsad_nb.backbones.words: metal_nut is metal nut, bottle-001 bottle, M8 m8) or raw, as it is spelt", NAMINGS)
     quick_gelu: bool = param(True, "ours", "activation where the tower's name does not say it (clip, tiny-clip): OpenAI's weights need it, LAION's do not")
     image_size: int|None = param(None, "paper: 240; default: the CLIP tower's", "pixels, square")
     textures: tuple|None = param(None, "paper: five of MVTec AD; ours: and the drawn textures", "categories that get a texture's sentences")
@@ -140,7 +144,7 @@ class AnoVL(Method):
     def prepare(self, index, training: bool=False) -> "AnoVL":
         "Forget the optimiser that `release_compat` carries from image to image."
         self._carried = None
-        return self
+        return super().prepare(index, training)
 
     # ---- frozen
     def see(self, image: Tensor) -> tuple:  # (B, 3, s, s) in [0, 1] -> class tokens (B, 22 or 1, C) of length 1, patches (B, N, C)
@@ -163,12 +167,17 @@ class AnoVL(Method):
                     path=dict(dual_blocks=self.dual_blocks, augment=self.p.augment, crops=self.p.crops))
 
     # ---- text
+    @classmethod
+    def class_sentences(cls, p, category: str) -> list[str]:
+        "Every sentence that names the class."
+        return state_sentences(category, kind_of(category, p.textures), p.naming)
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def sentence_features(self, categories: list) -> tuple:  # (B, 924, C) sentences of length 1, (B, 2, C) their means: normal, abnormal, of length 1
         "Sentences of every image's class, read once a class; means of raw embeddings."
         for c in set(categories) - self._said.keys():
-            z = self.text.encode(state_sentences(c, kind_of(c, self.p.textures)))
+            z = self.text.encode(state_sentences(c, kind_of(c, self.p.textures), self.p.naming))
             self._said[c] = F.normalize(z, dim=-1), F.normalize(z.view(2, -1, z.shape[-1]).mean(1), dim=-1)
         words, text = ([self._said[c][i].to(self.clip.tower.proj) for c in categories] for i in (0, 1))
         return words[0].expand(len(words), -1, -1) if len(set(categories)) == 1 else torch.stack(words), torch.stack(text)

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backbones.backbones import create_backbone
-from ..backbones.ensembles import APRIL_GAN_STATES, WINCLIP_TEMPLATES, ensemble
-from ..backbones.text import create_text, rewrite
+from ..backbones.ensembles import APRIL_GAN_STATES, WINCLIP_TEMPLATES, ensemble, sentences
+from ..backbones.text import create_text
+from ..backbones.words import NAMINGS, rewrite
 from ..components.dapo_prompts import enlarge
 from ..components.maps import to_pixels
 from ..learning.losses import dice, focal
@@ -26,6 +27,7 @@ class APRILGANParameters(ParameterSet):
     "Every choice APRIL-GAN makes."
     clip: str = param("tiny-clip", "ours: the embedded default; paper: clip-vitl14-336", "image and text tower, a CLIP of the backbone table")
     clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
+    naming: str = param("words", "ours; raw: most released codes", "a class's name in a sentence: words (the rule of zsad_nb.backbones.words: metal_nut is metal nut, bottle-001 bottle, M8 m8) or raw, as it is spelt", NAMINGS)
     image_size: int|None = param(None, "code: 518; default: the CLIP tower's", "pixels, square")
     taps: tuple|None = param(None, "code: 6/12/18/24 of 24; default: the tower's", "1-based blocks")
     positions: str = param("bicubic", "code", "how the image tower's positions are resized: bicubic (antialiased) or bilinear", ("bicubic", "bilinear"))
@@ -63,13 +65,18 @@ class APRILGAN(Method):
         b = self.clip
         return dict(method=self.name, clip=dict(name=b.row.name, hash=b.hash, size=b.size, taps=list(b.taps), positions=self.p.positions))
 
+    @classmethod
+    def class_sentences(cls, p, category: str) -> list[str]:
+        "Every sentence that names the class."
+        return sentences(category, sum(APRIL_GAN_STATES.values(), ()), p.templates, p.naming)
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def text_features(self, categories: list  # one an image
                      ) -> Tensor:             # (B, 2, C) normal, abnormal, normalised
         "Every state in every template, each normalised, averaged, normalised; read once per class name."
-        names = [rewrite(c) for c in categories]
-        for n in set(names) - self._said.keys(): self._said[n] = torch.stack([ensemble(self.text, n, APRIL_GAN_STATES[s], self.p.templates) for s in ("normal", "abnormal")]).cpu()
+        names = [rewrite(c, self.p.naming) for c in categories]
+        for n in set(names) - self._said.keys(): self._said[n] = torch.stack([ensemble(self.text, n, APRIL_GAN_STATES[s], self.p.templates, naming=self.p.naming) for s in ("normal", "abnormal")]).cpu()
         return torch.stack([self._said[n] for n in names]).to(self.text.device)
 
     # ---- references

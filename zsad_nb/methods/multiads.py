@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones.backbones import create_backbone
-from ..backbones.ensembles import WINCLIP_STATES, WINCLIP_TEMPLATES, ensemble
-from ..backbones.text import create_text, rewrite
+from ..backbones.ensembles import WINCLIP_STATES, WINCLIP_TEMPLATES, ensemble, sentences
+from ..backbones.text import create_text
+from ..backbones.words import NAMINGS, rewrite
 from ..components.dapo_prompts import enlarge, focal_types, type_logits
 from ..components.maps import to_pixels
 from ..learning.losses import dice
@@ -34,6 +35,7 @@ class MultiADSParameters(ParameterSet):
     "Every choice MultiADS makes."
     clip: str = param("tiny-clip", "ours: the embedded default; code: clip-vitl14-336", "image and text tower, a CLIP of the backbone table")
     clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
+    naming: str = param("words", "ours; raw: most released codes", "a class's name in a sentence: words (the rule of zsad_nb.backbones.words: metal_nut is metal nut, bottle-001 bottle, M8 m8) or raw, as it is spelt", NAMINGS)
     image_size: int|None = param(None, "code: 518; default: the tower's", "pixels, square")
     clip_taps: tuple|None = param(None, "code: 6/12/18/24 of 24; default: the tower's", "1-based blocks")
     positions: str = param("bicubic", "code", "how the image tower's positions are resized: bicubic (antialiased) or bilinear", ("bicubic", "bilinear"))
@@ -76,14 +78,22 @@ class MultiADS(TypeMethod):
         b = self.clip
         return dict(clip=dict(name=b.row.name, hash=b.hash, size=b.size, taps=list(b.taps), positions=self.p.positions))
 
+    @classmethod
+    def class_sentences(cls, p, category: str) -> list[str]:
+        "Every sentence that names the class."
+        if p.thing:
+            return []
+        states = [state for word in p.words or () for state in type_states(word)]
+        return sentences(category, [*WINCLIP_STATES["normal"], *states], p.templates, p.naming)
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def text_features(self, name: str  # a category
                      ) -> Tensor:      # (1 + K, C) of length 1: normal, then the types
         "A name's sentences, each normalised, averaged; read once."
-        name, templates, device = rewrite(self.p.thing or name), self.p.templates, self.text.device
+        name, templates, device = rewrite(self.p.thing or name, self.p.naming), self.p.templates, self.text.device
         for word in ("", *self.p.words):
-            if (name, word) not in self._read: self._read[name, word] = ensemble(self.text, name, type_states(word) if word else WINCLIP_STATES["normal"], templates).cpu()
+            if (name, word) not in self._read: self._read[name, word] = ensemble(self.text, name, type_states(word) if word else WINCLIP_STATES["normal"], templates, naming=self.p.naming).cpu()
         return torch.stack([self._read[name, word] for word in ("", *self.p.words)]).to(device)
 
     def type_maps(self, layers: dict, size: tuple, keep=None) -> Tensor:  # (B, 1 + K, H, W)

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backbones.backbones import ClipBackbone, create_backbone
-from ..backbones.ensembles import ANOMALIB_TEMPLATES, WINCLIP_STATES, WINCLIP_TEMPLATES, ensemble
-from ..backbones.text import create_text, rewrite
+from ..backbones.ensembles import ANOMALIB_TEMPLATES, WINCLIP_STATES, WINCLIP_TEMPLATES, ensemble, sentences
+from ..backbones.text import create_text
+from ..backbones.words import NAMINGS, rewrite
 from ..components.maps import to_pixels
 from .base import Method, ParameterSet, Prediction, param, reference_images, register
 
@@ -72,6 +73,7 @@ class WinCLIPParameters(ParameterSet):
     "Every choice WinCLIP makes."
     clip: str = param("tiny-clip", "ours: the embedded default; paper: clip-vitb16-plus-240", "image and text tower, a CLIP of the backbone table")
     clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
+    naming: str = param("words", "ours; raw: most released codes", "a class's name in a sentence: words (the rule of zsad_nb.backbones.words: metal_nut is metal nut, bottle-001 bottle, M8 m8) or raw, as it is spelt", NAMINGS)
     quick_gelu: bool = param(True, "ours", "activation where the tower's name does not say it (clip, tiny-clip): OpenAI's weights need it, LAION's do not")
     image_size: int|None = param(None, "paper: 240; default: the CLIP tower's", "pixels, square")
     scales: tuple = param((2, 3), "paper", "sides of the windows, patches; () for the image alone")
@@ -153,13 +155,18 @@ class WinCLIP(Method):
         return self
 
     # ---- comparison
+    @classmethod
+    def class_sentences(cls, p, category: str) -> list[str]:
+        "Every sentence that names the class."
+        return [] if p.class_agnostic else sentences(category, sum(WINCLIP_STATES.values(), ()), TEMPLATES[p.templates], p.naming)
+
     @torch.no_grad()
     def text_features(self, categories: list  # one an image
                      ) -> Tensor:             # (B, 2, C) normal, abnormal, normalised
         "Mean of every state in every template, made once per class name (section 4.1)."
-        names = ["object" if self.p.class_agnostic else rewrite(c) for c in categories]
+        names = ["object" if self.p.class_agnostic else rewrite(c, self.p.naming) for c in categories]
         for n in set(names) - self._said.keys():
-            self._said[n] = torch.stack([ensemble(self.text, n, WINCLIP_STATES[s], TEMPLATES[self.p.templates], normalise_each=False) for s in ("normal", "abnormal")])
+            self._said[n] = torch.stack([ensemble(self.text, n, WINCLIP_STATES[s], TEMPLATES[self.p.templates], False, self.p.naming) for s in ("normal", "abnormal")])
         return torch.stack([self._said[n] for n in names]).to(self.clip.tower.proj)
 
     def zero_shot(self, features: dict, categories: list) -> dict:  # "image" (B,) abnormal; "grid" (B, h, w); "window_s" (B, h, w), larger = more anomalous

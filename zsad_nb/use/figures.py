@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
+from ..data.reading import read_as
 from ..evaluation.evaluate import Evaluation, cases
 from ..evaluation.views import colour_scale, view
 from ..files import FileNames, inside, write_atomically
@@ -82,6 +83,7 @@ def draw_cases(method: Method, index: pd.DataFrame, evaluation: Evaluation,
     if len(chosen) == 0: return []
     shown = index.loc[sorted(set(chosen["position"]))]
     shown.attrs = dict(index.attrs)
+    shown = read_as(shown, **evaluation.reading)  # as they were evaluated
     seen = view(method, shown, size)
     views = {at: (seen.images[i] / 255, seen.masks[i], seen.maps[i], bool(seen.rows["has_mask"][i])) for i, at in enumerate(shown.index)}
     scales = {c: colour_scale(rows) for c, rows in evaluation.per_image.groupby("category")}

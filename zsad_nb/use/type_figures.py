@@ -14,6 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from ..data.reading import read_as, takes_reading
 from ..data.taxonomy import typed
 from ..evaluation.multi_type import TypeEvaluation
 from ..evaluation.views import look_at_types
@@ -92,6 +93,7 @@ def confusion_figure(confusion: pd.DataFrame,  # truth x said, counts
     return figure
 
 # %% ../../nbs/use/81a_type_figures.ipynb #2df8f791
+@takes_reading
 @style()
 def draw_types(method, index: pd.DataFrame, evaluation: TypeEvaluation,
                folder: str|Path,        # is created; one PNG a product and confusion.png
@@ -100,8 +102,10 @@ def draw_types(method, index: pd.DataFrame, evaluation: TypeEvaluation,
                size: int|None=None,     # as in `evaluate_types`
                title: str="",           # in front of every heading, such as the method's name
                dpi: int=130,
+               **reading                # see `Reading`; default: as the index says
               ) -> list[Path]:
     "Write the figures of a multi-type evaluation."
+    index = read_as(index, **reading)
     if choice not in evaluation.confusion: raise ValueError(f"choice={choice!r}; this evaluation has {', '.join(evaluation.confusion)}")
     test, size, front, was = typed(index[index["split"] == "test"]), size or next(iter(method.backbones().values())).size, f"{title}  " if title else "", method.training
     method.prepare(test)

@@ -278,10 +278,10 @@ class HeatmapExplorer:
         self._decide(again=False); self._pages(); self._touched(); self._check_missing()
 
     def _load(self):
-        layer = self.layer.value
-        if self.store.rows["state"][self.row] == 0 or layer: self.tell(f"{self.method.value} looks at {self._known['image'][self.row]} ...")
+        layer, replaced = self.layer.value, self.store.replaced(self.row)
+        if replaced or self.store.rows["state"][self.row] == 0 or layer: self.tell(f"{self.method.value} looks at {self._known['image'][self.row]} ...")
         self.drawing = self.store.drawing(self.row, layer)
-        self.tell("")
+        self.tell(f"{self._known['image'][self.row]} was replaced since its map was made; map and score were made again" if replaced else "")
         if layer: low, high = self.drawing.scale()
         else: low, high = self.store.scale(self._group())
         key = self.method.value, layer, None if layer else self._known["category"][self.row]
