@@ -144,15 +144,17 @@ class Table:
     notes: list[str] = field(default_factory=list)  # the legend: everything a reader must know
 
     @property
+    def _headings(self) -> list[str]: return [f"{m} {what}" if what else m for m, what in self.columns]
+
+    @property
     def frame(self) -> pd.DataFrame:
         "The table as text, without bold."
-        columns = [f"{m} {what}".strip() for m, what in self.columns]
-        return pd.DataFrame([[c.plain for c in line] for line in self.cells], index=pd.Index(self.rows, name=self.corner), columns=columns)
+        return pd.DataFrame([[c.plain for c in line] for line in self.cells], index=pd.Index(self.rows, name=self.corner), columns=self._headings)
 
     def markdown(self) -> str:
         "GitHub's Markdown, the legend below."
         def line(cells): return "| " + " | ".join(cells) + " |"
-        heads = [markdown_text(head) for head in (self.corner, *[f"{m} {what}".strip() for m, what in self.columns])]
+        heads = [markdown_text(head) for head in (self.corner, *self._headings)]
         body = [line([markdown_text(name), *[c.markdown for c in cells]]) for name, cells in zip(self.rows, self.cells)]
         caption = [f"**{markdown_text(self.caption)}**", ""] if self.caption else []
         return "\n".join([*caption, line(heads), "|" + "---|" * len(heads), *body, "", *[f"- {markdown_text(n)}" for n in self.notes]]) + "\n"

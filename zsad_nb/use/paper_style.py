@@ -9,13 +9,13 @@ __all__ = ['COLUMN', 'PAGE', 'LETTERS', 'LINES', 'FALLBACKS', 'HEAT', 'OUTLINE',
 
 # %% ../../nbs/use/81c_paper_style.ipynb #a37f075a
 import contextlib
+import functools
 import logging
 import re
 import unicodedata
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from functools import lru_cache
 from pathlib import Path
 
 import matplotlib
@@ -45,7 +45,7 @@ FALLBACKS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK TC", "Noto S
              "Noto Sans Thai", "Noto Sans Hebrew", "Noto Sans Symbols2", "Noto Emoji", "Segoe UI Symbol", "Symbola", "FreeSans", "Unifont", "Unifont Upper")  # for names
 
 
-@lru_cache(1)
+@functools.lru_cache(1)
 def families() -> tuple[str, ...]:
     "DejaVu Sans, and the fonts of this machine for letters that it has not."
     there = {font.name for font in font_manager.fontManager.ttflist}
@@ -61,13 +61,13 @@ def families() -> tuple[str, ...]:
     return ("DejaVu Sans", *found)
 
 
-@lru_cache(1)
+@functools.lru_cache(1)
 def font_files() -> tuple[str, ...]:
     "The files of these fonts."
     return tuple(font_manager.findfont(FontProperties(family=name)) for name in families())
 
 
-@lru_cache(4096)
+@functools.lru_cache(4096)
 def font_of(
     letter: str,  # one character
 ) -> str | None:  # the file of the first font that has it
@@ -92,8 +92,8 @@ def _warn_of(
 
 
 @contextlib.contextmanager
-def style() -> Iterator[None]:  # also a decorator: `@style()`
-    "What holds while a figure is drawn; nothing outside changes. One warning at its end, if letters had no font."
+def _drawing() -> Iterator[None]:
+    "Letters and lines for a while, and one warning at the end of the outermost."
     outermost, lost = _lost.get() is None, set()
     token = _lost.set(lost) if outermost else None
     try:
@@ -104,6 +104,33 @@ def style() -> Iterator[None]:  # also a decorator: `@style()`
             _lost.reset(token)
     if lost:
         _warn_of(lost)
+
+
+class _Style:
+    "Of `style`."
+
+    def __enter__(self):
+        self._inside = _drawing()
+        self._inside.__enter__()
+
+    def __exit__(self, *error):
+        return self._inside.__exit__(*error)
+
+    def __call__(self, function: Callable) -> Callable:
+        @functools.wraps(function)
+        def drawn(*args, **options):
+            with _drawing():
+                made = function(*args, **options)
+                for axes in made.axes if isinstance(made, Figure) else ():
+                    for axis in (axes.xaxis, axes.yaxis):  # ticks that matplotlib would make later, when its own settings hold again
+                        axis.get_major_ticks(len(axis.get_majorticklocs()))
+                return made
+        return drawn
+
+
+def style() -> _Style:  # a context manager, also a decorator: `@style()`
+    "What holds while a figure is drawn; nothing outside changes. One warning at its end, if letters had no font."
+    return _Style()
 
 
 def letters(

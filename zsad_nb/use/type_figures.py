@@ -87,7 +87,7 @@ def confusion_figure(confusion: pd.DataFrame,  # truth x said, counts
             if share >= 0.005: ax.text(j, i, f"{100 * share:.0f}", ha="center", va="center", fontsize=6, color="white" if share > 0.55 else "black")
     ax.set_xticks(range(shares.shape[1]), [letters(name) for name in shares.columns], rotation=90)
     ax.set_yticks(range(shares.shape[0]), [f"{letters(name)} ({n:,})" for name, n in counts[rows].items()])
-    ax.set(xlabel=f"largest state, % of the truth's {unit}", ylabel="truth"); ax.tick_params(length=0)
+    ax.set(xlabel=f"largest state, % of the truth's {letters(unit)}", ylabel="truth"); ax.tick_params(length=0)
     for side in ax.spines.values(): side.set_visible(False)
     if heading: figure.suptitle(letters(heading))
     return figure
