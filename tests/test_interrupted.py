@@ -43,7 +43,7 @@ def stopped_after(begun, seconds, number, folder, *arguments):
         code = process.wait(120)
         said.seek(0)
         text = said.read().decode()
-    end = time.monotonic() + 5
+    end = time.monotonic() + 15
     while (left := list(marked(mark))) and time.monotonic() < end: time.sleep(0.1)
     for other in left: other.kill()
     return code, text, left
