@@ -85,6 +85,7 @@ def test_stopped_at_any_moment(place, tmp_path, name, number):
         if code == 0:  # it was faster
             latest = seconds
             continue
+        if code == -number and not text: continue  # before Python itself had begun
         where = f"{name}, {seconds:.2f} s: status {code}\n{text}"
         assert code == 128 + number, where
         assert "Traceback" not in text and "Exception ignored" not in text, where
