@@ -50,7 +50,7 @@ def everything(folder, good="e/good"):
         collected = collect(folder)
         assert good in set(collected["path"]), collected.attrs["skipped"]
         assert good in {run.path for run in Runs(folder).found}
-        Runs(folder).evaluations
+        assert Runs(folder).evaluations is not None
         for run in finished_runs(folder)[0]: assert isinstance(run.notebook, str) and isinstance(run.parameters, dict), run.seed
         for path in run_folders(folder): assert look(path).status in ("absent", "running", "interrupted", "damaged", "failed", "done")
     return table, collected

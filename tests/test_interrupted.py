@@ -43,7 +43,7 @@ def stopped_after(begun, seconds, number, folder, *arguments):
         code = process.wait(120)
         said.seek(0)
         text = said.read().decode()
-    end = time.monotonic() + 5
+    end = time.monotonic() + 15
     while (left := list(marked(mark))) and time.monotonic() < end: time.sleep(0.1)
     for other in left: other.kill()
     return code, text, left
@@ -85,6 +85,7 @@ def test_stopped_at_any_moment(place, tmp_path, name, number):
         if code == 0:  # it was faster
             latest = seconds
             continue
+        if code == -number and not text: continue  # before Python itself had begun
         where = f"{name}, {seconds:.2f} s: status {code}\n{text}"
         assert code == 128 + number, where
         assert "Traceback" not in text and "Exception ignored" not in text, where

@@ -42,13 +42,19 @@ VALUES = 100_000    # that a text may expand to, aliases counted as often as the
 LENGTH = 200_000    # characters of a text
 _PLAIN_TAGS = dict(str=str, int=int, float=float, bool=bool, null=type(None))
 
+_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")  # as JSON escapes a letter beyond 16 bits
+
+def _join_pair(pair: re.Match) -> str:
+    "The letter that two escapes stand for."
+    return pair[0].encode("utf-16", "surrogatepass").decode("utf-16")
+
 def _refuse(mark, why: str):
     raise ValueError(f"line {mark.line + 1}, column {mark.column + 1}: {why}")
 
 def _scalar(event: yaml.ScalarEvent) -> object:
     "The value of a word, quoted or not, with or without a tag."
     if event.tag is None or event.tag == "!":
-        return plain_value(event.value) if event.implicit[0] and event.style is None else event.value
+        return plain_value(event.value) if event.implicit[0] and event.style is None else _PAIR.sub(_join_pair, event.value)
     kind = _PLAIN_TAGS.get(event.tag.removeprefix("tag:yaml.org,2002:"))
     value = event.value if kind is str else plain_value(event.value)
     value = float(value) if kind is float and type(value) is int else value

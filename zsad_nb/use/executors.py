@@ -78,9 +78,15 @@ def end_tree(pid: int, itself: bool=True):
     "Kill a process and everything it started."
     import psutil  # comes with ipykernel
     with contextlib.suppress(psutil.Error):
-        parent = psutil.Process(pid)
-        for p in [*parent.children(recursive=True), *([parent] if itself else [])]:
-            with contextlib.suppress(psutil.Error): p.kill()
+        parent, found = psutil.Process(pid), []
+        if itself:
+            parent.suspend()  # or it could start another one meanwhile
+        while new := [process for process in parent.children(recursive=True) if process not in found]:
+            for process in new:
+                with contextlib.suppress(psutil.Error): process.suspend()
+            found += new
+        for process in [*found, *([parent] if itself else [])]:
+            with contextlib.suppress(psutil.Error): process.kill()
 
 def threads(n: int|None) -> dict:  # environment
     "Numeric libraries keep to so many threads."
