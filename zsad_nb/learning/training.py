@@ -208,7 +208,7 @@ class _Loop:
             self._judge()
         except BaseException as error:
             put_back(method, self.last)
-            with contextlib.suppress(AttributeError): error.finished_epochs = self.done
+            with contextlib.suppress(AttributeError): error.finished_epochs = self.done if any(not row["skipped"] for row in self.rows) else 0
             raise
         finally:
             self.bar.close()
@@ -264,10 +264,10 @@ class _Loop:
     def _judge(self):
         "Did it learn from anything?"
         count, skipped = len(self.rows), sum(row["skipped"] for row in self.rows)
-        if self.recipe.epochs and not count: raise ValueError("no image of the index could be used: nothing was learned; see check(index) for what is wrong with them")
-        if skipped <= count / 2: return
+        if skipped <= count / 2 and (count or not self.recipe.epochs): return
         self.last, self.done = self.start, 0
         if self.state is not None: self.state.remove()
+        if not count: raise ValueError("no image of the index could be used: nothing was learned; see check(index) for what is wrong with them")
         raise FloatingPointError(f"{skipped} of {count} steps had a loss or gradient that is not finite; lower lr_scale or check the images")
 
     def _snapshot(self) -> tuple:  # tensors, JSON-able

@@ -174,6 +174,8 @@ class Method(nn.Module):
     def __init_subclass__(cls, **kwargs):
         "Whatever a method says its features depend on, the engine is part of it: features of two engines never meet in a cache."
         super().__init_subclass__(**kwargs)
+        for name in ("prepare", "set_types", "set_references"):  # called from outside, as `predict` is
+            if name in cls.__dict__: setattr(cls, name, usual_defaults()(cls.__dict__[name]))
         if (own := cls.__dict__.get("encode_key")) is None: return
         @functools.wraps(own)
         def encode_key(self):

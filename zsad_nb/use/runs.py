@@ -260,8 +260,8 @@ def run(spec: Spec,
         return execute(spec.source, _resolve(values, {n: b.folder.resolve() for n, b in before.items()}), folder, record, timeout)
 
 def _clear(folder: Path, known: Result):
-    "Take away what an unfinished run left; a result that cannot be read is kept under another name."
-    others = [p for p in folder.iterdir() if p.name not in (*LOCKS, "run.log") and ".unreadable" not in p.name]
+    "Take away what an unfinished run left, but for the state that its training goes on from; a result that cannot be read is kept under another name."
+    others = [p for p in folder.iterdir() if p.name not in (*LOCKS, "run.log", ".resume") and ".unreadable" not in p.name]
     if others and not (folder/"run.json").exists() and not (folder/"result.json").exists() and any(not p.name.startswith(".") for p in others):
         raise ValueError(f"{folder} is not empty and was not made by a run; move it away")
     for p in others:
