@@ -109,6 +109,17 @@ def sources(what, category: str="object",  # of all; "folder": the name of the f
     return made
 
 # %% ../../nbs/use/80d_sources.ipynb #579e5ca8
+def _parameters(record: dict, folder: Path) -> dict:
+    "The parameters in a run's record, if what a method is made from has the right kinds."
+    spec = record.get("spec", {})
+    p, after = spec.get("parameters", {}) if isinstance(spec, dict) else None, record.get("after", {})
+    wrong = [] if isinstance(p, dict) and isinstance(record.get("cwd", "."), str) else ["parameters or cwd"]
+    if not wrong: wrong = [k for k in ("checkpoint", "method", "backbone", "clip", "dino", "weights", "released") if not isinstance(p.get(k) or "", str)]
+    if not wrong: wrong = [k for k, kind in (("seed", int), ("options", dict)) if not isinstance(p.get(k) or kind(), kind)]
+    if not isinstance(after, dict) or not all(isinstance(b, dict) and isinstance(b.get("run"), str) for b in after.values()): wrong.append("after")
+    if wrong: raise ValueError(f"the record of the run in {folder} has {', '.join(wrong)} of another kind; name a checkpoint instead, or make the run again")
+    return p
+
 def _from_run(folder: Path, changes: dict) -> Method:
     "The method of a run: its checkpoint, or that of the training it evaluated, or the untrained method it names."
     found = look(folder)
@@ -116,7 +127,7 @@ def _from_run(folder: Path, changes: dict) -> Method:
     files = [folder/"checkpoint.safetensors"] if (folder/"checkpoint.safetensors").is_file() else sorted(folder.glob("*.safetensors"))
     if len(files) == 1: return load(files[0], **changes)
     if files: raise ValueError(f"{folder} holds several checkpoints ({', '.join(f.name for f in files)}); name one of them")
-    p = found.record.get("spec", {}).get("parameters", {})
+    p = _parameters(found.record, folder)
     if path := p.get("checkpoint"):
         for name, before in found.record.get("after", {}).items(): path = path.replace(f"{{{name}}}", str(folder.parent.parent/before["run"]))
         path = Path(found.record.get("cwd", "."), path)
