@@ -51,7 +51,7 @@ baddbmm batch_norm bitwise_and bitwise_not bitwise_or bitwise_xor bmm broadcast_
 convolution cos cosh cosine_similarity cumprod cumsum detach detach_ diag diagonal diff div dot dropout einsum elu empty empty_like eq erf exp expand expand_as expm1 eye fill flatten flip floor floor_divide fmod full full_like
 gather ge gelu group_norm gt hardsigmoid hardswish hardtanh im2col index index_select instance_norm isfinite isinf isnan item kthvalue layer_norm le leaky_relu lerp lift_fresh_copy linalg_norm linalg_vector_norm linear linspace
 log log10 log1p log2 log_softmax logaddexp logical_and logical_not logical_or logical_xor logsumexp lt mT masked_fill matmul max max_pool2d max_pool2d_with_indices maximum mean median meshgrid min minimum mish mm movedim
-mul multiply mv narrow native_batch_norm native_group_norm native_layer_norm ne neg new_empty new_full new_ones new_zeros norm normalize numpy_T one_hot ones ones_like pad permute pixel_shuffle pixel_unshuffle pow prod
+mul multiply mv narrow native_batch_norm native_group_norm native_layer_norm ne neg new_empty new_full new_ones new_zeros norm numpy_T one_hot ones ones_like pad permute pixel_shuffle pixel_unshuffle pow prod
 quantile reciprocal reflection_pad1d reflection_pad2d relu relu6 remainder repeat repeat_interleave replication_pad2d reshape reshape_as rms_norm roll round rsqrt rsub scalar_tensor scaled_dot_product_attention scatter scatter_add searchsorted select sigmoid
 sign silu sin sinh slice softmax softplus sort split split_with_sizes sqrt square squeeze stack std std_mean sub subtract sum sym_constrain_range sym_constrain_range_for_size sym_numel sym_size sym_stride t take_along_dim tan tanh
 tensor_split tile to topk transpose tril triu true_divide type_as unbind unflatten unfold unsqueeze upsample_bicubic2d upsample_bilinear2d upsample_nearest2d var var_mean view view_as where zeros zeros_like
@@ -62,7 +62,9 @@ _BESIDES = ("torch.ops.higher_order.wrap_with_set_grad_enabled", "torch.sym_max"
 OPERATORS = {f"torch.ops.aten.{name}" for name in _ATEN.split()} | set(_BESIDES)  # an entry without an overload stands for all of them
 
 def _operator(text: str):
-    if text not in OPERATORS and not (text.startswith("torch.ops.aten.") and text.count(".") == 4 and text.rpartition(".")[0] in OPERATORS and text.rpartition(".")[2].isidentifier()):
+    name, _, overload = text.rpartition(".")
+    overloaded = name.startswith("torch.ops.aten.") and name in OPERATORS and re.fullmatch("[A-Za-z][A-Za-z0-9_]*", overload, re.ASCII)
+    if text not in OPERATORS and not overloaded:
         raise ValueError(f"the operator {text[:80]!r} is not one of those that graphs may call (zsad_nb.backbones.programs.OPERATORS)")
 
 # %% ../../nbs/backbones/22b_programs.ipynb #d36b9893
@@ -181,7 +183,7 @@ def _open(content: bytes) -> tuple:  # archive; member without the folder's name
     if not members or len(members) > MEMBERS:
         raise ValueError(f"it holds {len(members)} members")
     root = members[0].filename.partition("/")[0]
-    if archive.comment or min(m.header_offset for m in members) or not re.fullmatch(r"[A-Za-z0-9_\-]{1,100}", root):
+    if archive.comment or content.rfind(b"PK\x05\x06") + 22 != len(content) or min(m.header_offset for m in members) or not re.fullmatch(r"[A-Za-z0-9_\-]{1,100}", root):
         raise ValueError("something stands before or behind the archive")
     named = {}
     for member in members:
@@ -218,7 +220,7 @@ def _payloads(config: dict, kind: str, members: dict) -> dict:  # the same table
         if dtype is None or dtype.is_complex or len(sizes) != len(strides):
             raise ValueError(f"{name} is of a type that no exported tensor has")
         last = offset + sum((n - 1) * s for n, s in zip(sizes, strides)) + 1 if 0 not in sizes else 0
-        if last * dtype.itemsize > members[f"data/{kind}/{file}"].file_size or math.prod(sizes) > 2**40:
+        if last * dtype.itemsize > members[f"data/{kind}/{file}"].file_size or math.prod(sizes) > max(2**24, members[f"data/{kind}/{file}"].file_size):  # one value may stand for many, within reason
             raise ValueError(f"{name} is {tuple(sizes)}, more than the archive holds of it")
     plain = {name: {k: v for k, v in entry.items() if k != "path_name"} for name, entry in table.items()}
     return {"config": {name: dict(_checked(entry), path_name=table[name]["path_name"]) for name, entry in plain.items()}}

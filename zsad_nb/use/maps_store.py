@@ -75,6 +75,7 @@ class MapStore:
         self._file = self.folder/f"maps.{DTYPES[header['dtype']]}"
         self.rows = self._read_rows()  # two hundred bytes a row
         self._inside, self._patches = OrderedDict(), OrderedDict()
+        self._gone = set()  # rows whose image was replaced
 
     def _read_rows(self) -> np.ndarray:
         wrong = [f.name for f, n in ((self.folder/"rows.bin", ROW.itemsize), (self._file, self.size**2 * self.dtype.itemsize)) if not f.is_file() or f.stat().st_size != n * len(self.index)]
@@ -143,6 +144,7 @@ class MapStore:
         gone = [int(row) for row in (range(len(self)) if rows is None else rows) if self.replaced(row)]
         for row in gone:
             self.rows["state"][row] = 0
+            self._gone.add(row)
             self._inside.pop(row, None)
             self._patches.pop(row, None)
         return gone
@@ -190,7 +192,8 @@ class MapStore:
     def map(self, row: int) -> np.ndarray:  # (H, W) float32
         "The map of a row; made if it is not there, or of another image, and the method is."
         for again in (False, True):
-            if self.refresh([row]) or self.rows["state"][row] == 0: self._make(row)
+            self.refresh([row])
+            if self.rows["state"][row] == 0: self._make(row)
             if self.rows["state"][row] == UNREADABLE: self.read(row)  # says why
             kept = np.fromfile(self._file, self.dtype, self.size**2, offset=row * self.size**2 * self.dtype.itemsize)
             if kept.size == self.size**2 and zlib.crc32(kept.tobytes()) == self.rows["map"][row]: break
@@ -200,8 +203,8 @@ class MapStore:
 
     def _make(self, row: int):
         name = shown(self.index["image"].iat[row])
-        if self.method is None:
-            raise ValueError(f"{shown(self.folder.name)} has no map of {name} as it is now (it was replaced, or its map was never made); open the store with its method, open_store(folder, method), "
+        if self.method is None and row in self._gone:
+            raise ValueError(f"{name} was replaced since its map in {shown(self.folder.name)} was made; open the store with its method, open_store(folder, method), "
                              "or make the map again: make_store(method, index).compute()")
         self.compute([row], progress=False)
         if self.rows["state"][row] == 0: raise ValueError(f"{name} was replaced while it was looked at; look again once it is written completely")
