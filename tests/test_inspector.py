@@ -77,7 +77,7 @@ def as_it_comes(folder: Path, huge: bool = False, locked: bool = True) -> dict[s
     "Every kind of file of the list; good ones with the size they have."
     grey = PHOTO.mean(2)
     write(folder / "plain.png"), write(folder / "plain.jpg", quality=95)
-    write(folder / "16 bit.tif", (grey * 16).astype("uint16"))
+    write(folder / "16 bit.tif", (grey * 256).astype("uint16"))
     write(folder / "see through.png", np.dstack([PHOTO, np.full(PHOTO.shape[:2], 200, "uint8")]))
     write(folder / "small.png", PHOTO[30:50, 40:60])
     write(folder / "grey.png", grey.astype("uint8"))
@@ -278,14 +278,15 @@ def test_arrays_tensors_images_files_are_one_picture(inspector, tmp_path):
     for same in (str(path), PHOTO, PHOTO / 255, Image.fromarray(PHOTO), torch.from_numpy(PHOTO).permute(2, 0, 1), torch.from_numpy(PHOTO).permute(2, 0, 1) / 255): assert inspector.predict(same).score == want
     assert inspector.predict(PHOTO[..., ::-1]).score != want
     grey = PHOTO[..., 0]
-    assert inspector.predict(grey).score == inspector.predict(grey[..., None]).score == inspector.predict(grey.astype("uint16")).score
+    assert inspector.predict(grey).score == inspector.predict(grey[..., None]).score == inspector.predict(grey.astype("uint16") * 257).score
+    assert Inspector(inspector.method, bits=8).predict(grey.astype("uint16")).score == inspector.predict(grey).score
     table = look(inspector, [PHOTO, path, torch.from_numpy(PHOTO).permute(2, 0, 1)])
     assert names(table) == ["array-00000", "a.png", "array-00002"] and (table["score"] == want).all()
     assert len(look(inspector, np.stack([PHOTO, PHOTO]))) == 2
 
 
 @pytest.mark.parametrize(("array", "message"), [
-    (np.zeros((3, 40, 40), "uint8"), "it looks like .3, H, W.: transpose"), (np.zeros((40, 40, 3)) + 7, "floats are read as 0 to 1"), (np.full((4, 4), np.nan), "floats are read"), (np.zeros((40, 40, 2)), "of shape"),
+    (np.zeros((3, 40, 40), "uint8"), "it looks like .3, H, W.: transpose"), (np.zeros((40, 40, 3)) + 7, "floats are read as 0 to 1"), (np.full((4, 4), np.nan), "not numbers"), (np.zeros((40, 40, 2)), "of shape"),
     (torch.zeros(40, 40, 3), "an image is .3, H, W."), (np.zeros((0, 4, 3)), "of shape"), (np.array([[-1, 2]]), "negative")])
 def test_arrays_that_are_not_guessed_at(inspector, array, message):
     with pytest.raises(ValueError, match=message): from_array(array)

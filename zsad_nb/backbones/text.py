@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .backbones import BACKBONES, BackboneRow, Frozen, _load, _pretrained_file, own_attention
-from .words import rewrite
 from .weights import WeightsError, _require, flat_state, import_vision_libraries, read_state
+from .words import rewrite
+from ..core import usual_defaults
 
 # %% ../../nbs/backbones/20a_text.ipynb #3a497ece
 TOKENS = 49408                     # of CLIP's byte-pair encoding
@@ -165,6 +166,7 @@ def _text_tower(row: BackboneRow, state: dict|None, quick_gelu: bool, seed: int,
 
 _BESIDES = ("logit_scale", "logit_bias", "input_resolution", "context_length", "vocab_size", "attn_mask")  # what a state dict holds beside the two towers
 
+@usual_defaults(gradients=True, blocks=True)
 def create_text(name: str,  # an open_clip name of BACKBONES
                 weights: str="pretrained",  # "pretrained", a local file, or "random:SEED"
                 quick_gelu: bool=True,  # activation where the name does not say it ("clip", "tiny-clip"): OpenAI's weights need QuickGELU

@@ -24,7 +24,8 @@ from scipy import ndimage
 
 from .index import GOOD, make_index, root_of, save_index, save_split
 from .layouts import LayoutError, enter
-from .pixels import load_pair
+from .pixels import load_pair, read_pair
+from .reading import reading_of, takes_reading
 from .sets import read_ksdd
 from ..names import shown
 
@@ -132,6 +133,7 @@ def _whole_or_absent(cut: Callable) -> Callable:
 def _safe(name: str) -> str: return re.sub(r"[^\w.+-]+", "_", name).strip("._") or "defect"
 
 
+@takes_reading
 @_whole_or_absent
 def cut_crops(
     index: pd.DataFrame,  # an Index
@@ -144,16 +146,16 @@ def cut_crops(
     jitter: float = 0.25,  # how far from the centre of the crop its defect may lie, as a fraction of the side
     seed: int = 0,
     overwrite: bool = False,  # replace a folder that is not empty
-    mask_mismatch: str = "error",  # a mask of another size than its image: "error", or "resize" it
+    **reading,  # see `Reading`; default: as the index says. Crops are written with 8 bits, upright
 ) -> pd.DataFrame:  # the Index of the crops
     "Cut normal and defective crops, written in MVTec layout; dataset, category, split and defect are kept."
     if size < 1: raise ValueError(f"size={size}; it must be at least 1 pixel")
-    source = root_of(index)
+    source, how = root_of(index), reading_of(index, **reading)
     out, part = _new_folder(out, overwrite)
     found, blind = [], []
     for row in index.itertuples(index=False):
         if row.anomalous and not row.mask: blind.append(row.image); continue  # nobody knows where it is clean
-        image, mask = load_pair(source / row.image, source / row.mask if row.mask else None, row.category, mask_mismatch)
+        image, mask = read_pair(source / row.image, source / row.mask if row.mask else None, how, row.category)[:2]
         if min(image.size) < size:
             raise ValueError(f"{row.image} is {image.size[0]}x{image.size[1]}, smaller than a crop of {size}; choose size <= {min(image.size)}")
         mask = np.zeros(image.size[::-1], bool) if mask is None else mask
@@ -180,6 +182,7 @@ def cut_crops(
     return make_index(found, out)
 
 # %% ../../nbs/data/12b_crops.ipynb #cf776227
+@takes_reading
 @_whole_or_absent
 def cut_ksdd(
     raw: str | os.PathLike,  # folder of kos01..kos50 as distributed
@@ -190,6 +193,7 @@ def cut_ksdd(
     split: str | os.PathLike | None = None,  # a split.csv of another run, to repeat its choice
     overwrite: bool = False,  # replace a folder that is not empty
     category: str = "electrical commutators",
+    **reading,  # see `Reading`; what has more than 8 bits is written with 8
 ) -> pd.DataFrame:  # the Index of the strips
     "KSDD (KolektorSDD) cut into strips in MVTec layout."
     whole = read_ksdd(enter(raw, "KolektorSDD"), category)
@@ -197,7 +201,7 @@ def cut_ksdd(
     out, part = _new_folder(out, overwrite)
     found = []  # name, image, top, bottom, mask of the strip where it is defective
     for row in whole.itertuples(index=False):
-        image, label = load_pair(root_of(whole) / row.image, root_of(whole) / row.mask if row.mask else None, category)
+        image, label = load_pair(root_of(whole) / row.image, root_of(whole) / row.mask if row.mask else None, category, **reading)
         edges = [image.size[1] * k // strips for k in range(strips + 1)]
         for k, (top, bottom) in enumerate(zip(edges, edges[1:])):
             strip = None if label is None or not label[top:bottom].any() else label[top:bottom].astype("uint8") * 255
@@ -217,7 +221,7 @@ def cut_ksdd(
         mask = f"ground_truth/defect/{name}_mask.png" if strip is not None else ""
         rows.append(dict(category=category, split=half, image=f"{half}/{kind}/{name}.png", mask=mask, anomalous=strip is not None, defect=kind))
         for path in (rows[-1]["image"], mask): (part / path).parent.mkdir(parents=True, exist_ok=True)
-        picture, _ = load_pair(root_of(whole) / image, raw=True)
+        picture, _ = load_pair(root_of(whole) / image, raw=True, **reading)
         picture.crop((0, top, picture.size[0], bottom)).save(part / rows[-1]["image"])
         if strip is not None: Image.fromarray(strip).save(part / mask)
     save_split(make_index(rows, part, "ksdd"), part / "split.csv")

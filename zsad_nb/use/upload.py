@@ -7,7 +7,6 @@ __all__ = ['PANELS', 'Upload']
 
 # %% ../../nbs/use/82h_upload.ipynb #1100834f
 import copy
-import html
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ..data.pixels import BadImage
+from ..evaluation.tables import html_text
 from .blending import Drawing, View, encode, sheet
 from .controls import bars, box, counted, fallback, from_to, message, set_range, show, slider, spans, told
 from .histogram import percent
@@ -92,11 +92,11 @@ class Upload:
         aspect = min(max(size[0] / size[1], 0.4), 3.0)
         for picture in self.pictures.values(): picture.aspect, picture.mark = aspect, []
         self._draw(*PANELS)
-        parts = [f'<span class="chip {found.decision}">{found.decision}</span>' if found.decision in ("normal", "defective") else "", html.escape(found.said)]
-        if found.decision == "score only": parts = [f"score <b>{found.score:.4g}</b>", f'<span class="soft">{html.escape(found.said)}</span>']
+        parts = [f'<span class="chip {found.decision}">{found.decision}</span>' if found.decision in ("normal", "defective") else "", html_text(found.said)]
+        if found.decision == "score only": parts = [f"score <b>{found.score:.4g}</b>", f'<span class="soft">{html_text(found.said)}</span>']
         if found.mask is not None: parts.append(f"{counted(len(found.regions), 'region')}, {found.area:,} px together")
-        self.verdict.value = spans([p for p in parts if p]) + f'<div class="soft">{html.escape(name)}, {found.size[0]} x {found.size[1]}{f"; {html.escape(note)}" if note else ""}</div>'
-        self.types.value = bars(found.types, list(found.types)) if found.types else f'<div class="soft">{self.inspector.method.name} knows no types of defect</div>'
+        self.verdict.value = spans([p for p in parts if p]) + f'<div class="soft">{html_text(name)}, {found.size[0]} x {found.size[1]}{f"; {html_text(note)}" if note else ""}</div>'
+        self.types.value = bars(found.types, list(found.types)) if found.types else f'<div class="soft">{html_text(self.inspector.method.name)} knows no types of defect</div>'
         self.pixel.value = '<div class="soft">Click into a picture to read its score there.</div>'
         for widget in (self.verdict, self.stage, self.tools): show(widget, True)
         self.tell("")
