@@ -200,7 +200,7 @@ def test_synthetic_set(tmp_path):
 
 def test_index_and_split_and_meta(images, tmp_path):
     "The lists of a data set survive a second writing that fails."
-    for write, read, name in ((save_index, load_index, "index.csv"), (save_split, lambda p: read_table(p), "split.csv"), (write_meta, read_meta, "meta.json")):
+    for write, read, name in ((save_index, load_index, "index.csv"), (save_split, lambda p: read_table(p), "split.csv"), (write_meta, lambda p: read_meta(p, root=images.attrs["root"]), "meta.json")):
         path = tmp_path / name
         write(images, path)
         before = contents(tmp_path)
