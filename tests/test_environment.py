@@ -165,6 +165,8 @@ def test_a_report_with_names_that_the_console_lacks(tmp_path, monkeypatch):
     for path in ("train/good/ä.png", "test/good/ö.png", "test/kaputt/ü.png"):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.random.default_rng(len(path)).integers(0, 255, (32, 32, 3), "uint8")).save(folder / path)
+    (folder / "ground_truth/kaputt").mkdir(parents=True)
+    Image.fromarray(np.eye(32, dtype="uint8") * 255).save(folder / "ground_truth/kaputt/ü_mask.png")
     (folder / "test/good/ö.png").write_bytes(b"no image")
     shown = io.TextIOWrapper(io.BytesIO(), "ascii")
     monkeypatch.setattr(sys, "stdout", shown)

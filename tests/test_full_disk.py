@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from zsad_nb.data.synthetic import synthetic_index
 from zsad_nb.evaluation.evaluate import evaluate
 from zsad_nb.evaluation.metrics import PixelMetrics, RankCounts
 from zsad_nb.files import write_json
+from zsad_nb.learning.training import Recipe, fit
 from zsad_nb.methods.base import create, load, read_header, save
 from zsad_nb.tables import read_table, write_table
 from zsad_nb.use.inspector import Inspector
@@ -31,6 +33,7 @@ from zsad_nb.use.journal import Journal
 from zsad_nb.use.maps_store import make_store
 from zsad_nb.use.paper_style import save_figure
 from zsad_nb.use.runs import Spec, run
+from zsad_nb.use.shards import evaluate_shards
 
 
 @contextlib.contextmanager
@@ -200,7 +203,7 @@ def test_synthetic_set(tmp_path):
 
 def test_index_and_split_and_meta(images, tmp_path):
     "The lists of a data set survive a second writing that fails."
-    for write, read, name in ((save_index, load_index, "index.csv"), (save_split, lambda p: read_table(p), "split.csv"), (write_meta, read_meta, "meta.json")):
+    for write, read, name in ((save_index, load_index, "index.csv"), (save_split, lambda p: read_table(p), "split.csv"), (write_meta, lambda p: read_meta(p, root=images.attrs["root"]), "meta.json")):
         path = tmp_path / name
         write(images, path)
         before = contents(tmp_path)
@@ -279,3 +282,14 @@ def test_checkpoint_stays_readable(tmp_path):
     assert read_header(path)["method"] == "april_gan"
     first = next(iter(load(path).learned().values()))
     assert (first == 1).all()
+
+
+def test_work_for_other_processes(method, images, tmp_path, monkeypatch):
+    "What is handed to other processes does not fit: the disk is named, not the method."
+    with full_disk(200), pytest.raises(OSError, match=r"evaluation\.pt was not written"):
+        evaluate_shards(method, images, shards=2, size=64, folder=tmp_path, progress=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    trained = create("april_gan", clip_weights="random:0", image_size=64)
+    with full_disk(200), pytest.raises(OSError, match=r"method\.pt was not written"):
+        fit(trained, images, Recipe(epochs=1, batch_size=2), size=64, devices=2, progress=False)
+    assert not list(tmp_path.iterdir())

@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
@@ -165,6 +165,7 @@ def test_spots(mask, size, margin, count, seed):
 NAMES = st.text(alphabet="aZ0 _-.$é螺{}%'", min_size=1, max_size=8).filter(lambda t: t.strip(". ") == t and t)
 
 
+@settings(max_examples=15)  # each writes and reads some twenty files
 @given(st.integers(1, 9), st.lists(st.tuples(st.integers(9, 20), st.integers(9, 20), st.booleans(), NAMES, NAMES), min_size=1, max_size=4), st.integers(0, 5))
 def test_crops_are_slices_of_their_parents(tmp_path_factory, size, images, seed):
     "Pixels say where they come from: every crop, and its mask, is a slice of one parent; names are unique, safe and inside the folder; the list reads back."

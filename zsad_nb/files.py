@@ -49,7 +49,7 @@ def _disk_error(
     "The disk's own error, where a library's clean-up covered it with another one (Matplotlib's PDF), or said it in words only (torch)."
     if isinstance(error, OSError):
         return error
-    if isinstance(error, RuntimeError) and any(words in str(error) for words in ("PytorchStreamWriter", "iostream error")):
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in ("PytorchStreamWriter", "inline_container", "iostream error")):
         return OSError(errno.EIO, str(error).splitlines()[0])
     before = error
     while before is not None:

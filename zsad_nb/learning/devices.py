@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..backbones.weights import import_vision_libraries
 from ..data.images import Batch, Batches
-from ..files import owned_only
+from ..files import owned_only, write_atomically
 from ..methods.base import Method, Prediction
 
 # %% ../../nbs/learning/62_devices.ipynb #e9ae1755
@@ -219,7 +219,7 @@ def launch(method: Method,   # changed in place
         folder, processes = Path(folder), []
         try:
             try:
-                torch.save(method, folder / "method.pt")
+                write_atomically(folder / "method.pt", lambda part: torch.save(method, part))
                 os.chmod(folder / "method.pt", 0o600)
             except (pickle.PicklingError, AttributeError, TypeError) as error: raise ValueError(f"this {method.name} cannot be sent to other processes ({error}); remove hooks and functions that were put on it") from error
             _write_private(folder / "arguments.pkl", pickle.dumps((dict(arguments, devices=devices), home.type)))

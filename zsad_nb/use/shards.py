@@ -24,7 +24,7 @@ from ..data.images import defect_names
 from ..data.reading import read_as, takes_reading
 from ..evaluation.evaluate import Evaluation, by_category, predict_images, put_together, seen_in_training, target_set
 from ..evaluation.metrics import PixelMetrics
-from ..files import owned_only
+from ..files import owned_only, write_atomically
 from ..methods.base import Method, load
 from .executors import LostWorker, open_executor
 
@@ -99,7 +99,7 @@ def evaluate_shards(method: Method|str|Path,  # or a checkpoint that all machine
     if folder is not None: Path(folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".shards-", dir=folder, ignore_cleanup_errors=True) as place:
         try:
-            torch.save(common, Path(place)/"evaluation.pt")
+            write_atomically(Path(place)/"evaluation.pt", lambda part: torch.save(common, part))
             os.chmod(Path(place)/"evaluation.pt", 0o600)  # it is unpickled
         except (AttributeError, TypeError, RuntimeError, pickle.PicklingError) as error: raise ValueError(f"{method.name} cannot be sent to other processes ({error}); save it and pass the checkpoint's path") from error
         with tqdm(total=len(test), desc=label, disable=not progress, unit="image") as bar:
