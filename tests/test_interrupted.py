@@ -20,6 +20,12 @@ TIMES = int(os.environ.get("ZSAD_KILLS", 2))
 ZSAD = [sys.executable, "-c", "import sys; from zsad_nb.use.entry import zsad; sys.exit(zsad())"]
 
 
+def with_usual_signals():
+    "A shell's background jobs ignore Ctrl-C, and so would whatever they start."
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def marked(mark):
     "The processes that a command started, and itself."
     for process in psutil.process_iter():
@@ -33,7 +39,7 @@ def stopped_after(begun, seconds, number, folder, *arguments):
     "A command that gets a signal so long after it has begun; its exit status, what it said, and what it left running."
     mark = f"{os.getpid()}-{time.monotonic_ns()}"
     with open(folder / "said", "w+b") as said:
-        process = subprocess.Popen([*ZSAD, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=said, cwd=folder, start_new_session=True,
+        process = subprocess.Popen([*ZSAD, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=said, cwd=folder, start_new_session=True, preexec_fn=with_usual_signals,
                                    env=dict(os.environ, ZSAD_TEST_MARK=mark, PYTHONWARNINGS="ignore", TQDM_DISABLE="1", OMP_NUM_THREADS="1"))
         while process.poll() is None and not begun(): time.sleep(0.01)
         try:
