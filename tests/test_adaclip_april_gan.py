@@ -515,7 +515,8 @@ def test_full_size_counts():
     assert sum(q.numel() for q in april.learned().values()) == adapters == 3_148_800
     tokens = 4 * 5 * 1024 + 3 * 5 * 768 + 5 * (768 * 1024 + 1024) + 5 * (768 * 768 + 768)
     assert sum(q.numel() for q in ada.learned().values()) == adapters + 768 * 768 + 768 + tokens
-    for m in (ada, april): assert m.clip.taps == (6, 12, 18, 24) and m.clip.size == 518 and m.clip.row.positions == "bicubic"
+    for m, positions in ((ada, "bicubic_plain"), (april, "bicubic")):
+        assert m.clip.taps == (6, 12, 18, 24) and m.clip.size == 518 and m.clip.row.positions == positions and not m.clip.quick_gelu
     assert ada.tokens["image"].shape == (4, 5, 1024) and ada.tokens["text"].shape == (3, 5, 768) and april.grid == (37, 37)
 
 

@@ -509,7 +509,7 @@ def test_nothing_to_encode(batch, drawn):
     other = small("multiads")
     features = other.encode(batch)
     assert set(features) == {f"tap_{t}" for t in other.clip.taps} and not any(v.requires_grad for v in features.values())
-    assert other.encode_key()["clip"]["positions"] == "bicubic" and other.p.positions == "bicubic"
+    assert other.encode_key()["clip"]["positions"] == "bicubic" and other.p.position_resize == "bicubic"
 
 
 def test_multiads_reads_each_name_once():

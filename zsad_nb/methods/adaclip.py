@@ -139,7 +139,8 @@ class AdaCLIPParameters(ParameterSet):
     clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
     image_size: int|None = param(None, "code: 518; default: the CLIP tower's", "pixels, square")
     taps: tuple|None = param(None, "code: 6/12/18/24 of 24; default: the tower's", "1-based blocks")
-    positions: str = param("bicubic", "code", "how the image tower's positions are resized: bicubic (antialiased) or bilinear", ("bicubic", "bilinear"))
+    quick_gelu: bool|None = param(False, "code: exact GELU, which is not what the weights were trained with", "activation of the CLIP towers: QuickGELU, or False for the exact GELU; None: the one that the weights were trained with")
+    position_resize: str|None = param("bicubic_plain", "code: plain bicubic", "how the image tower's positions are resized: bilinear, bicubic (antialiased) or bicubic_plain (not); None: as the backbone table says", ("bilinear", "bicubic", "bicubic_plain"))
     templates: tuple = param(ADACLIP_TEMPLATES, "code", "sentences around a state, each longer than `length` words", "one or more")
     length: int = param(5, "code", "tokens a block", "at least 1")
     depth: int = param(4, "code", "first blocks with tokens, in text from the second of them on; at most all", "at least 1")
@@ -161,6 +162,7 @@ class AdaCLIPParameters(ParameterSet):
 class AdaCLIP(Method):
     "Static and dynamic tokens in both towers, linear adapters, fusion by k-means (Cao et al., ECCV 2024)."
     name, Parameters = "adaclip", AdaCLIPParameters
+    older = dict(quick_gelu=None)  # QuickGELU, whatever the release ran
     recipe = dict(epochs=5, batch_size=1, optimiser="adamw", betas=(0.5, 0.999), weight_decay=0.01, schedule="constant", seed=111)  # code; decay: the optimiser's default; the seed is ours
     ablations = {"full": {}, "static tokens": dict(kinds="static"), "dynamic tokens": dict(kinds="dynamic"), "image tokens": dict(branches="image"), "text tokens": dict(branches="text"),
                  "no tokens": dict(branches="none"), "no fusion": dict(fusion="none"), "fusion of the paper": dict(fusion="most abnormal", candidates=0)}  # the switches of the code, and the paper's fusion
@@ -168,8 +170,7 @@ class AdaCLIP(Method):
     def __init__(self, parameters: AdaCLIPParameters):
         super().__init__(replace(parameters, taps=None if parameters.taps is None else tuple(parameters.taps), templates=tuple(parameters.templates)))
         p = self.p
-        self.clip, self.text = create_backbone(p.clip, p.clip_weights, p.image_size, p.taps), create_text(p.clip, p.clip_weights)
-        self.clip.row = replace(self.clip.row, positions=p.positions)
+        self.clip, self.text = create_backbone(p.clip, p.clip_weights, p.image_size, p.taps, p.quick_gelu, p.position_resize), create_text(p.clip, p.clip_weights, p.quick_gelu)
         if getattr(self.clip.tower, "proj", None) is None: raise ValueError(f"{p.clip} has no space shared with text; use a CLIP of the backbone table")
         wide, towers = self.clip.tower.proj.shape[1], dict(image=(self.clip, min(p.depth, self.clip.depth)), text=(self.text, min(p.depth, self.text.depth) - 1))
         self.tokens = nn.ModuleDict({n: HybridTokens(sets, p.length, tower.width, wide, p.kinds, p.token_std) for n, (tower, sets) in towers.items() if p.branches in ("both", n) and sets})
@@ -184,7 +185,7 @@ class AdaCLIP(Method):
 
     def encode_key(self) -> dict:
         "What `encode` depends on besides the image."
-        return dict(method=self.name, clip=dict(name=self.clip.row.name, hash=self.clip.hash, size=self.clip.size, positions=self.p.positions))
+        return dict(method=self.name, clip=dict(name=self.clip.row.name, hash=self.clip.hash, size=self.clip.size, positions=self.clip.row.positions))
 
     @torch.inference_mode(False)
     @torch.no_grad()

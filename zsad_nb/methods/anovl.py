@@ -90,7 +90,8 @@ class AnoVLParameters(ParameterSet):
     "Every choice AnoVL makes."
     clip: str = param("tiny-clip", "ours: the embedded default; paper: clip-vitb16-plus-240", "image and text tower, a CLIP of the backbone table")
     clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
-    quick_gelu: bool = param(True, "ours", "activation where the tower's name does not say it (clip, tiny-clip): OpenAI's weights need it, LAION's do not")
+    quick_gelu: bool|None = param(None, "code: exact GELU, as LAION's weights were trained", "activation of the CLIP towers: QuickGELU, or False for the exact GELU; None: the one that the weights were trained with")
+    position_resize: str|None = param(None, "code: as the table", "how the image tower's positions are resized: bilinear, bicubic (antialiased) or bicubic_plain (not); None: as the backbone table says", ("bilinear", "bicubic", "bicubic_plain"))
     image_size: int|None = param(None, "paper: 240; default: the CLIP tower's", "pixels, square")
     textures: tuple|None = param(None, "paper: five of MVTec AD; ours: and the drawn textures", "categories that get a texture's sentences")
     dual_blocks: int|None = param(None, "paper: all", "length of the v-v path; 0: none", "0 or more")
@@ -131,7 +132,7 @@ class AnoVL(Method):
     def __init__(self, parameters: AnoVLParameters):
         super().__init__(replace(parameters, textures=None if parameters.textures is None else tuple(parameters.textures)))
         p = self.p
-        self.clip, self.text = create_backbone(p.clip, p.clip_weights, p.image_size, quick_gelu=p.quick_gelu), create_text(p.clip, p.clip_weights, p.quick_gelu)
+        self.clip, self.text = create_backbone(p.clip, p.clip_weights, p.image_size, None, p.quick_gelu, p.position_resize), create_text(p.clip, p.clip_weights, p.quick_gelu)
         if getattr(self.clip.tower, "proj", None) is None: raise ValueError(f"{p.clip} has no space shared with text; use a CLIP of the backbone table")
         self.dual_blocks = self.clip.depth if p.dual_blocks is None else p.dual_blocks
         if self.dual_blocks > self.clip.depth: raise ValueError(f"dual_blocks={p.dual_blocks}; {p.clip} has {self.clip.depth} blocks")
@@ -159,7 +160,7 @@ class AnoVL(Method):
 
     def encode_key(self) -> dict:
         "What `encode` depends on besides the image."
-        return dict(method=self.name, clip=dict(name=self.p.clip, hash=self.clip.hash, size=self.clip.size, quick_gelu=self.p.quick_gelu),
+        return dict(method=self.name, clip=dict(name=self.p.clip, hash=self.clip.hash, size=self.clip.size, quick_gelu=self.clip.quick_gelu),
                     path=dict(dual_blocks=self.dual_blocks, augment=self.p.augment, crops=self.p.crops))
 
     # ---- text

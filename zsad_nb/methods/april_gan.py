@@ -28,7 +28,8 @@ class APRILGANParameters(ParameterSet):
     clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
     image_size: int|None = param(None, "code: 518; default: the CLIP tower's", "pixels, square")
     taps: tuple|None = param(None, "code: 6/12/18/24 of 24; default: the tower's", "1-based blocks")
-    positions: str = param("bicubic", "code", "how the image tower's positions are resized: bicubic (antialiased) or bilinear", ("bicubic", "bilinear"))
+    quick_gelu: bool|None = param(False, "code: exact GELU, which is not what the weights were trained with", "activation of the CLIP towers: QuickGELU, or False for the exact GELU; None: the one that the weights were trained with")
+    position_resize: str|None = param("bicubic", "code: antialiased bicubic", "how the image tower's positions are resized: bilinear, bicubic (antialiased) or bicubic_plain (not); None: as the backbone table says", ("bilinear", "bicubic", "bicubic_plain"))
     templates: tuple = param(WINCLIP_TEMPLATES, "ours; code: 35 of its own", "sentences around a state", "one or more")
     tau: float = param(0.01, "code", "temperature of maps and score", "above 0")
     sigma: float = param(0.0, "code: none", "Gaussian of the map, pixels; evaluation only", "0 or more")
@@ -40,13 +41,13 @@ class APRILGANParameters(ParameterSet):
 class APRILGAN(Method):
     "Hand-written sentences and one linear layer a tap, and a memory of reference patches (Chen et al., VAND workshop of CVPR 2023)."
     name, Parameters = "april_gan", APRILGANParameters
+    older = dict(quick_gelu=None)  # QuickGELU, whatever the release ran
     recipe = dict(epochs=3, batch_size=8, optimiser="adam", betas=(0.5, 0.999), weight_decay=0.0, schedule="constant", seed=111)  # code: 3 passes over MVTec AD, 15 over VisA; the seed is ours
 
     def __init__(self, parameters: APRILGANParameters):
         super().__init__(replace(parameters, taps=None if parameters.taps is None else tuple(parameters.taps), templates=tuple(parameters.templates)))
         p = self.p
-        self.clip, self.text = create_backbone(p.clip, p.clip_weights, p.image_size, p.taps), create_text(p.clip, p.clip_weights)
-        self.clip.row = replace(self.clip.row, positions=p.positions)
+        self.clip, self.text = create_backbone(p.clip, p.clip_weights, p.image_size, p.taps, p.quick_gelu, p.position_resize), create_text(p.clip, p.clip_weights, p.quick_gelu)
         if getattr(self.clip.tower, "proj", None) is None: raise ValueError(f"{p.clip} has no space shared with text; use a CLIP of the backbone table")
         self.grid, self._said = (self.clip.size // self.clip.patch,) * 2, {}
         self.adapters = nn.ModuleDict({f"tap_{t}": nn.Linear(self.clip.width, self.clip.tower.proj.shape[1]) for t in self.clip.taps})
@@ -61,7 +62,7 @@ class APRILGAN(Method):
     def encode_key(self) -> dict:
         "What `encode` depends on besides the image."
         b = self.clip
-        return dict(method=self.name, clip=dict(name=b.row.name, hash=b.hash, size=b.size, taps=list(b.taps), positions=self.p.positions))
+        return dict(method=self.name, clip=dict(name=b.row.name, hash=b.hash, size=b.size, taps=list(b.taps), positions=self.clip.row.positions))
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -29,7 +29,8 @@ class BayesPFLParameters(ParameterSet):
     clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
     image_size: int|None = param(None, "stated: 518; default: the tower's", "pixels, square")
     clip_taps: tuple|None = param(None, "stated: 6/12/18/24 of 24; default: the tower's", "1-based blocks")
-    positions: str = param("bicubic", "code", "how the image tower's positions are resized: bicubic (antialiased) or bilinear", ("bicubic", "bilinear"))
+    quick_gelu: bool|None = param(None, "ours: as the weights were trained; code: exact GELU", "activation of the CLIP towers: QuickGELU, or False for the exact GELU; None: the one that the weights were trained with")
+    position_resize: str|None = param("bicubic", "code", "how the image tower's positions are resized: bilinear, bicubic (antialiased) or bicubic_plain (not); None: as the backbone table says", ("bilinear", "bicubic", "bicubic_plain"))
     patch_norm: bool = param(True, "ours", "patches through ln_post before the linear layers")
     start: str = param("proj", "ours", "of the linear layers: CLIP's own projection, or random", ("proj", "random"))
     bank: int = param(3, "stated: B", "pairs of prompts", "at least 1")
@@ -144,9 +145,8 @@ class BayesPFL(Method):
     def __init__(self, parameters: BayesPFLParameters):
         super().__init__(replace(parameters, clip_taps=None if parameters.clip_taps is None else tuple(parameters.clip_taps)))
         p = self.p
-        self.clip = b = create_backbone(p.clip, p.clip_weights, p.image_size, p.clip_taps)
-        b.row = replace(b.row, positions=p.positions)
-        self.text = create_text(p.clip, p.clip_weights)
+        self.clip = b = create_backbone(p.clip, p.clip_weights, p.image_size, p.clip_taps, p.quick_gelu, p.position_resize)
+        self.text = create_text(p.clip, p.clip_weights, p.quick_gelu)
         if getattr(b.tower, "proj", None) is None: raise ValueError(f"{p.clip} has no space shared with text; use a CLIP of the backbone table")
         self.grid, wide = (b.size // b.patch,) * 2, b.tower.proj.shape[1]
         self.prompts = SampledPrompts(self.text, p.context, p.state, p.bank, p.prompt_std, False, p.state_mean)
@@ -174,7 +174,7 @@ class BayesPFL(Method):
     def encode_key(self) -> dict:
         "What `encode` depends on besides the image."
         b = self.clip
-        return dict(method=self.name, clip=dict(name=b.row.name, hash=b.hash, size=b.size, taps=list(b.taps), positions=self.p.positions), patch_norm=self.p.patch_norm)
+        return dict(method=self.name, clip=dict(name=b.row.name, hash=b.hash, size=b.size, taps=list(b.taps), positions=self.clip.row.positions), patch_norm=self.p.patch_norm)
 
     # ---- learned
     @property

@@ -6,7 +6,7 @@
 __all__ = ['TYPE_STATES', 'type_states', 'MultiADSParameters', 'MultiADS']
 
 # %% ../../nbs/methods/44a_multiads.ipynb #f251a349
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,8 @@ class MultiADSParameters(ParameterSet):
     clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
     image_size: int|None = param(None, "code: 518; default: the tower's", "pixels, square")
     clip_taps: tuple|None = param(None, "code: 6/12/18/24 of 24; default: the tower's", "1-based blocks")
-    positions: str = param("bicubic", "code", "how the image tower's positions are resized: bicubic (antialiased) or bilinear", ("bicubic", "bilinear"))
+    quick_gelu: bool|None = param(False, "code: exact GELU, which is not what the weights were trained with", "activation of the CLIP towers: QuickGELU, or False for the exact GELU; None: the one that the weights were trained with")
+    position_resize: str|None = param("bicubic", "code: antialiased bicubic", "how the image tower's positions are resized: bilinear, bicubic (antialiased) or bicubic_plain (not); None: as the backbone table says", ("bilinear", "bicubic", "bicubic_plain"))
     types: tuple|str|None = param(None, "code: the data set's own list", "defect types: names, or a data set of the taxonomy; None: those of the index")
     words: tuple|None = param(None, "ours", "what the sentences call the types; default: the names, or the taxonomy's words")
     types_from: str = param("", "ours", "given: the types stay; index: every index brings its own; default: index if no types were given")
@@ -54,14 +55,14 @@ class MultiADSParameters(ParameterSet):
 class MultiADS(TypeMethod):
     "Hand-written type prompts and one linear adapter a tap (Sadikaj et al., ICCV 2025)."
     name, Parameters = "multiads", MultiADSParameters
+    older = dict(quick_gelu=None)  # QuickGELU, whatever the release ran
     recipe = dict(epochs=2, batch_size=4, optimiser="adam", betas=(0.5, 0.999), weight_decay=0.0, schedule="constant", seed=42)  # code: 10 epochs, tested is the 2nd; the seed is ours
 
     def __init__(self, parameters: MultiADSParameters):
         super().__init__(parameters)
         p = self.p
-        self.clip = b = create_backbone(p.clip, p.clip_weights, p.image_size, p.clip_taps)
-        b.row = replace(b.row, positions=p.positions)
-        self.text = create_text(p.clip, p.clip_weights)
+        self.clip = b = create_backbone(p.clip, p.clip_weights, p.image_size, p.clip_taps, p.quick_gelu, p.position_resize)
+        self.text = create_text(p.clip, p.clip_weights, p.quick_gelu)
         self.adapters = nn.ModuleDict({f"tap_{t}": nn.Linear(b.width, b.tower.proj.shape[1]) for t in b.taps})
         self._read = {}
         self._first_types()
@@ -74,7 +75,7 @@ class MultiADS(TypeMethod):
     def encode_key(self) -> dict:
         "What `encode` depends on besides the image."
         b = self.clip
-        return dict(clip=dict(name=b.row.name, hash=b.hash, size=b.size, taps=list(b.taps), positions=self.p.positions))
+        return dict(clip=dict(name=b.row.name, hash=b.hash, size=b.size, taps=list(b.taps), positions=self.clip.row.positions))
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -17,7 +17,7 @@ from ..backbones.backbones import ClipBackbone, create_backbone
 from ..backbones.ensembles import ANOMALIB_TEMPLATES, WINCLIP_STATES, WINCLIP_TEMPLATES, ensemble
 from ..backbones.text import create_text, rewrite
 from ..components.maps import to_pixels
-from .base import Method, ParameterSet, Prediction, param, reference_images, register
+from .base import Method, ParameterSet, Prediction, Variant, param, reference_images, register
 
 # %% ../../nbs/methods/50_winclip.ipynb #35b6249e
 def window_patches(grid: tuple,  # (h, w) patches of the image
@@ -72,7 +72,8 @@ class WinCLIPParameters(ParameterSet):
     "Every choice WinCLIP makes."
     clip: str = param("tiny-clip", "ours: the embedded default; paper: clip-vitb16-plus-240", "image and text tower, a CLIP of the backbone table")
     clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
-    quick_gelu: bool = param(True, "ours", "activation where the tower's name does not say it (clip, tiny-clip): OpenAI's weights need it, LAION's do not")
+    quick_gelu: bool|None = param(None, "code: exact GELU, as LAION's weights were trained", "activation of the CLIP towers: QuickGELU, or False for the exact GELU; None: the one that the weights were trained with")
+    position_resize: str|None = param(None, "code: bilinear, as the table", "how the image tower's positions are resized: bilinear, bicubic (antialiased) or bicubic_plain (not); None: as the backbone table says", ("bilinear", "bicubic", "bicubic_plain"))
     image_size: int|None = param(None, "paper: 240; default: the CLIP tower's", "pixels, square")
     scales: tuple = param((2, 3), "paper", "sides of the windows, patches; () for the image alone")
     templates: str = param("paper", "paper", "of the sentences: paper (22) or anomalib (21, with a full stop)", tuple(TEMPLATES))
@@ -96,13 +97,15 @@ class WinCLIPParameters(ParameterSet):
 class WinCLIP(Method):
     "Windows of a frozen CLIP against sentences, and against reference images (Jeong et al., CVPR 2023)."
     name, Parameters = "winclip", WinCLIPParameters
+    readings = {"anomalib": Variant("The 21 sentence frames of anomalib's re-implementation instead of the paper's 22.", **VARIANTS["anomalib"]),
+                "caoyunkang": Variant("Another re-implementation: windows are averaged by how normal they are, no whole image in the map, and the score is the map's maximum.", **VARIANTS["caoyunkang"])}
     ablations = {"full": {}, "without 3x3": dict(scales=(2,)), "without 2x2": dict(scales=(3,)), "image alone": dict(scales=()), "class-agnostic": dict(class_agnostic=True)}
     studies = {"codes": VARIANTS}
 
     def __init__(self, parameters: WinCLIPParameters):
         super().__init__(replace(parameters, scales=tuple(parameters.scales)))
         p = self.p
-        self.clip, self.text = create_backbone(p.clip, p.clip_weights, p.image_size, quick_gelu=p.quick_gelu), create_text(p.clip, p.clip_weights, p.quick_gelu)
+        self.clip, self.text = create_backbone(p.clip, p.clip_weights, p.image_size, None, p.quick_gelu, p.position_resize), create_text(p.clip, p.clip_weights, p.quick_gelu)
         if getattr(self.clip.tower, "proj", None) is None: raise ValueError(f"{p.clip} has no space shared with text; use a CLIP of the backbone table")
         self.grid, self._said = (self.clip.size // self.clip.patch,) * 2, {}
         for s in p.scales: window_patches(self.grid, s)                                                # a scale that does not fit is refused here
@@ -123,7 +126,7 @@ class WinCLIP(Method):
 
     def encode_key(self) -> dict:
         "What `encode` depends on besides the image."
-        return dict(method=self.name, clip=dict(name=self.p.clip, hash=self.clip.hash, size=self.clip.size, quick_gelu=self.p.quick_gelu), scales=list(self.p.scales), across=self.p.release_compat)
+        return dict(method=self.name, clip=dict(name=self.p.clip, hash=self.clip.hash, size=self.clip.size, quick_gelu=self.clip.quick_gelu), scales=list(self.p.scales), across=self.p.release_compat)
 
     # ---- references
     def _reserve(self, shots: int):
