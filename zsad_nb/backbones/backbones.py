@@ -343,7 +343,8 @@ def create_backbone(name: str,  # a name of BACKBONES
 def _with_settings(row: BackboneRow, quick_gelu: bool|None, position_resize: str|None) -> BackboneRow:
     "The row with another way to resize positions; settings that a tower does not have are refused."
     if quick_gelu is not None and row.library != "open_clip":
-        raise ValueError(f"quick_gelu={quick_gelu} belongs to CLIP towers, and {row.name} is none; leave it at None")
+        raise ValueError(f"{row.name} is no CLIP: it has no space shared with text, and no activation to choose (quick_gelu={quick_gelu}); "
+                         "use a CLIP of the backbone table, or leave quick_gelu at None")
     if position_resize is None: return row
     if position_resize not in POSITION_RESIZE: raise ValueError(f"position_resize={position_resize!r}; use {', '.join(POSITION_RESIZE)}, or None for the table's")
     return replace(row, positions=position_resize)

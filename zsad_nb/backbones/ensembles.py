@@ -4,10 +4,14 @@
 
 # %% auto #0
 __all__ = ['WINCLIP_STATES', 'WINCLIP_TEMPLATES', 'ANOMALIB_TEMPLATES', 'APRIL_GAN_STATES', 'ADACLIP_STATES', 'ADACLIP_TEMPLATES',
-           'ANOVL_STATES', 'ANOVL_TEXTURES', 'ANOVL_WORDINGS', 'anovl_templates', 'sentences', 'ensemble']
+           'PHOTO_TEMPLATES', 'ANOVL_STATES', 'ANOVL_TEXTURES', 'ANOVL_WORDINGS', 'NAMES', 'check_template',
+           'read_templates', 'anovl_templates', 'as_spelt', 'blank_for_dash', 'macaroni', 'spelling', 'sentences',
+           'ensemble']
 
 # %% ../../nbs/backbones/21a_ensembles.ipynb #ac985c75
 import re
+from collections.abc import Callable
+from pathlib import Path
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,6 +31,37 @@ ANOMALIB_TEMPLATES = tuple(t.replace("corrupted photo of a ", "corrupted photo o
 APRIL_GAN_STATES = ADACLIP_STATES = dict(normal=WINCLIP_STATES["normal"], abnormal=(*WINCLIP_STATES["abnormal"], "broken {}"))
 ADACLIP_TEMPLATES = ("a bad photo of a {}.", "a low resolution photo of the {}.", "a bad photo of the {}.", "a cropped photo of the {}.")
 
+# %% ../../nbs/backbones/21a_ensembles.ipynb #5d20c1a2
+PHOTO_TEMPLATES = (
+    "a photo of a {}.", "a photo of the {}.", "a bad photo of a {}.", "a bad photo of the {}.", "a good photo of a {}.", "a good photo of the {}.",
+    "a bright photo of a {}.", "a bright photo of the {}.", "a dark photo of a {}.", "a dark photo of the {}.", "a blurry photo of a {}.",
+    "a blurry photo of the {}.", "a cropped photo of a {}.", "a cropped photo of the {}.", "a close-up photo of a {}.", "a close-up photo of the {}.",
+    "a low resolution photo of a {}.", "a low resolution photo of the {}.", "a jpeg corrupted photo of a {}.", "a jpeg corrupted photo of the {}.",
+    "a black and white photo of a {}.", "a black and white photo of the {}.", "an industrial photo of a {}.", "an industrial photo of the {}.",
+    "a bright close-up photo of a {}.", "a dark close-up photo of the {}.", "a good close-up photo of a {}.", "a bad cropped photo of the {}.",
+    "a blurry close-up photo of a {}.", "a low resolution close-up photo of the {}.", "a photo of a {}, an industrial product.",
+    "a photo of the {}, a part of a product.", "a photo of a {} on a grey surface.", "a photo of the {} for visual inspection.",
+    "a photo of a product: the {}.")
+
+def check_template(template: str,  # a sentence around a state, or a state around a name
+                   where: str,     # for the message
+                  ) -> str:        # the same
+    "Refuse a sentence without exactly one pair of braces."
+    if isinstance(template, str) and template.count("{}") == 1 and not set(template.replace("{}", "")) & set("{}"): return template
+    raise ValueError(f"{where}: {template!r} must have one {{}}, where the named thing goes, and no other braces")
+
+def read_templates(templates: str|tuple  # sentences, or a UTF-8 text file with one a line; empty lines do not count
+                  ) -> tuple:            # the sentences
+    "Sentences around a state, of which each has one pair of braces."
+    if not isinstance(templates, (str, Path)): return tuple(check_template(t, f"templates, sentence {i}") for i, t in enumerate(templates, 1))
+    path = Path(templates).expanduser()
+    if not path.is_file(): raise ValueError(f"templates={str(templates)!r} is no file; give a text file with one sentence a line, or a list of sentences")
+    try: lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error: raise ValueError(f"{path.name} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+    found = tuple(check_template(line.strip(), f"{path.name}, line {i}") for i, line in enumerate(lines, 1) if line.strip())
+    if not found: raise ValueError(f"{path.name} holds no sentence; write one a line, such as: a photo of the {{}}.")
+    return found
+
 # %% ../../nbs/backbones/21a_ensembles.ipynb #6368faa8
 ANOVL_STATES = dict(normal=("normal {}", "flawless {}", "perfect {}", "unblemished {}", "{} without flaw", "{} without defect", "{} without damage"),
                     abnormal=("damaged {}", "abnormal {}", "imperfect {}", "blemished {}", "{} with flaw", "{} with defect", "{} with damage"))
@@ -39,21 +74,44 @@ def anovl_templates(class_name: str  # as in the Index
     kind = "texture" if rewrite(class_name) in ANOVL_TEXTURES else "object"
     return tuple(re.sub(r"\ba (?=[aeiou])", "an ", t.replace("photo", wording)) for wording in ANOVL_WORDINGS[kind] for t in WINCLIP_TEMPLATES)
 
+# %% ../../nbs/backbones/21a_ensembles.ipynb #5d20c1a5
+NAMES = ("released", "words")  # how a class name gets into a sentence: as the release spells it, or as the project's `rewrite`
+
+def as_spelt(class_name: str) -> str:
+    "The class name as the data set writes it (APRIL-GAN, MultiADS)."
+    return class_name or "object"
+
+def blank_for_dash(class_name: str) -> str:
+    "As spelt, but for dashes (AdaCLIP)."
+    return as_spelt(class_name).replace("-", " ")
+
+def macaroni(class_name: str) -> str:
+    "As spelt, but for two classes of VisA (AnoVL)."
+    return "macaroni" if class_name in ("macaroni1", "macaroni2") else as_spelt(class_name)
+
+def spelling(names: str,          # one of NAMES
+             released: Callable,  # name -> words, of the release
+            ) -> Callable:        # name -> words
+    "The function that writes a class name."
+    return released if names == "released" else rewrite
+
 # %% ../../nbs/backbones/21a_ensembles.ipynb #b1997e4f
-def sentences(class_name: str,  # as in the Index; rewritten
+def sentences(class_name: str,  # as in the Index
               states,           # such as WINCLIP_STATES["normal"]
               templates,        # such as WINCLIP_TEMPLATES
+              spell: Callable=rewrite,  # how the name is written, see `spelling`
              ) -> list[str]:    # states outside, templates inside
     "Every state of a thing in every template."
-    name = rewrite(class_name)
+    name = spell(class_name)
     return [t.format(s.format(name)) for s in states for t in templates]
 
 def ensemble(tower: TextTower,
-             class_name: str,     # as in the Index; rewritten
+             class_name: str,     # as in the Index
              states,              # such as WINCLIP_STATES["normal"]
              templates,           # such as WINCLIP_TEMPLATES
              normalise_each: bool=True,  # before averaging: True as APRIL-GAN and AdaCLIP, False as WinCLIP and AnoVL
+             spell: Callable=rewrite,  # how the name is written, see `spelling`
             ) -> Tensor:          # (embed_dim,) of length 1
     "The mean of a state's sentences."
-    z = tower.encode(sentences(class_name, states, templates))
+    z = tower.encode(sentences(class_name, states, templates, spell))
     return F.normalize((F.normalize(z, dim=-1) if normalise_each else z).mean(0), dim=0)
