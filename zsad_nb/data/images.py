@@ -69,9 +69,9 @@ class Batches:
     "An iterable of `Batch` over an Index; made by `batches`."
 
     def __init__(self, index: pd.DataFrame, size: int | tuple[int, int], batch_size: int, shuffle: bool, seed: int, workers: int, on_bad: str, rgb: str,
-                 defects: list[str], pair: dict, mosaic: Mosaic | None = None):
+                 defects: list[str], pair: dict, mosaic: Mosaic | None = None, interpolation: str = "bicubic"):
         self.index, self.size, self.batch_size, self.shuffle, self.seed, self.workers = index, size, batch_size, shuffle, seed, workers
-        self.on_bad, self.rgb, self.defects, self.pair, self.mosaic = on_bad, rgb, defects, pair, mosaic
+        self.on_bad, self.rgb, self.defects, self.pair, self.mosaic, self.interpolation = on_bad, rgb, defects, pair, mosaic, interpolation
         self.root, self.epoch, self.skipped = root_of(index), 0, []
         self.rows = list(index[["image", "mask", "anomalous", "defect", "category"]].itertuples(index=False, name=None))
 
@@ -89,7 +89,7 @@ class Batches:
             if mask is not None and not anomalous and mask.any():
                 raise BadImage(self.root / image_path, f"a normal image whose mask {mask_path} marks {int(mask.sum())} pixels",
                                "correct the label or clear the mask", "normal_mask")
-            pixels = resize(image, size, self.rgb, self.pair["bits"])
+            pixels = resize(image, size, self.rgb, self.pair["bits"], self.interpolation)
         except BadImage as error: return error
         small = np.zeros(pixels.shape[:2], bool) if mask is None else resize_mask(mask, pixels.shape[:2])
         return self.rows[at], torch.from_numpy(pixels.copy()).permute(2, 0, 1), torch.from_numpy(small.copy())[None]
@@ -143,6 +143,7 @@ def batches(
     bits: int | None = None,  # bit depth of images with more than 8 bits
     mask_threshold: int | None = None,  # see `load_mask`
     defects: list[str] | None = None,  # names that number the defects; default: those of this index
+    interpolation: str = "bicubic",  # of the resizing; a method's own where it has one (`method.interpolation`)
     mosaic: float | dict | Mosaic = 0.0,  # for training: share of the images that are replaced by 2 x 2 images of their category, see `Mosaic`
 ) -> Batches:  # iterable with a length
     "An Index as batches; the numbers depend neither on the batch size nor on the workers."
@@ -154,7 +155,7 @@ def batches(
     unknown = sorted(set(index["defect"]) - set(names))
     if unknown: raise ValueError(f"the index has the defects {unknown}, which are not in defects={names}")
     plan = mosaic if isinstance(mosaic, Mosaic) else Mosaic(index, mosaic, seed) if mosaic else None
-    return Batches(index, size, batch_size, shuffle, seed, workers, on_bad, rgb, names, dict(mask_mismatch=mask_mismatch, bits=bits, threshold=mask_threshold), plan)
+    return Batches(index, size, batch_size, shuffle, seed, workers, on_bad, rgb, names, dict(mask_mismatch=mask_mismatch, bits=bits, threshold=mask_threshold), plan, interpolation)
 
 # %% ../../nbs/data/12_images.ipynb #c6b411f1
 PROBLEMS = ("missing", "truncated", "unreadable", "missing_mask", "bad_mask", "normal_mask", "size_mismatch", "empty_mask", "duplicate")

@@ -149,9 +149,12 @@ def resize(
     size: int | tuple[int, int],  # a square's side, or (height, width)
     rgb: str = "before",  # convert to RGB "before" resizing, or "after" it as the public codes do
     bits: int | None = None,  # bit depth of images with more than 8 bits
+    interpolation: str = "bicubic",  # or "bilinear" (AnoVL); both are antialiased
 ) -> np.ndarray:  # (H, W, 3) uint8
     "Bicubic (antialiased) to a fixed size, ignoring the aspect ratio (VisualAD, training)."
+    if interpolation not in ("bicubic", "bilinear"): raise ValueError(f"interpolation={interpolation!r}; it must be 'bicubic' or 'bilinear'")
+    kernel = getattr(Image.Resampling, interpolation.upper())
     if rgb not in ("before", "after"): raise ValueError(f"rgb={rgb!r}; it must be 'before' or 'after'")
     height, width = (size, size) if isinstance(size, int) else size
     if rgb == "before": image = to_rgb(image, bits)
-    return np.asarray(to_rgb(image.resize((width, height), Image.Resampling.BICUBIC), bits))
+    return np.asarray(to_rgb(image.resize((width, height), kernel), bits))

@@ -123,6 +123,7 @@ class Method(nn.Module):
     older: dict[str, Any] = {}       # what versions that did not have a parameter did, where that is not today's default
     recipe: dict = {}                # the paper's training, as changes to `zsad_nb.learning.training.Recipe`
     transductive = False             # True: a prediction depends on other test images; marked in every table. A variant that does so sets it on the object
+    interpolation = "bicubic"        # how images are resized when they are read for this method: bicubic, or bilinear
     engine: Engine|None = None       # None: PyTorch in fp32; see `use_engine`
 
     def __init_subclass__(cls, **kwargs):
@@ -361,19 +362,21 @@ def nested_tensors(state: dict,       # as `read_state` gives it
 
 def fit_released(method: Method,
                  flat: dict,        # name -> tensor of the checkpoint
-                 names: dict,       # our name -> released name
+                 names: dict,       # our name -> released name, or the names of the pieces that lie behind each other in our tensor
                  path: str|Path,    # for the message
                  unused: tuple=(),  # released names that nothing reads
                 ) -> Method:        # the same method, with the checkpoint's tensors
     "Copy a checkpoint's tensors by a table of names; every key that is missing, too many or of another shape is named as the file has it."
-    own, name = method.learned(), Path(path).name
-    wrong = [f"missing {theirs}" for theirs in names.values() if theirs not in flat]
-    wrong += [f"unexpected {k}" for k in flat if k not in names.values() and k not in unused]
-    wrong += [f"{theirs} is {tuple(flat[theirs].shape)}, expected {tuple(own[ours].shape)}" for ours, theirs in names.items() if theirs in flat and flat[theirs].shape != own[ours].shape]
-    wrong += [f"{k} holds numbers that are not finite" for k in names.values() if k in flat and not flat[k].isfinite().all()]
+    own, places = method.learned(), {}
+    for ours, theirs in names.items():
+        if isinstance(theirs, str): places[theirs] = own[ours]
+        else: places |= dict(zip(theirs, own[ours] if len(own[ours]) == len(theirs) else own[ours].chunk(len(theirs))))
+    wrong = [f"missing {k}" for k in places if k not in flat] + [f"unexpected {k}" for k in flat if k not in places and k not in unused]
+    wrong += [f"{k} is {tuple(flat[k].shape)}, expected {tuple(v.shape)}" for k, v in places.items() if k in flat and flat[k].shape != v.shape]
+    wrong += [f"{k} holds numbers that are not finite" for k in places if k in flat and not flat[k].isfinite().all()]
     if wrong:
         more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
-        raise WeightsError(f"{name} does not fit {method.name}: {'; '.join(wrong[:6])}{more}; create the method with the checkpoint's towers, taps and sizes")
+        raise WeightsError(f"{Path(path).name} does not fit {method.name}: {'; '.join(wrong[:6])}{more}; create the method with the checkpoint's towers, taps and sizes")
     with torch.no_grad():
-        for ours, theirs in names.items(): own[ours].copy_(flat[theirs])
+        for k, place in places.items(): place.copy_(flat[k])
     return method
