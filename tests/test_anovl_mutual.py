@@ -172,7 +172,7 @@ def test_evaluate(folder):
 
 
 @pytest.mark.parametrize("name, changes, message", [
-    ("anovl", dict(adapter="mlp"), "adapter='mlp'; use text, linear or none"), ("anovl", dict(start="one"), "use zero or text"), ("anovl", dict(keep=1.5), "keep=1.5; it must be from 0 to 1"), ("anovl", dict(steps=-1), "steps=-1; it must be 0 or more"),
+    ("anovl", dict(adapter="mlp"), "adapter='mlp'; use text, linear or none"), ("anovl", dict(start="one"), "use random, zero or text"), ("anovl", dict(keep=1.5), "keep=1.5; it must be from 0 to 1"), ("anovl", dict(steps=-1), "steps=-1; it must be 0 or more"),
     ("anovl", dict(lr=0.0), "lr=0.0; it must be above 0"), ("anovl", dict(noise=-1.0), "noise=-1.0"), ("anovl", dict(crops=0), "crops=0; it must be at least 1"), ("anovl", dict(dual_blocks=6), "tiny-clip has 5 blocks"), ("anovl", dict(dual_blocks=-1), "0 or more"),
     ("anovl", dict(clip="tiny-dino"), "no text tower"), ("anovl", dict(image_size=70), "not a multiple"),
     ("mutual", dict(share=0.0), "share=0.0; it must be above 0, at most 1"), ("mutual", dict(share=1.1), "above 0, at most 1"), ("mutual", dict(references=1), "use at least 2"), ("mutual", dict(references=0), "at least 1"), ("mutual", dict(neighbourhoods=()), "one or more"),
@@ -194,7 +194,7 @@ def test_sentences():
     assert all("macaroni " in f"{s} " and "1" not in s for s in state_sentences("macaroni1", "object", macaroni))
     assert all("pcb1" in s for s in state_sentences("pcb1", "object", macaroni)) and not any("pcb1" in s for s in state_sentences("pcb1", "object"))
     said = state_sentences("screw", "object")
-    assert [s for s in said[:7] if "without damage" in s] == said[6:7] and len({s.replace("normal ", "") for s in said[::7]} & set(said)) == 0, "templates outside, states inside"
+    assert [s for s in said[:7] if "without damage" in s] == said[6:7], "templates outside, states inside"
     assert [len(ANOVL_STATES[k]) for k in ("normal", "abnormal")] == [7, 7]
 
 
@@ -349,8 +349,10 @@ def test_the_global_seed_does_not_matter(batch):
 
 
 def test_release_compat(batch):
-    "The optimiser is carried, the noise unseeded: order and history matter; prepare forgets."
-    model, ours = small("anovl", augment=False, release_compat=True), small("anovl", augment=False)
+    "The optimiser of a class is carried, the noise unseeded: order and history matter; prepare forgets."
+    batch, zero = batch_of(batch.image, ["screw"] * 4), dict(augment=False, start="zero", bias=False, noise_scale="length")
+    model, ours = small("anovl", release_compat=True, **zero), small("anovl", **zero)
+    assert model.transductive and not ours.transductive
     def run(part, seed=0):
         torch.manual_seed(seed)
         return model.prepare(None).predict(part).map
@@ -361,13 +363,16 @@ def test_release_compat(batch):
     assert far(swapped, forward) > 1e-4, "order"
     torch.manual_seed(0)
     assert far(model.predict(batch).map, forward) > 1e-4, "history across batches"
-    quiet, same = (small("anovl", augment=False, noise=0.0, cross=1.5, release_compat=r) for r in (True, False))  # at 0.5 entropy and cross term cancel without noise
+    quiet, same = (small("anovl", noise=0.0, cross=1.5, release_compat=r, **zero) for r in (True, False))  # at 0.5 entropy and cross term cancel without noise
     first, fresh = quiet.prepare(None).predict(batch).map, same.predict(batch).map
     assert far(first[0], fresh[0]) < SAME and far(first[1:], fresh[1:]) > 1e-4, "without noise only the first image is what it should be"
     assert far(quiet.prepare(None).predict(batch[[1, 0, 3, 2]]).map[[1, 0, 3, 2]], first) > 1e-4 and far(same.predict(batch[[1, 0, 3, 2]]).map[[1, 0, 3, 2]], fresh) < SAME, "order, by the optimiser alone"
     one_by_one = torch.cat([(quiet.prepare(None) if i == 0 else quiet).predict(batch[[i]]).map for i in range(4)])
     assert far(one_by_one, first) < SAME, "as released: image after image, whatever the batch"
     assert torch.equal(model.predict(batch).score, ours.predict(batch).score), "the score is not adapted"
+    kinds = batch_of(batch.image, ["screw", "carpet", "pcb1", "screw"])
+    first, fresh = quiet.prepare(None).predict(kinds).map, same.predict(kinds).map
+    assert far(first[:3], fresh[:3]) < SAME and far(first[3], fresh[3]) > 1e-4, "one optimiser a class"
 
 
 def test_options_act(batch):
@@ -393,7 +398,7 @@ def test_squares():
 
 @pytest.mark.parametrize("wide", [True, False])
 def test_two_crops(wide):
-    "Without an adapter a crop is an image of its own; the stitched map is theirs, and their mean where they overlap; the score the larger."
+    "Without an adapter a crop is an image of its own; the stitched map is theirs, and their mean where they overlap; the score their mean, or the larger."
     picture = images(2, 5, 2 * SIZE)[..., :SIZE, :SIZE + 40]
     first, second = (batch_of(picture[..., a:a + SIZE]) for a in (0, 40))
     if not wide: picture, first.image, second.image = (t.transpose(2, 3) for t in (picture, first.image, second.image))
@@ -402,7 +407,7 @@ def test_two_crops(wide):
     maps = [m if wide else m.transpose(1, 2) for m in (a.map, b.map, found.map)]
     assert far(maps[2][..., :40], maps[0][..., :40]) < SAME and far(maps[2][..., SIZE:], maps[1][..., SIZE - 40:]) < SAME
     assert far(maps[2][..., 40:SIZE], (maps[0][..., 40:] + maps[1][..., :SIZE - 40]) / 2) < SAME
-    assert far(found.score, torch.maximum(a.score, b.score)) < SAME and found.layers["crops"].shape == (2, 2)
+    assert far(found.score, (a.score + b.score) / 2) < SAME and found.layers["crops"].shape == (2, 2)
     together = small("anovl", crops=2).predict(batch_of(picture)).layers["adapted"]
     assert far(together[:, 0], small("anovl").predict(first).layers["adapted"][:, 0]) > 1e-6, "one adapter for both"
 
