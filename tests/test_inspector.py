@@ -77,7 +77,7 @@ def as_it_comes(folder: Path, huge: bool = False, locked: bool = True) -> dict[s
     "Every kind of file of the list; good ones with the size they have."
     grey = PHOTO.mean(2)
     write(folder / "plain.png"), write(folder / "plain.jpg", quality=95)
-    write(folder / "16 bit.tif", (grey * 16).astype("uint16"))
+    write(folder / "16 bit.tif", (grey * 256).astype("uint16"))
     write(folder / "see through.png", np.dstack([PHOTO, np.full(PHOTO.shape[:2], 200, "uint8")]))
     write(folder / "small.png", PHOTO[30:50, 40:60])
     write(folder / "grey.png", grey.astype("uint8"))
@@ -121,7 +121,8 @@ def test_every_good_image_gets_its_result_and_every_bad_one_a_reason(inspector, 
     twins = table.set_index(pd.Series(names(table)))["duplicate_of"]
     assert Path(twins["zz copy of plain.png"]).name == "plain.png" and (twins.drop("zz copy of plain.png") == "").all()
     assert table["score"][names(table).index("plain.png")] == table["score"][names(table).index("zz copy of plain.png")]
-    assert table.attrs["summary"] == dict(images=len(table), errors=len(bad), defective=len(good), normal=0, duplicates=1, known_before=0, half_rows=0, moved="", out=str(tmp_path / "out"))
+    assert table.attrs["summary"] == dict(images=len(table), errors=len(bad), defective=len(good), normal=0, duplicates=1, known_before=0, left_out=[], half_rows=0, moved="",
+                                          out=str(tmp_path / "out"))
     on_disk = pd.read_csv(tmp_path / "out" / "results.csv", keep_default_na=False)
     assert on_disk["path"].tolist() == table["path"].tolist() and "Prüfling 7 – 検査.png" in "".join(on_disk["path"])
 
@@ -278,14 +279,15 @@ def test_arrays_tensors_images_files_are_one_picture(inspector, tmp_path):
     for same in (str(path), PHOTO, PHOTO / 255, Image.fromarray(PHOTO), torch.from_numpy(PHOTO).permute(2, 0, 1), torch.from_numpy(PHOTO).permute(2, 0, 1) / 255): assert inspector.predict(same).score == want
     assert inspector.predict(PHOTO[..., ::-1]).score != want
     grey = PHOTO[..., 0]
-    assert inspector.predict(grey).score == inspector.predict(grey[..., None]).score == inspector.predict(grey.astype("uint16")).score
+    assert inspector.predict(grey).score == inspector.predict(grey[..., None]).score == inspector.predict(grey.astype("uint16") * 257).score
+    assert Inspector(inspector.method, bits=8).predict(grey.astype("uint16")).score == inspector.predict(grey).score
     table = look(inspector, [PHOTO, path, torch.from_numpy(PHOTO).permute(2, 0, 1)])
     assert names(table) == ["array-00000", "a.png", "array-00002"] and (table["score"] == want).all()
     assert len(look(inspector, np.stack([PHOTO, PHOTO]))) == 2
 
 
 @pytest.mark.parametrize(("array", "message"), [
-    (np.zeros((3, 40, 40), "uint8"), "it looks like .3, H, W.: transpose"), (np.zeros((40, 40, 3)) + 7, "floats are read as 0 to 1"), (np.full((4, 4), np.nan), "floats are read"), (np.zeros((40, 40, 2)), "of shape"),
+    (np.zeros((3, 40, 40), "uint8"), "it looks like .3, H, W.: transpose"), (np.zeros((40, 40, 3)) + 7, "floats are read as 0 to 1"), (np.full((4, 4), np.nan), "not numbers"), (np.zeros((40, 40, 2)), "of shape"),
     (torch.zeros(40, 40, 3), "an image is .3, H, W."), (np.zeros((0, 4, 3)), "of shape"), (np.array([[-1, 2]]), "negative")])
 def test_arrays_that_are_not_guessed_at(inspector, array, message):
     with pytest.raises(ValueError, match=message): from_array(array)
@@ -425,7 +427,7 @@ def test_a_full_disk_keeps_the_rows(inspector, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="3 rows are kept. Free some space"): look(inspector, tmp_path / "in", out=tmp_path / "out", pictures="none")
     monkeypatch.undo()
     assert len(pd.read_csv(tmp_path / "out" / "results.csv")) == 3
-    assert look(inspector, tmp_path / "in", out=tmp_path / "out", pictures="none").attrs["summary"] | dict(out="") == dict(images=6, errors=0, defective=0, normal=0, duplicates=0, known_before=3, half_rows=0, moved="", out="")
+    assert look(inspector, tmp_path / "in", out=tmp_path / "out", pictures="none").attrs["summary"] | dict(out="") == dict(images=6, errors=0, defective=0, normal=0, duplicates=0, known_before=3, left_out=[], half_rows=0, moved="", out="")
 
 
 def test_two_at_once_are_refused(inspector, tmp_path):

@@ -468,7 +468,7 @@ def test_upload_asks_with_the_word_that_is_given(index):
     assert upload.found.category == "gear" and upload.found.score != before
 
 
-@pytest.mark.parametrize("name, data, said", [("a.png", b"text", "not an image"), ("b.jpg", b"", "the file is empty"), ("c.tif", file(np.zeros((40, 40), np.uint16) + 700, "TIFF"), ""),
+@pytest.mark.parametrize("name, data, said", [("a.png", b"text", "not an image"), ("b.jpg", b"", "the file is empty"), ("c.tif", file(np.zeros((40, 40), np.uint16) + 7000, "TIFF"), ""), ("f.tif", file(np.zeros((40, 40), np.uint16) + 700, "TIFF"), "state bits=10"),
                                               ("d e ü.png", file(np.zeros((40, 90, 4), np.uint8)), ""), ("e.jpg", file(np.zeros((64, 64, 3), np.uint8), "JPEG")[:300], "truncated")])
 def test_upload_of_anything(name, data, said):
     upload = Upload(visualad())
@@ -477,6 +477,13 @@ def test_upload_of_anything(name, data, said):
     else: assert not upload.message.value and name in words(upload.verdict)
     touch(upload.zone, name="good.png", data=file(np.full((40, 40, 3), 90, np.uint8)), count=2)
     assert "good.png" in words(upload.verdict) and upload.stage.layout.display is None
+
+
+def test_upload_of_a_camera_with_fewer_bits():
+    upload = Upload(visualad(), bits=10)
+    touch(upload.zone, name="f.tif", data=file(np.zeros((40, 40), np.uint16) + 700, "TIFF"), count=1)
+    assert not upload.message.value and upload.found.image.max() == round(700 * 255 / 1023)
+    with pytest.raises(ValueError, match="make it with bits=12"): Upload(upload.inspector, bits=12)
 
 
 def test_upload_with_thresholds_decides():

@@ -40,6 +40,25 @@ def _temporary(
         return temporary
 
 
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+def _disk_error(
+    error: BaseException | None,  # what a writer raised
+) -> OSError | None:  # what the disk said
+    "The disk's own error, where a library's clean-up covered it with another one (Matplotlib's PDF), or said it in words only (torch)."
+    if isinstance(error, OSError):
+        return error
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in ("PytorchStreamWriter", "inline_container", "iostream error")):
+        return OSError(errno.EIO, str(error).splitlines()[0])
+    before = error
+    while before is not None:
+        if isinstance(before, OSError) and before.errno in _DISK:
+            return before
+        before = before.__cause__ or before.__context__
+    return None
+
+
 def write_atomically(
     path: str | Path,  # final name; its folder is created
     write: Callable,  # write(temporary path): does the writing
@@ -53,9 +72,12 @@ def write_atomically(
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(error.errno, f"{shown(str(path))} was not written ({reason}); nothing is left under that name. "
+    except Exception as error:
+        disk = _disk_error(error)
+        if disk is None:
+            raise
+        reason = disk.strerror or str(disk)
+        raise OSError(disk.errno, f"{shown(str(path))} was not written ({reason}); nothing is left under that name. "
                                    "Free some space or choose another folder.") from error
     finally:
         if temporary is not None and os.path.lexists(temporary):

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .weights import (WeightsError, clip_shapes, flat_state, hub_file, import_vision_libraries, read_state,
+from ..core import usual_defaults
+from .weights import (WeightsError, clip_shapes, fitted, flat_state, hub_file, import_vision_libraries, read_state,
                                        vit_shapes, weights_hash)
 
 # %% ../../nbs/backbones/20_backbones.ipynb #3b021600
@@ -311,12 +312,10 @@ def _tower(row: BackboneRow, state: dict|None, quick_gelu: bool, seed: int) -> n
 def _load(tower: nn.Module, state: dict, name: str) -> nn.Module:
     own = tower.state_dict()
     state = {k: v for k, v in state.items() if k in own or not k.startswith(("head", "fc_norm", "mask_token"))}  # classifiers and pretraining leftovers
-    wrong = ([f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
-             + [f"{k} is {tuple(state[k].shape)}, expected {tuple(v.shape)}" for k, v in own.items() if k in state and state[k].shape != v.shape])
-    if wrong: raise WeightsError(f"the state dict does not fit {name}: " + "; ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""))
-    tower.load_state_dict({k: v.float() for k, v in state.items()})
+    tower.load_state_dict(fitted(own, state, f"the state dict does not fit {name}", 5))
     return tower
 
+@usual_defaults(gradients=True, blocks=True)
 def create_backbone(name: str,  # a name of BACKBONES
                     weights: str="pretrained",  # "pretrained", a local file, or "random:SEED"
                     size: int|None=None,  # working image size in pixels; default: the table's, or the state dict's own

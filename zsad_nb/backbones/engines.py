@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import tempfile
 import time
@@ -22,21 +23,30 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .backbones import Features
 from .features import key_hash
 from .graphs import PACKAGES, EngineError, Session, check_choice, drawn_images, need, quantise, trace, write_onnx
 from .weights import weights_hash
-from ..core import write_atomically
+from ..files import private_folder, read_json, write_json
 
 # %% ../../nbs/backbones/23_engines.ipynb #07248ebe
 LIMITS = dict(fp32=1e-4, bf16=0.05, int8=0.3)  # largest relative error of an output at export (ours): above, something is wrong, not just rounded
 SMALL = 0.01  # root mean square below which an output is compared absolutely (ours): what is left of a difference of cosines
 
 def engine_folder() -> Path:
-    "Where graphs are kept unless one says otherwise."
-    return Path(os.environ.get("ZSAD_ENGINES") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache")/"zsad_nb"/"engines").expanduser()
+    "Where graphs are kept unless one says otherwise: ZSAD_ENGINES, the user's cache, or a private temporary folder for a user without a home."
+    if own := os.environ.get("ZSAD_ENGINES"):
+        return Path(own).expanduser()
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not cache.is_absolute():  # unset, or a relative one, which does not count
+        try:
+            cache = Path.home()/".cache"
+        except RuntimeError:
+            cache = private_folder(Path(tempfile.gettempdir())/f"zsad_nb-{os.getuid()}")
+    return cache/"zsad_nb"/"engines"
 
 def flat(found) -> dict[str, Tensor]:
     "What a frozen function gave, as a dict of tensors."
@@ -100,7 +110,7 @@ class Engine:
             try: found = self._open(folder, example, image.device.type)
             except EngineError: raise
             except Exception:  # absent, or damaged
-                shutil.rmtree(folder, ignore_errors=True)
+                _remove_graph(folder)
                 self._make(folder, owner, function, key, example.to(image.device))
                 found = self._open(folder, example, image.device.type)
             while len(self._kept) > 1: self._kept.pop(next(iter(self._kept)))  # two graphs in memory at most
@@ -111,7 +121,11 @@ class Engine:
         "Draw, write, rename."
         if shutil.disk_usage(_existing(folder)).free < (wanted := 1.2 * sum(p.nbytes for p in owner.parameters())):
             raise EngineError(f"{folder.parent} has no room for a graph of {wanted / 1e9:.1f} GB; free some space, or pass folder= (or set ZSAD_ENGINES)")
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-").cleanup()
+        except OSError as error:
+            raise EngineError(f"no graph can be kept in {folder.parent} ({error.strerror or error}); pass folder=, or set ZSAD_ENGINES to a folder that can be written") from error
         grid = []
         def run(image):
             found = function(image)
@@ -122,8 +136,9 @@ class Engine:
             new = Path(new)/"graph"
             new.mkdir()
             write_onnx(drawn, new/"graph.onnx", dict(zsad_nb=json.dumps(key, default=list)))
-            torch.save({n: t.cpu() for n, t in drawn.reference.items()}, new/"reference.pt")
-            (new/"about.json").write_text(json.dumps(dict(key=key, batch=drawn.batch, grid=grid or None, outputs=drawn.outputs), indent=1, default=list))
+            save_file({n: t.cpu().contiguous() for n, t in drawn.reference.items()}, new/"reference.safetensors")
+            hashes = {f.name: _file_hash(f) for f in sorted(new.iterdir())}
+            write_json(new/"about.json", dict(key=key, batch=drawn.batch, grid=grid or None, outputs=drawn.outputs, hashes=hashes))
             try: os.replace(new, folder)
             except OSError:
                 if not (folder/"about.json").is_file(): raise  # otherwise another process was faster
@@ -131,38 +146,60 @@ class Engine:
 
     def _open(self, folder, example, device) -> tuple:
         "Load, compare with PyTorch the first time, remember when."
-        about, file = json.loads((folder/"about.json").read_text()), folder/"graph.onnx"
+        about, file = read_json(folder/"about.json"), folder/"graph.onnx"
+        if wrong := [f for f, h in about["hashes"].items() if _file_hash(folder/f) != h]: raise ValueError(f"{', '.join(wrong)} of {folder} are damaged")
         if self.precision == "int8":
             samples = drawn_images(tuple(example.shape[-2:]), 16, 100) if self.calibration is None else F.interpolate(self.calibration, example.shape[-2:], mode="bilinear")
             file = folder/f"int8-{_hash(samples)}.onnx"
             if not file.is_file(): quantise(folder/"graph.onnx", file, samples)
         session, checked = Session(file, self.engine, self.precision, device=device), folder/f"checked-{self.engine}-{self.precision}.json"
         if not checked.is_file():
-            reference = torch.load(folder/"reference.pt", weights_only=True)
+            reference = load_file(folder/"reference.safetensors")
             found, far = _run(session, about, example), {}
             for n, r in reference.items(): far[n] = ((found[n] - r).square().mean().sqrt() / r.square().mean().sqrt().clamp(min=SMALL)).item()
             worst = max(far, key=lambda n: far[n] if math.isfinite(far[n]) else math.inf)
             if not far[worst] <= LIMITS[self.precision]:
                 raise EngineError(f"engine={self.engine!r} in {self.precision} is {far[worst]:.2g} away from PyTorch at {worst} (limit {LIMITS[self.precision]}); use another precision or engine='torch'")
-            write_atomically(checked, lambda p: p.write_text(json.dumps(dict(relative_error=far), indent=1)))
-        os.utime(folder/"about.json")
+            with contextlib.suppress(OSError):  # a full or read-only disk: it is checked again the next time
+                write_json(checked, dict(relative_error=far))
+        with contextlib.suppress(OSError):
+            os.utime(folder/"about.json")
         return session, about
 
     def _evict(self, newest):
         "The graphs not used for longest go; what a killed process left half-written, too."
         for left in newest.parent.glob(".new-*"):
-            if left.stat().st_mtime < time.time() - 86400: shutil.rmtree(left, ignore_errors=True)
-        graphs = sorted(((f.stat().st_mtime, f.parent) for f in newest.parent.glob("*/about.json")), reverse=True)
+            if left.stat().st_mtime < time.time() - 86400 and {f.name for f in left.iterdir()} <= {"graph"} and _remove_graph(left/"graph"): left.rmdir()
+        graphs = sorted(((f.stat().st_mtime, f.parent) for f in newest.parent.glob("*/about.json") if _own_graph(f.parent)), reverse=True)
         total = 0
         for _, folder in graphs:
             total += sum(f.stat().st_size for f in folder.glob("*"))
-            if total > self.limit and folder != newest: shutil.rmtree(folder, ignore_errors=True)
+            if total > self.limit and folder != newest: _remove_graph(folder)
 
 def _run(session: Session, about: dict, image: Tensor) -> dict:
     parts = [session(i) for i in (image.split(1) if about["batch"] == 1 else (image,))]
     return {n: torch.cat(t) if len(t) > 1 else t[0] for n, *t in zip(about["outputs"], *(p.values() for p in parts))}
 
 def _hash(images: Tensor) -> str: return hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()[:12]
+
+_OWN = re.compile(r"about\.json|graph\.onnx(\.data)?|reference\.(safetensors|pt)|checked-[a-z0-9-]+\.json|int8-[0-9a-f]{12}\.onnx(\.data)?")  # what an engine writes into a graph's folder
+
+def _own_graph(folder: Path) -> bool:
+    "Is everything in a folder something that an engine wrote? Nothing else is ever deleted."
+    return not folder.is_symlink() and folder.is_dir() and all(_OWN.fullmatch(f.name) and not f.is_dir() for f in folder.iterdir())
+
+def _remove_graph(folder: Path) -> bool:  # is it gone
+    "Delete a graph's folder; one with other things in it stays, without the graph."
+    if not os.path.lexists(folder): return True
+    if folder.is_symlink() or not folder.is_dir(): raise EngineError(f"{folder} is no folder of an engine; remove it, or pass another folder=")
+    for file in folder.iterdir():
+        if _OWN.fullmatch(file.name) and not file.is_dir():
+            with contextlib.suppress(FileNotFoundError): file.unlink()
+    with contextlib.suppress(OSError): folder.rmdir()
+    return not folder.exists()
+
+def _file_hash(path: Path) -> str:
+    with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
 
 def _existing(folder: Path) -> Path: return next(p for p in (folder, *folder.parents) if p.exists())
 

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['WINCLIP_STATES', 'WINCLIP_TEMPLATES', 'ANOMALIB_TEMPLATES', 'APRIL_GAN_STATES', 'ADACLIP_STATES', 'ADACLIP_TEMPLATES',
-           'PHOTO_TEMPLATES', 'ANOVL_STATES', 'ANOVL_TEXTURES', 'ANOVL_WORDINGS', 'NAMES', 'check_template',
-           'read_templates', 'anovl_templates', 'as_spelt', 'blank_for_dash', 'macaroni', 'spelling', 'sentences',
-           'ensemble']
+           'PHOTO_TEMPLATES', 'ANOVL_STATES', 'ANOVL_TEXTURES', 'ANOVL_WORDINGS', 'RELEASED_NAMES', 'RELEASED_HELP',
+           'check_template', 'read_templates', 'anovl_templates', 'as_spelt', 'blank_for_dash', 'macaroni', 'spelling',
+           'sentences', 'ensemble']
 
 # %% ../../nbs/backbones/21a_ensembles.ipynb #ac985c75
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,8 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor
 
-from .text import TextTower, rewrite
+from .text import TextTower
+from .words import NAMES, NAMES_HELP, rewrite
 
 # %% ../../nbs/backbones/21a_ensembles.ipynb #c35f0c55
 WINCLIP_STATES = dict(normal=("{}", "flawless {}", "perfect {}", "unblemished {}", "{} without flaw", "{} without defect", "{} without damage"),
@@ -75,25 +77,31 @@ def anovl_templates(class_name: str  # as in the Index
     return tuple(re.sub(r"\ba (?=[aeiou])", "an ", t.replace("photo", wording)) for wording in ANOVL_WORDINGS[kind] for t in WINCLIP_TEMPLATES)
 
 # %% ../../nbs/backbones/21a_ensembles.ipynb #5d20c1a5
-NAMES = ("released", "words")  # how a class name gets into a sentence: as the release spells it, or as the project's `rewrite`
+RELEASED_NAMES = ("released", *NAMES)  # of a method whose release has a spelling of its own
+RELEASED_HELP = NAMES_HELP.replace("sentence: ", "sentence: released (see the source of the default), ")
 
 def as_spelt(class_name: str) -> str:
     "The class name as the data set writes it (APRIL-GAN, MultiADS)."
-    return class_name or "object"
+    return rewrite(class_name, "raw")
 
 def blank_for_dash(class_name: str) -> str:
     "As spelt, but for dashes (AdaCLIP)."
-    return as_spelt(class_name).replace("-", " ")
+    return as_spelt(class_name.replace("-", " "))
 
 def macaroni(class_name: str) -> str:
     "As spelt, but for two classes of VisA (AnoVL)."
-    return "macaroni" if class_name in ("macaroni1", "macaroni2") else as_spelt(class_name)
+    name = as_spelt(class_name)
+    return "macaroni" if name in ("macaroni1", "macaroni2") else name
 
-def spelling(names: str,          # one of NAMES
-             released: Callable,  # name -> words, of the release
-            ) -> Callable:        # name -> words
+def spelling(names: str,                    # one of RELEASED_NAMES
+             released: Callable|None=None,  # name -> words, of the release; None: it has no spelling of its own
+            ) -> Callable:                  # name -> words; what it made stays as it is when it is written again
     "The function that writes a class name."
-    return released if names == "released" else rewrite
+    if names != "released":
+        return functools.partial(rewrite, names=names)
+    if released is None:
+        raise ValueError(f"names='released', but this method has no released spelling; use {' or '.join(NAMES)}")
+    return released
 
 # %% ../../nbs/backbones/21a_ensembles.ipynb #b1997e4f
 def sentences(class_name: str,  # as in the Index
@@ -103,7 +111,11 @@ def sentences(class_name: str,  # as in the Index
              ) -> list[str]:    # states outside, templates inside
     "Every state of a thing in every template."
     name = spell(class_name)
-    return [t.format(s.format(name)) for s in states for t in templates]
+    for kind, texts in (("state", states), ("template", templates)):
+        odd = next((text for text in texts if text.count("{}") != 1), None)
+        if odd is not None:
+            raise ValueError(f"the {kind} {odd!r} must hold {{}} once, where the {'thing' if kind == 'state' else 'state'} stands, such as 'a photo of a {{}}'")
+    return [t.replace("{}", s.replace("{}", name)) for s in states for t in templates]  # not format: a name may hold braces
 
 def ensemble(tower: TextTower,
              class_name: str,     # as in the Index

@@ -179,20 +179,22 @@ def write_onnx(drawn: Drawn, path: str|Path,
 
 class Session:
     "An ONNX file in an engine: arrays or tensors in, dict of tensors out."
-    def __init__(self, path: str|Path, engine: str="onnxruntime", precision: str="fp32", threads: int|None=None,  # default: PyTorch's number
+    def __init__(self, path: str|Path|bytes,  # a file, or the content of one
+                 engine: str="onnxruntime", precision: str="fp32", threads: int|None=None,  # default: PyTorch's number
                  device: str="cpu"):  # "cuda": onnxruntime-gpu, where it is there
         check_choice(engine, precision)
         (self.library,), threads = need(f"engine={engine!r}", engine), threads or torch.get_num_threads()
         self.engine, self.precision = engine, precision
         if engine == "openvino":
             hint = "bf16" if precision == "bf16" else "f32"  # the default is what the processor likes, which may be bf16
-            self.model = self.library.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"})
+            core = self.library.Core()
+            self.model = core.compile_model(core.read_model(path) if isinstance(path, bytes) else str(path), "CPU", {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"})
             self.inputs, self.outputs = ([next(iter(port.names)) for port in ports] for ports in (self.model.inputs, self.model.outputs))
         else:
             options = self.library.SessionOptions()
             options.intra_op_num_threads, options.log_severity_level = threads, 3
             wanted = ["CUDAExecutionProvider"] * (device == "cuda") + ["CPUExecutionProvider"]
-            self.model = self.library.InferenceSession(str(path), options, providers=[p for p in wanted if p in self.library.get_available_providers()])
+            self.model = self.library.InferenceSession(path if isinstance(path, bytes) else str(path), options, providers=[p for p in wanted if p in self.library.get_available_providers()])
             self.inputs, self.outputs = ([port.name for port in ports] for ports in (self.model.get_inputs(), self.model.get_outputs()))
 
     def __call__(self, *inputs) -> dict[str, Tensor]:  # on the CPU

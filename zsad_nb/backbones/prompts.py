@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .ensembles import (ADACLIP_STATES, ADACLIP_TEMPLATES, ANOMALIB_TEMPLATES, ANOVL_STATES, APRIL_GAN_STATES, WINCLIP_STATES, WINCLIP_TEMPLATES,
                                          anovl_templates, ensemble, sentences)
 from .text import TextTower, create_text, rewrite, vocabulary
-from .weights import WeightsError
+from .weights import WeightsError, bare_names, fitted
 
 _all_ = ["TextTower", "create_text", "rewrite", "vocabulary", "ensemble", "sentences", "WINCLIP_STATES", "WINCLIP_TEMPLATES", "ANOMALIB_TEMPLATES", "APRIL_GAN_STATES",
          "ADACLIP_STATES", "ADACLIP_TEMPLATES", "ANOVL_STATES", "anovl_templates"]  # everything about text, from one place
@@ -88,10 +88,11 @@ class StatePrompts(TextPrompts):
                  std: float=0.02,       # of the initial vectors, truncated normal (ours)
                  shared_background: bool=True,  # one background for all prompts (SSVP); False: one a pair (Bayes-PFL)
                  state_mean: float=0.0, # mean of the initial state vectors, negative for the abnormal ones (ours 0; Bayes-PFL 0.5, without effect: see below)
+                 names: str="words",    # what a prompt calls the class, see `rewrite`
                 ):
         super().__init__(text)
         if min(count, state) < 1 or background < 0: raise ValueError(f"background={background}, state={state}, count={count}; there must be at least one prompt with one state vector")
-        self.count, self.places = count, background + state
+        self.count, self.places, self.names = count, background + state, names
         text.tokenize([" ".join(["X"] * self.places)])  # raises now where no class name could ever fit
         self.background = nn.Parameter(torch.empty(1 if shared_background else count, background, text.width))
         self.state = nn.Parameter(torch.empty(2, count, state, text.width))
@@ -101,7 +102,7 @@ class StatePrompts(TextPrompts):
     def forward(self, class_names: list  # as in the Index, one an image
                ) -> Tensor:              # (len, 2 * count, embed_dim): normal prompts, then abnormal ones; not normalised
         "Text features with gradients; every distinct name is encoded once."
-        names = [rewrite(n) for n in class_names]
+        names = [rewrite(n, self.names) for n in class_names]
         distinct = list(dict.fromkeys(names))
         ids = self.text.tokenize([" ".join(["X"] * self.places + [n]) for n in distinct])
         words, prompts = self.text.embed(ids)[:, None], 2 * self.count                                                   # (n, 1, L, width)
@@ -112,7 +113,7 @@ class StatePrompts(TextPrompts):
 
     def features(self, class_names: list) -> Tensor:
         "As forward, without gradients; what a name gave is kept until a parameter changes."
-        names = [rewrite(n) for n in class_names]
+        names = [rewrite(n, self.names) for n in class_names]
         with torch.inference_mode(False), torch.no_grad():
             kept = self.kept()
             new = [n for n in dict.fromkeys(names) if n not in kept]
@@ -126,7 +127,7 @@ def import_prompts(prompts: ObjectPrompts,  # with the counts the file has
                   ) -> ObjectPrompts:       # the same prompts, with the file's vectors
     "Load learned prompts in the layout of AnomalyCLIP and Crane; every key that does not fit is named."
     inner = state.get("prompt_learner")
-    state = {k.removeprefix("prompt_learner."): v for k, v in (inner if isinstance(inner, dict) else state).items()}
+    state = bare_names({k.removeprefix("prompt_learner."): v for k, v in (inner if isinstance(inner, dict) else state).items()})
     (_, count, width), length, sets = prompts.context.shape, prompts.ids.shape[1], () if prompts.deep is None else prompts.deep
     own = dict(ctx_pos=(1, 1, count, width), ctx_neg=(1, 1, count, width)) | {f"compound_prompts_text.{i}": tuple(s.shape) for i, s in enumerate(sets)}
     copies = {f"{k}_{s}": shape for s in ("pos", "neg") for k, shape in (("tokenized_prompts", (1, 1, length)), ("token_prefix", (1, 1, 1, width)), ("token_suffix", (1, 1, length - 1 - count, width)))}
@@ -135,6 +136,8 @@ def import_prompts(prompts: ObjectPrompts,  # with the counts the file has
     if wrong:
         raise WeightsError(f"the checkpoint does not fit these prompts ({count} vectors, {len(sets)} deep sets, {width} wide, context {length}): " + "; ".join(wrong[:6])
                            + (f" and {len(wrong) - 6} more" if len(wrong) > 6 else "") + "; create them with the checkpoint's count, deep_tokens and deep_sets, on its text tower")
+    values = {k: (torch.zeros(shape), state[k]) for k, shape in own.items()}
+    values = fitted({k: v[0] for k, v in values.items()}, {k: v[1] for k, v in values.items()}, "the checkpoint does not fit these prompts")
     with torch.no_grad():
         words = prompts.text.embed(prompts.ids)
         for row, s in enumerate(("pos", "neg")):
@@ -145,6 +148,6 @@ def import_prompts(prompts: ObjectPrompts,  # with the counts the file has
                 if verify and key in state and (state[key][0, 0].to(own_words) - own_words).abs().max() > 1e-4:  # a rounding to float16 is far below
                     raise WeightsError(f"{key}: the checkpoint was trained with another text tower than {prompts.text.row.name} (weights={prompts.text.weights!r}), whose tokens these are not; "
                                        "pass the weights it was trained with, or verify=False")
-        prompts.context.copy_(torch.cat([state["ctx_pos"][0], state["ctx_neg"][0]]))
-        for i, s in enumerate(sets): s.copy_(state[f"compound_prompts_text.{i}"])
+        prompts.context.copy_(torch.cat([values["ctx_pos"][0], values["ctx_neg"][0]]))
+        for i, s in enumerate(sets): s.copy_(values[f"compound_prompts_text.{i}"])
     return prompts

@@ -6,12 +6,15 @@
 __all__ = ['window_counts', 'normal_spots', 'defective_spots', 'cut_crops', 'cut_ksdd']
 
 # %% ../../nbs/data/12b_crops.ipynb #b0260bcf
+import errno
+import functools
 import math
 import os
 import re
 import shutil
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +24,10 @@ from scipy import ndimage
 
 from .index import GOOD, make_index, root_of, save_index, save_split
 from .layouts import LayoutError, enter
-from .pixels import load_pair
+from .pixels import load_pair, read_pair
+from .reading import reading_of, takes_reading
 from .sets import read_ksdd
+from ..names import shown
 
 # %% ../../nbs/data/12b_crops.ipynb #f46eedcf
 def window_counts(
@@ -92,14 +97,44 @@ def _new_folder(out: str | os.PathLike, overwrite: bool) -> tuple[Path, Path]:
 
 
 def _publish(part: Path, out: Path) -> None:
-    "Give a finished folder its name."
-    if out.exists(): shutil.rmtree(out)
-    part.rename(out)
+    "Give a finished folder its name; the old one goes when the new one is there."
+    if not out.exists():
+        part.rename(out)
+        return
+    old = out.with_name(out.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    out.rename(old)
+    try:
+        part.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # of a write
+
+
+def _whole_or_absent(cut: Callable) -> Callable:
+    "A cut that fails leaves nothing behind and says which folder was not made."
+    @functools.wraps(cut)
+    def wrapped(source, out, *args, **kwargs):
+        try:
+            return cut(source, out, *args, **kwargs)
+        except BaseException as error:
+            place = Path(os.path.abspath(out))
+            shutil.rmtree(place.with_name(place.name + ".part"), ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in _DISK:
+                raise OSError(error.errno, f"{shown(str(place))} was not made ({error.strerror}); what was there before is unchanged. Free some space or choose another folder.") from error
+            raise
+    return wrapped
 
 
 def _safe(name: str) -> str: return re.sub(r"[^\w.+-]+", "_", name).strip("._") or "defect"
 
 
+@takes_reading
+@_whole_or_absent
 def cut_crops(
     index: pd.DataFrame,  # an Index
     out: str | os.PathLike,  # folder to make: <category>/{train,test}/<good or defect>/*.png, <category>/ground_truth/<defect>/*_mask.png
@@ -111,16 +146,16 @@ def cut_crops(
     jitter: float = 0.25,  # how far from the centre of the crop its defect may lie, as a fraction of the side
     seed: int = 0,
     overwrite: bool = False,  # replace a folder that is not empty
-    mask_mismatch: str = "error",  # a mask of another size than its image: "error", or "resize" it
+    **reading,  # see `Reading`; default: as the index says. Crops are written with 8 bits, upright
 ) -> pd.DataFrame:  # the Index of the crops
     "Cut normal and defective crops, written in MVTec layout; dataset, category, split and defect are kept."
     if size < 1: raise ValueError(f"size={size}; it must be at least 1 pixel")
-    source = root_of(index)
+    source, how = root_of(index), reading_of(index, **reading)
     out, part = _new_folder(out, overwrite)
     found, blind = [], []
     for row in index.itertuples(index=False):
         if row.anomalous and not row.mask: blind.append(row.image); continue  # nobody knows where it is clean
-        image, mask = load_pair(source / row.image, source / row.mask if row.mask else None, row.category, mask_mismatch)
+        image, mask = read_pair(source / row.image, source / row.mask if row.mask else None, how, row.category)[:2]
         if min(image.size) < size:
             raise ValueError(f"{row.image} is {image.size[0]}x{image.size[1]}, smaller than a crop of {size}; choose size <= {min(image.size)}")
         mask = np.zeros(image.size[::-1], bool) if mask is None else mask
@@ -147,6 +182,8 @@ def cut_crops(
     return make_index(found, out)
 
 # %% ../../nbs/data/12b_crops.ipynb #cf776227
+@takes_reading
+@_whole_or_absent
 def cut_ksdd(
     raw: str | os.PathLike,  # folder of kos01..kos50 as distributed
     out: str | os.PathLike,  # folder to make, usually SDD: train/good, test/{good,defect}, ground_truth/defect, split.csv
@@ -156,6 +193,7 @@ def cut_ksdd(
     split: str | os.PathLike | None = None,  # a split.csv of another run, to repeat its choice
     overwrite: bool = False,  # replace a folder that is not empty
     category: str = "electrical commutators",
+    **reading,  # see `Reading`; what has more than 8 bits is written with 8
 ) -> pd.DataFrame:  # the Index of the strips
     "KSDD (KolektorSDD) cut into strips in MVTec layout."
     whole = read_ksdd(enter(raw, "KolektorSDD"), category)
@@ -163,7 +201,7 @@ def cut_ksdd(
     out, part = _new_folder(out, overwrite)
     found = []  # name, image, top, bottom, mask of the strip where it is defective
     for row in whole.itertuples(index=False):
-        image, label = load_pair(root_of(whole) / row.image, root_of(whole) / row.mask if row.mask else None, category)
+        image, label = load_pair(root_of(whole) / row.image, root_of(whole) / row.mask if row.mask else None, category, **reading)
         edges = [image.size[1] * k // strips for k in range(strips + 1)]
         for k, (top, bottom) in enumerate(zip(edges, edges[1:])):
             strip = None if label is None or not label[top:bottom].any() else label[top:bottom].astype("uint8") * 255
@@ -183,7 +221,7 @@ def cut_ksdd(
         mask = f"ground_truth/defect/{name}_mask.png" if strip is not None else ""
         rows.append(dict(category=category, split=half, image=f"{half}/{kind}/{name}.png", mask=mask, anomalous=strip is not None, defect=kind))
         for path in (rows[-1]["image"], mask): (part / path).parent.mkdir(parents=True, exist_ok=True)
-        picture, _ = load_pair(root_of(whole) / image, raw=True)
+        picture, _ = load_pair(root_of(whole) / image, raw=True, **reading)
         picture.crop((0, top, picture.size[0], bottom)).save(part / rows[-1]["image"])
         if strip is not None: Image.fromarray(strip).save(part / mask)
     save_split(make_index(rows, part, "ksdd"), part / "split.csv")

@@ -7,12 +7,17 @@ __all__ = ['SUFFIXES', 'read_csv', 'read_folder']
 
 # %% ../../nbs/data/11d_folder.ipynb #385760a6
 import os
+import warnings
 from pathlib import Path
 
 import pandas as pd
 
-from .index import GOOD, as_bool
-from .layouts import DEFECTIVE_NAMES, MASK_NAMES, NORMAL_NAMES, LayoutError, files, find, finish, folders, look, pair, rows
+from .index import GOOD, as_bool, make_index
+from .layouts import (DEFECTIVE_NAMES, MASK_NAMES, NORMAL_NAMES, LayoutError, files, find, finish, folders, look, mask_files, paired,
+                                  rows)
+from .meta import listed_record
+from ..names import same_name, shown
+from ..tables import numbered_table
 
 # %% ../../nbs/data/11d_folder.ipynb #fa82b055
 SUFFIXES = ("", "_mask", "_gt", "_label")  # what a mask's stem may have beyond its image's
@@ -24,8 +29,29 @@ _COLUMNS = {"image": ("image", "img", "image_path", "img_path", "file", "filenam
 
 def _label(value: str, where: str) -> bool:
     "A label of a CSV as anomalous or not."
-    word = value.strip().lower()
+    word = same_name(value.strip())
     return word in DEFECTIVE_NAMES if word in NORMAL_NAMES + DEFECTIVE_NAMES else as_bool(word, where)
+
+
+def _columns(table: pd.DataFrame, where: str) -> dict[str, str | None]:
+    "Which column of a list is which column of the Index."
+    spelled: dict[str, str] = {}
+    for column in table:
+        other = spelled.setdefault(same_name(column.strip()), column)
+        if other != column:
+            raise LayoutError(f"{where}, line 1: the columns {shown(other)!r} and {shown(column)!r} have one name; rename one of them")
+    names = {name: next((spelled[spelling] for spelling in spellings if spelling in spelled), None) for name, spellings in _COLUMNS.items()}
+    for name in ("image", "anomalous"):
+        if names[name] is None:
+            note = "; the first line is a comment: remove it, so that the heading comes first" if table.columns[0].startswith("#") else ""
+            raise LayoutError(f"{where} has no column {' or '.join(_COLUMNS[name])}; it has {', '.join(map(shown, table.columns))}{note}")
+    return names
+
+
+def _path(cell: str, root: Path) -> str:
+    "A path of a list; spaces around it belong to it only where a file is called so."
+    text = cell.strip()
+    return cell if cell != text and "\0" not in cell and os.path.lexists(root / cell) else text
 
 
 def read_csv(
@@ -34,51 +60,81 @@ def read_csv(
     dataset: str | None = None,  # default: the folder's name
     category: str | None = None,  # where the CSV does not say; default: the folder's name
 ) -> pd.DataFrame:  # the Index
-    "One row an image; labels are 0/1, true/false, good/bad, ok/ng, normal/defective, ..."
+    "One row an image; labels are 0/1, 0.0/1.0, true/false, good/bad, ok/ng, normal/defective, ..."
     path = Path(path)
-    root = path.parent if root is None else Path(root)
-    table = pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True)
-    spelled = {column.strip().lower(): column for column in table}
-    names = {name: next((spelled[spelling] for spelling in spellings if spelling in spelled), None) for name, spellings in _COLUMNS.items()}
-    for name in ("image", "anomalous"):
-        if names[name] is None: raise LayoutError(f"{path.name} has no column {' or '.join(_COLUMNS[name])}; it has {', '.join(table)}")
+    root, file = path.parent if root is None else Path(root), shown(path.name)
+    table, lines = numbered_table(path)
+    names = _columns(table, file)
+    name = dataset or root.absolute().name
+    if not len(table):
+        raise LayoutError(f"no images: {file} has a heading and no rows; expected a row an image")
     found = []
     for number, line in enumerate(table.to_dict("records")):
-        value = {name: line[column].strip() for name, column in names.items() if column}
-        anomalous = _label(value["anomalous"], f"{path.name} row {number} ({value['image']}): ")
-        found.append(dict(image=value["image"], mask=value.get("mask", ""), anomalous=anomalous, split=value.get("split") or "test",
-                          category=value.get("category") or category or root.absolute().name, defect=value.get("defect", "") if anomalous else GOOD))
-    return finish(found, root, dataset or root.absolute().name, "a row an image", masks=names["mask"] is not None)
+        value = {name: line[column] for name, column in names.items() if column}
+        image = _path(value["image"], root)
+        anomalous = _label(value["anomalous"], f"{file}, line {lines[number]}, row {number} ({shown(image)}): ")
+        found.append(dict(image=image, mask=_path(value.get("mask", ""), root), anomalous=anomalous,
+                          split=value.get("split", "").strip().lower() or "test",
+                          category=value.get("category", "").strip() or category or root.absolute().name,
+                          defect=value.get("defect", "").strip() if anomalous else GOOD))
+    index = make_index(found, root, name, [f"{file}, line {line}" for line in lines])
+    without = index["image"][index["anomalous"] & (index["mask"] == "")]
+    if names["mask"] and len(without):
+        warnings.warn(f"{name}: {len(without)} anomalous images have no mask (first: {shown(without.iloc[0])}); they count at image level only",
+                      stacklevel=2)
+    index.attrs["left_out"] = listed_record(index, file)
+    return index
 
 # %% ../../nbs/data/11d_folder.ipynb #2d689997
-def _plain_rows(folder: Path, root: Path, category: str) -> list[dict]:
-    "normal/, defective/ and masks/ of one product."
-    normal, defective, truth = find(folder, *NORMAL_NAMES), find(folder, *DEFECTIVE_NAMES), find(folder, *MASK_NAMES)
-    found, shared = rows(files(normal), root, category, "test") if normal else [], []
+def _plain_rows(folder: Path, root: Path, category: str, masks: bool) -> tuple[list[dict], bool]:
+    "normal/, defective/ and masks/ of one product; whether it has a folder of masks."
+    normal, defective = find(folder, *NORMAL_NAMES), find(folder, *DEFECTIVE_NAMES)
+    truth = find(folder, *MASK_NAMES) if masks else None
+    found, shared, has_masks = rows(files(normal), root, category, "test") if normal else [], [], truth is not None
     for kind in [defective] + folders(defective, MASK_NAMES) if defective else []:
-        images, own, defect = files(kind), find(truth, kind.name) if truth else None, "" if kind == defective else kind.name
-        own = own or find(kind, *MASK_NAMES)
-        if own: found += rows(images, root, category, "test", defect, pair(images, files(own), SUFFIXES))
-        else: shared += [(image, defect) for image in images]
+        images, defect = files(kind), "" if kind == defective else kind.name
+        own = find(truth, kind.name) if truth else None
+        own = own or (find(kind, *MASK_NAMES) if masks else None)
+        if own:
+            found += rows(images, root, category, "test", defect, paired(images, mask_files(own), SUFFIXES))
+            has_masks = True
+        else:
+            shared += [(image, defect) for image in images]
     # one folder of masks for several defects: paired in one go, so that a mask that fits two images is noticed
-    masks = pair([image for image, _ in shared], files(truth) if truth else [], SUFFIXES)
-    return found + [row for (image, defect), mask in zip(shared, masks) for row in rows([image], root, category, "test", defect, [mask])]
+    owned = paired([image for image, _ in shared], mask_files(truth), SUFFIXES)
+    for (image, defect), mask in zip(shared, owned):
+        found += rows([image], root, category, "test", defect, [mask])
+    return found, has_masks
+
+
+def _lists(lists: list[Path]) -> list[dict]:
+    "CSV files beside folders that decide."
+    if not lists:
+        return []
+    text = f"{', '.join(shown(path.name) for path in lists[:3])} (the folders say what is normal and what is defective): read a list with read_csv"
+    return [dict(reason="list", count=len(lists), first=shown(lists[0].name), text=text)]
 
 
 def read_folder(
     root: str | os.PathLike,  # normal/ and defective/ (many spellings), perhaps masks/; folders of these; or a folder with one CSV
     dataset: str | None = None,  # default: the folder's name
     category: str | None = None,  # name of the only product; default: the folder's name
+    masks: bool = True,  # False: read without masks
 ) -> pd.DataFrame:  # the Index
     "A plain folder. All images are in the test half; an unnamed defect is ''."
     root = Path(root)
     expected = "normal/ and defective/ (or ok and ng, good and bad, no and yes, ...), perhaps masks/; or folders of these; or one CSV"
-    if not root.is_dir(): raise LayoutError(f"expected {expected}; {look(root)}")
+    if not root.is_dir():
+        raise LayoutError(f"expected {expected}; {look(root)}")
     name, lists = dataset or root.absolute().name, files(root, (".csv",))
-    if find(root, *NORMAL_NAMES, *DEFECTIVE_NAMES): found = _plain_rows(root, root, category or root.absolute().name)
+    if find(root, *NORMAL_NAMES, *DEFECTIVE_NAMES):
+        found, has_masks = _plain_rows(root, root, category or root.absolute().name, masks)
     elif lists:
         if len(lists) > 1:
-            raise LayoutError(f"expected one CSV, found {', '.join(path.name for path in lists)} in {root}; call read_csv(path) with the right one")
+            names = ", ".join(shown(path.name) for path in lists)
+            raise LayoutError(f"expected one CSV, found {names} in {shown(str(root))}; call read_csv(path) with the right one")
         return read_csv(lists[0], root, dataset, category)
-    else: found = [row for folder in folders(root) for row in _plain_rows(folder, root, folder.name)]
-    return finish(found, root, name, expected, masks=any(row["mask"] for row in found))
+    else:
+        parts = [_plain_rows(folder, root, folder.name, masks) for folder in folders(root)]
+        found, has_masks = [row for part, _ in parts for row in part], any(has for _, has in parts)
+    return finish(found, root, name, expected, (has_masks or None) if masks else False, also=_lists(lists))

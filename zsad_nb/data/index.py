@@ -10,12 +10,18 @@ __all__ = ['COLUMNS', 'SPLITS', 'GOOD', 'as_bool', 'relative_path', 'make_index'
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 import pandas as pd
+
+from .listing import Record, is_image
+from ..names import require_utf8, shown
+from ..tables import numbered_table, write_table
 
 # %% ../../nbs/data/10_index.ipynb #9cb993df
 COLUMNS = ("dataset", "category", "split", "image", "mask", "anomalous", "defect")
@@ -24,82 +30,160 @@ GOOD = "good"  # the field's name for "no defect"
 
 
 def as_bool(
-    value,  # True/False, 0/1, or one of the words true, false, 0, 1
+    value,  # True/False, 0/1, or one of the words true, false, 0, 1, 0.0, 1.0
     where: str = "",  # what the value belongs to, for the message
 ) -> bool:  # the truth value; anything else raises, because bool("0") is True
     "A label as a bool, never guessed."
-    if isinstance(value, (bool, np.bool_)): return bool(value)
-    if isinstance(value, (int, float, np.integer, np.floating)) and value in (0, 1): return bool(value)
-    word = value.strip().lower() if isinstance(value, str) else None
-    if word in ("true", "1"): return True
-    if word in ("false", "0"): return False
-    raise ValueError(f"{where}anomalous is {value!r}; it must be True, False, 0 or 1")
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if isinstance(value, (int, float, np.integer, np.floating)) and value in (0, 1):
+        return bool(value)
+    word = value.strip().lower() if isinstance(value, str) else ""
+    if word == "true" or re.fullmatch(r"1(\.0*)?", word):  # a column with a gap was a column of floats to pandas
+        return True
+    if word == "false" or re.fullmatch(r"0(\.0*)?", word):
+        return False
+    hint = " (write 0 and 1 without a decimal comma)" if re.fullmatch(r"[01],0*", word) else ""
+    said = repr(shown(value)) if isinstance(value, str) else repr(value)
+    raise ValueError(f"{where}anomalous is {said}; it must be True, False, 0 or 1{hint}")
 
 # %% ../../nbs/data/10_index.ipynb #68fb2b0e
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_LONGEST = 255  # of a name: bytes on Linux, characters on Windows
+
+
+def _leaves(path: str) -> bool:
+    "A normalised relative path that leads out of its root."
+    return path in ("..", ".") or path.startswith("../")
+
+
+def _too_long(text: str) -> bool:
+    "No disk of this machine holds such a name."
+    if len(text) < _LONGEST // 3:
+        return False
+    size = (lambda name: len(os.fsencode(name))) if os.name == "posix" else len
+    return size(text) > 16 * _LONGEST or any(size(name) > _LONGEST for name in re.split(r"[/\\]" if os.name != "posix" else "/", text))
+
+
 def relative_path(
-    path: str | os.PathLike,  # absolute or relative, with / or \
+    path: str | os.PathLike,  # absolute or relative, with / or backslashes
     root: str | os.PathLike,  # the folder it should be relative to
     where: str = "",  # what the path belongs to, for the message
 ) -> str:  # relative posix path; "" stays ""
-    "A path as the Index keeps it."
+    "A path as the Index keeps it: it is compared as text, never followed, and does not leave the root."
     text = os.fspath(path)
-    if not text: return ""
+    if not text:
+        return ""
+    if "\0" in text:
+        raise ValueError(f"{where}{shown(text)} holds a NUL character, which no file name has; correct it")
+    require_utf8(text, where)
+    if _too_long(text):
+        raise ValueError(f"{where}{shown(text[:60])}... is longer than a file name can be ({_LONGEST}); correct it")
     if os.path.isabs(text):
         inside = os.path.relpath(text, root).replace(os.sep, "/")
-        if inside == ".." or inside.startswith("../"): raise ValueError(f"{where}{text} does not lie under the root {root}; pass the root that holds it")
+        if _leaves(inside):
+            raise ValueError(f"{where}{shown(text)} does not lie under the root {shown(str(root))}; pass the root that holds it")
         return inside
-    windows = PureWindowsPath(text)
-    if windows.drive: raise ValueError(f"{where}{text} is an absolute path of another machine; give it relative to {root}")
-    clean = os.path.normpath(windows.as_posix() if "\\" in text else text).replace(os.sep, "/")
-    if clean == ".." or clean.startswith("../"): raise ValueError(f"{where}{text} leaves the root {root}; choose a root that holds all files")
-    return clean
+    if _URL.match(text):
+        raise ValueError(f"{where}{shown(text)} is a web address; download the file and give its path relative to {shown(str(root))}")
+    plain = os.path.normpath(text).replace(os.sep, "/")
+    odd = "\\" in text or ":" in text
+    if odd and os.name == "posix" and not _leaves(plain) and os.path.lexists(os.path.join(root, plain)):
+        return plain  # on Linux and macOS a name may hold these characters
+    windows = PureWindowsPath(text) if odd else None
+    if odd and (windows.drive or text.startswith("\\")):
+        raise ValueError(f"{where}{shown(text)} is an absolute path of another machine; give it relative to {shown(str(root))}")
+    if "\\" in text:
+        plain = os.path.normpath(windows.as_posix()).replace(os.sep, "/")
+    if _leaves(plain):
+        raise ValueError(f"{where}{shown(text)} leaves the root {shown(str(root))}; choose a root that holds all files")
+    return plain
 
 # %% ../../nbs/data/10_index.ipynb #dbf31686
-def _check_row(row: dict, number: int, root: str) -> dict:
+def _text_of(value, name: str, where: str) -> str:
+    "A cell that must be text of UTF-8."
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if not isinstance(value, str):
+        raise ValueError(f"{where}{name} is {value!r}; it must be text")
+    return require_utf8(str(value), where)
+
+
+def _check_row(row: dict, place: str, root: str) -> dict:
     "One row as it must be, or a `ValueError` that names it."
-    where = f"row {number} ({row.get('image') or 'no image'}): "
-    out = {}
-    for name in ("dataset", "category", "split", "image", "mask", "defect"):
-        value = row[name]
-        if isinstance(value, (os.PathLike, np.str_)): value = os.fspath(value) if isinstance(value, os.PathLike) else str(value)
-        if not isinstance(value, str): raise ValueError(f"{where}{name} is {value!r}; it must be text")
-        out[name] = value
+    image = row.get("image")
+    where = f"{place} ({shown(str(image)) if image else 'no image'}): "
+    out = {name: _text_of(row[name], name, where) for name in ("dataset", "category", "split", "image", "mask", "defect")}
     for name in ("dataset", "category", "image"):
-        if not out[name]: raise ValueError(f"{where}{name} is empty")
-    if out["split"] not in SPLITS: raise ValueError(f"{where}split is {out['split']!r}; it must be 'train' or 'test'")
+        if not out[name]:
+            raise ValueError(f"{where}{name} is empty")
+    for name in ("dataset", "category", "defect"):
+        if "\0" in out[name]:
+            raise ValueError(f"{where}{name} holds a NUL character; correct it")
+    if out["split"] not in SPLITS:
+        raise ValueError(f"{where}split is {shown(out['split'])!r}; it must be 'train' or 'test'")
     out["anomalous"] = as_bool(row["anomalous"], where)
-    if not out["anomalous"] and out["defect"] != GOOD: raise ValueError(f"{where}a normal image has the defect {out['defect']!r}; it must be 'good'")
-    if out["anomalous"] and out["defect"] == GOOD: raise ValueError(f"{where}an anomalous image has the defect 'good'; name it, or use '' for unknown")
-    for name in ("image", "mask"): out[name] = relative_path(out[name], root, where)
+    if not out["anomalous"] and out["defect"] != GOOD:
+        raise ValueError(f"{where}a normal image has the defect {shown(out['defect'])!r}; it must be 'good'")
+    if out["anomalous"] and out["defect"] == GOOD:
+        raise ValueError(f"{where}an anomalous image has the defect 'good'; name it, or use '' for unknown")
+    for name in ("image", "mask"):
+        out[name] = relative_path(out[name], root, where)
+    if out["mask"] == out["image"]:
+        raise ValueError(f"{where}the image is its own mask; name its mask, or use '' for none")
     return out
+
+
+def _once(table: pd.DataFrame, places: Sequence[str]) -> None:
+    "Every image once in a half of a category, and none of them a mask."
+    forms = [image if image.isascii() else unicodedata.normalize("NFC", image) for image in table["image"]]
+    rows = table[["dataset", "category", "split", "image"]].assign(image=forms)
+    twice = np.flatnonzero(rows.duplicated())
+    if len(twice):
+        number = int(twice[0])
+        first = int(np.flatnonzero((rows == rows.iloc[number]).all(axis=1))[0])
+        row, other = table.iloc[number], table["image"].iloc[first]
+        if other != row["image"]:
+            raise ValueError(f"{places[number]}: {shown(row['image'])} ({ascii(row['image'])}) and {ascii(other)} of {places[first]} differ only in "
+                             "their Unicode form; keep one of the files, or rename it")
+        raise ValueError(f"{places[number]}: the image {shown(row['image'])} occurs twice in the {row['split']} half of category "
+                         f"{shown(row['category'])}")
+    masks = set(table["mask"]) - {""}
+    number = next((number for number, image in enumerate(table["image"]) if image in masks), None)
+    if number is not None:
+        owner = int(np.flatnonzero(table["mask"] == table["image"].iloc[number])[0])
+        raise ValueError(f"{places[number]}: the image {shown(table['image'].iloc[number])} is the mask of {places[owner]}; "
+                         "an image and a mask cannot be the same file: correct one of the rows")
 
 # %% ../../nbs/data/10_index.ipynb #d6667453
 def make_index(
     rows: Iterable[dict] | pd.DataFrame,  # one dict (or row) an image
     root: str | os.PathLike,  # the folder the paths are relative to
     dataset: str | None = None,  # name of the set, for rows that do not say
+    places: Sequence[str] = (),  # what messages call a row, such as "labels.csv, line 3"; default: row 0, row 1, ...
 ) -> pd.DataFrame:  # the Index; the order of the rows is kept
     "Validate rows into an Index. `mask` and `defect` may be left out: no mask; `good` or unknown."
-    root = os.path.abspath(root)
+    root = require_utf8(os.path.abspath(root), "the folder of the images: ")
     rows = rows.to_dict("records") if isinstance(rows, pd.DataFrame) else list(rows)
+    places = places or [f"row {number}" for number in range(len(rows))]
     out = []
-    for number, row in enumerate(rows):
+    for place, row in zip(places, rows, strict=True):
         unknown = sorted(set(row) - set(COLUMNS))
         if unknown:
             near = get_close_matches(unknown[0], COLUMNS, 1)
-            raise ValueError(f"row {number}: unknown column {unknown[0]!r}{f', did you mean {near[0]!r}?' if near else ''}; an Index has {', '.join(COLUMNS)}")
+            guess = f", did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{place}: unknown column {shown(unknown[0])!r}{guess}; an Index has {', '.join(COLUMNS)}")
         row = {"dataset": dataset, "mask": "", **row}
-        if "defect" not in row: row["defect"] = "" if as_bool(row.get("anomalous"), f"row {number}: ") else GOOD
+        if "defect" not in row:
+            row["defect"] = "" if as_bool(row.get("anomalous"), f"{place} ({shown(str(row.get('image')))}): ") else GOOD
         missing = [name for name in COLUMNS if row.get(name) is None]
-        if missing: raise ValueError(f"row {number} ({row.get('image')}): no {' and no '.join(missing)}")
-        out.append(_check_row(row, number, root))
-    table = pd.DataFrame({name: pd.Series([row[name] for row in out], dtype=bool if name == "anomalous" else str) for name in COLUMNS})
-    twice = table.duplicated(["dataset", "category", "split", "image"])
-    if twice.any():
-        number = int(np.flatnonzero(twice)[0])
-        row = table.iloc[number]
-        raise ValueError(f"row {number}: the image {row['image']} occurs twice in the {row['split']} half of category {row['category']}")
-    table.attrs["root"] = root
+        if missing:
+            raise ValueError(f"{place} ({shown(str(row.get('image')))}): no {' and no '.join(missing)}")
+        out.append(_check_row(row, place, root))
+    kinds = {name: bool if name == "anomalous" else str for name in COLUMNS}
+    table = pd.DataFrame({name: pd.Series([row[name] for row in out], dtype=kinds[name]) for name in COLUMNS})
+    _once(table, places)
+    table.attrs = dict(root=root, left_out=Record([None]))
     return table
 
 # %% ../../nbs/data/10_index.ipynb #c2a4a1c5
@@ -112,22 +196,41 @@ def root_of(
     return Path(root)
 
 # %% ../../nbs/data/10_index.ipynb #3c8c9f7b
+def _joined(indices: list[pd.DataFrame], prefixes: list[PurePosixPath]) -> Record:
+    "What the readers of all parts left out; unknown where one part does not say."
+    records = [list(index.attrs.get("left_out", [None])) for index in indices]
+    unknown = next((record for record in records if record in ([None], ["list"])), None)
+    if unknown is not None:
+        return Record(unknown)
+    return Record(group | dict(first=str(prefix / group["first"])) for record, prefix in zip(records, prefixes) for group in record)
+
+
 def concat_indices(
     indices: list[pd.DataFrame],  # Index after Index
 ) -> pd.DataFrame:  # one Index over the common parent of their roots
     "Join indices; paths are rebased to the common parent folder."
-    if not indices: raise ValueError("no index to join")
+    if not indices:
+        raise ValueError("no index to join")
     roots = [str(root_of(index)) for index in indices]
-    try: root = os.path.commonpath(roots)
-    except ValueError as error: raise ValueError(f"the roots {roots} have no common parent (different drives)") from error
-    tables = []
-    for index, own in zip(indices, roots):
-        prefix = PurePosixPath(os.path.relpath(own, root).replace(os.sep, "/"))
+    try:
+        root = os.path.commonpath(roots)
+    except ValueError as error:
+        raise ValueError(f"the roots {roots} have no common parent (different drives)") from error
+    readings = [index.attrs.get("reading", {}) for index in indices]
+    if any(reading != readings[0] for reading in readings):
+        raise ValueError(f"the indices say that their files are read differently ({', '.join(map(str, readings))}); read_as(index, ...) makes them agree")
+    tables, prefixes = [], [PurePosixPath(os.path.relpath(own, root).replace(os.sep, "/")) for own in roots]
+    for index, prefix in zip(indices, prefixes):
         table = pd.DataFrame(index, copy=True)
-        for name in ("image", "mask"): table[name] = [str(prefix / path) if path else "" for path in table[name]]
+        for name in ("image", "mask"):
+            table[name] = [str(prefix / path) if path else "" for path in table[name]]
         table.attrs = {}
         tables.append(table)
-    return make_index(pd.concat(tables, ignore_index=True), root)
+    out = make_index(pd.concat(tables, ignore_index=True), root)
+    out.attrs["left_out"] = _joined(indices, prefixes)
+    if readings[0]:
+        out.attrs["reading"] = dict(readings[0])
+    return out
 
 # %% ../../nbs/data/10_index.ipynb #2b77ddef
 def save_index(
@@ -136,11 +239,23 @@ def save_index(
 ) -> Path:  # the path
     "Write an Index as CSV, with its root relative to the file."
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try: root = os.path.relpath(root_of(index), path.parent.absolute()).replace(os.sep, "/")
-    except ValueError: root = ""  # another drive: the reader has to say where the images are
-    index.assign(root=root).to_csv(path, index=False, lineterminator="\n")
-    return path
+    try:
+        root = os.path.relpath(root_of(index), path.parent.absolute()).replace(os.sep, "/")
+    except ValueError:
+        root = ""  # another drive: the reader has to say where the images are
+    return write_table(pd.DataFrame(index).assign(root=root), path)
+
+
+def _named_table(
+    path: str | os.PathLike,  # a CSV
+    needed: Sequence[str],  # columns it must have
+) -> tuple[pd.DataFrame, list[str]]:  # text; what messages call each row
+    "A list of images with the places of its rows."
+    table, lines = numbered_table(path)
+    missing = [name for name in needed if name not in table]
+    if missing:
+        raise ValueError(f"{shown(str(path))}, line 1: no column {' and no '.join(missing)}; it has {', '.join(map(shown, table.columns))}")
+    return table, [f"{shown(Path(path).name)}, line {line}" for line in lines]
 
 
 def load_index(
@@ -149,12 +264,17 @@ def load_index(
 ) -> pd.DataFrame:  # the Index
     "Read an Index from CSV."
     path = Path(path)
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    table, places = _named_table(path, ("category", "split", "image", "anomalous"))
     stored = table.pop("root") if "root" in table else pd.Series([], dtype=str)
     if root is None:
-        if not len(stored) or not stored.iloc[0]: raise ValueError(f"{path} does not say where its images are; pass root=FOLDER")
+        if stored.nunique() > 1:
+            raise ValueError(f"{shown(str(path))} names several roots ({', '.join(map(shown, stored.unique()[:3]))}); pass root=FOLDER")
+        if not len(stored) or not stored.iloc[0]:
+            raise ValueError(f"{shown(str(path))} does not say where its images are; pass root=FOLDER")
         root = path.parent / stored.iloc[0]
-    return make_index(table, root)
+    index = make_index(table, root, places=places)
+    index.attrs["left_out"] = Record(["list"])
+    return index
 
 # %% ../../nbs/data/10_index.ipynb #122c9c49
 def save_split(
@@ -162,10 +282,12 @@ def save_split(
     path: str | os.PathLike,  # the CSV to write
 ) -> Path:  # the path
     "Write which image is in which half: category, image, split, anomalous."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    index[["category", "image", "split", "anomalous"]].to_csv(path, index=False, lineterminator="\n")
-    return path
+    return write_table(index[["category", "image", "split", "anomalous"]], path)
+
+
+def _key(category: str, image: str) -> tuple[str, str]:
+    "An image in any Unicode form of its name."
+    return unicodedata.normalize("NFC", category), unicodedata.normalize("NFC", image)
 
 
 def apply_split(
@@ -173,32 +295,49 @@ def apply_split(
     path: str | os.PathLike,  # a list written by `save_split`
 ) -> pd.DataFrame:  # the listed images in the listed halves, in the order of the list
     "Put images into the halves of a split list."
-    listed, rows = pd.read_csv(path, dtype=str, keep_default_na=False), {}
-    for row in index.to_dict("records"): rows.setdefault((row["category"], row["image"]), row)
+    listed, places = _named_table(path, ("category", "image", "split", "anomalous"))
+    rows = {}
+    for row in index.to_dict("records"):
+        rows.setdefault(_key(row["category"], row["image"]), row)
     out = []
-    for number, line in enumerate(listed.to_dict("records")):
-        row, where = rows.get((line["category"], line["image"])), f"{Path(path).name} row {number}: {line['image']} (category {line['category']})"
+    for place, line in zip(places, listed.to_dict("records")):
+        row = rows.get(_key(line["category"], line["image"]))
+        where = f"{place}: {shown(line['image'])} (category {shown(line['category'])})"
         if row is None:
             raise ValueError(f"{where} is not in the index; use the list of this data set")
-        if row["anomalous"] != as_bool(line["anomalous"]):
+        if row["anomalous"] != as_bool(line["anomalous"], f"{where}: "):
             raise ValueError(f"{where} is {'normal' if row['anomalous'] else 'anomalous'} there and the opposite in the index")
         out.append(row | dict(split=line["split"]))
-    return make_index(out, root_of(index))
+    return make_index(out, root_of(index), places=places)
 
 # %% ../../nbs/data/10_index.ipynb #0599f604
+def _files_of(path: Path) -> list[Path]:
+    "A file, or the images in a folder that is a mask."
+    if path.is_dir():
+        return sorted(part for part in path.iterdir() if is_image(part.name) and part.is_file())
+    return [path]
+
+
 def fingerprint(
     index: pd.DataFrame,  # an Index
     files: str = "none",  # "none": rows only; "size": and the sizes of the files; "content": and their bytes
 ) -> str:  # 64 hexadecimal digits
-    "sha256 over the rows of an Index, and over the files if asked."
-    if files not in ("none", "size", "content"): raise ValueError(f"files={files!r}; it must be 'none', 'size' or 'content'")
+    "sha256 over the rows of an Index, over how its files are read where that was stated, and over the files if asked."
+    if files not in ("none", "size", "content"):
+        raise ValueError(f"files={files!r}; it must be 'none', 'size' or 'content'")
     digest = hashlib.sha256()
+    if index.attrs.get("reading"):
+        digest.update(json.dumps(index.attrs["reading"], sort_keys=True, default=float).encode() + b"\n")
     root = None if files == "none" else root_of(index)
     for row in index[list(COLUMNS)].itertuples(index=False):
-        digest.update(json.dumps([value if isinstance(value, str) else bool(value) for value in row], ensure_ascii=False).encode() + b"\n")
+        values = [value if isinstance(value, str) else bool(value) for value in row]
+        digest.update(json.dumps(values, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
         for path in (row.image, row.mask) if root else ():
-            if not path: continue
-            if not (root / path).is_file(): raise FileNotFoundError(f"{root / path} is missing; run check(index) to see what else is")
-            if files == "size": digest.update(b"%d\n" % (root / path).stat().st_size)
-            else: digest.update(hashlib.sha256((root / path).read_bytes()).digest())
+            for file in _files_of(root / path) if path else ():
+                if not file.is_file():
+                    raise FileNotFoundError(f"{shown(str(file))} is missing; run check(index) to see what else is")
+                if files == "size":
+                    digest.update(b"%d\n" % file.stat().st_size)
+                else:
+                    digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()

@@ -8,34 +8,54 @@ __all__ = ['read_headct', 'read_brainmri', 'read_br35h', 'read_covid19', 'read_i
 
 # %% ../../nbs/data/11c_medical.ipynb #958723e9
 import os
-import warnings
+from pathlib import Path
 
 import pandas as pd
 
-from .index import GOOD
-from .layouts import (DEFECTIVE_NAMES, MASK_NAMES, NORMAL_NAMES, LayoutError, enter, files, find, finish, folders, look, pair,
-                                  read_beside, read_mvtec,
-                                  read_two, rows)
+from .index import GOOD, as_bool
+from .layouts import (DEFECTIVE_NAMES, MASK_NAMES, NORMAL_NAMES, LayoutError, enter, files, find, finish, folders, look, paired,
+                                  read_beside, read_mvtec, read_two, rows)
+from ..names import same_name, shown
+from ..tables import numbered_table
 
 # %% ../../nbs/data/11c_medical.ipynb #b8544071
+def _headct_labels(path: Path) -> dict[int, bool]:
+    "Number of a slice -> does it show a haemorrhage."
+    table, lines = numbered_table(path)
+    if table.shape[1] < 2:
+        raise ValueError(f"{shown(str(path))}, line 1: expected two columns, the number of the image and its label; it has {', '.join(map(shown, table.columns))}")
+    labels: dict[int, bool] = {}
+    for number, label, line in zip(table.iloc[:, 0], table.iloc[:, 1], lines):
+        where = f"{shown(str(path))}, line {line}: "
+        if not number.strip().isdecimal():
+            raise ValueError(f"{where}{shown(number)!r} is no number of an image; correct the cell")
+        if int(number) in labels:
+            raise ValueError(f"{where}image {int(number)} occurs twice; keep one line")
+        labels[int(number)] = as_bool(label, where)
+    return labels
+
+
 def read_headct(
     root: str | os.PathLike,  # head_ct/*.png and labels.csv, or the rebuilt test/{good,defect}
     category: str = "brain",
 ) -> pd.DataFrame:  # the Index
     "HeadCT: 200 slices, labels.csv says which show a haemorrhage; no masks."
     root = enter(root)
-    if find(root, "test"): return read_mvtec(root, "headct", category, masks=False)
+    if find(root, "test"):
+        return read_mvtec(root, "headct", category, masks=False)
     home = enter(enter(root, "head_ct"), "head_ct")  # the archive wraps it twice
     table = next((path for path in (root / "labels.csv", home / "labels.csv", home.parent / "labels.csv") if path.is_file()), None)
-    if table is None: raise LayoutError(f"expected labels.csv beside head_ct/ (HeadCT), or test/{{good,defect}}; {look(root)}")
-    labels = {int(line[0]): int(line[1]) for line in pd.read_csv(table, skipinitialspace=True).itertuples(index=False)}
-    images = {int(path.stem): path for path in files(home, (".png",)) if path.stem.isdigit()}
+    if table is None:
+        raise LayoutError(f"expected labels.csv beside head_ct/ (HeadCT), or test/{{good,defect}}; {look(root)}")
+    labels = _headct_labels(table)
+    images = {int(path.stem): path for path in files(home, (".png",)) if path.stem.isdecimal()}
     lost = sorted(set(labels) ^ set(images))
-    if lost:
-        warnings.warn(f"headct: {len(lost)} numbers are in labels.csv or in {home.name}/ but not in both (first: {lost[0]}); they are left out", stacklevel=2)
+    text = f"{len(lost)} numbers are in labels.csv or in {home.name}/ but not in both (first: {lost[0] if lost else ''})"
+    also = [dict(reason="unlisted", count=len(lost), first=str(lost[0]), text=text)] if lost else []
+    skip = [images[number].relative_to(root).as_posix() for number in lost if number in images]
     found = [row for number, path in images.items() if number in labels
              for row in rows([path], root, category, "test", "haemorrhage" if labels[number] else GOOD)]
-    return finish(found, root, "headct", "head_ct/000.png .. and labels.csv (HeadCT)", masks=False)
+    return finish(found, root, "headct", "head_ct/000.png .. and labels.csv (HeadCT)", None, also=also, skip=skip)
 
 
 def read_brainmri(root: str | os.PathLike, category: str = "brain") -> pd.DataFrame:
@@ -45,7 +65,7 @@ def read_brainmri(root: str | os.PathLike, category: str = "brain") -> pd.DataFr
 
 def read_br35h(root: str | os.PathLike, category: str = "brain") -> pd.DataFrame:
     "Br35H: {yes,no}; the unlabelled images in pred/ are left out; no masks."
-    return read_two(root, "br35h", category, ("no",), {"tumor": ("yes",)}, ("Br35H",))
+    return read_two(root, "br35h", category, ("no",), {"tumor": ("yes",)}, ("Br35H",), apart={"pred": "without labels"})
 
 
 def read_covid19(
@@ -55,54 +75,65 @@ def read_covid19(
 ) -> pd.DataFrame:  # the Index
     "COVID-19 radiographs; its masks outline lungs, not findings, and are not used."
     home = enter(root, "COVID-19_Radiography_Dataset")
-    kinds = [folder.name for folder in folders(home) if folder.name.lower() not in NORMAL_NAMES] if defects is None else list(defects)
-    if not kinds or find(home, "test"): kinds = ["COVID"]
-    return read_two(home, "covid19", category, ("Normal",), {kind: (kind,) for kind in kinds})
+    kinds = [folder.name for folder in folders(home) if same_name(folder.name) not in NORMAL_NAMES] if defects is None else list(defects)
+    if not kinds or find(home, "test"):
+        kinds = ["COVID"]
+    return read_two(home, "covid19", category, ("Normal",), {kind: (kind,) for kind in kinds}, apart={"masks": "they outline lungs, not findings"})
 
 # %% ../../nbs/data/11c_medical.ipynb #2f18d555
-def read_isic(root: str | os.PathLike, category: str = "skin") -> pd.DataFrame:
+def read_isic(root: str | os.PathLike, category: str = "skin", masks: bool = True) -> pd.DataFrame:
     "ISIC 2016 part 1 test: images beside ISBI2016_ISIC_Part1_Test_GroundTruth/*_Segmentation.png."
     images = ("ISBI2016_ISIC_Part1_Test_Data", "images", "image", "test")
-    return read_beside(root, "isic", category, "lesion", images, ("ISBI2016_ISIC_Part1_Test_GroundTruth", *MASK_NAMES), suffixes=("_Segmentation", ""))
+    truth = ("ISBI2016_ISIC_Part1_Test_GroundTruth", *MASK_NAMES)
+    return read_beside(root, "isic", category, "lesion", images, truth, suffixes=("_Segmentation", ""), masks=masks)
 
 
-def read_polyps(root: str | os.PathLike, dataset: str, category: str = "colon") -> pd.DataFrame:
+def read_polyps(root: str | os.PathLike, dataset: str, category: str = "colon", masks: bool = True) -> pd.DataFrame:
     "CVC-ColonDB, CVC-ClinicDB, Kvasir and Endo: images/ and masks/ of the same names."
     wrapped = {"colondb": ("CVC-ColonDB",), "clinicdb": ("CVC-ClinicDB",), "kvasir": ("Kvasir-SEG", "Kvasir"),
                "endo": ("EndoTect_2020_Segmentation_Test_Dataset", "Endo")}
-    return read_beside(root, dataset, category, "polyp", ("images", "image", "Original"), ("masks", "mask", "Ground Truth", "segmented-images"),
-                       wrapped[dataset])
+    truth = ("masks", "mask", "Ground Truth", "segmented-images")
+    return read_beside(root, dataset, category, "polyp", ("images", "image", "Original"), truth, wrapped[dataset], masks=masks)
 
 
-def read_tn3k(root: str | os.PathLike, category: str = "thyroid") -> pd.DataFrame:
+def read_tn3k(root: str | os.PathLike, category: str = "thyroid", masks: bool = True) -> pd.DataFrame:
     "TN3K: test-image/ and test-mask/."
-    return read_beside(root, "tn3k", category, "nodule", ("test-image",), ("test-mask",), ("TN3K", "Thyroid Dataset"))
+    return read_beside(root, "tn3k", category, "nodule", ("test-image",), ("test-mask",), ("TN3K", "Thyroid Dataset"), masks=masks)
 
 # %% ../../nbs/data/11c_medical.ipynb #f5d134a1
 def read_bmad(
     root: str | os.PathLike,  # holds train/, test/ and perhaps valid/
     dataset: str,
     category: str,
-    masks: bool,  # does the set have masks
-    valid: str = "skip",  # the valid/ images: "skip" them, or put them into "train" or "test"
+    masks: bool,  # does the set have masks, and are they wanted
+    valid: str | None = None,  # the valid/ images: "skip" them, or put them into "train" or "test"; default: skip them with a word
 ) -> pd.DataFrame:  # the Index
     "BMAD layout: Brain_AD, HIS and others."
-    if valid not in ("skip", "train", "test"): raise ValueError(f"valid={valid!r}; it must be 'skip', 'train' or 'test'")
+    if valid not in (None, "skip", "train", "test"):
+        raise ValueError(f"valid={valid!r}; it must be 'skip', 'train' or 'test'")
     root, found = enter(root), []
-    for half, split in [("train", "train"), ("test", "test")] + ([("valid", valid)] if valid != "skip" else []):
+    for half, split in [("train", "train"), ("test", "test")] + ([("valid", valid)] if valid in ("train", "test") else []):
         for kind in folders(find(root, half) or root / half):
-            images, label = files(find(kind, "img", "images") or kind), find(kind, *MASK_NAMES)
-            if kind.name.lower() in NORMAL_NAMES: found += rows(images, root, category, split)
-            elif kind.name.lower() in DEFECTIVE_NAMES: found += rows(images, root, category, split, "defect", pair(images, files(label)) if label else None)
-    return finish(found, root, dataset, "train/good, test/good and test/Ungood (BMAD)", masks)
+            images, label = files(find(kind, "img", "images") or kind), find(kind, *MASK_NAMES) if masks else None
+            if same_name(kind.name) in NORMAL_NAMES:
+                found += rows(images, root, category, split)
+            elif same_name(kind.name) in DEFECTIVE_NAMES:
+                found += rows(images, root, category, split, "defect", paired(images, files(label)) if label else None)
+    aside = find(root, "valid")
+    skip = [aside.name] if aside and valid == "skip" else []
+    apart = {} if valid else {"valid": "for validation: valid='train' or 'test' takes them"}
+    return finish(found, root, dataset, "train/good, test/good and test/Ungood (BMAD)", masks, apart, skip=skip)
 
 
 def read_oct17(root: str | os.PathLike, category: str = "retina") -> pd.DataFrame:
     "OCT17: {train,test}/{NORMAL,CNV,DME,DRUSEN}; no masks. BMAD's version is read as such."
     root, found = enter(root, "OCT2017"), []
-    if any(find(root / half, "Ungood") for half in ("test", "Test")): return read_bmad(root, "oct17", category, masks=False)
+    if any(find(find(root, half) or root / half, "Ungood") for half in ("test",)):
+        return read_bmad(root, "oct17", category, masks=False)
     for split in ("train", "test"):
         for kind in ("NORMAL", "CNV", "DME", "DRUSEN"):
             folder = find(find(root, split) or root / split, kind)
-            if folder: found += rows(files(folder), root, category, split, GOOD if kind == "NORMAL" else kind)
-    return finish(found, root, "oct17", "{train,test}/{NORMAL,CNV,DME,DRUSEN} (OCT17)", masks=False)
+            if folder:
+                found += rows(files(folder), root, category, split, GOOD if kind == "NORMAL" else kind)
+    apart = {"val": "for validation"}
+    return finish(found, root, "oct17", "{train,test}/{NORMAL,CNV,DME,DRUSEN} (OCT17)", None, apart)

@@ -19,11 +19,14 @@ from pathlib import Path
 import pandas as pd
 
 from .folder import read_folder
-from .layouts import DEFECTIVE_NAMES, NORMAL_NAMES, LayoutError, enter, files, find, folders, look, read_mvtec
+from .layouts import DEFECTIVE_NAMES, NORMAL_NAMES, LayoutError, enter, files, find, folders, look, read_mvtec, tell
+from .left_out import grouped, unused
+from .listing import Record, is_rubbish, kind_of
 from .medical import (read_bmad, read_brainmri, read_br35h, read_covid19, read_headct, read_isic, read_oct17, read_polyps,
                                   read_tn3k)
-from .sets import (read_btad, read_crackforest, read_dagm, read_deeppcb, read_ksdd, read_ksdd2, read_mad, read_neu_seg, read_real_iad, read_rsdd,
+from .sets import (read_btad, read_crackforest, read_dagm, read_deeppcb, read_ksdd, read_ksdd2, read_mad, read_mvtec_loco, read_neu_seg, read_real_iad, read_rsdd,
                                read_visa)
+from ..names import same_name, shown
 
 # %% ../../nbs/data/11_readers.ipynb #bcecc20c
 @dataclass(frozen=True)
@@ -46,6 +49,11 @@ READERS = {
     "mvtec": Reader(read_mvtec, "MVTec AD",
             tuple("bottle cable capsule carpet grid hazelnut leather metal_nut pill screw tile toothbrush transistor wood zipper".split()), ((467, 1258),),
                     licence=_NC, aliases=("mvtec ad", "mvtec anomaly detection")),
+    "mvtec_loco": Reader(read_mvtec_loco, "MVTec LOCO AD", tuple("breakfast_box juice_bottle pushpins screw_bag splicing_connectors".split()),
+                         ((575, 993),), note="a mask is a folder of images, united; sPRO's saturation values are not used", licence=_NC,
+                         aliases=("loco", "mvtec loco"),
+                         signs=(("*/test/logical_anomalies",), ("*/test/structural_anomalies",), ("test/logical_anomalies",),
+                                ("test/structural_anomalies",))),
     "visa": Reader(read_visa, "VisA", tuple("candle capsules cashew chewinggum fryum macaroni1 macaroni2 pcb1 pcb2 pcb3 pcb4 pipe_fryum".split()),
                    ((962, 1200),),
                    note="masks hold a number per defect type", licence="CC BY 4.0", signs=(("*/data/images",),)),
@@ -114,25 +122,45 @@ def reader_name(
     raise ValueError(f"unknown data set {name!r}; {guess}known: {', '.join(READERS)}")
 
 
+def _outside(root: str | os.PathLike, index: pd.DataFrame) -> list[dict]:
+    "What lies beside the folder that a reader entered (data sets come wrapped in a folder of their own)."
+    home, given = index.attrs["root"], os.path.abspath(root)
+    if home == given or not home.startswith(os.path.join(given, "")) or not os.path.isdir(given):
+        return []
+    return grouped(unused(given, [os.path.relpath(home, given).replace(os.sep, "/")]))
+
+
+def _options(name: str, options: dict) -> None:
+    "Raise for an option that the reader does not take."
+    known = [option for option in inspect.signature(READERS[name].read).parameters if option != "root"]
+    for option in options:
+        if option not in known:
+            near = get_close_matches(option, known, 1)
+            guess = f", did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"read({name!r}) has no option {option!r}{guess}; it takes {', '.join(known) or 'none'}")
+
+
 def read(
     name: str,  # a data set of READERS
     root: str | os.PathLike,  # its folder
-    **options,  # of its reader, e.g. category="screw thread" or split_csv="2cls_fewshot"
+    **options,  # of its reader, e.g. category="screw thread", masks=False or split_csv="2cls_fewshot"
 ) -> pd.DataFrame:  # the Index
     "Read a data set; differences from the expected classes and counts are warnings."
     name = reader_name(name)
     reader = READERS[name]
-    known = [option for option in inspect.signature(reader.read).parameters if option != "root"]
-    for option in options:
-        if option not in known:
-            near = get_close_matches(option, known, 1)
-            raise TypeError(f"read({name!r}) has no option {option!r}{f', did you mean {near[0]!r}?' if near else ''}; it takes {', '.join(known) or 'none'}")
-    if name == "mvtec_like": options = {"dataset": Path(root).absolute().name} | options
+    _options(name, options)
+    if name == "mvtec_like":
+        options = {"dataset": Path(root).absolute().name} | options
     index = reader.read(root, **options)
+    beside = _outside(root, index)
+    if beside:
+        tell(name, beside)
+        index.attrs["left_out"] = Record([*index.attrs["left_out"], *beside])
     categories = (options["category"],) if "category" in options and len(reader.categories) == 1 else reader.categories
-    missing, extra = sorted(set(categories) - set(index["category"])), sorted(set(index["category"]) - set(categories)) if categories else []
+    missing = sorted(set(categories) - set(index["category"]))
+    extra = sorted(set(index["category"]) - set(categories)) if categories else []
     if missing or extra:
-        words = [f"{what} {', '.join(names)}" for what, names in (("without", missing), ("with unknown", extra)) if names]
+        words = [f"{what} {', '.join(map(shown, names))}" for what, names in (("without", missing), ("with unknown", extra)) if names]
         warnings.warn(f"{name}: {index['category'].nunique()} categories, expected {len(categories)}: {' and '.join(words)}", stacklevel=2)
     test = index[index["split"] == "test"]
     counts = (int((~test["anomalous"]).sum()), int(test["anomalous"].sum()))
@@ -152,9 +180,10 @@ def _listing(root: Path, depth: int = 3, few: int = 6) -> set[str]:
     for _ in range(depth):
         inner = [folder for parent in level for folder in folders(parent)]
         for parent in level:
-            plain = sorted(entry.name for entry in os.scandir(parent) if entry.is_file() and not entry.name.startswith("."))[:few]
-            out |= {(parent / name).relative_to(root).as_posix().lower() for name in plain}
-        out |= {folder.relative_to(root).as_posix().lower() for folder in inner}
+            with os.scandir(parent) as entries:
+                plain = sorted(entry.name for entry in entries if entry.name[0] != "." and not is_rubbish(entry.name) and kind_of(entry) != "folder")
+            out |= {same_name((parent / name).relative_to(root).as_posix()) for name in plain[:few]}
+        out |= {same_name(folder.relative_to(root).as_posix()) for folder in inner}
         level = inner
     return out
 
@@ -173,6 +202,7 @@ def detect(
     own = _plain(root.absolute().name)
     hints = {_plain(word): name for name, reader in reversed(READERS.items()) for word in (name, *reader.aliases) if _plain(word) in own}
     named = hints[max(hints, key=len)] if hints else None  # the longest: rsdd contains sdd
+    if named == "mvtec" and strength["mvtec_loco"]: named = "mvtec_loco"  # a folder of all of MVTec's sets
     if named and (strength.get(named) or (generic and named in _REBUILT)): return named
     if len(best) == 1: return best[0]
     if generic and not best:  # MVTec layout: its classes say whose
@@ -182,5 +212,7 @@ def detect(
     if find(root, *NORMAL_NAMES, *DEFECTIVE_NAMES) or (not best and len(files(root, (".csv",))) == 1): return "folder"
     if best: raise LayoutError(f"{root} is laid out like {', '.join(best)}; say which: read(NAME, root)")
     if any(find(folder, *NORMAL_NAMES) and find(folder, *DEFECTIVE_NAMES) for folder in folders(root)): return "folder"
-    raise LayoutError(f"no known layout; {look(root)}. Known: {', '.join(READERS)}; "
+    rest = grouped(unused(root, (), limit=100_000))
+    others = f" ({'; '.join(group['text'] for group in rest[:3])})" if rest else ""
+    raise LayoutError(f"no known layout; {look(root)}{others}. Known: {', '.join(READERS)}; "
                       "or bring it into normal/, defective/ and masks/, or a CSV with image, label, mask")

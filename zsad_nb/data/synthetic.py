@@ -10,13 +10,14 @@ __all__ = ['VISIBLE', 'AREAS', 'STANDS_OUT', 'STAMP', 'VERSION', 'Sample', 'draw
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-import json
 import os
 import shutil
 import numpy as np
 import pandas as pd
 from PIL import Image
 from .index import make_index
+from ..files import write_json
+from ..records import read_record
 from .synthetic_drawing import Dice, close_mask, to_uint8
 from .synthetic_categories import CATEGORIES, SETS, Category, Scene, categories, expose, make_scene, sensor
 from .synthetic_defects import DEFECTS, Defect, Spot, defects, find_spot
@@ -124,8 +125,11 @@ def _jobs(which: str, normal: int, defective: int, train_normal: int, seed: int)
 
 
 def _save(array: np.ndarray, path: Path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path, compress_level=1)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(path, compress_level=1)
+    except OSError as error:
+        raise OSError(error.errno, f"{path} was not written ({error.strerror or error}); free some space or choose another folder, and draw the set again") from error
 
 
 def synthetic_index(
@@ -142,7 +146,11 @@ def synthetic_index(
     root = Path(root).absolute()
     params = dict(which=which, size=size, normal=normal, defective=defective, train_normal=train_normal, seed=seed, version=VERSION)
     jobs, stamp = list(_jobs(which, normal, defective, train_normal, seed)), root / STAMP
-    found = json.loads(stamp.read_text()) if stamp.is_file() else None
+    found, wrong = read_record(stamp)
+    if wrong:
+        if os.path.lexists(stamp) and not overwrite:
+            raise ValueError(f"{root}: {wrong}; give another folder, or overwrite=True to write the set again")
+        found = None
     if found not in (None, params) and not overwrite:
         raise ValueError(f"{root} holds a synthetic set of other parameters ({found}); give another folder or overwrite=True")
     if found is None and not overwrite and root.is_dir() and any(p.name not in categories(which) for p in root.iterdir()):
@@ -154,14 +162,12 @@ def synthetic_index(
                          mask=f"{name}/ground_truth/{kind}/{i:03d}_mask.png" if bad else "", anomalous=bad, defect=kind))
     whole = found == params and all((root / name).is_dir() for name in categories(which))     # a set may have grown since the stamp
     if not whole or overwrite:
+        if stamp.is_dir() and not stamp.is_symlink(): raise ValueError(f"{stamp} is a folder; delete it, or give another root")
         stamp.unlink(missing_ok=True)
         for name in categories(which): shutil.rmtree(root / name, ignore_errors=True)
         for (name, _, kind, _, s), row in zip(jobs, rows):
             sample = draw(name, s, size, kind)
             _save(sample.image, root / row["image"])
             if row["mask"]: _save(sample.mask.astype(np.uint8) * 255, root / row["mask"])
-        root.mkdir(parents=True, exist_ok=True)
-        part = stamp.with_suffix(".part")
-        part.write_text(json.dumps(params, indent=1))
-        os.replace(part, stamp)
+        write_json(stamp, params)
     return make_index(rows, root)

@@ -8,6 +8,7 @@ __all__ = ['USES', 'taxonomy', 'plain', 'type_of', 'type_words', 'product_types'
 
 # %% ../../nbs/data/16_taxonomy.ipynb #bf92fc0f
 import re
+import unicodedata
 import warnings
 from functools import lru_cache
 from importlib.resources import files
@@ -15,12 +16,15 @@ from importlib.resources import files
 import pandas as pd
 
 from .index import GOOD
+from ..tables import read_table
 
 # %% ../../nbs/data/16_taxonomy.ipynb #cbc3a6af
 USES = ("train", "test")  # which words: those of the prompts that are trained, or those of the prompts that are asked
 
 @lru_cache(maxsize=None)
-def _read(name: str) -> pd.DataFrame: return pd.read_csv(str(files("zsad_nb") / "assets" / name), dtype=str, keep_default_na=False)
+def _read(name: str) -> pd.DataFrame:
+    "A table of the package."
+    return read_table(str(files("zsad_nb") / "assets" / name), ours=False)
 
 def taxonomy(dataset: str|None=None  # as in the Index: mvtec, visa, synthetic-target, ...; default: all
             ) -> pd.DataFrame:       # dataset, category, label, id, type, train_word, test_word, concept, use, note
@@ -31,8 +35,8 @@ def taxonomy(dataset: str|None=None  # as in the Index: mvtec, visa, synthetic-t
 
 def plain(label: str  # a folder's name, an annotation's label
          ) -> str:    # lower case, single spaces
-    "A label as words."
-    return re.sub(r"[\s_-]+", " ", label).strip().lower()
+    "A label as words, in composed Unicode: a name from a Mac is the same word."
+    return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFC", label)).strip().lower()
 
 # %% ../../nbs/data/16_taxonomy.ipynb #d5ad68db
 @lru_cache(maxsize=None)
@@ -58,7 +62,7 @@ def type_of(dataset: str,              # as in the Index
     known, labels = _lookup(dataset, use), [plain(part) for part in label.split(",")] if "," in label else [plain(label)]
     if (len(labels) > 1 and multi_label == "drop") or not labels[0]: return ""
     if not known: return labels[0]
-    for key in ((category, labels[0]), ("", labels[0])):
+    for key in ((unicodedata.normalize("NFC", category), labels[0]), ("", labels[0])):
         if key in known: return known[key]
     if unknown == "error":
         raise ValueError(f"{dataset} has no label {label!r} in the taxonomy{f' (category {category})' if category else ''}; known: {', '.join(sorted({k[1] for k in known}))}. "
@@ -77,7 +81,7 @@ def type_words(dataset: str,       # a data set of the taxonomy
 
 def _products(dataset: str, category: str, use: str) -> list[str]:
     rows = _read("taxonomy_products.csv")
-    rows = rows[(rows["dataset"] == dataset) & (rows["use"] == use) & rows["category"].isin([category, "*"])]
+    rows = rows[(rows["dataset"] == dataset) & (rows["use"] == use) & rows["category"].isin([unicodedata.normalize("NFC", category), "*"])]
     return [] if rows.empty else rows.sort_values("category", key=lambda c: c == "*")["types"].iloc[0].split("; ")
 
 def product_types(dataset: str, category: str  # as in the Index

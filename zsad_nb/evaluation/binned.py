@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from scipy.special import digamma
 
-from .metrics import Metrics, PixelMetrics, _areas, _undefined
+from .metrics import Metrics, PixelMetrics, _areas, _undefined, aupro_name, fraction
 
 # %% ../../nbs/evaluation/70a_binned.ipynb #dd535f97
 def _bins(scores: torch.Tensor,  # float32
@@ -24,6 +24,21 @@ def _in_order(bins: torch.Tensor) -> np.ndarray: # (2^bits - 1,) the contents of
     "From the order of the bits to that of the numbers: negative ones grow as they fall; -0 and 0 are one score, so the two bins beside it are one"
     positive, negative = bins.cpu().numpy().reshape(2, -1)
     return np.r_[negative[:0:-1], negative[0] + positive[0], positive[1:]]
+
+# %% ../../nbs/evaluation/70a_binned.ipynb #d40c8e15
+_SERIES_FROM = 64.0  # from here on the first terms of the asymptotic series say more than the function itself
+
+
+def _digamma_step(
+    start: np.ndarray,  # float64, from 1 on
+    steps: np.ndarray,  # float64, from 0 on
+) -> np.ndarray:  # digamma(start + steps) - digamma(start)
+    "The sum of 1 / (start + j) for j from 0 to steps - 1, to full precision."
+    end = start + steps
+    inner = 1 / start - 1 / end
+    squares = (end - start) * (end + start) / (start * end) ** 2
+    series = np.log1p(steps / start) + inner / 2 + squares / 12 - (start**-4.0 - end**-4.0) / 120 + (start**-6.0 - end**-6.0) / 252
+    return np.where(start < _SERIES_FROM, digamma(end) - digamma(start), series)
 
 # %% ../../nbs/evaluation/70a_binned.ipynb #a5135368
 class BinnedPixelMetrics(PixelMetrics):
@@ -85,7 +100,7 @@ class BinnedPixelMetrics(PixelMetrics):
     def compute(self) -> Metrics: # as of PixelMetrics, with `bounds`: metric -> what the exact value differs by at most
         "The metrics of everything seen so far; more batches may follow"
         self._check_open()
-        aupro = {"pixel_aupro" if l == 0.3 else f"pixel_aupro@{l:g}": l for l in self.limits}
+        aupro = {aupro_name(limit): limit for limit in self.limits}
         self._count()
         t, h, w = map(_in_order, (self.normal, self.hits, self.weight))
         P, N = int(h.sum()), int(t.sum())
@@ -99,11 +114,12 @@ class BinnedPixelMetrics(PixelMetrics):
         h = h[at].astype(np.float64)
         a, c, t = np.cumsum(h) - h, c.astype(np.float64), t.astype(np.float64)
         ranges = dict(pixel_auroc=((h * (N - c - t)).sum() / P / N, (h * (N - c)).sum() / P / N),
-                      pixel_ap=((h - (c + t) * (digamma(a + h + c + t + 1) - digamma(a + c + t + 1))).sum() / P, (h * (a + h) / (a + h + c)).sum() / P),
+                      pixel_ap=((h - (c + t) * _digamma_step(a + c + t + 1, h)).sum() / P, (h * (a + h) / (a + h + c)).sum() / P),
                       pixel_f1max=((2 * (a + h) / (P + a + h + c + t)).max(), (2 * (a + h) / (P + a + h + c)).max()))
         for name, limit in aupro.items():
             left, right = np.minimum(c / N, limit), np.minimum((c + t) / N, limit)
             ranges[name] = ((w * (limit - right)).sum() / limit, (w * (limit - left)).sum() / limit)
+        ranges = {name: (fraction(low, f"lowest {name}"), fraction(high, f"highest {name}")) for name, (low, high) in ranges.items()}
         result = Metrics({**{k: float(low + high) / 2 for k, (low, high) in ranges.items()}, "pixel_aupro_200": math.nan}, {"pixel_aupro_200": "thresholds of the public codes fall inside bins; use exact metrics"})
-        result.bounds = {k: float(high - low) / 2 for k, (low, high) in ranges.items()}
+        result.bounds = {name: max(0.0, high - low) / 2 for name, (low, high) in ranges.items()}
         return result

@@ -15,13 +15,14 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from ..core import write_atomically
 from ..data.images import batches, defect_names
+from ..data.reading import read_as, takes_reading
 from ..data.index import GOOD
 from ..data.taxonomy import novel_types, product_types, typed
-from .evaluate import MEAN, seen_in_training
-from .metrics import _Ranks
+from .evaluate import MEAN, require_categories, seen_in_training
+from .metrics import _Ranks, fraction
 from .rank_counts import RankCounts
+from ..tables import write_table
 
 # %% ../../nbs/evaluation/73_multi_type.ipynb #4a95e54c
 def distinct(heap: RankCounts,  # scores
@@ -49,6 +50,7 @@ class TypeMetrics:
         memory_limit: int = 256 * 2**20, # bytes of scores kept in memory, for all states together; the rest goes to disk, 4 bytes a pixel and state
     ):
         if len(names) < 2: raise ValueError(f"states {list(names)}: there must be normal and at least one type")
+        if len(set(names)) < len(names): raise ValueError(f"states {list(names)}: a type is named twice, or called as the state without a defect is; rename it")
         if spill is not None and not Path(spill).is_dir(): raise ValueError(f"spill folder {spill} does not exist; create it or pass spill=None")
         self.names, n = list(names), len(names)
         block = max(2**10, memory_limit // (16 * n)) # two heaps a state, 4 bytes a score: half of the limit for blocks being filled, half for full ones
@@ -83,8 +85,9 @@ class TypeMetrics:
             ranks, why = _Ranks(p, n), "" if p and n else f"no pixel {'is' if not p else 'is anything but'} {name}"
             for values, hits in distinct(self.own[k]) if p else (): ranks.add(hits, *self.rest[k].counts(values))
             said, true = self.confusion[:, k].sum(), self.confusion[k].sum()
-            rows[name] = dict(pixels=p, auroc=ranks.auroc if p and n else np.nan, ap=ranks.ap if p and n else np.nan,
-                              f1=2 * hit[k] / (said + true) if said + true else np.nan, precision=hit[k] / said if said else np.nan, recall=hit[k] / true if true else np.nan, reason=why)
+            values = dict(auroc=ranks.auroc if p and n else np.nan, ap=ranks.ap if p and n else np.nan,
+                          f1=2 * hit[k] / (said + true) if said + true else np.nan, precision=hit[k] / said if said else np.nan, recall=hit[k] / true if true else np.nan)
+            rows[name] = dict(pixels=p, **{metric: fraction(value, f"{metric} of {name}") for metric, value in values.items()}, reason=why)
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("type")
 
     def close(self):
@@ -96,7 +99,7 @@ class TypeMetrics:
 def macro(table: pd.DataFrame # of `TypeMetrics.compute`, normal first
          ) -> dict: # auroc, ap, f1 with normal (the papers' numbers), and auroc_defects, ap_defects, f1_defects without
     "Means over the states where a metric is defined"
-    return {f"{m}{end}": float(rows[m].mean()) for end, rows in (("", table), ("_defects", table.iloc[1:])) for m in ("auroc", "ap", "f1")}
+    return {f"{m}{end}": fraction(rows[m].mean(), f"mean {m}") for end, rows in (("", table), ("_defects", table.iloc[1:])) for m in ("auroc", "ap", "f1")}
 
 # %% ../../nbs/evaluation/73_multi_type.ipynb #b19e610d
 CHOICES = ("filtered", "unfiltered")
@@ -129,11 +132,17 @@ class TypeEvaluation:
             ) -> Path:
         "types_products.csv, types.csv, types_images.csv and types_confusion_*.csv, each whole or absent."
         folder = Path(folder)
-        parts = {"types": self.per_type, "types_images": self.per_image, **{f"types_confusion_{c}": t.rename_axis("truth").reset_index() for c, t in self.confusion.items()}, "types_products": self.per_product}
-        for name, table in parts.items(): path = write_atomically(folder/f"{name}.csv", lambda p, table=table: table.to_csv(p, index=False))
-        return path
+        write_table(self.per_type, folder/"types.csv")
+        write_table(self.per_image, folder/"types_images.csv")
+        for choice, table in self.confusion.items():
+            heading = "truth"
+            while heading in table.columns:  # a type of that name has a column of its own
+                heading += "_"
+            write_table(table.rename_axis(heading), folder/f"types_confusion_{choice}.csv", index=True)
+        return write_table(self.per_product, folder/"types_products.csv")
 
 # %% ../../nbs/evaluation/73_multi_type.ipynb #04a66fa5
+@takes_reading
 def evaluate_types(method,                  # with types: dapo, multiads
                    index: pd.DataFrame,     # target set; rows with split "test" are used
                    size: int|None=None,     # pixels of maps and masks; default: the size of the method's first backbone
@@ -147,12 +156,16 @@ def evaluate_types(method,                  # with types: dapo, multiads
                    progress: bool=True,     # a bar on stderr
                    cache=None,              # keeps frozen features (see `evaluate`)
                    allow_seen: tuple|str=(),  # data sets or "dataset/category" to evaluate although training has seen them
+                   **reading                # see `Reading`; default: as the index says
                   ) -> TypeEvaluation:
     "Multi-type segmentation per product, then mean (section 6)."
     if not hasattr(method, "type_maps"): raise ValueError(f"{method.name} knows no types; use dapo or multiads")
+    index = read_as(index, **reading)
     if not choices or set(choices) - set(CHOICES): raise ValueError(f"choices={choices}; choose from {', '.join(CHOICES)}")
     test = index[index["split"] == "test"]
     if len(test) == 0: raise ValueError(f"the index has no rows with split 'test' (splits: {sorted(index['split'].unique())}); nothing to evaluate")
+    require_categories(test)
+    if "normal" in method.types: raise ValueError(f"{method.name} has a type called 'normal', the name of the state without a defect; rename it in the index")
     seen_in_training(method, test, allow_seen)
     test = typed(test, multi_label=multi_label)
     notes = [f"{int((index['split'] == 'test').sum()) - len(test)} images without a single type were left out"] if len(test) < (index["split"] == "test").sum() else []

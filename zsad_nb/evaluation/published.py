@@ -14,6 +14,8 @@ from importlib.resources import files
 
 import pandas as pd
 
+from ..tables import read_table
+
 # %% ../../nbs/evaluation/72_published.ipynb #99a2599d
 METRIC_NAMES = dict(image_auroc="image AUROC", image_ap="image AP", image_f1max="image F1-max", pixel_auroc="pixel AUROC", pixel_ap="pixel AP", pixel_f1max="pixel F1-max",
                     pixel_aupro="AUPRO", pixel_aupro_200="AUPRO (200 steps)")  # columns of metrics.csv, in the order of tables
@@ -31,8 +33,7 @@ SOURCES = ["own", "quoted", "peer", "third party", "rerun"]  # in the order of p
 
 @lru_cache(maxsize=None)
 def _read() -> pd.DataFrame:
-    words = dict.fromkeys([c for c in COLUMNS if c not in ("value", "std")], str)
-    table = pd.read_csv(str(files("zsad_nb") / "assets" / "published.csv"), dtype=words, keep_default_na=False, na_values={"std": [""]})
+    table = read_table(str(files("zsad_nb") / "assets" / "published.csv"), numbers=("value", "std"))
     return table.astype(dict(value=float, std=float))
 
 def _chosen(table: pd.DataFrame, column: str, wanted) -> pd.Series:

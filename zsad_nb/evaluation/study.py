@@ -7,7 +7,6 @@ __all__ = ['METRICS', 'study', 'summary', 'ordering']
 
 # %% ../../nbs/evaluation/75_study.ipynb #ec2ab757
 import dataclasses
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,16 +15,20 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ..backbones.features import FeatureCache, key_hash
-from ..core import seed_everything, write_atomically
+from ..core import seed_everything
 from ..data.index import fingerprint
+from ..data.reading import read_as, takes_reading
 from .evaluate import MEAN, evaluate
 from .views import view
 from ..learning.training import fit, recipe_of
+from ..files import write_json
 from ..methods.base import create
+from ..tables import read_table, write_table
 
 # %% ../../nbs/evaluation/75_study.ipynb #dfef830e
 METRICS = ["image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "pixel_f1max", "pixel_aupro"]  # percent in tables, fractions in files
 
+@takes_reading
 def study(method: str,                 # a registered method
           variants: dict[str, dict],   # name -> parameters of the method that differ
           auxiliary: pd.DataFrame,     # Index trained on
@@ -40,9 +43,12 @@ def study(method: str,                 # a registered method
           more: Callable|None=None,    # further numbers of a trained model: more(model, target) -> name: value, in the row of the mean
           device: str="cpu",
           progress: bool=True,
+          **reading                    # of both sets, see `Reading`; default: as each index says
          ) -> pd.DataFrame:            # one row a variant, seed, stage ("untrained" or "trained") and category (with the mean): metrics, seconds; .attrs["views"]: variant -> folder
     "Train and evaluate every variant under every seed; go on where a stopped study ended."
     options, recipe = options or {}, recipe or {}
+    auxiliary, target = read_as(auxiliary, **reading), read_as(target, **reading)
+    shown = None if shown is None else read_as(shown, **reading)
     if isinstance(cache, (str, Path)): cache = FeatureCache(cache)
     if shown is not None and out is None: raise ValueError("the maps of `shown` are kept in files: pass out=FOLDER")
     common = dict(method=method, options=options, recipe=dataclasses.asdict(recipe_of(method, **recipe)), auxiliary=fingerprint(auxiliary), target=fingerprint(target), untrained=untrained)
@@ -54,13 +60,13 @@ def study(method: str,                 # a registered method
             kept = shown if seed == seeds[0] else None
             key = dict(common, variant=name, changes=changes, seed=seed, weights=weights, **({} if kept is None else dict(shown=fingerprint(kept))))
             file = None if out is None else Path(out)/f"{key_hash(key)}.csv"
-            if file is not None and file.is_file(): rows = pd.read_csv(file)
+            if file is not None and file.is_file(): rows = read_table(file, numbers="rest", text=("variant", "category", "stage"))
             else:
                 rows = _one(method, {**options, **changes}, auxiliary, target, seed, recipe, cache, untrained, device, more, None if kept is None else (kept, file.with_suffix("")))
                 rows.insert(0, "seed", seed); rows.insert(0, "variant", name)
                 if file is not None:
-                    write_atomically(file.with_suffix(".json"), lambda p, key=key: p.write_text(json.dumps(key, indent=1, default=list)))
-                    write_atomically(file, lambda p, rows=rows: rows.to_csv(p, index=False))  # last: this one is done
+                    write_json(file.with_suffix(".json"), key)
+                    write_table(rows, file)  # last: this one is done
             if kept is not None: views[name] = file.with_suffix("")
             parts.append(rows)
     table = pd.concat(parts, ignore_index=True)

@@ -7,6 +7,7 @@ __all__ = ['choose', 'colour_scale', 'map_ranges', 'look_at_types', 'Views', 'vi
 
 # %% ../../nbs/evaluation/74a_views.ipynb #65b75fb4
 import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,22 +21,29 @@ from ..core import write_atomically
 from ..data.images import batches, defect_names
 from ..data.index import root_of
 from ..data.pixels import load_mask
+from ..data.reading import read_as, reading_of, takes_reading
 from ..data.taxonomy import typed
 from .multi_type import _own_types
 from ..methods.base import Method
+from ..names import shown as shown_name
+from ..tables import read_table, write_table
 
 # %% ../../nbs/evaluation/74a_views.ipynb #a368d843
+@takes_reading
 def choose(index: pd.DataFrame,      # an Index; rows with split "test" are used
            each: int=1,              # defective images a category; 1 is the median in area
            categories: Iterable=(),  # of these only
+           **reading                 # see `Reading`; default: as the index says
           ) -> pd.DataFrame:         # rows of the Index, with a column `area`: the defect's share of the image
     "Defective images by the area of their defect, whatever a method says of them."
+    index = read_as(index, **reading)
     test, root, chosen = index[(index["split"] == "test") & index["anomalous"]], root_of(index), []
+    threshold = reading_of(index).mask_threshold
     if lost := sorted(set(categories) - set(index["category"])): raise ValueError(f"the index has no category {', '.join(lost)}; it has {', '.join(sorted(set(index['category'])))}")
     if each < 1: raise ValueError(f"each={each}; it must be at least 1")
     for category, rows in test.groupby("category", sort=True):
         if categories and category not in categories: continue
-        rows = rows.assign(area=[float(load_mask(root/m).mean()) if m else np.nan for m in rows["mask"]]).sort_values(["area", "image"])
+        rows = rows.assign(area=[float(load_mask(root/m, None, threshold).mean()) if m else np.nan for m in rows["mask"]]).sort_values(["area", "image"])
         at = sorted({int((k + 0.5) / each * len(rows)) for k in range(each)})
         chosen.append(rows.iloc[at])
     out = pd.concat(chosen) if chosen else test.assign(area=np.nan)
@@ -49,12 +57,15 @@ def colour_scale(rows: pd.DataFrame  # images of one class: map_low, map_high
     low, high = rows["map_low"].median(), rows["map_high"].quantile(0.95)
     return (low, high) if high > low else (low, low + 1)
 
+@takes_reading
 def map_ranges(method: Method,
                index: pd.DataFrame,  # rows with split "test" are used
                each: int=20,         # images a category at most, normal and defective in turn; 0: all
                size: int|None=None, cache: FeatureCache|None=None,
+               **reading             # see `Reading`; default: as the index says
               ) -> pd.DataFrame:     # image, category, map_low, map_high
     "Between which values the maps of a category lie."
+    index = read_as(index, **reading)
     size, rows, test = size or next(iter(method.backbones().values())).size, [], index[index["split"] == "test"]
     if each: test = test.sort_values("image", kind="stable").assign(turn=lambda t: t.groupby(["category", "anomalous"]).cumcount()).sort_values(["category", "turn"], kind="stable").groupby("category").head(each)
     test.attrs = dict(index.attrs)
@@ -82,9 +93,23 @@ def look_at_types(method,                # with types: dapo, multiads; it was to
         best = method.type_scores(said.layers, maps, keep).argmax(1)
         for i in range(len(batch)):
             found.append(dict(image=batch.image[i].permute(1, 2, 0).cpu().numpy(), truth=(batch.mask[i, 0] * kinds[i]).cpu().numpy(), largest=kept[maps[i].argmax(0)].cpu().numpy(),
-                              likely=kept[1 + maps[i, 1:].argmax(0)].cpu().numpy(), heat=maps[i, 1:].sum(0).cpu().numpy(), map=said.map[i].cpu().numpy(), mask=batch.mask[i, 0].cpu().numpy(), path=batch.path[i],
+                              likely=kept[1 + maps[i, 1:].argmax(0)].cpu().numpy(), heat=maps[i, 1:].sum(0).cpu().numpy(), map=said.map[i].cpu().numpy(), mask=batch.mask[i, 0].cpu().numpy(), path=batch.path[i], category=batch.category[i],
                               has_mask=bool(batch.has_mask[i]), type=method.types[kinds[i] - 1] if kinds[i] else "normal", guess=method.types[keep[best[i]] - 1], score=float(said.score[i])))
     return found
+
+def _read_arrays(path: Path) -> dict:
+    "The arrays of views.npz, if they are those of images, masks and maps of one size; nothing is unpickled."
+    with np.load(path, allow_pickle=False) as kept:
+        arrays = {k: kept[k] for k in kept.files}
+    images, masks, maps, types = (arrays[k] for k in ("images", "masks", "maps", "types"))
+    kinds = dict(images=("u1", 4), masks=("b1", 3), maps=("f4", 3))
+    wrong = [k for k, (kind, axes) in kinds.items() if arrays[k].dtype != np.dtype(kind) or arrays[k].ndim != axes or arrays[k].shape[:3] != maps.shape[:3]]
+    wrong += ["images"] if images.ndim == 4 and images.shape[3] != 3 else []
+    wrong += ["types"] if types.dtype.kind != "U" or types.ndim != 1 else []
+    wrong += [k for k, v in arrays.items() if k.startswith("typed_") and (v.dtype.kind not in "uf" or v.shape != maps.shape)]
+    if wrong: raise ValueError(f"{', '.join(wrong)} in {path.name} are of another shape or kind")
+    if not np.isfinite(maps).all(): raise ValueError(f"maps in {path.name} hold values that are no numbers")
+    return arrays
 
 @dataclass
 class Views:
@@ -105,32 +130,37 @@ class Views:
         def write(path):
             with open(path, "wb") as file: np.savez_compressed(file, images=self.images, masks=self.masks, maps=self.maps, types=types, **{f"typed_{k}": v for k, v in self.typed.items()})
         write_atomically(folder/"views.npz", write)
-        return write_atomically(folder/"views.csv", lambda p: self.rows.to_csv(p, index=False))
+        return write_table(self.rows, folder/"views.csv")
 
     @classmethod
     def read(cls, folder: str|Path) -> "Views":
         "What `save` left."
         try:
-            rows = pd.read_csv(Path(folder)/"views.csv", dtype=dict(category=str, image=str, defect=str), keep_default_na=True)
-            with np.load(Path(folder)/"views.npz", allow_pickle=False) as kept: arrays = {k: kept[k] for k in kept.files}
+            rows = read_table(Path(folder)/"views.csv", numbers=("anomalous", "area", "has_mask", "score", "low", "high"))
+            arrays = _read_arrays(Path(folder)/"views.npz")
             images, masks, maps = (arrays[k] for k in ("images", "masks", "maps"))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error: raise ValueError(f"{folder} holds no views ({type(error).__name__}: {error}); make the run again") from None
+        except (OSError, ValueError, KeyError, EOFError, MemoryError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error: raise ValueError(f"{shown_name(str(folder))} holds no views ({type(error).__name__}: {error}); make the run again") from None
         if not len(rows) == len(images) == len(masks) == len(maps): raise ValueError(f"{folder}: views.csv has {len(rows)} rows, views.npz {len(images)} images; make the run again")
         return cls(rows, images, masks, maps, tuple(arrays["types"].tolist()), {k[6:]: v for k, v in arrays.items() if k.startswith("typed_")})
 
+@takes_reading
 def view(method: Method|None,    # None: images and masks alone
          shown: pd.DataFrame,    # rows of an Index, such as those of `choose`
          size: int|None=None,    # pixels; default: the size of the method's first backbone
          ranges: pd.DataFrame|None=None,  # category, map_low, map_high of images that set the scales; None: the shown ones
          test: pd.DataFrame|None=None,    # the Index they are from: for what a method with types says of types
          cache: FeatureCache|None=None,
+         **reading               # see `Reading`; default: as the rows say
         ) -> Views:
     "Look at some images through a method."
+    shown = read_as(shown, **reading)
+    test = None if test is None else read_as(test, **{**reading_of(shown).stated, **reading})
     size, found = size or next(iter(method.backbones().values())).size, []
     if method is not None and test is not None and hasattr(method, "type_maps"):
         test = typed(test[test["split"] == "test"])  # labels become types
         method.prepare(test)
-        shown = shown[["image", *(["area"] if "area" in shown else [])]].merge(test, on="image")
+        keys = ["dataset", "category", "image"]  # one photograph may belong to several categories
+        shown = shown[[*keys, *(["area"] if "area" in shown else [])]].merge(test, on=keys)
         for _, part in shown.groupby(["dataset", "category"], sort=True):
             part.attrs = dict(test.attrs)
             found += look_at_types(method, part, test, size=size)
@@ -138,11 +168,11 @@ def view(method: Method|None,    # None: images and masks alone
         for batch in batches(shown, size, 8, interpolation=getattr(method, "interpolation", "bicubic")):
             said = None if method is None else method.predict(batch, cache).cpu()
             for i in range(len(batch)):
-                found.append(dict(path=batch.path[i], image=batch.image[i].permute(1, 2, 0).numpy(), mask=batch.mask[i, 0].numpy(), has_mask=bool(batch.has_mask[i]),
+                found.append(dict(path=batch.path[i], category=batch.category[i], image=batch.image[i].permute(1, 2, 0).numpy(), mask=batch.mask[i, 0].numpy(), has_mask=bool(batch.has_mask[i]),
                                   map=np.zeros((size, size), np.float32) if said is None else said.map[i].numpy(), score=np.nan if said is None else said.score[i].item()))
     if not found: raise ValueError("there are no images to look at")
-    told = pd.DataFrame([{k: f[k] for k in ("path", "has_mask", "score", "type", "guess") if k in f} | dict(map_low=f["map"].min(), map_high=f["map"].max()) for f in found]).rename(columns=dict(path="image"))
-    rows = told.merge(shown[[c for c in ("dataset", "category", "image", "defect", "anomalous", "area") if c in shown]], on="image", validate="1:1", how="left")
+    told = pd.DataFrame([{k: f[k] for k in ("path", "category", "has_mask", "score", "type", "guess") if k in f} | dict(map_low=f["map"].min(), map_high=f["map"].max()) for f in found]).rename(columns=dict(path="image"))
+    rows = told.merge(shown[[c for c in ("dataset", "category", "image", "defect", "anomalous", "area") if c in shown]], on=["category", "image"], validate="1:1", how="left")
     scales = {c: colour_scale(r) for c, r in (rows if ranges is None else ranges).groupby("category")}
     rows["low"], rows["high"] = ([float(scales[c][k]) for c in rows["category"]] for k in (0, 1))
     kinds = {k: np.stack([f[k] for f in found]).astype(d) for k, d in dict(truth=np.uint8, largest=np.uint8, likely=np.uint8, heat=np.float32).items()} if "heat" in found[0] else {}

@@ -12,13 +12,13 @@ import hashlib
 import importlib.util
 import os
 import pickle
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import traceback
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..backbones.weights import import_vision_libraries
 from ..data.images import Batch, Batches
+from ..files import owned_only, write_atomically
 from ..methods.base import Method, Prediction
 
 # %% ../../nbs/learning/62_devices.ipynb #e9ae1755
@@ -94,6 +95,7 @@ class Alone:
     def shares(self, loader: Batches) -> Batches: return loader
     def busy(self, loader: Batches) -> bool: return True  # does this process have rows of the present batch?
     def total(self, counts: dict) -> dict: return counts
+    def same(self, value) -> bool: return True  # have all processes this value?
     def agree(self, parameters: list): pass
 
     def backward(self, method: Method, forward: Callable, features, batch: Batch,
@@ -122,6 +124,10 @@ class Team(Alone):
         "Counts of all processes."
         everyone = self._gather([counts])
         return {k: sum(c[k] for c in everyone) for k in counts}
+
+    def same(self, value) -> bool:
+        "Have all processes this value?"
+        return len(set(self._gather([value]))) == 1
 
     def agree(self, parameters: list):
         "All processes have the same parameters and the same random numbers ahead, or it is an error."
@@ -189,6 +195,19 @@ def check_devices(method: Method, devices: int, batch_size: int):
 
 _START = "from zsad_nb.learning.devices import _work; _work()"
 
+def _write_private(path: Path, data: bytes):
+    "A new file that only this user can write, whatever the umask."
+    with open(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        file.write(data)
+
+def _store() -> "torch.distributed.TCPStore":
+    "Where the processes meet: a port of its own, whoever else is training here, and of this machine only."
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    listening.listen(128)
+    port = listening.getsockname()[1]
+    return torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
+
 def launch(method: Method,   # changed in place
            devices: int,     # processes
            arguments: dict,  # further arguments of `fit`
@@ -199,21 +218,23 @@ def launch(method: Method,   # changed in place
     with tempfile.TemporaryDirectory(prefix="zsad-devices-") as folder:
         folder, processes = Path(folder), []
         try:
-            try: torch.save(method, folder / "method.pt")
+            try:
+                write_atomically(folder / "method.pt", lambda part: torch.save(method, part))
+                os.chmod(folder / "method.pt", 0o600)
             except (pickle.PicklingError, AttributeError, TypeError) as error: raise ValueError(f"this {method.name} cannot be sent to other processes ({error}); remove hooks and functions that were put on it") from error
-            (folder / "arguments.pkl").write_bytes(pickle.dumps((dict(arguments, devices=devices), home.type)))
-            store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # a port of its own, whoever else is training here
+            _write_private(folder / "arguments.pkl", pickle.dumps((dict(arguments, devices=devices), home.type)))
+            store = _store()
             env = dict(os.environ, WORLD_SIZE=str(devices), LOCAL_WORLD_SIZE=str(devices), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True",
                        PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
             if not cuda: env |= dict(OMP_NUM_THREADS=str(max(1, torch.get_num_threads() // devices)), CUDA_VISIBLE_DEVICES="")
-            if sys.platform == "linux": env.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            if sys.platform == "linux": env |= dict(GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo")  # all of them are on this machine: nobody outside it is listened to
             for rank in range(devices):
                 with open(folder / f"{rank}.log", "wb") as log:
                     processes.append(subprocess.Popen([sys.executable, "-c", _START, str(folder)], env=dict(env, RANK=str(rank), LOCAL_RANK=str(rank)),
                                                       stdin=subprocess.PIPE, stdout=log, stderr=None if rank == 0 else log))
             while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes): time.sleep(0.05)
             if any(p.poll() for p in processes): raise _why(folder, processes)
-            state, history = torch.load(folder / "done.pt", weights_only=False)  # written by this very run, in a folder only this user can read
+            state, history = torch.load(owned_only(folder / "done.pt"), weights_only=False)  # written by this very run, in a folder only this user can read
         finally:
             for p in processes: p.kill()
             for p in processes: p.wait(); p.stdin.close()
@@ -226,9 +247,9 @@ def launch(method: Method,   # changed in place
 def _why(folder: Path, processes: list) -> Exception:
     "The error of the process that failed first."
     time.sleep(0.2)  # whoever is writing its error
-    said = sorted(folder.glob("*.error"), key=lambda f: f.stat().st_mtime_ns)
+    said = sorted(folder.glob("*.error"), key=lambda f: (f.stat().st_mtime_ns, f.name))
     if said:
-        kind, arguments, state, text = pickle.loads(said[0].read_bytes())
+        kind, arguments, state, text = pickle.loads(owned_only(said[0]).read_bytes())
         error = kind.__new__(kind, *arguments)  # an error's own constructor may want other arguments than its message
         error.args = arguments
         vars(error).update(state)
@@ -246,18 +267,17 @@ def _work():
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
     try:
-        from zsad_nb.learning.training import fit
+        from zsad_nb.learning.training import train_here
         import_vision_libraries()
-        method = torch.load(folder / "method.pt", map_location="cpu", mmap=True, weights_only=False)  # the frozen weights are shared pages
-        arguments, kind = pickle.loads((folder / "arguments.pkl").read_bytes())
+        method = torch.load(owned_only(folder / "method.pt"), map_location="cpu", mmap=True, weights_only=False)  # the frozen weights are shared pages
+        arguments, kind = pickle.loads(owned_only(folder / "arguments.pkl").read_bytes())
         if kind == "cuda": method.to(f"cuda:{rank}")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*have no mask")  # was said before the start
-            history = fit(method, **dict(arguments, progress=arguments["progress"] and rank == 0))
+        history = train_here(method, **dict(arguments, progress=arguments["progress"] and rank == 0))
         if rank == 0:
             frozen = tuple(f"{role}." for role in method.backbones())
             state = {k: v.detach().cpu() for k, v in (*method.named_parameters(), *method.named_buffers()) if not k.startswith(frozen)}
             torch.save((state, history), folder / "done.pt")
+            os.chmod(folder / "done.pt", 0o600)
         torch.distributed.barrier()  # nobody leaves while another may still ask
         torch.distributed.destroy_process_group()
     except BaseException as error:
@@ -265,6 +285,6 @@ def _work():
         try: said = pickle.dumps((type(error), error.args, vars(error), text))
         except Exception: said = pickle.dumps((RuntimeError, (f"{type(error).__name__}: {error}",), {}, text))
         with contextlib.suppress(OSError):
-            (folder / f"{rank}.part").write_bytes(said)
+            _write_private(folder / f"{rank}.part", said)
             (folder / f"{rank}.part").rename(folder / f"{rank}.error")
         os._exit(1)

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backbones.backbones import ClipBackbone, Features, create_backbone
-from ..backbones.ensembles import ADACLIP_STATES, ADACLIP_TEMPLATES, NAMES, blank_for_dash, read_templates, sentences, spelling
+from ..backbones.ensembles import ADACLIP_STATES, ADACLIP_TEMPLATES, RELEASED_HELP, RELEASED_NAMES, blank_for_dash, read_templates, sentences
 from ..backbones.text import TextTower, create_text, tokenizer
-from ..backbones.weights import read_state
+from ..backbones.weights import released_state
 from ..components.dapo_prompts import enlarge
 from ..components.maps import to_pixels
 from ..learning.losses import dice, focal
-from .base import Method, ParameterSet, Prediction, Variant, fit_released, nested_tensors, param, register
+from .base import Method, ParameterSet, Prediction, Variant, fit_released, param, register
 
 # %% ../../nbs/methods/53_adaclip.ipynb #1f60c29c
 class HybridTokens(nn.Module):
@@ -145,7 +145,7 @@ class AdaCLIPParameters(ParameterSet):
     taps: tuple|None = param(None, "code: 6/12/18/24 of 24; default: the tower's", "1-based blocks")
     quick_gelu: bool|None = param(False, "code: exact GELU, which is not what the weights were trained with", "activation of the CLIP towers: QuickGELU, or False for the exact GELU; None: the one that the weights were trained with")
     position_resize: str|None = param("bicubic_plain", "code: plain bicubic", "how the image tower's positions are resized: bilinear, bicubic (antialiased) or bicubic_plain (not); None: as the backbone table says", ("bilinear", "bicubic", "bicubic_plain"))
-    names: str = param("released", "code: as the data set spells them, a blank for a dash", "class names in the sentences: released, or words (lower case, no underscores, no numbers)", NAMES)
+    names: str = param("released", "code: as the data set spells them, a blank for a dash", RELEASED_HELP, RELEASED_NAMES)
     templates: tuple|str = param(ADACLIP_TEMPLATES, "code", "sentences around a state, each longer than `length` words, or a text file with one a line", "one or more")
     length: int = param(5, "code", "tokens a block", "at least 1")
     depth: int = param(4, "code", "first blocks with tokens, in text from the second of them on; at most all", "at least 1")
@@ -169,6 +169,7 @@ class AdaCLIPParameters(ParameterSet):
 class AdaCLIP(Method):
     "Static and dynamic tokens in both towers, linear adapters, fusion by k-means (Cao et al., ECCV 2024)."
     name, Parameters = "adaclip", AdaCLIPParameters
+    released_name = staticmethod(blank_for_dash)
     older = dict(quick_gelu=None, names="words", half_tokens=False, dice_over="image")  # QuickGELU, and no slips
     recipe = dict(epochs=5, batch_size=1, optimiser="adamw", betas=(0.5, 0.999), weight_decay=0.01, schedule="constant", seed=111)  # code; decay: the optimiser's default; the seed is ours
     readings = {"repaired": Variant("Without the slips of the release: dice over the image instead of over its rows, tokens in full precision.", half_tokens=False, dice_over="image"),
@@ -200,13 +201,18 @@ class AdaCLIP(Method):
         "What `encode` depends on besides the image."
         return dict(method=self.name, clip=dict(name=self.clip.row.name, hash=self.clip.hash, size=self.clip.size, positions=self.clip.row.positions))
 
+    @classmethod
+    def class_sentences(cls, p, category: str) -> list[str]:
+        "Every sentence that names the class."
+        return sentences(category, sum(ADACLIP_STATES.values(), ()), read_templates(p.templates), cls.spell(p))
+
     @torch.inference_mode(False)
     @torch.no_grad()
-    def started(self, name: str  # class name
+    def started(self, name: str  # what the sentences call the class
                ) -> tuple:       # (S, L, width), (S,) end of text, how many of the S are normal
         "The frozen first block of a class's sentences, read once."
         if name not in self._started:
-            spell = spelling(self.p.names, blank_for_dash)
+            spell = self.spell(self.p)
             normal, abnormal = (sentences(name, ADACLIP_STATES[s], self.p.templates, spell) for s in ("normal", "abnormal"))
             self._started[name] = *(x.cpu() for x in read_start(self.text, normal + abnormal, self.p.length)), len(normal)
         start, end, normal = self._started[name]
@@ -217,7 +223,7 @@ class AdaCLIP(Method):
                       cls: Tensor,             # (B, C) of `encode`
                      ) -> Tensor:              # (B, 2, C) normal, abnormal, normalised
         "Every sentence with every image's tokens, each normalised, averaged per state, normalised."
-        p, names, found = self.p, categories, [None] * len(categories)
+        p, names, found = self.p, list(map(self.spell(self.p), categories)), [None] * len(categories)
         for name in dict.fromkeys(names):
             rows = [i for i, n in enumerate(names) if n == name]
             start, end, normal = self.started(name)
@@ -280,6 +286,6 @@ def import_released(method: AdaCLIP,  # created with the checkpoint's towers, ta
                     trained_on=(),    # "dataset/category" of the images it was trained on, so that `evaluate` can say what is not zero-shot
                    ) -> AdaCLIP:      # the same method, with the checkpoint's tensors
     "Load a checkpoint of the released code; nothing in it is executed, every key that does not fit is named."
-    fit_released(method, nested_tensors(read_state(path)), released_names(method), path, unused=("clip_model.text_prompter.static_prompts.0",))
+    fit_released(method, released_state(path)[0], released_names(method), path, unused=("clip_model.text_prompter.static_prompts.0",))
     method.trained_on = sorted(trained_on)
     return method

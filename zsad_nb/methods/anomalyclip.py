@@ -15,7 +15,7 @@ from torch import Tensor
 from ..backbones.backbones import create_backbone
 from ..backbones.prompts import ObjectPrompts, import_prompts
 from ..backbones.text import create_text
-from ..backbones.weights import WeightsError, read_state
+from ..backbones.weights import WeightsError, released_state
 from ..components.dual_path import dual_path, joint
 from ..components.maps import to_pixels
 from ..learning.losses import dice, focal
@@ -115,7 +115,7 @@ def import_released(method: Method,   # with `prompts`, created with the checkpo
                     trained_on=(),    # "dataset/category" of the images it was trained on, so that `evaluate` can say what is not zero-shot
                    ) -> Method:       # the same method, with the checkpoint's prompts
     "Load a checkpoint of AnomalyCLIP's or Crane's authors; every key that does not fit is named."
-    state = read_state(path)
+    state, _ = released_state(path)
     try: import_prompts(method.prompts, state, verify)
     except WeightsError as error: raise WeightsError(f"{Path(path).name} does not fit {method.name}: {error}") from error
     method.trained_on = sorted(trained_on)

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backbones.backbones import create_backbone
-from ..backbones.ensembles import ANOVL_STATES, ANOVL_TEXTURES, NAMES, anovl_templates, macaroni, sentences, spelling
-from ..backbones.text import create_text, rewrite
+from ..backbones.ensembles import ANOVL_STATES, ANOVL_TEXTURES, RELEASED_HELP, RELEASED_NAMES, anovl_templates, macaroni, sentences
+from ..backbones.text import create_text
+from ..backbones.words import rewrite
 from ..components.dapo_prompts import enlarge
 from ..components.dual_path import dual_path, joint
 from ..data.synthetic import CATEGORIES
@@ -31,9 +32,10 @@ def kind_of(category: str,           # as in the Index
     known = ANOVL_TEXTURES if textures is None else textures
     return "texture" if category in known or rewrite(category) in known else "object"
 
-def state_sentences(category: str, kind: str,  # "texture" or "object"
-                    spell=rewrite,             # how the name is written, see `zsad_nb.backbones.ensembles.spelling`
-                   ) -> list:                  # 462 normal, then 462 abnormal sentences; templates outside, states inside
+def state_sentences(category: str,
+                    kind: str,      # "texture" or "object"
+                    spell=rewrite,  # how the name is written, see `zsad_nb.backbones.ensembles.spelling`
+                   ) -> list:       # 462 normal, then 462 abnormal sentences; templates outside, states inside
     "Every state in every template in the three wordings of a kind (baselines 2.7)."
     templates = anovl_templates(ANOVL_TEXTURES[0] if kind == "texture" else "object")
     return [s for states in ANOVL_STATES.values() for t in templates for s in sentences(category, states, (t,), spell)]
@@ -97,7 +99,7 @@ class AnoVLParameters(ParameterSet):
     position_resize: str|None = param(None, "code: as the table", "how the image tower's positions are resized: bilinear, bicubic (antialiased) or bicubic_plain (not); None: as the backbone table says", ("bilinear", "bicubic", "bicubic_plain"))
     image_size: int|None = param(None, "paper: 240; default: the CLIP tower's", "pixels, square")
     resize: str = param("bilinear", "code", "how images are brought to the tower's size: bilinear or bicubic, both antialiased", ("bilinear", "bicubic"))
-    names: str = param("released", "code: as the data set spells them, but for macaroni1 and macaroni2", "class names in the sentences: released, or words (lower case, no underscores, no numbers)", NAMES)
+    names: str = param("released", "code: as the data set spells them, but for macaroni1 and macaroni2", RELEASED_HELP, RELEASED_NAMES)
     textures: tuple|None = param(None, "paper: five of MVTec AD; ours: and the drawn textures", "categories that get a texture's sentences")
     dual_blocks: int|None = param(None, "paper: all", "length of the v-v path; 0: none", "0 or more")
     augment: bool = param(True, "paper", "score over 22 views instead of the image alone")
@@ -133,6 +135,7 @@ def squares(image: Tensor,  # (B, 3, H, W)
 class AnoVL(Method):
     "Training-free CLIP with a v-v path, and an adapter fitted to every test image (Deng et al., 2023)."
     name, Parameters = "anovl", AnoVLParameters
+    released_name = staticmethod(macaroni)
     older = dict(names="words", bias=False, noise_scale="length", resize="bicubic", crop_score="max")
     readings = {"released": Variant("To the letter: one AdamW a class, whose moments and step count go on through the class's images in order, and unseeded draws.", release_compat=True),
                 "visa": Variant("The release's script for VisA: two squares of the wide image, no views, a linear adapter, and squares stitched before the softmax of the loss.", **VISA),
@@ -165,7 +168,7 @@ class AnoVL(Method):
     def prepare(self, index, training: bool=False) -> "AnoVL":
         "Forget the optimisers that `release_compat` carries from image to image."
         self._carried = {}
-        return self
+        return super().prepare(index, training)
 
     # ---- frozen
     def sized(self, image: Tensor) -> Tensor:  # (B, 3, H, W) in [0, 1], whose shorter side is the tower's; both sides where it is one square
@@ -194,12 +197,17 @@ class AnoVL(Method):
                     path=dict(dual_blocks=self.dual_blocks, augment=self.p.augment, crops=self.p.crops, resize=self.p.resize))
 
     # ---- text
+    @classmethod
+    def class_sentences(cls, p, category: str) -> list[str]:
+        "Every sentence that names the class."
+        return state_sentences(category, kind_of(category, p.textures), cls.spell(p))
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def sentence_features(self, categories: list) -> tuple:  # (B, 924, C) sentences of length 1, (B, 2, C) their means: normal, abnormal, of length 1
         "Sentences of every image's class, read once a class; means of raw embeddings."
         for c in set(categories) - self._said.keys():
-            z = self.text.encode(state_sentences(c, kind_of(c, self.p.textures), spelling(self.p.names, macaroni)))
+            z = self.text.encode(state_sentences(c, kind_of(c, self.p.textures), self.spell(self.p)))
             self._said[c] = F.normalize(z, dim=-1), F.normalize(z.view(2, -1, z.shape[-1]).mean(1), dim=-1)
         words, text = ([self._said[c][i].to(self.clip.tower.proj) for c in categories] for i in (0, 1))
         return words[0].expand(len(words), -1, -1) if len(set(categories)) == 1 else torch.stack(words), torch.stack(text)

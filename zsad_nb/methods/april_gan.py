@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backbones.backbones import create_backbone
-from ..backbones.ensembles import APRIL_GAN_STATES, NAMES, PHOTO_TEMPLATES, WINCLIP_TEMPLATES, as_spelt, ensemble, read_templates, spelling
+from ..backbones.ensembles import APRIL_GAN_STATES, PHOTO_TEMPLATES, RELEASED_HELP, RELEASED_NAMES, WINCLIP_TEMPLATES, as_spelt, ensemble, read_templates, sentences
 from ..backbones.text import create_text
-from ..backbones.weights import read_state
+from ..backbones.weights import released_state
 from ..components.dapo_prompts import enlarge
 from ..components.maps import to_pixels
 from ..learning.losses import dice, focal
-from .base import Method, ParameterSet, Prediction, Variant, fit_released, nested_tensors, param, reference_images, register
+from .base import Method, ParameterSet, Prediction, Variant, fit_released, param, reference_images, register
 from .class_range import ClassRange, stretch
 
 # %% ../../nbs/methods/55_april_gan.ipynb #fc65590d
@@ -34,7 +34,7 @@ class APRILGANParameters(ParameterSet):
     taps: tuple|None = param(None, "code: 6/12/18/24 of 24; default: the tower's", "1-based blocks")
     quick_gelu: bool|None = param(False, "code: exact GELU, which is not what the weights were trained with", "activation of the CLIP towers: QuickGELU, or False for the exact GELU; None: the one that the weights were trained with")
     position_resize: str|None = param("bicubic", "code: antialiased bicubic", "how the image tower's positions are resized: bilinear, bicubic (antialiased) or bicubic_plain (not); None: as the backbone table says", ("bilinear", "bicubic", "bicubic_plain"))
-    names: str = param("released", "code: as the data set spells them", "class names in the sentences: released, or words (lower case, no underscores, no numbers)", NAMES)
+    names: str = param("released", "code: as the data set spells them", RELEASED_HELP, RELEASED_NAMES)
     templates: tuple|str = param(PHOTO_TEMPLATES, "ours, of the kind of the code's 35", "sentences around a state, or a text file with one a line", "one or more")
     tau: float = param(0.01, "code", "temperature of maps and score", "above 0")
     sigma: float = param(0.0, "code: none", "Gaussian of the map, pixels; evaluation only", "0 or more")
@@ -48,6 +48,7 @@ class APRILGANParameters(ParameterSet):
 class APRILGAN(Method):
     "Hand-written sentences and one linear layer a tap, and a memory of reference patches (Chen et al., VAND workshop of CVPR 2023)."
     name, Parameters = "april_gan", APRILGANParameters
+    released_name = staticmethod(as_spelt)
     older = dict(quick_gelu=None, names="words", few_shot_score="references")  # QuickGELU, whatever the release ran
     readings = {"released": Variant("Few-shot to the letter: the map's maximum is stretched over all test images of a class before it joins the score.", few_shot_score="test set"),
                 "quick gelu": Variant("The activation that CLIP was trained with, in both towers.", quick_gelu=None),
@@ -83,16 +84,22 @@ class APRILGAN(Method):
         b = self.clip
         return dict(method=self.name, clip=dict(name=b.row.name, hash=b.hash, size=b.size, taps=list(b.taps), positions=self.clip.row.positions))
 
+    @classmethod
+    def class_sentences(cls, p, category: str) -> list[str]:
+        "Every sentence that names the class."
+        return sentences(category, sum(APRIL_GAN_STATES.values(), ()), read_templates(p.templates), cls.spell(p))
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def text_features(self, categories: list  # one an image
                      ) -> Tensor:             # (B, 2, C) normal, abnormal, normalised
         "Every state in every template, each normalised, averaged, normalised; read once per class name."
-        spell = spelling(self.p.names, as_spelt)
-        for c in dict.fromkeys(categories):
-            if c in self._said: continue
-            self._said[c] = torch.stack([ensemble(self.text, c, APRIL_GAN_STATES[s], self.p.templates, spell=spell) for s in ("normal", "abnormal")]).cpu()
-        return torch.stack([self._said[c] for c in categories]).to(self.text.device)
+        spell = self.spell(self.p)
+        names = list(map(spell, categories))
+        for n in dict.fromkeys(names):
+            if n in self._said: continue
+            self._said[n] = torch.stack([ensemble(self.text, n, APRIL_GAN_STATES[s], self.p.templates, spell=spell) for s in ("normal", "abnormal")]).cpu()
+        return torch.stack([self._said[n] for n in names]).to(self.text.device)
 
     # ---- references
     def _reserve(self, shots: int):
@@ -130,7 +137,7 @@ class APRILGAN(Method):
     def prepare(self, index: pd.DataFrame, training: bool=False) -> "APRILGAN":
         "The released few-shot score is measured against the index; nothing else depends on it."
         if self.transductive and not training: self._ranges.prepare(index)
-        return self
+        return super().prepare(index, training)
 
     def features(self, batch, cache=None) -> dict[str, Tensor]:
         "As of any method; the cache also serves the other images of a class."
@@ -199,6 +206,6 @@ def import_released(method: APRILGAN,  # created with the checkpoint's tower and
                     trained_on=(),     # "dataset/category" of the images it was trained on, so that `evaluate` can say what is not zero-shot
                    ) -> APRILGAN:      # the same method, with the checkpoint's linear layers
     "Load a checkpoint of the released code; nothing in it is executed, every key that does not fit is named."
-    fit_released(method, nested_tensors(read_state(path)), released_names(method), path)
+    fit_released(method, released_state(path)[0], released_names(method), path)
     method.trained_on = sorted(trained_on)
     return method

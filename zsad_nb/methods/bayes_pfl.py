@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..backbones.backbones import create_backbone
 from ..backbones.prompts import StatePrompts
-from ..backbones.text import create_text, rewrite
+from ..backbones.text import create_text
+from ..backbones.words import NAMES, NAMES_HELP, rewrite
 from ..components.maps import to_pixels, top_share_mean
 from ..components.prompt_flow import PromptFlow, fixed_noise
 from ..learning.losses import dice
@@ -27,6 +28,7 @@ class BayesPFLParameters(ParameterSet):
     "Every choice Bayes-PFL makes."
     clip: str = param("tiny-clip", "ours: the embedded default; stated: clip-vitl14-336", "image and text tower, a CLIP of the backbone table")
     clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
+    names: str = param("words", "ours; raw: most released codes", NAMES_HELP, NAMES)
     image_size: int|None = param(None, "stated: 518; default: the tower's", "pixels, square")
     clip_taps: tuple|None = param(None, "stated: 6/12/18/24 of 24; default: the tower's", "1-based blocks")
     quick_gelu: bool|None = param(None, "ours: as the weights were trained; code: exact GELU", "activation of the CLIP towers: QuickGELU, or False for the exact GELU; None: the one that the weights were trained with")
@@ -71,7 +73,7 @@ class SampledPrompts(StatePrompts):
                 states: Tensor,            # (B or 1, R, 2, width) added to the normal and to the abnormal state vectors
                ) -> Tensor:                # (B, R * count, 2, embed_dim) pairs of normal and abnormal, not normalised
         "Text features of every image's own prompts."
-        ids = self.text.tokenize([" ".join(["X"] * self.places + [rewrite(n)]) for n in class_names])
+        ids = self.text.tokenize([" ".join(["X"] * self.places + [rewrite(n, self.names)]) for n in class_names])
         end, images, samples = ids.argmax(1), len(class_names), max(context.shape[1], states.shape[1])
         words, shape = self.text.embed(ids), (images, samples, self.count, 2)
         background = self.background[:, None] + context[:, :, None, None, None]                                     # (B, R, count, 1, b, width)
@@ -149,7 +151,7 @@ class BayesPFL(Method):
         self.text = create_text(p.clip, p.clip_weights, p.quick_gelu)
         if getattr(b.tower, "proj", None) is None: raise ValueError(f"{p.clip} has no space shared with text; use a CLIP of the backbone table")
         self.grid, wide = (b.size // b.patch,) * 2, b.tower.proj.shape[1]
-        self.prompts = SampledPrompts(self.text, p.context, p.state, p.bank, p.prompt_std, False, p.state_mean)
+        self.prompts = SampledPrompts(self.text, p.context, p.state, p.bank, p.prompt_std, False, p.state_mean, p.names)
         given = dict(context=wide) if p.image_specific and p.context else {}
         self.flows = nn.ModuleDict({k: PromptFlow(self.text.width, c, p.hidden, p.flows, p.start_std) for k, c in (given | (dict(normal=0, abnormal=0) if p.image_agnostic else {})).items()})
         self.project = nn.ModuleDict({f"tap_{t}": nn.Linear(b.width, wide, bias=False) for t in b.taps})
@@ -166,6 +168,11 @@ class BayesPFL(Method):
         return self
 
     # ---- frozen
+    @classmethod
+    def class_sentences(cls, p, category: str) -> list[str]:
+        "Every sentence that names the class."
+        return [" ".join(["X"] * (p.context + p.state) + [cls.spell(p)(category)])]  # X holds a learned vector's place
+
     def encode(self, batch) -> dict[str, Tensor]:
         "Patches (B, N, D) of every tap, image embedding (B, C)."
         seen = self.clip(batch.image, norm=self.p.patch_norm)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..backbones.backbones import create_backbone
 from ..backbones.text import create_text
-from ..backbones.weights import WeightsError, read_state
+from ..backbones.weights import WeightsError, released_state
 from ..components.dapo_prompts import HybridPrompts, enlarge, focal_types, prototypes, true_and_normal, type_logits
 from ..components.deep_tokens import image_tokens, see_deep
 from ..components.maps import to_pixels, top_share_mean
@@ -86,7 +86,7 @@ class TypeMethod(Method):
             raise ValueError(f"{count} images have a defect that is none of the types ({', '.join(self.p.types)}): {', '.join(repr(d) for _, d in sorted(lost)[:6])}. "
                              "Add its type, correct the label, or leave the images out (zsad_nb.data.taxonomy.typed drops those without a type)")
         self._kinds = kinds
-        return self
+        return super().prepare(index, training)
 
     def kinds(self, batch) -> Tensor:  # (B,) 0 for an image without defect, else the number of its type from 1
         "The types of a batch's images."
@@ -233,16 +233,11 @@ def released_names(method: DAPO) -> dict:  # our name -> released name
     if method.image_tokens is not None: names["image_tokens"] = "visual_prompt.learnable_visual_tokens"
     return names | {f"adapters.tap_{t}.{part}": f"linear_adapter.fc.{i}.{part}" for i, t in enumerate(method.clip.taps) for part in ("weight", "bias")}
 
-def _flatten(value, prefix=""):
-    for k, v in value.items():
-        if isinstance(v, dict): yield from _flatten(v, f"{prefix}{k}.")
-        elif torch.is_tensor(v): yield f"{prefix}{k}", v
-
 def import_released(method: DAPO,     # created with the checkpoint's sizes: towers, taps, prompts, tokens
                     path: str|Path,   # a .pth of the released trainer, or the same names in safetensors
                    ) -> DAPO:         # the same method, with the checkpoint's tensors
     "Load a checkpoint of the released code; nothing in it is executed, every key that does not fit is named."
-    flat = {k: v for k, v in _flatten(read_state(path)) if not k.startswith("prompt_learner.meta_net.")}
+    flat = {k: v for k, v in released_state(path)[0].items() if not k.startswith("prompt_learner.meta_net.")}
     names = released_names(method)
     missing = [theirs for theirs in names.values() if theirs not in flat]
     if missing: raise WeightsError(f"{Path(path).name} does not fit dapo: missing {', '.join(missing[:4])} (found: {', '.join(sorted(flat)[:4]) or 'no tensors'})")

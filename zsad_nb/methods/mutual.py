@@ -92,7 +92,7 @@ class Mutual(Method):
             chosen = torch.randperm(len(paths), generator=torch.Generator().manual_seed(self.p.seed))[:self.p.references].sort().values
             rows = [dict(dataset="", category=category, split="test", image=paths[i], mask="", anomalous=False, defect="good") for i in chosen.tolist()]  # placeholders: no label is kept
             tables[category] = pd.DataFrame(rows)
-            tables[category].attrs["root"] = str(root_of(index))
+            tables[category].attrs = {**index.attrs, "root": str(root_of(index))}
         self._tables, self._banks = tables, {}
         return self
 

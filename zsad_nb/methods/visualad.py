@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backbones.backbones import Features, create_backbone
-from ..backbones.weights import WeightsError, read_state
+from ..backbones.weights import WeightsError, released_state
 from ..components.maps import to_pixels, top_share_mean
 from ..components.visual_tokens import SAF, SCA, init_tokens, token_contrast
 from ..learning.losses import angle_margin, dice, focal, image_bce
@@ -145,20 +145,17 @@ def released_names(method: VisualAD) -> dict:  # our name -> released name, dots
         names |= {f"saf.tap_{t}.{ours}": f"layer_transforms.layer_{t}.{theirs}" for ours, theirs in _SAF.items()}
     return names
 
-def _flatten(value, prefix=""):
-    for k, v in value.items():
-        if isinstance(v, dict): yield from _flatten(v, f"{prefix}{k}.")
-        elif torch.is_tensor(v): yield f"{prefix}{k}", v
-
 def import_released(method: VisualAD,  # created with the checkpoint's backbone, taps and anchors; sca and saf on
                     path: str|Path,    # the authors' .pth (either layout), or the same names in safetensors
                     ln_post: bool=True,  # take the checkpoint's final norm too (used at evaluation only with ln_post="trained")
                    ) -> VisualAD:      # the same method, with the checkpoint's tensors
     "Load a checkpoint of the authors; nothing in it is executed, every key that does not fit is named."
-    state = read_state(path)
-    listed, flat = state.get("features_list"), dict(_flatten(state))
-    if listed is not None and tuple(listed) != tuple(method.backbone.taps):
-        raise WeightsError(f"{Path(path).name} was trained with taps {tuple(listed)}, this method has {method.backbone.taps}; create it with taps={tuple(listed)}")
+    flat, state = released_state(path)
+    taps = state.get("features_list")
+    if taps is not None and not (isinstance(taps, (list, tuple)) and len(taps) <= 100 and all(isinstance(t, int) for t in taps)):
+        raise WeightsError(f"{Path(path).name} does not fit visualad: its features_list is no list of taps; the file is damaged or of another kind")
+    if taps is not None and tuple(taps) != tuple(method.backbone.taps):
+        raise WeightsError(f"{Path(path).name} was trained with taps {tuple(taps)}, this method has {method.backbone.taps}; create it with taps={tuple(taps)}")
     tensors = {ours: flat.pop(theirs) for ours, theirs in released_names(method).items() if theirs in flat}
     missing = [k for k in ("anomaly_token", "normal_token") if k not in flat]
     if missing: raise WeightsError(f"{Path(path).name} does not fit visualad: missing {', '.join(missing)} (found: {', '.join(sorted(flat)[:4]) or 'no tensors'})")

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backbones.backbones import ClipBackbone, create_backbone
-from ..backbones.ensembles import ANOMALIB_TEMPLATES, WINCLIP_STATES, WINCLIP_TEMPLATES, ensemble
-from ..backbones.text import create_text, rewrite
+from ..backbones.ensembles import ANOMALIB_TEMPLATES, WINCLIP_STATES, WINCLIP_TEMPLATES, ensemble, sentences
+from ..backbones.text import create_text
+from ..backbones.words import NAMES, NAMES_HELP
 from ..components.maps import to_pixels
 from .base import Method, ParameterSet, Prediction, Variant, param, reference_images, register
 
@@ -72,6 +73,7 @@ class WinCLIPParameters(ParameterSet):
     "Every choice WinCLIP makes."
     clip: str = param("tiny-clip", "ours: the embedded default; paper: clip-vitb16-plus-240", "image and text tower, a CLIP of the backbone table")
     clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
+    names: str = param("words", "ours; raw: most released codes", NAMES_HELP, NAMES)
     quick_gelu: bool|None = param(None, "code: exact GELU, as LAION's weights were trained", "activation of the CLIP towers: QuickGELU, or False for the exact GELU; None: the one that the weights were trained with")
     position_resize: str|None = param(None, "code: bilinear, as the table", "how the image tower's positions are resized: bilinear, bicubic (antialiased) or bicubic_plain (not); None: as the backbone table says", ("bilinear", "bicubic", "bicubic_plain"))
     image_size: int|None = param(None, "paper: 240; default: the CLIP tower's", "pixels, square")
@@ -156,13 +158,19 @@ class WinCLIP(Method):
         return self
 
     # ---- comparison
+    @classmethod
+    def class_sentences(cls, p, category: str) -> list[str]:
+        "Every sentence that names the class."
+        return [] if p.class_agnostic else sentences(category, sum(WINCLIP_STATES.values(), ()), TEMPLATES[p.templates], cls.spell(p))
+
     @torch.no_grad()
     def text_features(self, categories: list  # one an image
                      ) -> Tensor:             # (B, 2, C) normal, abnormal, normalised
         "Mean of every state in every template, made once per class name (section 4.1)."
-        names = ["object" if self.p.class_agnostic else rewrite(c) for c in categories]
+        spell = self.spell(self.p)
+        names = ["object" if self.p.class_agnostic else spell(c) for c in categories]
         for n in set(names) - self._said.keys():
-            self._said[n] = torch.stack([ensemble(self.text, n, WINCLIP_STATES[s], TEMPLATES[self.p.templates], normalise_each=False) for s in ("normal", "abnormal")])
+            self._said[n] = torch.stack([ensemble(self.text, n, WINCLIP_STATES[s], TEMPLATES[self.p.templates], False, spell) for s in ("normal", "abnormal")])
         return torch.stack([self._said[n] for n in names]).to(self.clip.tower.proj)
 
     def zero_shot(self, features: dict, categories: list) -> dict:  # "image" (B,) abnormal; "grid" (B, h, w); "window_s" (B, h, w), larger = more anomalous

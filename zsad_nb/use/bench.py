@@ -32,15 +32,17 @@ from ..backbones.backbones import Backbone
 from ..backbones.engines import Engine, fast_products, products, products_switch
 from ..backbones.graphs import ENGINES, EngineError
 from ..components import maps
-from ..core import require_known, write_atomically
+from ..core import require_known
 from ..data.images import batches
 from ..data.synthetic import synthetic_index
 from ..evaluation.evaluate import evaluate
 from ..evaluation.metrics import PixelMetrics
+from ..files import write_json
 from ..learning.precision import peak_memory
 from ..methods.base import MODULES, create, method_class
+from ..tables import write_table
 from .demo import SETTINGS
-from .paper_style import PAGE, SERIES, save_figure, style
+from .paper_style import PAGE, SERIES, letters, save_figure, style
 from .runs import hardware, versions
 
 # %% ../../nbs/use/87_bench.ipynb #f6edd4a3
@@ -261,7 +263,7 @@ def bench(cases: list[dict],          # each with keys of CASE
     "Every case in its own process, one after the other."
     rows, about = [], machine()
     name = f"{about['cpu']}, {about['cores']} cores" + "".join(f"; {g}" for g in about["gpu"])
-    if out: write_atomically(Path(out)/"machine.json", lambda p: p.write_text(json.dumps(about, indent=1)))
+    if out: write_json(Path(out)/"machine.json", about)
     with tempfile.TemporaryDirectory(prefix="zsad_bench_graphs_") as graphs:
         for case in cases:
             require_known(case, CASE, "key of a case")
@@ -271,7 +273,7 @@ def bench(cases: list[dict],          # each with keys of CASE
             rows.append(json.loads(lines[-1]) if done.returncode == 0 else {**{k: {**CASE, **case}[k] for k in _SHOWN}, "error": lines[-1]})
             rows[-1]["machine"] = name
             if progress: print(f"{len(rows)}/{len(cases)}  {say(rows[-1])}", file=sys.stderr, flush=True)
-            if out: write_atomically(Path(out)/"bench.csv", lambda p: pd.DataFrame(rows).to_csv(p, index=False, float_format="%.4g"))
+            if out: write_table(pd.DataFrame(rows), Path(out)/"bench.csv", float_format="%.4g")
     table = pd.DataFrame(rows)
     if out and "model_s" in table: save_figure(bench_figure(table), Path(out)/"bench", 200)
     return table
@@ -318,7 +320,7 @@ def bench_figure(table: pd.DataFrame  # of `bench`
         ax.barh(range(len(rows)), width, left=left, color=colour, label=stage, height=0.72)
         left = left + width
     ax.plot(rows["decode"] + rows["towers"], range(len(rows)), "|", color="black", markersize=7, markeredgewidth=1.2, label="decode + bare towers")
-    ax.set(yticks=range(len(rows)), yticklabels=names, xlabel="milliseconds an image", ylim=(len(rows) - 0.4, -0.6))
+    ax.set(yticks=range(len(rows)), yticklabels=[letters(name) for name in names], xlabel="milliseconds an image", ylim=(len(rows) - 0.4, -0.6))
     figure.legend(loc="outside upper center", ncols=6)
     return figure
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRUTH', 'FOUND', 'ORDER', 'View', 'colour_table', 'to_levels', 'colours', 'blend', 'edge', 'line_width', 'outline',
            'gaussian_response', 'smooth', 'Drawing', 'encode', 'decode', 'wipe', 'similarity', 'enlarge', 'ring',
-           'sheet']
+           'write_on', 'sheet']
 
 # %% ../../nbs/use/82b_blending.ipynb #fb76e2b2
 import io
@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from scipy.fft import dctn, idctn
 
-from .paper_style import HEAT, OUTLINE
+from .paper_style import HEAT, OUTLINE, font_of, letters, style
 
 # %% ../../nbs/use/82b_blending.ipynb #9b8841f7
 TRUTH, FOUND = OUTLINE, "#FFB000"  # outlines: of the mask, of what the map finds
@@ -227,6 +227,41 @@ def ring(picture: np.ndarray,  # (H, W, 3) uint8
     return np.asarray(canvas)
 
 # %% ../../nbs/use/82b_blending.ipynb #3444c5bc
+def _runs(
+    text: str,  # of `letters`
+) -> list[tuple[str, str | None]]:  # parts, and the file of the font that has them; None: the plain one
+    "A text by fonts: Latin letters as they always were, others in the first font that has them."
+    if text.isascii():
+        return [(text, None)]
+    parts = []
+    for letter in text:
+        font = font_of(letter)
+        if parts and parts[-1][1] == font:
+            parts[-1] = parts[-1][0] + letter, font
+        else:
+            parts.append((letter, font))
+    return parts
+
+
+def write_on(
+    draw: ImageDraw.ImageDraw,
+    at: tuple,    # left, top; pixels
+    text: str,    # a name, or a text that holds some
+    colour: str,
+    size: int,    # pixels
+):
+    "One line of text on a picture, in fonts that have its letters."
+    left, top = at
+    for part, path in _runs(letters(text)):
+        if path is None:
+            draw.text((left, top), part, colour, ImageFont.load_default(size))
+            return
+        font = ImageFont.truetype(str(path), size, index=getattr(path, "face_index", 0))
+        draw.text((left, top + size), part, colour, font, anchor="ls")  # one base line for all fonts
+        left += font.getlength(part)
+
+
+@style()
 def sheet(panels: dict,       # title -> (H, W, 3) uint8
           heading: str="",
           lines: tuple=(),    # of text below
@@ -236,15 +271,15 @@ def sheet(panels: dict,       # title -> (H, W, 3) uint8
          ) -> Image.Image:
     "Panels side by side on white."
     first = next(iter(panels.values()))
-    tile, columns, gap, font = tile or first.shape[1], columns or len(panels), 10, ImageFont.load_default(13)
+    tile, columns, gap = tile or first.shape[1], columns or len(panels), 10
     rows, height = -(-len(panels) // columns), round(tile / aspect * first.shape[0] / first.shape[1])
     top, step = gap + (24 if heading else 0), height + 20 + gap
     out = Image.new("RGB", (gap + columns * (tile + gap), top + rows * step + 18 * len(lines) + (gap if lines else 0)), "white")
     draw = ImageDraw.Draw(out)
-    if heading: draw.text((gap, gap), heading, "#1f2328", ImageFont.load_default(15))
+    if heading: write_on(draw, (gap, gap), heading, "#1f2328", 15)
     for i, (title, picture) in enumerate(panels.items()):
         x, y = gap + (i % columns) * (tile + gap), top + (i // columns) * step
         out.paste(Image.fromarray(picture).resize((tile, height), Image.Resampling.LANCZOS) if picture.shape[:2] != (height, tile) else Image.fromarray(picture), (x, y))
-        draw.text((x, y + height + 4), title, "#59636e", font)
-    for i, line in enumerate(lines): draw.text((gap, top + rows * step + 18 * i), line, "#59636e", font)
+        write_on(draw, (x, y + height + 4), title, "#59636e", 13)
+    for i, line in enumerate(lines): write_on(draw, (gap, top + rows * step + 18 * i), line, "#59636e", 13)
     return out

@@ -9,7 +9,6 @@ __all__ = ['LABEL', 'wide', 'slider', 'set_range', 'put', 'dropdown', 'choice', 
 # %% ../../nbs/use/82g_controls.ipynb #be9c5827
 import base64
 import functools
-import html
 import io
 import math
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from matplotlib.colors import to_hex
 from PIL import Image
 
 from ..data.pixels import BadImage
+from ..evaluation.tables import html_text
 from .blending import FOUND, TRUTH
 from .histogram import percent
 from .type_figures import type_colours
@@ -83,7 +83,7 @@ def told(f: Callable) -> Callable:
 def message(text: str, problem: bool=False) -> str:
     "A line for a person."
     if not text: return ""
-    return f'<div class="problem" role="alert">{html.escape(text)}</div>' if problem else f'<span class="soft">{html.escape(text)}</span>'
+    return f'<div class="problem" role="alert">{html_text(text, lines=True)}</div>' if problem else f'<span class="soft">{html_text(text, lines=True)}</span>'
 
 # %% ../../nbs/use/82g_controls.ipynb #9cd546a4
 def from_to(low: float, high: float) -> str:
@@ -101,8 +101,8 @@ def spans(parts: list) -> str:
 
 def numbers_html(said: dict) -> str:  # of `histogram.say`
     "Names and values, and a note below."
-    note = f'<div class="soft">{html.escape(said["note"])}</div>' if "note" in said else ""
-    return spans([f"{k} <b>{v}</b>" for k, v in said.items() if k != "note"]) + note
+    note = f'<div class="soft">{html_text(said["note"])}</div>' if "note" in said else ""
+    return spans([f"{html_text(k)} <b>{html_text(v)}</b>" for k, v in said.items() if k != "note"]) + note
 
 def legend(normal: int, defective: int, marked: bool=False) -> str:
     "The two colours, and how many images each stands for; what the tick is."
@@ -118,7 +118,7 @@ def verdict(score: float, threshold: float|None,  # None: score only
     called = score >= threshold
     word = "defective" if called else "normal"
     wrong = "" if truth is None or called == truth else f' <span class="chip wrong">{"miss" if truth else "false alarm"}</span>'
-    said = f", most likely <b>{html.escape(kind)}</b>" if kind and called else ""
+    said = f", most likely <b>{html_text(kind)}</b>" if kind and called else ""
     return f'<span class="chip {word}">{word}</span>{wrong} score <b>{score:.4g}</b> {"≥" if called else "&lt;"} {threshold:.4g}{said}'
 
 def contour_words(agreement: dict) -> str:  # of `Drawing.agreement`
@@ -133,5 +133,5 @@ def bars(shares: dict,        # name -> share; normal may be among them
         ) -> str:
     "Shares as bars, the largest first."
     colours, names = dict(normal="#8a939c") | {k: to_hex(c) for k, c in type_colours(types).items()}, sorted(shares, key=lambda k: -shares[k])
-    rows = "".join(f'<span>{html.escape(k)}</span><i style="width:{100 * shares[k]:.1f}%;background:{colours[k]}"></i><b>{percent(shares[k])}</b>' for k in names[:most])
+    rows = "".join(f'<span>{html_text(k)}</span><i style="width:{100 * shares[k]:.1f}%;background:{colours[k]}"></i><b>{percent(shares[k])}</b>' for k in names[:most])
     return f'<div class="bars">{rows}</div>' + (f'<div class="soft">and {len(names) - most} less likely</div>' if len(names) > most else "")

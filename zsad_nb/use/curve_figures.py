@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..evaluation.published import METHOD_NAMES, METRIC_NAMES
-from .paper_style import COLUMN, PAGE, legend_above, line_looks, note, style
+from .paper_style import COLUMN, PAGE, legend_above, letters, line_looks, note, style
 
 # %% ../../nbs/use/81f_curve_figures.ipynb #59d565fd
 NOT_LOSSES = ("step", "epoch", "seconds", "lr", "skipped")
@@ -43,7 +43,7 @@ def loss_figure(runs: dict[str, list],  # what was trained on -> histories of it
         for (part, (mean, deviation)), look in zip(sorted(curves.items(), key=lambda c: c[0] != "total"), line_looks(len(curves))):
             handles[part] = ax.plot(x, mean, **look, markevery=max(1, len(x) // 8), label=(names or {}).get(part, part.replace("_", " ")), zorder=3 if part == "total" else 2)[0]
             if deviation is not None: ax.fill_between(x, mean - deviation, mean + deviation, color=look["color"], alpha=0.18, linewidth=0)
-        ax.grid(axis="y"); ax.set(xlabel="epoch", ylabel="loss", ylim=(min(0, ax.get_ylim()[0]), None), title=trained if len(runs) > 1 else "")
+        ax.grid(axis="y"); ax.set(xlabel="epoch", ylabel="loss", ylim=(min(0, ax.get_ylim()[0]), None), title=letters(trained) if len(runs) > 1 else "")
     legend_above(figure, list(handles.values()))
     note(figure, remark)
     return figure
@@ -72,7 +72,7 @@ def sweep_figure(numbers: pd.DataFrame,   # of `variants_table`: method (the var
         handles.append(ax.errorbar([place[v] for v in order], rows["mean"], rows["std"].where(rows["seeds"] > 1).fillna(0), **look, capsize=2, capthick=0.6, elinewidth=0.6, label={**METRIC_NAMES, **(names or {})}.get(metric, metric)))
     at = chosen if even or chosen is None else next((place[v] for v in order if values[v] == chosen), None)
     if at is not None: handles.append(ax.axvline(at, color="0.4", linestyle=":", linewidth=0.9, zorder=1, label="published setting"))
-    ax.set_xticks(list(place.values()), [f"{t:g}" for t in ticks]); ax.grid(axis="y"); ax.set(xlabel=name, ylabel="%"); ax.margins(y=0.12); ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    ax.set_xticks(list(place.values()), [f"{t:g}" for t in ticks]); ax.grid(axis="y"); ax.set(xlabel=letters(name), ylabel="%"); ax.margins(y=0.12); ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     legend_above(figure, handles)
     note(figure, remark)
     return figure
@@ -95,9 +95,9 @@ def overview_figure(numbers: pd.DataFrame,  # of `results_table`, one row of it
             if cell["mean"] != cell["mean"]: continue
             ax.errorbar(cell["mean"], y, xerr=cell["std"] if cell["seeds"] > 1 else None, fmt=look["marker"], color=look["color"], capsize=1.5, elinewidth=0.7, capthick=0.6)
             ax.annotate(f"{cell['mean']:.1f}", (1, y), xycoords=("axes fraction", "data"), xytext=(2, 0), textcoords="offset points", va="center", fontsize=5.6)
-        ax.set(xlabel=f"{METRIC_NAMES.get(metric, metric)}, %", ylim=(len(methods) - 0.4, -0.6)); ax.grid(axis="both"); ax.tick_params(axis="y", length=0)
+        ax.set(xlabel=f"{letters(METRIC_NAMES.get(metric, metric))}, %", ylim=(len(methods) - 0.4, -0.6)); ax.grid(axis="both"); ax.tick_params(axis="y", length=0)
     marks = {m: "†" * bool(numbers.loc[numbers["method"] == m, "seen"].any()) + "‡" * bool(numbers.loc[numbers["method"] == m, "transductive"].any()) for m in methods}
-    axes[0].set_yticks(range(len(methods)), [METHOD_NAMES.get(m, m) + marks[m] for m in methods])
+    axes[0].set_yticks(range(len(methods)), [letters(METHOD_NAMES.get(m, m)) + marks[m] for m in methods])
     for label, method in zip(axes[0].get_yticklabels(), methods): label.set_fontweight("bold" if method in own else "normal")
     note(figure, remark)
     return figure

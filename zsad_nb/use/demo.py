@@ -6,7 +6,6 @@
 __all__ = ['SETTINGS', 'demo', 'compare']
 
 # %% ../../nbs/use/84_demo.ipynb #7b3e83a2
-import json
 import sys
 import time
 from pathlib import Path
@@ -14,12 +13,14 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from ..core import require_known, seed_everything, write_atomically
+from ..core import require_known, seed_everything
 from ..data.synthetic import synthetic_index
 from ..evaluation.evaluate import Evaluation, evaluate
+from ..files import write_json
 from ..learning.training import Recipe, fit
 from ..methods import controls, visualad  # noqa: F401  (registers the methods)
 from ..methods.base import create, save
+from ..tables import write_table
 from .figures import draw_cases
 
 # %% ../../nbs/use/84_demo.ipynb #62feb296
@@ -60,12 +61,11 @@ def demo(out: str|Path="runs/demo",  # folder for results; is created
 
     stage(5, "writing tables and pictures")
     trained.save(out)
-    write_atomically(out/"comparison.csv", lambda p: table.to_csv(p))
-    write_atomically(out/"history.csv", lambda p: history.to_csv(p, index=False))
+    write_table(table.set_axis([" ".join(heads) for heads in table.columns], axis=1), out/"comparison.csv", index=True)
+    write_table(history, out/"history.csv")
     save(method, out/"visualad.safetensors")
     if figures: draw_cases(method, target, trained, out/"figures", title="VisualAD, unseen categories")
-    write_atomically(out/"settings.json", lambda p: p.write_text(json.dumps(dict(s, seed=seed, device=device, torch_threads=torch.get_num_threads(),
-                                                                                backbone=method.backbone.hash, seconds=round(time.perf_counter() - start, 1)), indent=1)))
+    write_json(out/"settings.json", dict(s, seed=seed, device=device, torch_threads=torch.get_num_threads(), backbone=method.backbone.hash, seconds=round(time.perf_counter() - start, 1)))
     _say(f"done in {time.perf_counter() - start:.0f} s\n")
     return table
 

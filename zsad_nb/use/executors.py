@@ -21,6 +21,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from .kernel import own_python
+
 # %% ../../nbs/use/83d_executors.ipynb #c010cf56
 class LostWorker(RuntimeError):
     "The process that executed a run is gone."
@@ -38,7 +40,7 @@ def in_process(call: bytes,            # pickled (function, arguments); the func
     with tempfile.TemporaryFile() as put, tempfile.TemporaryFile() as got, tempfile.TemporaryFile() as said:
         put.write(call)
         put.seek(0)
-        process = subprocess.Popen([sys.executable, "-c", "from zsad_nb.use.executors import _child; _child()"], stdin=put, stdout=got, stderr=said,
+        process = subprocess.Popen(own_python("from zsad_nb.use.executors import _child; _child()"), stdin=put, stdout=got, stderr=said,
                                    env={**environment, "ZSAD_PARENT": str(os.getpid())}, cwd=cwd, start_new_session=True)
         if begun: begun(process.pid)
         while True:
@@ -76,9 +78,15 @@ def end_tree(pid: int, itself: bool=True):
     "Kill a process and everything it started."
     import psutil  # comes with ipykernel
     with contextlib.suppress(psutil.Error):
-        parent = psutil.Process(pid)
-        for p in [*parent.children(recursive=True), *([parent] if itself else [])]:
-            with contextlib.suppress(psutil.Error): p.kill()
+        parent, found = psutil.Process(pid), []
+        if itself:
+            parent.suspend()  # or it could start another one meanwhile
+        while new := [process for process in parent.children(recursive=True) if process not in found]:
+            for process in new:
+                with contextlib.suppress(psutil.Error): process.suspend()
+            found += new
+        for process in [*found, *([parent] if itself else [])]:
+            with contextlib.suppress(psutil.Error): process.kill()
 
 def threads(n: int|None) -> dict:  # environment
     "Numeric libraries keep to so many threads."
@@ -130,6 +138,7 @@ class LocalExecutor:
 def open_executor(folder: str|Path,  # that all machines see: runs, or counts
                   client=None,       # None: this machine; a Dask Client, the address of a scheduler, or "local"
                   workers: int=1, cores: int|None=None, gpus: list|None=None,  # of LocalExecutor; cores also of a run on a cluster
+                  tls: dict|None=None,  # ca, cert and key of a tls:// scheduler: see `cluster.connect`
                  ):
     "An executor, ended at the end."
     with contextlib.ExitStack() as closing:
@@ -139,7 +148,7 @@ def open_executor(folder: str|Path,  # that all machines see: runs, or counts
             if str(client) == "local": cores, gpus = share(workers, cores), gpus_here() if gpus is None else gpus
             elif workers != 1: raise ValueError(f"workers={workers} are of this machine; the scheduler has its own: start them there")
             elif gpus: raise ValueError(f"gpus={gpus} are of this machine; a worker of a cluster uses those of its own CUDA_VISIBLE_DEVICES")
-            if isinstance(client, (str, Path)): client = closing.enter_context(connect(client, workers))
+            if isinstance(client, (str, Path)): client = closing.enter_context(connect(client, workers, tls))
             executor = DaskExecutor(client, folder, cores, gpus)
         closing.callback(executor.shutdown)
         yield executor

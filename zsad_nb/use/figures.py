@@ -11,11 +11,12 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..core import write_atomically
+from ..data.reading import read_as
 from ..evaluation.evaluate import Evaluation, cases
 from ..evaluation.views import colour_scale, view
+from ..files import FileNames, inside, write_atomically
 from ..methods.base import Method
-from .paper_style import HEAT, PAGE, bare, outline, overlay, style
+from .paper_style import HEAT, PAGE, bare, letters, outline, overlay, style
 
 # %% ../../nbs/use/81_figures.ipynb #13b1269a
 def _row(axes, image, mask, heat, low, high, left, titles, has_mask=True):
@@ -42,11 +43,11 @@ def class_figure(rows: pd.DataFrame,   # `cases` of one class
     grid = figure.subplots(len(rows), 4, squeeze=False)
     for i, (axes, (_, row)) in enumerate(zip(grid, rows.iterrows())):
         image, mask, heat, has_mask = views[row["position"]]
-        said = f"{row['case']}\n{row['defect'] or 'unknown'}\nscore {row['score']:.2f}" + (f"\nAP {row['pixel_ap']:.2f}" if row["pixel_ap"] == row["pixel_ap"] else "")
+        said = f"{row['case']}\n{letters(row['defect'] or 'unknown')}\nscore {row['score']:.2f}" + (f"\nAP {row['pixel_ap']:.2f}" if row["pixel_ap"] == row["pixel_ap"] else "")
         artist = _row(axes, image, mask, heat, *scale, said, TITLES if i == 0 else ("",) * 4, has_mask)
     bar = figure.colorbar(artist, ax=grid[:, 3].tolist(), shrink=0.6, pad=0.02)
     bar.outline.set_visible(False)
-    figure.suptitle(heading)
+    figure.suptitle(letters(heading))
     return figure
 
 # %% ../../nbs/use/81_figures.ipynb #4f770fbd
@@ -63,33 +64,35 @@ def overview_figure(chosen: pd.DataFrame,  # `cases` of all classes
         axes = grid[i % half][[0, 1, 2, 3] if i < half else [5, 6, 7, 8]]
         for axis in axes: axis.axis("on")
         m = evaluation.per_class.loc[row["category"]]
-        said = f"{row['category']}\n{row['defect']}\nimage {100 * m['image_auroc']:.1f}\npixel {100 * m['pixel_auroc']:.1f}"
+        said = f"{letters(row['category'])}\n{letters(row['defect'])}\nimage {100 * m['image_auroc']:.1f}\npixel {100 * m['pixel_auroc']:.1f}"
         image, mask, heat, has_mask = views[row["position"]]
         _row(axes, image, mask, heat, *scales[row["category"]], said, TITLES if i % half == 0 else ("",) * 4, has_mask)
-    figure.suptitle(heading)
+    figure.suptitle(letters(heading))
     return figure
 
 # %% ../../nbs/use/81_figures.ipynb #b50a14c5
+@style()
 def draw_cases(method: Method, index: pd.DataFrame, evaluation: Evaluation,
                folder: str|Path,      # is created; one PNG a class and overview.png
                size: int|None=None,   # as in `evaluate`
                title: str="",         # in front of every heading, such as the method's name
                dpi: int=130,
               ) -> list[Path]:
-    "Write the figures of an evaluation: overview.png and one figure a class."
+    "Write the figures of an evaluation: overview.png and one figure a class, called as the class where a file can be."
     chosen, size = cases(evaluation), size or next(iter(method.backbones().values())).size
     if len(chosen) == 0: return []
     shown = index.loc[sorted(set(chosen["position"]))]
     shown.attrs = dict(index.attrs)
+    shown = read_as(shown, **evaluation.reading)  # as they were evaluated
     seen = view(method, shown, size)
     views = {at: (seen.images[i] / 255, seen.masks[i], seen.maps[i], bool(seen.rows["has_mask"][i])) for i, at in enumerate(shown.index)}
     scales = {c: colour_scale(rows) for c, rows in evaluation.per_image.groupby("category")}
     mean, front = evaluation.mean, f"{title}: " if title else ""
-    figures = {}
+    figures, names = {}, FileNames(reserved=["overview"])
     if (chosen["case"] == "median").any():
         figures["overview"] = overview_figure(chosen, views, scales, evaluation, f"{front}median case of every class; mean image AUROC {100 * mean['image_auroc']:.1f}, "
                                            f"pixel AUROC {100 * mean['pixel_auroc']:.1f}, AUPRO {100 * mean['pixel_aupro']:.1f}")
     for category, rows in chosen.groupby("category", sort=True):
         m = evaluation.per_class.loc[category]
-        figures[str(category)] = class_figure(rows, views, scales[category], f"{front}{category}   image AUROC {100 * m['image_auroc']:.1f}   pixel AUROC {100 * m['pixel_auroc']:.1f}")
-    return [write_atomically(Path(folder)/f"{name}.png", lambda p, f=figure: f.savefig(p, dpi=dpi, format="png")) for name, figure in figures.items()]
+        figures[names.name(category)] = class_figure(rows, views, scales[category], f"{front}{category}   image AUROC {100 * m['image_auroc']:.1f}   pixel AUROC {100 * m['pixel_auroc']:.1f}")
+    return [write_atomically(inside(folder, f"{name}.png"), lambda p, f=figure: f.savefig(p, dpi=dpi, format="png")) for name, figure in figures.items()]

@@ -17,7 +17,8 @@ import pandas as pd
 from PIL import Image, ImageOps
 
 from ..data.index import root_of
-from ..data.pixels import to_rgb
+from ..data.pixels import read_image, to_rgb
+from ..data.reading import reading_of
 from .panels import Later, Thumbnails
 
 # %% ../../nbs/use/82f_gallery.ipynb #e4845f7a
@@ -47,13 +48,21 @@ def arrange(rows: np.ndarray,       # positions in the index
     return rows[np.argsort(np.where(np.isfinite(value), value, np.inf), kind="stable")]
 
 # %% ../../nbs/use/82f_gallery.ipynb #83e5a0c6
-def thumbnail(path: Path, side: int=96) -> bytes:  # of a JPEG; b"" where the file cannot be read
+def thumbnail(path: Path, side: int=96,
+              bits: int|None=None, white: float|None=None,  # see `Reading`
+             ) -> bytes:  # of a JPEG; b"" where the file cannot be read
     "The middle square of an image, small."
     try:
         with Image.open(path) as image:
-            image.draft("RGB", (side, side))  # a JPEG can be decoded at an eighth of its size
-            image.thumbnail((4 * side, 4 * side), Image.Resampling.BOX, reducing_gap=1.0) if image.mode in ("RGB", "L") and min(image.size) > 8 * side else image.load()
-            small, out = ImageOps.fit(to_rgb(ImageOps.exif_transpose(image)), (side, side), Image.Resampling.BICUBIC), io.BytesIO()
+            is_photograph = image.format in ("JPEG", "MPO")
+            if is_photograph:
+                image.draft("RGB", (side, side))  # a JPEG can be decoded at an eighth of its size
+                if image.mode in ("RGB", "L") and min(image.size) > 8 * side:
+                    image.thumbnail((4 * side, 4 * side), Image.Resampling.BOX, reducing_gap=1.0)
+                whole = to_rgb(ImageOps.exif_transpose(image))
+        if not is_photograph:
+            whole = read_image(path, bits, white)
+        small, out = ImageOps.fit(whole, (side, side), Image.Resampling.BICUBIC), io.BytesIO()
         small.save(out, "JPEG", quality=80)
         return out.getvalue()
     except Exception: return b""  # whoever opens the image will be told why
@@ -66,6 +75,7 @@ class Gallery:
                  most: int=2000,      # thumbnails kept, 3 kB each
                 ):
         self.root, self.pick, self.size, self.most = root_of(index), pick, page, most
+        self.reading = reading_of(index)
         self.widget, self.order, self.row, self.first = Thumbnails(), np.array([], int), None, 0
         self._known, self._kept, self._later = {c: index[c].to_numpy(object) for c in ("image", "category", "defect", "anomalous")}, OrderedDict(), Later()
         self.widget.observe(lambda change: self.choose(self.first + change["new"][0]), "clicked")
@@ -127,7 +137,7 @@ class Gallery:
         for r in rows.tolist():
             if r in self._kept: self._kept.move_to_end(r); continue
             if time.perf_counter() - start > 0.04: unfinished = True; break
-            self._kept[r] = thumbnail(self.root/self._known["image"][r])
+            self._kept[r] = thumbnail(self.root/self._known["image"][r], bits=self.reading.bits, white=self.reading.white)
         while len(self._kept) > self.most: self._kept.popitem(last=False)
         images = [self._kept.get(r, b"") for r in rows.tolist()]
         if images != self.widget.images: self.widget.images = images

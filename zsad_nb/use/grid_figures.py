@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ..evaluation.views import Views
-from .paper_style import HEAT, PAGE, bare, legend_above, note, outline, overlay, style
+from .paper_style import HEAT, PAGE, bare, legend_above, letters, note, outline, overlay, style
 from .table_figures import draw_on
 
 # %% ../../nbs/use/81e_grid_figures.ipynb #2abd1a67
@@ -51,13 +51,14 @@ def draw_grid(figure,            # a Figure, or a part of one
     for j, column in enumerate(columns):
         image = column["image"] / 255
         for i, (label, axis) in enumerate(zip(labels, grid[:, j])):
-            bare(axis, column["category"] if i == 0 else "")
+            above = "\n".join(letters(name) for name in (column.get("data"), column["category"]) if name)
+            bare(axis, above if i == 0 else "")
             axis.title.set_fontsize(6.5)
-            if j == 0: axis.set_ylabel(label, fontsize=6.5, labelpad=2)
-            if label == "mask" and mask_row:
+            if j == 0: axis.set_ylabel(letters(label), fontsize=6.5, labelpad=2)
+            if i == 1 and mask_row:
                 if column["has_mask"]: axis.imshow(column["mask"], cmap="gray", vmin=0, vmax=1)
                 else: axis.text(0.5, 0.5, "no mask", ha="center", va="center", fontsize=6, transform=axis.transAxes)
-                if column["defect"] != "nan": axis.set_xlabel(column["defect"], fontsize=5.6, labelpad=1)
+                if column["defect"]: axis.set_xlabel(letters(column["defect"]), fontsize=5.6, labelpad=1)
                 continue
             axis.imshow(image if i == 0 else overlay(image, column["maps"][label], 0, 1, 0.75))
             if i or not mask_row: outline(axis, column["mask"], 0.6)
@@ -119,8 +120,8 @@ def samples_figure(sets: dict[str, Views],  # name of the data set -> views
     for axes, (name, columns) in zip(grid, lines.items()):
         whole = sets[name].rows.loc[sets[name].rows["anomalous"], "category"].nunique()
         for axis, column in zip(axes, columns):
-            axis.axis("on"); bare(axis, column["category"]); axis.title.set_fontsize(6)
+            axis.axis("on"); bare(axis, letters(column["category"])); axis.title.set_fontsize(6)
             axis.imshow(column["image"]); outline(axis, column["mask"], 0.6)
-        axes[0].set_ylabel(name + (f"\n{len(columns)} of {whole}" if whole > len(columns) else ""), fontsize=6.5, labelpad=2)
+        axes[0].set_ylabel(letters(name) + (f"\n{len(columns)} of {whole}" if whole > len(columns) else ""), fontsize=6.5, labelpad=2)
     note(figure, remark)
     return figure

@@ -7,7 +7,6 @@ __all__ = ['NO_THRESHOLD', 'COLUMNS', 'NUMBERS', 'COUNTS', 'overlaid', 'Inspecti
 
 # %% ../../nbs/use/80e_inspection.ipynb #4622a97d
 import base64
-import html
 import json
 from dataclasses import dataclass
 
@@ -16,6 +15,8 @@ import pandas as pd
 from PIL import Image
 
 from ..data.pixels import BadImage
+from ..evaluation.tables import html_text
+from ..names import shown
 from .blending import FOUND, View, blend, encode, outline, to_levels
 from .journal import _text
 
@@ -64,9 +65,9 @@ class Inspection:
     def facts(self) -> dict[str, str]:
         "What a person reads."
         spots = "no pixel threshold: no mask" if self.mask is None else f"{len(self.regions)}, {self.area} px together" if self.regions else "none"
-        kinds = ", ".join(f"{t} {100 * v:.0f} %" for t, v in sorted(self.types.items(), key=lambda i: -i[1])[:3])
-        rows = dict(image=f"{self.name}, {self.size[0]} x {self.size[1]}", decision=self.decision, why=self.said, score=f"{self.score:.4g}",
-                    comparable=None if self.comparable is None else f"{self.comparable:.3g} (category {self.category})", regions=spots, type=kinds if self.types and self.decision != "normal" else None)
+        kinds = ", ".join(f"{shown(t)} {100 * v:.0f} %" for t, v in sorted(self.types.items(), key=lambda i: -i[1])[:3])
+        rows = dict(image=f"{shown(self.name)}, {self.size[0]} x {self.size[1]}", decision=self.decision, why=self.said, score=f"{self.score:.4g}",
+                    comparable=None if self.comparable is None else f"{self.comparable:.3g} (category {shown(self.category)})", regions=spots, type=kinds if self.types and self.decision != "normal" else None)
         return {k: v for k, v in rows.items() if v is not None}
 
     def strip(self, height: int=240) -> Image.Image:
@@ -76,8 +77,8 @@ class Inspection:
 
     def _repr_png_(self) -> bytes|None: return None if self.image is None else encode(np.asarray(self.strip(160)), "PNG")  # where HTML is not shown: smaller
     def _repr_html_(self) -> str:
-        if self.image is None: return f"<pre>{html.escape(repr(self))}</pre>"
-        rows = "".join(f"<tr><th style='text-align:left'>{k}</th><td style='text-align:left'>{html.escape(v)}</td></tr>" for k, v in self.facts().items())
+        if self.image is None: return f"<pre>{html_text(repr(self), lines=True)}</pre>"
+        rows = "".join(f"<tr><th style='text-align:left'>{k}</th><td style='text-align:left'>{html_text(v)}</td></tr>" for k, v in self.facts().items())
         return f"<table>{rows}</table><img alt='photograph and overlay' src='data:image/jpeg;base64,{base64.b64encode(encode(np.asarray(self.strip()))).decode()}'>"
     def __repr__(self): return "\n".join(f"{k:10} {v}" for k, v in self.facts().items())
 

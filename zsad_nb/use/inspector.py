@@ -10,7 +10,7 @@ import contextlib
 import copy
 import hashlib
 import inspect
-import json
+import io
 import math
 import os
 import threading
@@ -31,13 +31,17 @@ import zsad_nb
 from ..backbones.features import key_hash
 from ..core import write_atomically
 from ..data.images import Batch
-from ..data.pixels import BadImage, load_image, resize
+from ..data.pixels import BadImage, file_bytes, read_image, resize
+from ..data.reading import Reading, reading_of
+from ..data.stored import file_content
+from ..files import write_json
 from ..methods.base import Method
-from .inspection import COLUMNS, NO_THRESHOLD, Inspection, row_of, table_of
-from .journal import Journal, aside, need_parquet, save_parquet
+from ..methods.class_names import check_names
+from .inspection import COLUMNS, COUNTS, NO_THRESHOLD, NUMBERS, Inspection, row_of, table_of
+from .journal import Journal, aside, clear_temporary, make_way, need_parquet, save_parquet
 from .regions import at_size, display_size, find_regions
 from .runs import lock
-from .sources import Source, is_single, from_array, method_from, sources
+from .sources import Source, Sources, is_single, method_from, sources
 from .thresholds import Calibration, calibration, given, identity
 
 # %% ../../nbs/use/80_inspector.ipynb #f1605f4c
@@ -58,12 +62,25 @@ def _content(what) -> str:
     "Hash of a file's bytes, or of an array."
     if isinstance(what, Path):
         with open(what, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()[:20]
-    a = np.asarray(what.detach().cpu() if torch.is_tensor(what) else what)
-    return hashlib.sha256(f"{a.shape} {a.dtype}".encode() + np.ascontiguousarray(a).tobytes()).hexdigest()[:20]
+    if isinstance(what, bytes):
+        return hashlib.sha256(what).hexdigest()[:20]
+    mode = ""
+    if isinstance(what, Image.Image):
+        mode = f"{what.mode} {what.getexif().get(0x0112, 1)} {what.getpalette() if what.mode in ('P', 'PA') else ''}"
+    a = np.asarray(what.detach().cpu().float() if torch.is_tensor(what) and what.dtype == torch.bfloat16 else what.detach().cpu() if torch.is_tensor(what) else what)
+    return hashlib.sha256(f"{mode}{a.shape} {a.dtype}".encode() + np.ascontiguousarray(a).tobytes()).hexdigest()[:20]
 
-def _pixel_count(path: Path) -> int:
+def _in_hand(what):
+    "The bytes behind an open file or an image that is not decoded yet; anything else as it is."
+    if isinstance(what, Image.Image):
+        return what if (content := file_content(what)) is None else content
+    if hasattr(what, "read"):
+        return file_bytes(what)
+    return bytes(what) if isinstance(what, (bytearray, memoryview)) else what
+
+def _pixel_count(source: Path|bytes) -> int:
     try:
-        with Image.open(path) as image: return image.width * image.height
+        with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image: return image.width * image.height
     except Exception: return 0  # the decoder will say what is wrong
 
 def _ahead(items: list, read, workers: int, depth: int) -> Iterator:
@@ -85,7 +102,8 @@ class Inspector:
                  calibration: Calibration|str|Path|None=None,  # thresholds, or a file of them; None: score only
                  size: int|None=None,         # pixels of the method's input; default: its first backbone's
                  category: str="object",      # what prompts call the thing; "folder": the name of the folder an image lies in
-                 bits: int|None=None,         # bit depth of images with more than 8 bits
+                 bits: int|None=None,         # depth of images with more than 8 bits, such as 12; default: that of their type
+                 white: float|None=None,      # white of floating-point images, such as 255; default: 1
                  max_side: int=2048,          # heatmaps, masks and pictures of larger photographs have this longer side
                  min_area: int=0,             # smaller regions are left out; pixels of the photograph
                  connectivity: int=8,         # of regions, or 4
@@ -96,8 +114,10 @@ class Inspector:
         if max_side < 16 or batch_size < 1: raise ValueError(f"max_side={max_side}, batch_size={batch_size}; they must be at least 16 and 1")
         if not category: raise ValueError("category is empty; name the thing, such as 'screw', or leave it out")
         self.method, self.size = method, size or next(iter(method.backbones().values())).size
-        self.category, self.bits, self.max_side, self.min_area, self.connectivity, self.batch_size, self.workers = category, bits, max_side, min_area, connectivity, batch_size, workers
-        self.identity = identity(method, self.size, bits=bits)
+        Reading(bits=bits, white=white)  # raises for values that cannot be
+        self.bits, self.white = bits, white
+        self.category, self.max_side, self.min_area, self.connectivity, self.batch_size, self.workers = category, max_side, min_area, connectivity, batch_size, workers
+        self.identity = identity(method, self.size, bits=bits, white=white)
         self.use(calibration)
 
     @classmethod
@@ -116,6 +136,8 @@ class Inspector:
         "Decide by these thresholds from now on; those of another method are refused."
         where = "the thresholds"
         if isinstance(thresholds, (str, os.PathLike)): where, thresholds = str(thresholds), Calibration.load(thresholds)
+        if thresholds is not None and thresholds.reading and thresholds.reading != self.reading:
+            raise ValueError(f"{where} were made from images read with {thresholds.reading}, this inspector reads with {self.reading}: their scores are on another scale. Give it the same bits and white, or calibrate again")
         if thresholds is not None: thresholds.require(self.identity, where)
         self.calibration = thresholds
         return self
@@ -138,6 +160,8 @@ class Inspector:
                 raise ValueError(f"{int(wrong.sum())} of {len(what)} images given as {'defective' if bad else 'normal'} are labelled otherwise; choose the rows with index[{'' if bad else '~'}index.anomalous]")
             name = "defective" if bad else "normal"
             parts.append(bare.predict([what] if is_single(what) else what, None if out is None else Path(out)/name, "none", progress=progress, label=f"{name} images").assign(anomalous=bad))
+        for part in parts:
+            notes += [f"not looked at: {group['text']}" for group in part.attrs["summary"]["left_out"]]
         rows = pd.concat(parts, ignore_index=True)
         bad, twice = rows[rows["decision"] == "error"], rows["duplicate_of"].ne("")
         if len(bad): notes.append(f"{len(bad)} of {len(rows)} images could not be used, such as {bad['path'].iloc[0]}: {bad['error'].iloc[0]}")
@@ -146,6 +170,7 @@ class Inspector:
         rows = rows[rows["decision"].ne("error") & ~twice]
         made = calibration(rows, self.identity, **how)
         made.notes[:0] = notes
+        made.reading = self.reading
         self.use(made).calibrated_on = rows.sort_values("score", ascending=False, ignore_index=True)
         return made
 
@@ -153,14 +178,15 @@ class Inspector:
     def _read(self, source: Source, keep: bool, known=None) -> _Read:
         read, what = _Read(source, ""), source.what
         try:
+            what = _in_hand(what)
             if isinstance(what, Path):
                 if what.is_dir(): raise BadImage(what, "a folder with the name of an image", "rename it")
                 if not what.is_file(): raise BadImage(what, "no such file", "restore it or take it off the list", "missing")
             read.content = _content(what)
             if known is not None and (row := known(source, read.content)): read.kept = row; return read
-            with _one_at_a_time if isinstance(what, Path) and _pixel_count(what) > HUGE else contextlib.nullcontext():
-                image = load_image(what, self.bits) if isinstance(what, Path) else from_array(what, self.bits)
-                read.pixels, read.size = torch.from_numpy(resize(image, self.size, bits=self.bits).copy()).permute(2, 0, 1), image.size
+            with _one_at_a_time if isinstance(what, (Path, bytes)) and _pixel_count(what) > HUGE else contextlib.nullcontext():
+                image = read_image(what, self.bits, self.white)
+                read.pixels, read.size = torch.from_numpy(resize(image, self.size).copy()).permute(2, 0, 1), image.size
                 if keep: read.shown = np.asarray(image if (small := display_size(image.size, self.max_side)) == image.size else image.resize(small, Image.Resampling.BICUBIC, reducing_gap=2.0))
         except BadImage as error: read.bad = error
         except PermissionError: read.bad = BadImage(what, "no permission to read it", "change its permissions")
@@ -206,20 +232,33 @@ class Inspector:
 
     def stream(self, what) -> Iterator[Inspection|BadImage]:  # whatever `predict` takes
         "Results one after the other, with heatmaps; a file that cannot be used comes as the error it is."
-        for _, found in self._all(self._sources(what), True): yield found
+        items = self._sources(what)
+        if items.left_out:
+            warnings.warn(f"not looked at: {'; '.join(group['text'] for group in items.left_out)}", stacklevel=2)
+        for _, found in self._all(items, True): yield found
 
-    def _sources(self, what, out=None) -> list[Source]:
+    def _sources(self, what, out=None) -> Sources:
+        if isinstance(what, pd.DataFrame):
+            stated = reading_of(what)
+            if dict(bits=stated.bits, white=stated.white) != self.reading:
+                raise ValueError(f"the index says that its images are read with bits={stated.bits}, white={stated.white}; this inspector reads with {self.reading}: make it with the same values")
         items = sources(what, self.category, out)
         names, c = sorted({s.category for s in items}), self.calibration
+        check_names(self.method, names)
         for name in names if c is not None else (): c.of("image", name)  # unknown: raises before anything is done
         if c is not None and c.comparable is None and c.categories and (other := sorted(set(names) - set(c.categories))):
             warnings.warn(f"the thresholds were made from images of {', '.join(c.categories)}, these are of {', '.join(other)}: a rate that holds for one product says nothing of another", stacklevel=3)
         return items
 
     @property
+    def reading(self) -> dict:
+        "How images are read."
+        return dict(bits=self.bits, white=self.white)
+
+    @property
     def settings(self) -> dict:
         "Everything besides the image and its category that a row depends on."
-        return dict(version=zsad_nb.__version__, method=self.identity, thresholds=None if self.calibration is None else self.calibration.hash, max_side=self.max_side, min_area=self.min_area, connectivity=self.connectivity)
+        return dict(version=zsad_nb.__version__, reading=self.reading, method=self.identity, thresholds=None if self.calibration is None else self.calibration.hash, max_side=self.max_side, min_area=self.min_area, connectivity=self.connectivity)
 
     def predict(self, what,                  # a path, array or PIL image; a folder, pattern, Index, or a list of any of these
                 out: str|Path|None=None,     # folder for results.csv and pictures/; is created
@@ -245,7 +284,7 @@ class Inspector:
                 for read, found in self._all(items, False):
                     rows.append(self._line(read, found, first, ""))
                     bar.update()
-        return _summed(rows, 0)
+        return _summed(rows, 0, left_out=items.left_out)
 
     def _line(self, read: _Read, found, first: dict, settings: str) -> dict:
         twin = first.setdefault(read.content, read.source.name) if read.content else read.source.name
@@ -254,13 +293,14 @@ class Inspector:
     def _into(self, out: Path, items: list[Source], pictures: str, table: str, bar) -> pd.DataFrame:
         mine, path, first, rows, kept, moved = key_hash(self.settings), out/"results.csv", {}, [], 0, ""
         with lock(out):
-            for left in (*out.glob(".*.tmp"), *(out/"pictures").rglob(".*.tmp")): left.unlink()  # of a killed process; the lock says that no other one is at work
-            journal = Journal(path, COLUMNS)
+            clear_temporary(out)  # of a killed process; the lock says that no other one is at work
+            for name in ("results.csv", "settings.json", "results.parquet"): make_way(out/name)
+            journal = Journal(path, COLUMNS, (*NUMBERS, *COUNTS))
             if {r["settings"] for r in journal.rows} - {mine}:  # of other settings: neither believed nor lost
                 moved, dropped = str(aside(path, "before")), journal.dropped
-                journal = Journal(path, COLUMNS)
+                journal = Journal(path, COLUMNS, (*NUMBERS, *COUNTS))
                 journal.dropped = dropped
-            write_atomically(out/"settings.json", lambda p: p.write_text(json.dumps({mine: self.settings}, indent=1), encoding="utf-8"))
+            write_json(out/"settings.json", {mine: self.settings})
             rows_before = {r["path"]: r for r in journal.rows if r["decision"] != "error"}  # a later row of a path is the newer one
             def wanted(decision): return pictures == "all" or (pictures == "defective" and decision == "defective")
             def known(source, content):
@@ -283,7 +323,7 @@ class Inspector:
             others = {r["path"]: r for r in journal.rows if r["path"] not in asked and r["decision"] != "error"}
             journal.rewrite([*rows, *others.values()])
             if table == "parquet": save_parquet(table_of(journal.rows), out/"results.parquet")
-        return _summed(rows, kept, half_rows=journal.dropped, moved=moved, out=str(out))
+        return _summed(rows, kept, left_out=items.left_out, half_rows=journal.dropped, moved=moved, out=str(out))
 
 def _summed(rows: list[dict], kept: int, **more) -> pd.DataFrame:
     "The table with its summary."

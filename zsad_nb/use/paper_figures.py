@@ -6,21 +6,23 @@
 __all__ = ['TABLES', 'BEGIN', 'END', 'Built', 'build', 'run_rows', 'write_index']
 
 # %% ../../nbs/use/81d_paper_figures.ipynb #a57ffb31
-import html
 import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 import pandas as pd
 
-from ..core import write_atomically
 from ..evaluation.results import Finished
-from ..evaluation.tables import Table
+from ..evaluation.tables import Table, html_text, markdown_text
+from ..files import write_atomically
+from ..names import shown
+from ..tables import write_table
 from .chosen_runs import NEUTRAL, Runs, given, name_of
 from .paper_plan import plan
-from .paper_style import save_figure
+from .paper_style import save_figure, style
 
 # %% ../../nbs/use/81d_paper_figures.ipynb #50dc8346
 TABLES = ("csv", "md", "tex", "numbers")  # files of a table
@@ -33,6 +35,7 @@ class Built:
     missing: list[dict] = field(default_factory=list)  # name, shows, why, command, wrong: it is there and could not be drawn
     skipped: list = field(default_factory=list)        # folders that are no finished runs: path, reason
 
+@style()
 def build(runs: str|Path,               # folder of runs, searched through all levels
           out: str|Path="paper_figures",  # is created
           where: dict|None=None,        # parameter -> value: which runs, where several differ
@@ -76,7 +79,16 @@ def _parameters(runs: list) -> str:
         said.append(f"{k} {', '.join(values[:6])}{' …' if len(values) > 6 else ''}")
     return "; ".join(said)
 
-def _cell(text) -> str: return str(text).replace("|", r"\|").replace("\n", " ")
+def _cell(text) -> str:
+    "Text in a cell of a Markdown table."
+    return markdown_text(" ".join(str(text).split()))
+
+
+def _code(text: str) -> str:
+    "A command in a cell of a Markdown table, as it is typed."
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    inner = shown(text).replace("|", r"\|")
+    return f"{fence} {inner} {fence}" if "`" in text else f"{fence}{inner}{fence}"
 
 def run_rows(done: Built) -> pd.DataFrame:  # figure, notebook, method, data, seed, hash, path, parameters, commit, source
     "A line for every figure and run."
@@ -97,22 +109,22 @@ def write_index(done: Built) -> Path:
         used, name = m["runs"], m["name"]
         where = [(f.suffix[1:], f.relative_to(out).as_posix()) for f in m["files"] if not f.name.endswith("_numbers.csv")]
         data = ", ".join(dict.fromkeys(name_of(str(r["data"] or r["test"])) for r in used))
-        books = ", ".join(f"[{b}](../nbs/experiments/{b}.ipynb)" for b in dict.fromkeys(r.notebook for r in used))
+        books = ", ".join(f"[{_cell(b)}](../nbs/experiments/{quote(str(b))}.ipynb)" for b in dict.fromkeys(r.notebook for r in used))
         hashes = [r.hash[:8] or r.path for r in used]
-        cells = [f"**{name}** " + " ".join(f"[{end}]({link})" for end, link in where), m["shows"], data, books, _parameters(used), f"{len(used)}: " + " ".join(hashes[:4]) + (" …" if len(hashes) > 4 else "")]
-        lines.append("| " + " | ".join(map(_cell, cells)) + " |")
+        cells = [f"**{name}** " + " ".join(f"[{end}]({link})" for end, link in where), _cell(m["shows"]), _cell(data), books, _cell(_parameters(used)), _cell(f"{len(used)}: " + " ".join(hashes[:4]) + (" …" if len(hashes) > 4 else ""))]
+        lines.append("| " + " | ".join(cells) + " |")
     pictures = [m for m in done.made if any(f.suffix == ".png" for f in m["files"])]
-    for m in pictures: lines += ["", f"**{m['shows']}**", "", f'<img src="{m["name"]}.png" alt="{html.escape(m["shows"])}" width="{m["width"]}">']
+    for m in pictures: lines += ["", f"**{_cell(m['shows'])}**", "", f'<img src="{m["name"]}.png" alt="{html_text(m["shows"])}" width="{m["width"]}">']
     for m in done.made:
-        if m not in pictures: lines += ["", f"**{m['shows']}**", "", re.sub(r"^\*\*.*\*\*\n\n", "", next(f for f in m["files"] if f.suffix == ".md").read_text(encoding="utf-8")).strip()]
+        if m not in pictures: lines += ["", f"**{_cell(m['shows'])}**", "", re.sub(r"^\*\*.*\*\*\n\n", "", next(f for f in m["files"] if f.suffix == ".md").read_text(encoding="utf-8")).strip()]
     if done.missing:
         lines += ["", "## Not made", "", "Nothing stands in for them; each line has the command that makes the runs. A file of that name that lies here is of an earlier call.", "", "| figure | shows | why not | command |", "|---|---|---|---|"]
-        lines += ["| " + " | ".join([m["name"], _cell(m["shows"]), _cell(m["why"]), f"`{_cell(m['command'])}`"]) + " |" for m in done.missing]
-    if done.skipped: lines += ["", "Folders that are no finished runs: " + "; ".join(f"{p} ({r})" for p, r in done.skipped) + "."]
+        lines += ["| " + " | ".join([m["name"], _cell(m["shows"]), _cell(m["why"]), _code(m["command"])]) + " |" for m in done.missing]
+    if done.skipped: lines += ["", "Folders that are no finished runs: " + _cell("; ".join(f"{p} ({r})" for p, r in done.skipped)) + "."]
     lines += ["", END]
     readme, text = out/"README.md", "\n".join(lines)
     before = readme.read_text(encoding="utf-8") if readme.is_file() else "# Figures and tables\n"
     if BEGIN in before and END in before.partition(BEGIN)[2]: text = before.partition(BEGIN)[0] + text + before.partition(BEGIN)[2].partition(END)[2]
     else: text = before.rstrip("\n") + "\n\n" + text + "\n"
-    if len(rows): write_atomically(out/"runs.csv", lambda p: rows.to_csv(p, index=False))
+    if len(rows): write_table(rows, out/"runs.csv")
     return write_atomically(readme, lambda p: p.write_text(text, encoding="utf-8"))

@@ -21,10 +21,14 @@ from ..evaluation.published import DATASET_NAMES, METHOD_NAMES, published
 from ..evaluation.results import Finished
 from ..evaluation.tables import results_table, variants_table
 from ..evaluation.views import Views
+from ..files import inside
 from ..methods.base import method_class
+from ..names import shown
+from ..tables import read_table
 from .chosen_runs import Runs, main_backbone, name_of, need, only_one, remark
 from .curve_figures import loss_figure, overview_figure, sweep_figure
 from .grid_figures import ablation_figure, grid_figure, samples_figure, side_by_side
+from .paper_style import letters, note, style
 from .table_figures import LEVELS, bar_figure
 from .type_figures import confusion_figure, type_figure
 
@@ -73,14 +77,25 @@ def _loss(method):
         files = {r.path: r.folder/"history.csv" for r in used}
         if lost := [p for p, f in files.items() if not f.is_file()]: raise ValueError(f"{', '.join(lost)} left no history.csv")
         sets = {}
-        for r in used: sets.setdefault(f"trained on {name_of(r['train_data'] or r['data'])}", []).append(pd.read_csv(files[r.path]))
+        for r in used: sets.setdefault(f"trained on {name_of(r['train_data'] or r['data'])}", []).append(read_table(files[r.path], numbers="rest"))
         return loss_figure(sets, LOSSES, remark=remark(used)), used
     return draw
+
+def _below(
+    run: Finished,
+    *parts,  # of a path, as the run's own files name it
+):
+    "A path in a run's folder and nowhere else, whatever its record says."
+    try:
+        return inside(run.folder, *map(str, parts))
+    except ValueError as error:
+        raise ValueError(f"{shown(run.path)}: {error}") from None
+
 
 def _views(run, method=None) -> Views:
     where = run["views"] or {}
     if method is not None and method not in where: raise ValueError(f"{run.path} has no views of {method}")
-    return Views.read(run.folder/(where[method] if method is not None else next(iter(where.values()))))
+    return Views.read(_below(run, where[method] if method is not None else next(iter(where.values()))))
 
 def _samples(runs):
     found, used = need([r for r in runs.of("qualitative") if r["views"]], "views of a data set"), {}
@@ -151,7 +166,7 @@ def _qualitative(method, peer=""):
                 here = [r for r in here if r.seed == first]
                 only_one(here, lambda r: (r["data"], r.seed), f"views of {METHOD_NAMES.get(label, label)}")
                 pair[METHOD_NAMES.get(label, label)] = _views(here[0], kind); used.append(here[0])
-            for c in side_by_side(pair, max(1, 8 // len(sets)), SHOWN if len(sets) > 1 else ()): columns.append(dict(c, category=f"{name_of(data)}\n{c['category']}" if len(sets) > 1 else c["category"]))
+            for c in side_by_side(pair, max(1, 8 // len(sets)), SHOWN if len(sets) > 1 else ()): columns.append(dict(c, data=name_of(data) if len(sets) > 1 else ""))
         return grid_figure(columns[:9], remark=remark(used)), used
     return draw
 
@@ -166,7 +181,7 @@ def study_run(runs: Runs, method: str, table: str, data: str|None=None) -> Finis
 
 def trained(run: Finished) -> pd.DataFrame:
     "The mean rows of a study's trained models."
-    try: rows = pd.read_csv(run.folder/"ablation.csv")
+    try: rows = read_table(run.folder/"ablation.csv", numbers="rest", text=("variant", "category", "stage"))
     except (OSError, ValueError) as error: raise ValueError(f"{run.path}: ablation.csv cannot be read ({error})") from None
     return rows[(rows["category"] == MEAN) & (rows["stage"] == "trained")]
 
@@ -202,7 +217,7 @@ def _pair(method, first, second, metrics):
         if lost := [v for v in names if v not in views]: raise ValueError(f"{run.path} kept no maps of {', '.join(lost)}; run it with -p each 1 and all variants")
         made = variants_table(rows[rows["variant"].isin(names)], [m for m in metrics if m in rows], printed(method, run, names, metrics) if runs.real else None)
         called = {v: f"model {v}" if len(v) == 1 else v for v in names}
-        return ablation_figure({called[v]: Views.read(run.folder/views[v]) for v in names}, made.numbers.assign(method=made.numbers["method"].map(called)), published=runs.real, remark=remark([run])), [run]
+        return ablation_figure({called[v]: Views.read(_below(run, views[v])) for v in names}, made.numbers.assign(method=made.numbers["method"].map(called)), published=runs.real, remark=remark([run])), [run]
     return draw
 
 def _curve(method, parameter, label, chosen):
@@ -228,7 +243,7 @@ def _types(runs, count=6):
         low, high = np.median([heat[k].min() for k in same]), max(heat[k].max() for k in same)
         r = views.rows.loc[at]
         rows.append(dict(image=views.images[at] / 255, truth=views.typed["truth"][at], said=views.typed["largest"][at], likely=views.typed["likely"][at], heat=np.clip((heat[at] - low) / max(high - low, 1e-12), 0, 1),
-                         has_mask=bool(r["has_mask"]), left=f"{r['category']}\n{r['type']}\nsaid: {r['guess']}"))
+                         has_mask=bool(r["has_mask"]), left=f"{letters(r['category'])}\n{letters(r['type'])}\nsaid: {letters(r['guess'])}"))
     figure = type_figure(rows, views.types)
     if said := remark([run]): _note(figure, said)
     return figure, [run]
@@ -242,11 +257,14 @@ def _confusion(unit):
     def draw(runs):
         run = _types_run(runs)
         choice, seed = run["choice"] or "filtered", run["seeds"][0]
-        home = run.folder/f"dapo-seed{seed}"
+        home = _below(run, f"dapo-seed{seed}")
         try:
-            if unit == "pixels": table = pd.read_csv(home/f"types_confusion_{choice}.csv").set_index("truth")
+            if unit == "pixels":
+                file = _below(run, home.name, f"types_confusion_{choice}.csv")
+                truth = read_table(file).columns[0]
+                table = read_table(file, numbers="rest", text=[truth]).set_index(truth)
             else:
-                said = pd.read_csv(home/"types_images.csv")
+                said = read_table(home/"types_images.csv")
                 names = list(dict.fromkeys([*sorted(said["type"].unique()), *sorted(said[f"said_{choice}"].unique())]))
                 table = pd.crosstab(said["type"], said[f"said_{choice}"]).reindex(index=names, columns=names, fill_value=0)
         except (OSError, ValueError, KeyError) as error: raise ValueError(f"{run.path}: no confusion of {unit} ({error})") from None
@@ -258,14 +276,13 @@ def _confusion(unit):
 
 def _types_table(runs):
     run = _types_run(runs)
-    rows = pd.read_csv(run.folder/"types.csv")
+    rows = read_table(run.folder/"types.csv", numbers="rest", text=("method", "stage"))
     rows = rows.assign(variant=[METHOD_NAMES.get(m, m) + (", untrained" if s == "untrained" else "") for m, s in zip(rows["method"], rows["stage"])])
     heads = dict(auroc="macro AUROC", auroc_seen="AUROC, seen types", auroc_novel="AUROC, novel types", ap="macro AP", f1="macro F1", guess_f1="F1 of a constant guess", image_accuracy="type of the image")
     made = variants_table(rows, {k: (f"{h}, %", 100, 1) for k, h in heads.items() if k in rows}, corner="method", caption=f"Types on {name_of(run['test'])}", notes=[remark([run])] if remark([run]) else [])
     return made, [run]
 
 def _note(figure, text):
-    from zsad_nb.use.paper_style import note, style
     with style(): note(figure, text)
 
 # %% ../../nbs/use/81g_paper_plan.ipynb #c2b8919a

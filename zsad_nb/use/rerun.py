@@ -13,7 +13,9 @@ from pathlib import Path
 import pandas as pd
 
 from .parameters import read_notebook, source_hash
-from ..evaluation.results import read_json
+from ..files import inside
+from ..records import read_record
+from ..tables import read_table
 from .runs import _resolve, execute, look
 
 # %% ../../nbs/use/83b_rerun.ipynb #cb315c17
@@ -27,10 +29,15 @@ def _numbers(folder: Path) -> dict[str, object]:
         elif isinstance(value, list):
             for n, v in enumerate(value): yield from leaves(f"{name} {n}", v)
         else: yield name, value
-    found = dict(leaves("result.json", read_json(folder/"result.json")[0]))
+    found = dict(leaves("result.json", read_record(folder/"result.json")[0]))
     for file in sorted(folder.rglob("*.csv")):
         if "data" in file.relative_to(folder).parts[:1]: continue  # drawn images
-        table, name = pd.read_csv(file, dtype=str, keep_default_na=False), file.relative_to(folder).as_posix()  # as written: to the last digit
+        name = file.relative_to(folder).as_posix()
+        try:
+            table = read_table(file, ours=False)  # as written: to the last digit
+        except ValueError:  # of a shape of its own: byte by byte
+            found[f"{name} sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+            continue
         for column in table.columns.difference(TIMES, sort=False):
             found.update({f"{name} {column} {row}": v for row, v in enumerate(table[column].tolist())})
     found.update({p.relative_to(folder).as_posix() + " sha256": hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*.safetensors"))})
@@ -51,8 +58,10 @@ def rerun(folder: str|Path,         # of a finished run
     folder, old = Path(folder).resolve(), look(folder)
     if not old.ok: raise ValueError(f"{folder} is {old.status}{f' ({old.error})' if old.error else ''}; only a finished run can be repeated")
     source, record = read_notebook(folder/"notebook.ipynb"), old.record
+    if lost := [k for k in ("spec", "hash", "notebook_hash", "after", "seed", "cwd") if k not in record] or ["parameters"] * ("parameters" not in record["spec"]):
+        raise ValueError(f"run.json in {folder} has no {', '.join(lost)}; it cannot be repeated from it")
     if source_hash(source) != record["notebook_hash"]: raise ValueError(f"notebook.ipynb in {folder} was changed after it was run: it is not the notebook of the record")
-    before = {name: folder.parent.parent/d["run"] for name, d in record["after"].items()}
+    before = {name: inside(folder.parent.parent, d["run"]) for name, d in record["after"].items()}
     for name, path in before.items():
         if not look(path, path.name).ok: raise ValueError(f"it came after {name}, which is {look(path).status} in {path}")
     new = Path(out or tempfile.mkdtemp(prefix="rerun-")).resolve()

@@ -6,8 +6,9 @@
 __all__ = ['split', 'evaluate_shard', 'evaluate_shards']
 
 # %% ../../nbs/use/83f_shards.ipynb #999a7801
-import sys
+import os
 import pickle
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -20,8 +21,10 @@ from tqdm.auto import tqdm
 from ..backbones.features import FeatureCache
 from ..backbones.weights import import_vision_libraries
 from ..data.images import defect_names
+from ..data.reading import read_as, takes_reading
 from ..evaluation.evaluate import Evaluation, by_category, predict_images, put_together, seen_in_training, target_set
 from ..evaluation.metrics import PixelMetrics
+from ..files import owned_only, write_atomically
 from ..methods.base import Method, load
 from .executors import LostWorker, open_executor
 
@@ -47,7 +50,7 @@ def split(test: pd.DataFrame,  # of `target_set`
 def evaluate_shard(folder: str, number: int, parts: list[tuple]) -> dict[str, list[dict]]:  # category -> rows of `predict_images`
     "Predict the images of a shard; the state of their pixel metrics is left in the folder, a file a category."
     import_vision_libraries()  # classes of theirs are in the file
-    common, before = torch.load(Path(folder)/"evaluation.pt", map_location="cpu", weights_only=False), torch.get_num_threads()
+    common, before = torch.load(owned_only(Path(folder)/"evaluation.pt"), map_location="cpu", weights_only=False), torch.get_num_threads()
     test, options, limits, spill = (common[k] for k in ("test", "options", "limits", "spill"))
     method = common["method"] if common["checkpoint"] is None else load(common["checkpoint"], **common["changes"])
     method, tables, rows = method.to(common["device"]).prepare(test), dict(by_category(test)), {}
@@ -65,6 +68,7 @@ def evaluate_shard(folder: str, number: int, parts: list[tuple]) -> dict[str, li
 def _state(folder, number, category, categories) -> Path: return Path(folder)/f"{number:05}-{list(categories).index(category):05}.pixels"
 
 # %% ../../nbs/use/83f_shards.ipynb #0a7ef368
+@takes_reading
 def evaluate_shards(method: Method|str|Path,  # or a checkpoint that all machines see
                     index: pd.DataFrame,      # as of `evaluate`
                     shards: int=2,            # the images are divided into
@@ -78,8 +82,10 @@ def evaluate_shards(method: Method|str|Path,  # or a checkpoint that all machine
                     size: int|None=None, batch_size: int=8, limits: tuple=(0.3,), spill: str|Path|None=None, workers: int=2, progress: bool=True, label: str="evaluate",
                     cache: FeatureCache|str|Path|None=None, allow_seen: tuple|str=(),  # as of `evaluate`
                     changes: dict|None=None,  # of the checkpoint's parameters
+                    **reading                 # as of `evaluate`
                    ) -> Evaluation:           # equal to that of `evaluate`
     "`evaluate` over several processes or machines; transductive methods are divided between categories only."
+    index = read_as(index, **reading)
     checkpoint = None if isinstance(method, Method) else Path(method).resolve()
     if checkpoint: method = load(checkpoint, **(changes or {}))
     test = target_set(index)
@@ -92,7 +98,9 @@ def evaluate_shards(method: Method|str|Path,  # or a checkpoint that all machine
                   spill=spill, threads=cores or torch.get_num_threads())
     if folder is not None: Path(folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".shards-", dir=folder, ignore_cleanup_errors=True) as place:
-        try: torch.save(common, Path(place)/"evaluation.pt")
+        try:
+            write_atomically(Path(place)/"evaluation.pt", lambda part: torch.save(common, part))
+            os.chmod(Path(place)/"evaluation.pt", 0o600)  # it is unpickled
         except (AttributeError, TypeError, RuntimeError, pickle.PicklingError) as error: raise ValueError(f"{method.name} cannot be sent to other processes ({error}); save it and pass the checkpoint's path") from error
         with tqdm(total=len(test), desc=label, disable=not progress, unit="image") as bar:
             if executor is not None: rows = _run(executor, place, parts, retries, bar)

@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from ..evaluation.evaluate import MEAN
 from ..evaluation.published import METHOD_NAMES, METRIC_NAMES
 from ..evaluation.tables import Table, results_table
-from .paper_style import COLUMN, PRINTED, bar_colours, legend_above, note, save_figure, style
+from ..files import inside, safe_name
+from .paper_style import COLUMN, PRINTED, bar_colours, legend_above, letters, note, save_figure, style
 
 # %% ../../nbs/use/81b_table_figures.ipynb #b1347a56
 SHORT = dict(image_auroc="AUROC", image_ap="AP", image_f1max="F1-max", pixel_auroc="AUROC", pixel_ap="AP", pixel_f1max="F1-max", pixel_aupro="AUPRO", pixel_aupro_200="AUPRO (200)")
@@ -35,7 +36,7 @@ def draw_on(ax, numbers: pd.DataFrame,  # of a table, one row of it: method, met
         x, heights = np.arange(len(metrics)) + (i - (len(methods) - 1) / 2) * share, np.array([c["mean"] for c in cells], float)
         marks = "†" * bool(any(c["seen"] for c in cells)) + "‡" * bool(any(c["transductive"] for c in cells))
         label = METHOD_NAMES.get(method, method) + marks + ("" if np.isfinite(heights).any() else " (runs missing)")
-        handles.append(ax.bar(x, heights - bottom, share * 0.94, bottom=bottom, color=colour, edgecolor="black", linewidth=0.3, label=label))
+        handles.append(ax.bar(x, heights - bottom, share * 0.94, bottom=bottom, color=colour, edgecolor="black", linewidth=0.3, label=letters(label)))
         for at_x, c in zip(x, cells):
             if not np.isfinite(c["mean"]): continue
             spread = c["std"] if c["seeds"] > 1 else 0.0
@@ -49,7 +50,7 @@ def draw_on(ax, numbers: pd.DataFrame,  # of a table, one row of it: method, met
     if published: handles += ax.plot([], [], color=PRINTED, lw=1.1, label="published")
     ax.set(ylim=(bottom, bottom + (100 - bottom) * 1.16), yticks=np.linspace(bottom, 100, 6), xticks=range(len(metrics)), xlim=(-0.52, len(metrics) - 0.48))
     one = len({m.split("_")[0] for m in metrics}) == 1
-    ax.set_xticklabels([SHORT.get(m, m) if one else METRIC_NAMES.get(m, m).replace(" ", "\n", 1) for m in metrics])
+    ax.set_xticklabels([letters(SHORT.get(m, m)) if one else letters(METRIC_NAMES.get(m, m)).replace(" ", "\n", 1) for m in metrics])
     ax.set_ylabel("%" if bottom == 0 else f"%, axis starts at {bottom:g}")
     ax.tick_params(axis="x", length=0); ax.grid(axis="y")
     return handles
@@ -74,7 +75,7 @@ def bar_figure(table: Table,          # of `results_table` or `variants_table`
     figure = Figure(figsize=(width, height), layout="constrained")
     ax = figure.subplots()
     legend_above(figure, draw_on(ax, numbers, published, bottom, width))
-    if title: ax.set_title(title)
+    if title: ax.set_title(letters(title))
     note(figure, remark)
     return figure
 
@@ -94,5 +95,5 @@ def draw_bars(runs: pd.DataFrame,      # as for `results_table`
         table = results_table(runs, metrics, methods=methods, data=data, published=published)
         row = MEAN if MEAN in set(table.numbers["row"]) else table.numbers["row"].iloc[0]  # one data set has no mean below it
         if table.numbers.loc[table.numbers["row"] == row, "mean"].notna().any():
-            written += save_figure(bar_figure(table, row=row, published=bool(published), **{"title": f"{level} level, {'mean over data sets' if row == MEAN else table.rows[0]}", **options}), Path(folder)/f"bars_{level}")
+            written += save_figure(bar_figure(table, row=row, published=bool(published), **{"title": f"{level} level, {'mean over data sets' if row == MEAN else table.rows[0]}", **options}), inside(folder, f"bars_{safe_name(level)}"))
     return written

@@ -14,11 +14,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from ..core import write_atomically
+from ..data.reading import read_as, takes_reading
 from ..data.taxonomy import typed
 from ..evaluation.multi_type import TypeEvaluation
 from ..evaluation.views import look_at_types
-from .paper_style import COLUMN, PAGE, SERIES, bare, style
+from ..files import FileNames, inside, write_atomically
+from .paper_style import COLUMN, PAGE, SERIES, bare, letters, style
 
 # %% ../../nbs/use/81a_type_figures.ipynb #55635229
 TOL = ("#332288", "#882255", "#999933", "#44AA99", "#AA4499", "#661100", "#DDCC77", "#6699CC", "#117733")  # muted
@@ -63,8 +64,8 @@ def type_figure(views: list,      # per image a dict: image (H, W, 3), truth (H,
         bare(axes[0], left=view.get("left", ""))
         shown |= set(np.unique(view["said"])) | (set(np.unique(view["truth"])) if known else set())
     names = [t for k, t in enumerate(types, 1) if k in shown]
-    if names: figure.legend(handles=[Patch(color=colours[t], label=t) for t in names], loc="outside right upper")
-    if heading: figure.suptitle(heading)
+    if names: figure.legend(handles=[Patch(color=colours[t], label=letters(t)) for t in names], loc="outside right upper")
+    if heading: figure.suptitle(letters(heading))
     return figure
 
 @style()
@@ -84,14 +85,16 @@ def confusion_figure(confusion: pd.DataFrame,  # truth x said, counts
     for i, row in enumerate(shares.to_numpy()):
         for j, share in enumerate(row):
             if share >= 0.005: ax.text(j, i, f"{100 * share:.0f}", ha="center", va="center", fontsize=6, color="white" if share > 0.55 else "black")
-    ax.set_xticks(range(shares.shape[1]), shares.columns, rotation=90)
-    ax.set_yticks(range(shares.shape[0]), [f"{name} ({n:,})" for name, n in counts[rows].items()])
-    ax.set(xlabel=f"largest state, % of the truth's {unit}", ylabel="truth"); ax.tick_params(length=0)
+    ax.set_xticks(range(shares.shape[1]), [letters(name) for name in shares.columns], rotation=90)
+    ax.set_yticks(range(shares.shape[0]), [f"{letters(name)} ({n:,})" for name, n in counts[rows].items()])
+    ax.set(xlabel=f"largest state, % of the truth's {letters(unit)}", ylabel="truth"); ax.tick_params(length=0)
     for side in ax.spines.values(): side.set_visible(False)
-    if heading: figure.suptitle(heading)
+    if heading: figure.suptitle(letters(heading))
     return figure
 
 # %% ../../nbs/use/81a_type_figures.ipynb #2df8f791
+@takes_reading
+@style()
 def draw_types(method, index: pd.DataFrame, evaluation: TypeEvaluation,
                folder: str|Path,        # is created; one PNG a product and confusion.png
                choice: str="filtered",  # or unfiltered
@@ -99,22 +102,24 @@ def draw_types(method, index: pd.DataFrame, evaluation: TypeEvaluation,
                size: int|None=None,     # as in `evaluate_types`
                title: str="",           # in front of every heading, such as the method's name
                dpi: int=130,
+               **reading                # see `Reading`; default: as the index says
               ) -> list[Path]:
     "Write the figures of a multi-type evaluation."
+    index = read_as(index, **reading)
     if choice not in evaluation.confusion: raise ValueError(f"choice={choice!r}; this evaluation has {', '.join(evaluation.confusion)}")
     test, size, front, was = typed(index[index["split"] == "test"]), size or next(iter(method.backbones().values())).size, f"{title}  " if title else "", method.training
     method.prepare(test)
     method.eval()
-    numbers, figures = evaluation.per_product.set_index(["choice", "category"]).loc[choice], {}
+    numbers, figures, names = evaluation.per_product.set_index(["choice", "category"]).loc[choice], {}, FileNames(reserved=["confusion"])
     for (dataset, category), part in test.groupby(["dataset", "category"], sort=True):
         rows = part[part["anomalous"]].sort_values("image", kind="stable").groupby("defect", sort=True).head(each).sort_values(["defect", "image"], kind="stable")
         if rows.empty: continue
         rows.attrs = dict(index.attrs)
-        views = [dict(v, said=v["largest"], left=f"{v['type']}\nsaid: {v['guess']}\nscore {v['score']:.2f}") for v in look_at_types(method, rows, test, choice, size)]
+        views = [dict(v, said=v["largest"], left=f"{letters(v['type'])}\nsaid: {letters(v['guess'])}\nscore {v['score']:.2f}") for v in look_at_types(method, rows, test, choice, size)]
         low, high = np.median([v["heat"].min() for v in views]), max(v["heat"].max() for v in views)     # one scale a product
         for v in views: v["heat"] = np.clip((v["heat"] - low) / max(high - low, 1e-12), 0, 1)
         m = numbers.loc[category]
-        figures[str(category)] = type_figure(views, method.types, f"{front}{category}, {choice}: AUROC {100 * m['auroc']:.1f}   AP {100 * m['ap']:.1f}   F1 {100 * m['f1']:.1f}")
+        figures[names.name(category)] = type_figure(views, method.types, f"{front}{category}, {choice}: AUROC {100 * m['auroc']:.1f}   AP {100 * m['ap']:.1f}   F1 {100 * m['f1']:.1f}")
     method.train(was)
     figures["confusion"] = confusion_figure(evaluation.confusion[choice], f"{front}pixels of all products, {choice}")
-    return [write_atomically(Path(folder)/f"{name}.png", lambda p, f=figure: f.savefig(p, dpi=dpi, format="png")) for name, figure in figures.items()]
+    return [write_atomically(inside(folder, f"{name}.png"), lambda p, f=figure: f.savefig(p, dpi=dpi, format="png")) for name, figure in figures.items()]

@@ -7,7 +7,6 @@ __all__ = ['PANELS', 'Upload']
 
 # %% ../../nbs/use/82h_upload.ipynb #1100834f
 import copy
-import html
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ..data.pixels import BadImage
+from ..evaluation.tables import html_text
 from .blending import Drawing, View, encode, sheet
 from .controls import bars, box, counted, fallback, from_to, message, set_range, show, slider, spans, told
 from .histogram import percent
@@ -33,8 +33,11 @@ class Upload:
     def __init__(self, source,            # an Inspector, a Method, a checkpoint, a run's folder, or a method's name
                  category: str="object",  # what prompts call the thing; can be changed on the page
                  side: int=720,           # pixels of the longer side on the screen
+                 bits: int|None=None, white: float|None=None,  # see `Reading`; default: as the Inspector says
                 ):
-        self.inspector = copy.copy(source) if isinstance(source, Inspector) else Inspector(method_from(source), category=category)
+        self.inspector = copy.copy(source) if isinstance(source, Inspector) else Inspector(method_from(source), category=category, bits=bits, white=white)
+        if isinstance(source, Inspector) and not {bits, white} <= {None, source.bits, source.white}:
+            raise ValueError(f"the Inspector reads with {source.reading}; make it with bits={bits}, white={white}: its thresholds depend on it")
         self.side, self.found, self.drawing, self._quiet = side, None, None, False
         self.zone, self.word = DropZone(), w.Text(self.inspector.category, description="It is a", placeholder="screw", tooltip="the word for the thing in the prompts of methods that read it", continuous_update=False, layout=w.Layout(width="220px"), style=dict(description_width="initial"))
         self.pictures = {name: Picture(label=name) for name in PANELS}
@@ -92,11 +95,11 @@ class Upload:
         aspect = min(max(size[0] / size[1], 0.4), 3.0)
         for picture in self.pictures.values(): picture.aspect, picture.mark = aspect, []
         self._draw(*PANELS)
-        parts = [f'<span class="chip {found.decision}">{found.decision}</span>' if found.decision in ("normal", "defective") else "", html.escape(found.said)]
-        if found.decision == "score only": parts = [f"score <b>{found.score:.4g}</b>", f'<span class="soft">{html.escape(found.said)}</span>']
+        parts = [f'<span class="chip {found.decision}">{found.decision}</span>' if found.decision in ("normal", "defective") else "", html_text(found.said)]
+        if found.decision == "score only": parts = [f"score <b>{found.score:.4g}</b>", f'<span class="soft">{html_text(found.said)}</span>']
         if found.mask is not None: parts.append(f"{counted(len(found.regions), 'region')}, {found.area:,} px together")
-        self.verdict.value = spans([p for p in parts if p]) + f'<div class="soft">{html.escape(name)}, {found.size[0]} x {found.size[1]}{f"; {html.escape(note)}" if note else ""}</div>'
-        self.types.value = bars(found.types, list(found.types)) if found.types else f'<div class="soft">{self.inspector.method.name} knows no types of defect</div>'
+        self.verdict.value = spans([p for p in parts if p]) + f'<div class="soft">{html_text(name)}, {found.size[0]} x {found.size[1]}{f"; {html_text(note)}" if note else ""}</div>'
+        self.types.value = bars(found.types, list(found.types)) if found.types else f'<div class="soft">{html_text(self.inspector.method.name)} knows no types of defect</div>'
         self.pixel.value = '<div class="soft">Click into a picture to read its score there.</div>'
         for widget in (self.verdict, self.stage, self.tools): show(widget, True)
         self.tell("")

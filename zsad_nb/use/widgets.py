@@ -6,7 +6,7 @@
 __all__ = ['HeatmapExplorer']
 
 # %% ../../nbs/use/82_widgets.ipynb #3c9e2476
-import html
+import hashlib
 import re
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -16,22 +16,33 @@ import ipywidgets as w
 import numpy as np
 import pandas as pd
 
-from ..core import write_atomically
 from ..data.pixels import BadImage
+from ..data.reading import Reading, takes_reading
+from ..evaluation.tables import html_text
+from ..files import inside, safe_name, write_atomically
+from ..names import shown
 from .blending import ORDER, Drawing, View, encode
 from .controls import LABEL, bars, box, button, choice, contour_words, dropdown, fallback, from_to, legend, message, numbers_html, put, set_range, show, slider, spans, told, verdict, wide
 from .gallery import SHOW, SORT, Gallery, arrange
 from .histogram import Histogram, ScoreSplit, percent, say
+from .inspector import Inspector
 from .maps_store import DONE, MapStore, data_of, make_store, open_store, similarity_panel, snapshot
 from .panels import Later, Picture
 from .sources import method_from
 
 # %% ../../nbs/use/82_widgets.ipynb #186f29a9
 def _short(value: float) -> float: return float(f"{value:.6g}")  # what is drawn is what the code says
-def _slug(text: str) -> str: return re.sub(r"[^\w.]+", "-", text).strip("-")
+def _slug(
+    text: str,  # a name, or a path
+    path: bool = False,  # a path: its / is no change
+) -> str:  # two texts never have one
+    "A part of a file's name without two hyphens in a row: where anything was changed a hash is added."
+    name = re.sub(r"[^\w.]+", "-", text).strip("-.")
+    return name if name and name == (text.replace("/", "-") if path else text) and "-" not in text else f"{name}-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
 
 class HeatmapExplorer:
     "Looks at where methods see defects."
+    @takes_reading
     def __init__(self, sources,                   # a Method, a checkpoint, a run's folder, a MapStore, an Inspector; or a dict name -> one of these
                  index: pd.DataFrame|None=None,   # rows with split "test" are used; default: what the run or the store knows
                  folder: str|Path="maps",         # for stores of maps
@@ -40,7 +51,10 @@ class HeatmapExplorer:
                  page: int=12,                    # thumbnails at a time
                  out: str|Path="heatmaps",        # folder for saved pictures
                  batch_size: int=8, progress: bool=True,
+                 **reading                        # see `Reading`; default: as the index, the Inspector or the run says
                 ):
+        Reading(**reading)  # raises for what cannot be
+        self._reading = reading
         self.sources = dict(sources) if isinstance(sources, dict) else {self._name(sources): sources}
         if not self.sources: raise ValueError("there is nothing to explore: give a method, a checkpoint, the folder of a run, or a dict of these")
         self.folder, self.size, self.out, self._compute, self._progress, self._batch = Path(folder), size, Path(out), compute, progress, batch_size
@@ -69,7 +83,8 @@ class HeatmapExplorer:
                 index = self._given if self._given is not None else self.index if self._stores else data_of(source) if isinstance(source, (str, Path)) else None
                 if index is None: raise ValueError(f"{name} does not say what it was evaluated on; pass an index, such as load_dataset('mvtec', FOLDER)")
                 inner = getattr(source, "method", source)  # an Inspector carries its method
-                store = make_store(method_from(inner), index, self.folder, self.size)
+                own = source.reading if isinstance(source, Inspector) else {}
+                store = make_store(method_from(inner), index, self.folder, self.size, **{**{k: v for k, v in own.items() if v is not None}, **self._reading})
             if self._stores:
                 mine, own = (s.index[["dataset", "category", "image"]].to_numpy() for s in (next(iter(self._stores.values())), store))
                 if mine.shape != own.shape or (mine != own).any(): raise ValueError(f"the maps of {name} are of other images than those of {next(iter(self._stores))}; make them from one index")
@@ -270,10 +285,10 @@ class HeatmapExplorer:
         self._decide(again=False); self._pages(); self._touched(); self._check_missing()
 
     def _load(self):
-        layer = self.layer.value
-        if self.store.rows["state"][self.row] == 0 or layer: self.tell(f"{self.method.value} looks at {self._known['image'][self.row]} ...")
+        layer, replaced = self.layer.value, self.store.replaced(self.row)
+        if replaced or self.store.rows["state"][self.row] == 0 or layer: self.tell(f"{self.method.value} looks at {self._known['image'][self.row]} ...")
         self.drawing = self.store.drawing(self.row, layer)
-        self.tell("")
+        self.tell(f"{self._known['image'][self.row]} was replaced since its map was made; map and score were made again" if replaced else "")
         if layer: low, high = self.drawing.scale()
         else: low, high = self.store.scale(self._group())
         key = self.method.value, layer, None if layer else self._known["category"][self.row]
@@ -303,13 +318,13 @@ class HeatmapExplorer:
         for name, store in ((self.method.value, self.store), *([(self.compare.value, self.other)] if self.other else [])):
             kind = store.rows["kind"][row]
             said = verdict(float(store.rows["score"][row]), self.threshold.value if store is self.store else None, bad, store.types[kind] if 0 <= kind < len(store.types) else "")
-            parts.append(f"{html.escape(name)}: {said}" if self.other else said)
-        parts.append(f"labelled <b>{html.escape(str(self._known['defect'][row] or 'defective'))}</b>")
+            parts.append(f"{html_text(name)}: {said}" if self.other else said)
+        parts.append(f"labelled <b>{html_text(str(self._known['defect'][row] or 'defective'))}</b>")
         agreement = self.drawing.agreement(self.view()) if bad else {}
         if agreement: parts.append(contour_words(agreement))
         if self.drawing.bad: parts.append(f"<b>{self.drawing.bad:,} pixels of this map are not numbers</b>: grey in the heatmap, never inside the contour")
-        if self._known["dataset"][row] in {t.partition("/")[0] for t in self.store.header["trained_on"]}: parts.append(f"{html.escape(self.method.value)} was trained on this data set: not zero-shot")
-        self.verdict.value = spans(parts) + f'<div class="soft">{html.escape(self._known["image"][row])}</div>'
+        if self._known["dataset"][row] in {t.partition("/")[0] for t in self.store.header["trained_on"]}: parts.append(f"{html_text(self.method.value)} was trained on this data set: not zero-shot")
+        self.verdict.value = spans(parts) + f'<div class="soft">{html_text(self._known["image"][row])}</div>'
 
     # ---- a place
     def touch(self, x: float, y: float):
@@ -328,18 +343,18 @@ class HeatmapExplorer:
         x, y = (min(int(v * n), n - 1) for v in self.at)
         value, smooth = float(self.drawing.map[y, x]), self.drawing.smoothed(self.smoothing.value)
         lines = [f"score <b>{value:.4g}</b>, higher than {percent(float((smooth < smooth[y, x]).mean()))} of this image"]
-        if self._right is not None: lines.append(f"{html.escape(self.compare.value)}: <b>{float(self._right.map[y, x]):.4g}</b>")
+        if self._right is not None: lines.append(f"{html_text(self.compare.value)}: <b>{float(self._right.map[y, x]):.4g}</b>")
         if self.drawing.mask is not None: lines.append("marked as defect" if self.drawing.mask[y, x] else "not marked")
         text = f'<div class="soft">x {x}, y {y} of {n}</div>' + "".join(f"<div>{line}</div>" for line in lines)
         self.pixel.value = text  # at once; the rest may need the method
-        self.pixel.value = text + (bars(self.store.inside(self.row).at(*self.at), self.store.types) if self.store.types else f'<div class="soft">{html.escape(self.method.value)} knows no types of defect</div>')
+        self.pixel.value = text + (bars(self.store.inside(self.row).at(*self.at), self.store.types) if self.store.types else f'<div class="soft">{html_text(self.method.value)} knows no types of defect</div>')
         panel, tower = similarity_panel(self.store, self.row, self.at, ringed=False)
         self.pictures["similar"].data, self.pictures["similar"].note = encode(panel), tower
 
     # ---- maps that are not there
     def _check_missing(self):
         gone = len(self.store.missing)
-        self.missing.value = f"{gone:,} of {len(self.store):,} maps of {html.escape(self.method.value)} are not computed yet" + ("" if self.store.method is not None else "; open it with its method to compute them") if gone else ""
+        self.missing.value = f"{gone:,} of {len(self.store):,} maps of {html_text(self.method.value)} are not computed yet" + ("" if self.store.method is not None else "; open it with its method to compute them") if gone else ""
         show(self.gap, gone > 0); show(self.compute_button, gone > 0 and self.store.method is not None)
 
     @told
@@ -359,12 +374,15 @@ class HeatmapExplorer:
         given.append(f"threshold={_short(self.threshold.value)!r}" + (f", at={self.at!r}" if self.at else ""))
         lines = (",\n" + 19 * " ").join(given)
         return (f"from zsad_nb.use.blending import View\nfrom zsad_nb.use.maps_store import open_store, snapshot\n\nstore = open_store({self.store.folder.as_posix()!r})\n"
-                f"picture = snapshot({lines})  # {self._known['image'][self.row]}\npicture.save({self.file_name()!r})\n")
+                f"picture = snapshot({lines})  # {shown(self._known['image'][self.row])}\npicture.save({self.file_name()!r})\n")
 
     def file_name(self) -> str:
         "What a saved picture is called."
-        versus = f"{self.method.value}-and-{self.compare.value}" if self.other is not None else self.method.value
-        return "-".join(_slug(part) for part in (versus, str(Path(self._known["image"][self.row]).with_suffix("")), self.layer.value) if part) + ".png"
+        parts = [_slug(self.method.value) + (f"-and-{_slug(self.compare.value)}" if self.other is not None else "")]
+        parts.append(_slug(Path(self._known["image"][self.row]).with_suffix("").as_posix(), path=True))
+        if self.layer.value:
+            parts.append(_slug(self.layer.value))
+        return safe_name("--".join(parts)) + ".png"
 
     def snapshot(self, tile: int|None=None):  # a PIL image
         "What is on the screen."
@@ -374,11 +392,11 @@ class HeatmapExplorer:
     def save(self) -> Path:
         "Write what is on the screen, and beside it the code that draws it again."
         code, picture = self.code(), self.snapshot()
-        path = write_atomically(self.out/self.file_name(), lambda p: picture.save(p, "PNG"))
+        path = write_atomically(inside(self.out, self.file_name()), lambda p: picture.save(p, "PNG"))
         write_atomically(path.with_suffix(".py"), lambda p: p.write_text(code, encoding="utf-8"))
         return path
 
     def _saved(self): self.tell(f"written: {(path := self.save()).as_posix()}, and {path.with_suffix('.py').name} beside it")
     def _toggle_code(self):
-        self.shown_code.value = f"<pre>{html.escape(self.code())}</pre>" if self.code_button.value else ""
+        self.shown_code.value = f"<pre>{html_text(self.code(), lines=True)}</pre>" if self.code_button.value else ""
         show(self.shown_code, self.code_button.value)
