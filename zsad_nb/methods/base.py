@@ -67,7 +67,7 @@ RULES = {"above 0": lambda v: v > 0, "0 or more": lambda v: v >= 0, "at least 1"
 SIDE, WIDTH, ROWS, COUNT, SEED, NUMBER = 8192, 16384, 65536, 512, 2**63 - 1, 10**6
 LARGEST = {**dict.fromkeys(("image_size", "dino_size", "score_size"), SIDE),
            **dict.fromkeys(("hidden", "inner", "latent", "key_width", "gate_width"), WIDTH),
-           **dict.fromkeys(("at_once", "sca_rows", "sca_grid", "references", "batch_size", "samples", "train_samples", "latents", "train_latents"), ROWS),
+           **dict.fromkeys(("sca_rows", "sca_grid", "references", "batch_size", "samples", "train_samples", "latents", "train_latents"), ROWS),
            **dict.fromkeys(("prompts", "prompt_count", "vectors", "length", "state", "background", "context", "deep_sets", "deep_tokens", "image_tokens", "text_tokens", "image_depth", "text_depth",
                             "depth", "dual_blocks", "anchors", "bank", "flows", "num_heads", "clusters", "crops", "steps", "shots", "top", "tap"), COUNT),
            **dict.fromkeys(("seed", "noise_seed", "kmeans_seed"), SEED)}
