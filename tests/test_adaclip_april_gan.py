@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 
-from zsad_nb.backbones.ensembles import ADACLIP_TEMPLATES, WINCLIP_TEMPLATES
+from zsad_nb.backbones.ensembles import ADACLIP_TEMPLATES, PHOTO_TEMPLATES
 from zsad_nb.backbones.features import FeatureCache
 from zsad_nb.core import seed_everything
 from zsad_nb.data.images import Batch
@@ -257,12 +257,11 @@ def kmeans_by_hand(x, k, seed):
 def adaclip_by_hand(model, batch):
     "Map and score of every image, and the two-class logits (T, 2, h, w) of its taps."
     maps, scores, logits = [], [], []
-    names = {"metal_nut": "metal nut", "pcb1": "printed circuit board"}
     for image, category in zip(batch.image, batch.category):
         plain = image_by_hand(model, image)[1]
         dynamic = {n: dynamic_by_hand(t, plain) for n, t in model.tokens.items()}
-        tokens = {n: torch.stack([s + dynamic[n] for s in t.static]) for n, t in model.tokens.items()}
-        text = texts_by_hand(lambda s, k=tokens["text"]: sentence_by_hand(model, s, k), names.get(category, category), model.p.templates)
+        tokens = {n: torch.stack([s + dynamic[n] for s in t.static]).half().float() for n, t in model.tokens.items()}
+        text = texts_by_hand(lambda s, k=tokens["text"]: sentence_by_hand(model, s, k), category, model.p.templates)
         taps, cls = image_by_hand(model, image, tokens["image"])
         adapted = [[a / a.norm() for a in model.adapters[f"tap_{t}"](x)] for t, x in zip(model.clip.taps, taps)]          # [tap][patch]
         side = math.isqrt(len(adapted[0]))
@@ -314,14 +313,15 @@ def maps_of(model, prediction, size):
     return out
 
 
-@pytest.mark.parametrize("name", BOTH)
-def test_losses_by_hand(name, batch):
-    model, part = shaken(name, tau=0.05).train(), batch[:2]
+@pytest.mark.parametrize("name, changes, rows", [("adaclip", {}, True), ("adaclip", dict(dice_over="image"), False), ("april_gan", {}, False)], ids=["adaclip", "adaclip repaired", "april_gan"])
+def test_losses_by_hand(name, changes, rows, batch):
+    model, part = shaken(name, tau=0.05, **changes).train(), batch[:2]
     prediction = model(model.encode(part), part)
     found, mask = model.loss(prediction, part), part.mask[:, 0]
     maps = maps_of(model, prediction, mask.shape[-2:])
-    expected = dict(focal=sum(focal_by_hand(m, mask) for m in maps), dice=sum(dice_by_hand(m, mask) for m in maps))
-    if name == "adaclip": expected |= dict(image=focal_by_hand(prediction.score.detach(), part.anomalous), dice_normal=sum(dice_by_hand(1 - m, ~mask) for m in maps))
+    def ratio(m, truth): return dice_by_hand(m.flatten(0, 1), truth.flatten(0, 1)) if rows else dice_by_hand(m, truth)
+    expected = dict(focal=sum(focal_by_hand(m, mask) for m in maps), dice=sum(ratio(m, mask) for m in maps))
+    if name == "adaclip": expected |= dict(image=focal_by_hand(prediction.score.detach(), part.anomalous), dice_normal=sum(ratio(1 - m, ~mask) for m in maps))
     assert set(found) == {*expected, "total"} and abs(found["total"].item() - sum(expected.values()).item()) < 1e-4
     for k, v in expected.items(): assert abs(found[k].item() - v.item()) < 1e-5 * max(1, v.item()), k
 
@@ -421,10 +421,10 @@ def test_saturated_candidates():
 @pytest.mark.parametrize("shots", [0, 2])
 def test_april_gan_by_hand(batch, shots):
     model = few_shot() if shots else shaken("april_gan")
-    found, names = model.predict(batch), ["screw", "metal nut", "screw", "printed circuit board"]
+    found, names = model.predict(batch), ["screw", "metal_nut", "screw", "pcb1"]
     memory = [torch.cat(m) for m in zip(*(image_by_hand(model, i)[0] for i in images(2, 7)))]
     for i, image in enumerate(batch.image):
-        text = texts_by_hand(lambda s: sentence_by_hand(model, s), names[i], WINCLIP_TEMPLATES) if i in (0, 1) else model.text_features([names[i]])[0]
+        text = texts_by_hand(lambda s: sentence_by_hand(model, s), names[i], PHOTO_TEMPLATES) if i in (0, 1) else model.text_features([names[i]])[0]
         (taps, cls), total, distance = image_by_hand(model, image), 0, 0
         for t, x, kept in zip(model.clip.taps, taps, memory):
             y = model.adapters[f"tap_{t}"](x)
@@ -432,7 +432,8 @@ def test_april_gan_by_hand(batch, shots):
             total = total + F.interpolate(logits[None], (SIZE, SIZE), mode="bilinear", align_corners=True).softmax(1)[0, 1]
             distance = distance + torch.tensor([min(1 - F.cosine_similarity(p, r, dim=0).item() for r in kept) for p in x]).view(4, 4)
         score = (100 * torch.stack([F.cosine_similarity(cls, z, dim=0) for z in text])).softmax(0)[1]
-        if shots: total, score = total + F.interpolate(distance[None, None], (SIZE, SIZE), mode="bilinear", align_corners=True)[0, 0], (score + distance.max() / len(taps)) / 2
+        if shots: total, score = total + F.interpolate(distance[None, None], (SIZE, SIZE), mode="bilinear", align_corners=True)[0, 0], score
+        if shots: score = (score + total.max() / 2 / len(taps)) / 2
         assert far(found.map[i], total) < SAME and far(found.score[i], score) < SAME
 
 
@@ -458,7 +459,7 @@ def test_april_gan_texts_are_read_once(batch):
     handle = model.text.register_forward_hook(lambda m, given, result: rows.append(len(result)))
     for _ in range(2): model.predict(batch)
     handle.remove()
-    assert sum(rows) == 3 * (7 + 5) * 22
+    assert sum(rows) == 3 * (7 + 5) * 35
 
 
 # ------------------------------------------------------------------------------------------------------------- gradients and what learns
@@ -515,7 +516,8 @@ def test_full_size_counts():
     assert sum(q.numel() for q in april.learned().values()) == adapters == 3_148_800
     tokens = 4 * 5 * 1024 + 3 * 5 * 768 + 5 * (768 * 1024 + 1024) + 5 * (768 * 768 + 768)
     assert sum(q.numel() for q in ada.learned().values()) == adapters + 768 * 768 + 768 + tokens
-    for m in (ada, april): assert m.clip.taps == (6, 12, 18, 24) and m.clip.size == 518 and m.clip.row.positions == "bicubic"
+    for m, positions in ((ada, "bicubic_plain"), (april, "bicubic")):
+        assert m.clip.taps == (6, 12, 18, 24) and m.clip.size == 518 and m.clip.row.positions == positions and not m.clip.quick_gelu
     assert ada.tokens["image"].shape == (4, 5, 1024) and ada.tokens["text"].shape == (3, 5, 768) and april.grid == (37, 37)
 
 
@@ -564,7 +566,7 @@ def test_deeper_than_the_towers():
 
 @pytest.mark.parametrize("name, changes, message", [
     *[(n, dict(tau=0.0), "tau=0.0; it must be above 0") for n in BOTH], *[(n, dict(sigma=-1.0), "sigma=-1.0; it must be 0 or more") for n in BOTH], *[(n, dict(clip="tiny-dino"), "shared with text|no text tower") for n in BOTH],
-    *[(n, dict(image_size=70), "not a multiple") for n in BOTH], *[(n, dict(taps=(0, 5)), "outside 1..5") for n in BOTH], *[(n, dict(templates=()), "it must be one or more") for n in BOTH], *[(n, dict(positions="cubic"), "use bicubic or bilinear") for n in BOTH],
+    *[(n, dict(image_size=70), "not a multiple") for n in BOTH], *[(n, dict(taps=(0, 5)), "outside 1..5") for n in BOTH], *[(n, dict(templates=()), "it must be one or more") for n in BOTH], *[(n, dict(positions="cubic"), "use bilinear, bicubic or bicubic_plain") for n in BOTH],
     ("adaclip", dict(length=0), "length=0; it must be at least 1"), ("adaclip", dict(depth=0), "depth=0; it must be at least 1"), ("adaclip", dict(branches="vision"), "use both, image, text or none"), ("adaclip", dict(kinds="deep"), "use hybrid, static or dynamic"),
     ("adaclip", dict(fusion="max"), "use all, most abnormal or none"), ("adaclip", dict(fusion_weight=1.5), "from 0 to 1"), ("adaclip", dict(clusters=0), "clusters=0; it must be at least 1"), ("adaclip", dict(candidates=-1), "candidates=-1; it must be 0 or more"),
     ("adaclip", dict(at_once=0), "at_once=0; it must be at least 1"), ("adaclip", dict(templates=("a {}",)), "5 tokens overwrite the first 5 places of a sentence, which is all there is of 'a object'; use longer templates or a smaller length"),
@@ -578,3 +580,39 @@ def test_lists_from_json(batch):
     for name in BOTH:
         model = small(name, taps=[3, 5], templates=list(ADACLIP_TEMPLATES))
         assert small(name, **json.loads(json.dumps(dict(taps=model.p.taps, templates=model.p.templates)))).p == model.p and model.p.taps == (3, 5)
+
+
+# -------------------------------------------------------------------------------------------------------- the released few-shot score
+
+def test_the_released_few_shot_score_needs_the_test_set(tmp_path):
+    "Stretched over a class's test images: the same for every batch size, and refused where nobody said which images these are."
+    index = synthetic_index(tmp_path, "target", SIZE, normal=2, defective=2)
+    index = index[index["category"].isin(sorted(index["category"].unique())[:2])].reset_index(drop=True)
+    model = few_shot(few_shot_score="test set")
+    assert model.transductive and not few_shot().transductive and not shaken("april_gan", few_shot_score="test set").transductive
+    with pytest.raises(ValueError, match="april_gan stretches its score over the test images.*call prepare.index."): model.predict(batch_of(images(1)))
+    one, four = (evaluate(model, index, size=SIZE, batch_size=n, workers=0, progress=False).per_image.set_index("image")["score"] for n in (1, 4))
+    assert (one - four).abs().max() < SAME
+    rows = index[index["category"] == index["category"].iloc[0]]
+    other = evaluate(model, rows[rows["image"].isin(rows["image"].iloc[1:])], size=SIZE, workers=0, progress=False).per_image.set_index("image")["score"]
+    assert (other - one[other.index]).abs().max() > 1e-3, "without one image the others' scores change"
+
+
+def test_a_template_file(tmp_path):
+    (tmp_path / "frames.txt").write_bytes("a photo of a {}.\r\nthe {}, seen from above.\r\n".encode("utf-8-sig"))
+    model = small("april_gan", templates=str(tmp_path / "frames.txt"))
+    assert model.p.templates == ("a photo of a {}.", "the {}, seen from above.")
+    back = load(save(model, tmp_path / "model.safetensors"))
+    (tmp_path / "frames.txt").unlink()
+    assert load(tmp_path / "model.safetensors").p == back.p, "the checkpoint has the sentences, and needs no file"
+
+
+@pytest.mark.parametrize("content, why", [(b"a photo.\n", "line 1: 'a photo.' must have one"), (b"a photo of a {}.\n{} of {}\n", "line 2"), (b"a {0}\n", "line 1"), (b"a {x} {}", "line 1"), (b"\n \n", "holds no sentence"), (b"\xff\xfe{}", "not UTF-8")])
+def test_a_template_file_with_a_fault(tmp_path, content, why):
+    (tmp_path / "frames.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=f"frames.txt.*{why}"): small("april_gan", templates=str(tmp_path / "frames.txt"))
+
+
+def test_templates_that_are_none():
+    with pytest.raises(ValueError, match="templates='nowhere.txt' is no file"): small("april_gan", templates="nowhere.txt")
+    with pytest.raises(ValueError, match="templates, sentence 2: 'a photo' must have one"): small("april_gan", templates=["a {}", "a photo"])

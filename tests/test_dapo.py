@@ -391,7 +391,7 @@ def test_the_papers_settings():
     assert (defaults["normal_word"], defaults["noun"], defaults["thing"], defaults["release_compat"]) == ("flawless", "anomaly", "object", False)
     r = recipe_of("dapo")
     assert (r.optimiser, r.betas, r.weight_decay, r.schedule, r.batch_size, r.seed) == ("adam", (0.5, 0.999), 0.0, "constant", 8, 42)
-    assert describe("multiads").set_index("parameter")["default"]["tau"] == 0.01 and recipe_of("multiads").batch_size == 4
+    assert describe("multiads").set_index("parameter")["default"]["tau"] == 0.01 and recipe_of("multiads").batch_size == 8
     assert small().clip.row.positions == "bicubic" and create_backbone("tiny-clip", "random:0").row.positions == "bilinear"  # this method's own copy
 
 
@@ -509,7 +509,7 @@ def test_nothing_to_encode(batch, drawn):
     other = small("multiads")
     features = other.encode(batch)
     assert set(features) == {f"tap_{t}" for t in other.clip.taps} and not any(v.requires_grad for v in features.values())
-    assert other.encode_key()["clip"]["positions"] == "bicubic" and other.p.positions == "bicubic"
+    assert other.encode_key()["clip"]["positions"] == "bicubic" and other.p.position_resize == "bicubic"
 
 
 def test_multiads_reads_each_name_once():
@@ -520,7 +520,7 @@ def test_multiads_reads_each_name_once():
     rows = Batch(image, torch.zeros(3, 1, SIZE, SIZE, dtype=torch.bool), torch.zeros(3, dtype=torch.bool), torch.zeros(3, dtype=torch.long), ["pcb1", "pcb2", "wood"], ["x"] * 3, torch.ones(3, dtype=torch.bool))
     said = model.predict(rows)
     count = len(seen)
-    assert count == 2 * 4                                                        # two names (pcb1 and pcb2 are one), normal and three types
+    assert count == 3 * 4                                                        # three names as they are spelt, normal and three types
     model.predict(rows)
     assert len(seen) == count
     same = model.predict(Batch(image[[0, 0, 0]], rows.mask, rows.anomalous, rows.defect, rows.category, rows.path, rows.has_mask))

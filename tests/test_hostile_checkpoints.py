@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from zsad_nb.backbones.weights import HEADER_MB, WeightsError, bare_names, fitted, flat_state, read_state, released_state, require_finite, require_plain, vit_shapes
-from zsad_nb.methods.base import ENTRIES, METHODS, Method, ParameterSet, create, load, method_class, param, read_header, register, save
+from zsad_nb.methods.april_gan import released_names
+from zsad_nb.methods.base import ENTRIES, METHODS, Method, ParameterSet, create, import_released, load, method_class, param, read_header, register, save
 
 
 @dataclass(frozen=True)
@@ -301,3 +302,30 @@ def test_nothing_is_unpickled(saved, tmp_path):
         for door in (load, read_header, read_state, released_state):
             with pytest.raises(WeightsError): door(tmp_path / name)
     assert not (tmp_path / "marker").exists() and copy.deepcopy(create("small-test")).p.hidden == 4
+
+
+@pytest.mark.parametrize("name, parameter", [("april_gan", "templates"), ("adaclip", "templates"), ("multiads", "phrases")])
+def test_a_header_names_no_file_of_sentences(tmp_path, name, parameter):
+    "A checkpoint holds its sentences; a file that a header names is not opened, one that the caller names is."
+    frames = tmp_path / "frames.txt"
+    frames.write_text('{"normal": ["a fine {}"]}' if parameter == "phrases" else "a photo of one whole and good {}.\n")
+    path = save(create(name, clip_weights="random:0", image_size=32), tmp_path / "model.safetensors")
+    assert load(path).p.names == "released"
+    hostile = rewritten(path, tmp_path / "hostile.safetensors", header=lambda h: h["parameters"].update({parameter: str(frames)}))
+    with pytest.raises(WeightsError, match=rf"hostile\.safetensors asks for {parameter}=.*nothing was read from there"):
+        load(hostile)
+    assert "good" in str(load(hostile, **{parameter: str(frames)}).p) or parameter == "phrases"
+    odd = rewritten(path, tmp_path / "odd.safetensors", header=lambda h: h["parameters"].update(clip=["tiny-clip"]) or h["parameters"].pop("position_resize"))
+    with pytest.raises(WeightsError, match=r"odd\.safetensors"):
+        load(odd)
+
+
+def test_released_numbers_of_another_type(tmp_path):
+    model = create("april_gan", clip_weights="random:0", image_size=32)
+    state = {theirs: model.learned()[ours].detach().clone() for ours, theirs in released_names(model).items()}
+    save_file(state, tmp_path / "fine.safetensors")
+    assert import_released(model, tmp_path / "fine.safetensors") is model
+    first = next(iter(state))
+    save_file({**state, first: state[first].long()}, tmp_path / "odd.safetensors")
+    with pytest.raises(WeightsError, match=rf"{first} is int64, expected numbers with a fraction"):
+        import_released(model, tmp_path / "odd.safetensors")

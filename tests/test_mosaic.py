@@ -168,3 +168,12 @@ def test_too_small():
 def test_a_cache_cannot_take_a_mosaic_for_its_image(index):
     "The path of a mosaic is no file's, so that a cache that trusts files looks at its pixels."
     for batch in read(index): assert not any((Path(index.attrs["root"]) / p).exists() for p in batch.path)
+
+
+def test_a_mosaic_with_the_label_of_the_image_it_replaces(index):
+    "AdaCLIP, as released: a picture with a defect in it may be called normal, and the other way round."
+    labels = dict(zip(index["image"], index["anomalous"]))
+    kept, own = ([b for b in batches(index, SIDE, 1, mosaic=Mosaic(index, 1.0, 0, keep_label=k))] for k in (True, False))
+    assert [b.anomalous.item() for b in kept] == [bool(labels[p]) for p in index["image"]]
+    assert all(torch.equal(a.image, b.image) and torch.equal(a.mask, b.mask) for a, b in zip(kept, own)), "the pixels are the same"
+    assert any(a.anomalous.item() != b.anomalous.item() for a, b in zip(kept, own))

@@ -8,13 +8,13 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from zsad_nb.backbones.ensembles import anovl_templates, sentences
+from zsad_nb.backbones.ensembles import RELEASED_NAMES, anovl_templates, as_spelt, blank_for_dash, macaroni, sentences, spelling
 from zsad_nb.backbones.text import END, START, create_text
-from zsad_nb.backbones.words import NAMINGS, rewrite
+from zsad_nb.backbones.words import NAMES, rewrite
 from zsad_nb.data.images import Batch
 from zsad_nb.data.index import make_index
 from zsad_nb.data.readers import READERS
-from zsad_nb.methods.base import MODULES, create, describe, load, read_header, save
+from zsad_nb.methods.base import MODULES, create, describe, load, method_class, read_header, save
 from zsad_nb.use.inspector import Inspector
 
 READ_NAMES = {"winclip": dict(image_size=64), "april_gan": dict(image_size=64), "adaclip": dict(image_size=64, clusters=4), "anovl": dict(image_size=64, augment=False, crops=1),
@@ -96,10 +96,12 @@ def test_serial_numbers(word, number, between):
 
 @given(TEXT)
 def test_sentences_hold_the_name_as_it_is(name):
-    "No brace or percent of a name is ever interpreted, in either naming."
-    for naming in NAMINGS:
-        said = sentences(name, ("flawless {}", "{} with flaw"), ("a photo of a {}.", "{}"), naming)
-        word = rewrite(name, naming)
+    "No brace or percent of a name is ever interpreted, however it is written; what was written once stays."
+    for names, released in [*((n, None) for n in NAMES), *(("released", f) for f in (as_spelt, blank_for_dash, macaroni))]:
+        spell = spelling(names, released)
+        said = sentences(name, ("flawless {}", "{} with flaw"), ("a photo of a {}.", "{}"), spell)
+        word = spell(name)
+        assert word and spell(word) == word
         assert said == [f"a photo of a flawless {word}.", f"flawless {word}", f"a photo of a {word} with flaw.", f"{word} with flaw"]
     assert len(anovl_templates(name)) == 66
 
@@ -136,7 +138,7 @@ def small(name, **changes): return create(name, **{**dict(clip_weights="random:0
 
 
 @pytest.fixture(scope="module")
-def methods(): return {name: small(name) for name in READ_NAMES}
+def methods(): return {name: small(name, names="words") for name in READ_NAMES}  # four of them spell names as released unless they are told
 
 
 def batch_of(categories):
@@ -160,35 +162,77 @@ def test_names_of_one_thing_get_one_prediction(methods, name):
 @pytest.mark.parametrize("name", READ_NAMES)
 def test_raw_names(name, tmp_path):
     "As spelt; kept in the checkpoint; another method than the one of words."
-    raw = small(name, naming="raw")
+    raw = small(name, names="raw")
     found = raw.predict(batch_of(["metal_nut", "metal nut"]))
     assert not torch.equal(found.score[0], found.score[1])
     assert all("metal_nut" in s for s in raw.class_sentences(raw.p, "metal_nut"))
     path = save(raw, tmp_path / "raw.safetensors")
-    assert read_header(path)["parameters"]["naming"] == "raw" and load(path).p.naming == "raw"
-    with pytest.raises(ValueError, match="naming='free'; use words or raw"):
-        small(name, naming="free")
+    assert read_header(path)["parameters"]["names"] == "raw" and load(path).p.names == "raw"
+    with pytest.raises(ValueError, match="names='free'; use (released, )?words or raw"):
+        small(name, names="free")
+
+
+def test_the_earlier_name_of_the_parameter(tmp_path):
+    "`naming` is still read, from a call and from a checkpoint; in a checkpoint it decides."
+    model = small("april_gan", naming="words")
+    assert model.p.names == "words" and describe("winclip", "metal_nut", naming="raw")["words"].tolist() == ["metal_nut"]
+    assert method_class("april_gan").from_older(dict(naming="raw"))["names"] == "raw" and method_class("april_gan").from_older({})["names"] == "words"
+    assert load(save(model, tmp_path / "m.safetensors"), naming="raw").p.names == "raw"
+
+
+RELEASED = {"april_gan": "hex-head_nut", "multiads": "hex-head_nut", "adaclip": "hex head_nut", "anovl": "hex-head_nut"}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_names(name):
+    "The default of a method with a released spelling: the table shows it, the check sees it, the prediction is made with it."
+    model = small(name)
+    table = describe(model, ["hex-head_nut", "macaroni1", "metal_nut"])
+    assert model.p.names == "released" and table["words"].tolist() == [RELEASED[name], "macaroni" if name == "anovl" else "macaroni1", "metal_nut"]
+    assert all(RELEASED[name] in s for s in model.class_sentences(model.p, "hex-head_nut"))
+    found = model.predict(batch_of(["metal_nut", "metal nut", "metal-nut"])).map
+    assert not torch.equal(found[0], found[1]) and torch.equal(found[1], found[2]) == (name == "adaclip")
+    with pytest.warns(UserWarning, match="classes (a b, a-b, as 'a b'|macaroni1, macaroni2)" if name in ("adaclip", "anovl") else "has never read what differs"):
+        model.prepare(index_of({"adaclip": ["a b", "a-b"], "anovl": ["macaroni1", "macaroni2"]}.get(name, ["M6", "M8"])))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.prepare(index_of(["pcb1", "pcb2", "macaroni1", "macaroni2"], "visa"))
+
+
+@pytest.mark.parametrize("name", ["winclip", "ssvp", "bayes_pfl"])
+def test_no_released_names(name):
+    with pytest.raises(ValueError, match="names='released'; use words or raw"):
+        small(name, names="released")
+
+
+def test_what_a_type_says_is_in_the_table(tmp_path):
+    "Phrases and patterns of one's own count; a file of sentences that nobody has read yet, too."
+    (tmp_path / "frames.txt").write_text("this is a {}.")
+    table = describe("multiads", ["nut"], words=("scratch",), phrases={"scratch": ["{} with a long scratch"]}, templates=str(tmp_path / "frames.txt"))
+    assert table["prompts"].tolist() == [7 + 1] and table["prompt"].tolist() == ["this is a nut."]
+    parameters = method_class("multiads").Parameters(words=("scratch",), phrases={"scratch": ["{} with a long scratch"]})
+    assert any("nut with a long scratch" in s for s in method_class("multiads").class_sentences(parameters, "nut"))
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_describe_shows_the_words(name):
-    table = describe(name, ["pcb1", "pcb2", "metal_nut", "bottle-001", "瓶子"])
+    table = describe(name, ["pcb1", "pcb2", "metal_nut", "bottle-001", "瓶子"], **({"names": "words"} if name in READ_NAMES else {}))
     assert table.columns.tolist() == ["category", "words", "prompt", "prompts", "shared_with", "unread"]
     if name not in READ_NAMES:
         assert (table["words"] == "").all() and (table["prompts"] == 0).all()
         return
     assert table["words"].tolist() == ["printed circuit board", "printed circuit board", "metal nut", "bottle", "瓶子"]
     assert all(words in prompt for words, prompt in zip(table["words"], table["prompt"])) and table["shared_with"].tolist() == ["pcb2", "pcb1", "", "", ""]
-    assert describe(name, "metal_nut", naming="raw")["words"].tolist() == ["metal_nut"]
-    row = describe(name).set_index("parameter").loc["naming"]
-    assert row["default"] == "words" and row["allowed"] == "words | raw" and "bottle-001" in row["help"]
+    assert describe(name, "metal_nut", names="raw")["words"].tolist() == ["metal_nut"]
+    row = describe(name).set_index("parameter").loc["names"]
+    assert (row["default"], row["allowed"]) == (("released", " | ".join(RELEASED_NAMES)) if name in RELEASED else ("words", "words | raw")) and "bottle-001" in row["help"]
 
 
 @pytest.mark.parametrize("name", READ_NAMES)
 def test_an_index_of_ones_own(methods, name):
     "Shared sentences are told, published ones are not, and a name that does not fit is an error that names the class."
     method = methods[name]
-    with pytest.warns(UserWarning, match="says the same of the classes bottle-001, bottle-002, as 'bottle'; naming='raw'"):
+    with pytest.warns(UserWarning, match="says the same of the classes bottle-001, bottle-002, as 'bottle'; names='raw'"):
         method.prepare(index_of(["bottle-001", "bottle-002", "wood"]))
     with pytest.warns(UserWarning, match="classes M6, M8, because the text tower tiny-clip has never read"):
         method.prepare(index_of(["M6", "M8"]))
@@ -204,8 +248,8 @@ def test_describe_a_method_that_was_made(methods):
     table = describe(methods["winclip"], index_of(["bottle", "M6", "M8"]))
     assert table["unread"].tolist() == ["", "m, 6", "m, 8"] and table["shared_with"].tolist() == ["", "M8", "M6"]
     assert [f.name for f in dataclasses.fields(methods["winclip"].p)] == describe(methods["winclip"])["parameter"].tolist()
-    with pytest.raises(TypeError, match="did you mean naming"):
-        describe("winclip", ["nut"], namin="raw")
+    with pytest.raises(TypeError, match="did you mean names"):
+        describe("winclip", ["nut"], name_s="raw")
 
 
 def test_inspected_folders_are_checked(methods, tmp_path):

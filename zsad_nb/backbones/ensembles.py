@@ -4,15 +4,21 @@
 
 # %% auto #0
 __all__ = ['WINCLIP_STATES', 'WINCLIP_TEMPLATES', 'ANOMALIB_TEMPLATES', 'APRIL_GAN_STATES', 'ADACLIP_STATES', 'ADACLIP_TEMPLATES',
-           'ANOVL_STATES', 'ANOVL_TEXTURES', 'ANOVL_WORDINGS', 'anovl_templates', 'sentences', 'ensemble']
+           'PHOTO_TEMPLATES', 'ANOVL_STATES', 'ANOVL_TEXTURES', 'ANOVL_WORDINGS', 'RELEASED_NAMES', 'RELEASED_HELP',
+           'check_template', 'read_templates', 'anovl_templates', 'as_spelt', 'blank_for_dash', 'macaroni', 'spelling',
+           'sentences', 'ensemble']
 
 # %% ../../nbs/backbones/21a_ensembles.ipynb #ac985c75
+import functools
 import re
+from collections.abc import Callable
+from pathlib import Path
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from .text import TextTower, rewrite
+from .text import TextTower
+from .words import NAMES, NAMES_HELP, rewrite
 
 # %% ../../nbs/backbones/21a_ensembles.ipynb #c35f0c55
 WINCLIP_STATES = dict(normal=("{}", "flawless {}", "perfect {}", "unblemished {}", "{} without flaw", "{} without defect", "{} without damage"),
@@ -27,6 +33,37 @@ ANOMALIB_TEMPLATES = tuple(t.replace("corrupted photo of a ", "corrupted photo o
 APRIL_GAN_STATES = ADACLIP_STATES = dict(normal=WINCLIP_STATES["normal"], abnormal=(*WINCLIP_STATES["abnormal"], "broken {}"))
 ADACLIP_TEMPLATES = ("a bad photo of a {}.", "a low resolution photo of the {}.", "a bad photo of the {}.", "a cropped photo of the {}.")
 
+# %% ../../nbs/backbones/21a_ensembles.ipynb #5d20c1a2
+PHOTO_TEMPLATES = (
+    "a photo of a {}.", "a photo of the {}.", "a bad photo of a {}.", "a bad photo of the {}.", "a good photo of a {}.", "a good photo of the {}.",
+    "a bright photo of a {}.", "a bright photo of the {}.", "a dark photo of a {}.", "a dark photo of the {}.", "a blurry photo of a {}.",
+    "a blurry photo of the {}.", "a cropped photo of a {}.", "a cropped photo of the {}.", "a close-up photo of a {}.", "a close-up photo of the {}.",
+    "a low resolution photo of a {}.", "a low resolution photo of the {}.", "a jpeg corrupted photo of a {}.", "a jpeg corrupted photo of the {}.",
+    "a black and white photo of a {}.", "a black and white photo of the {}.", "an industrial photo of a {}.", "an industrial photo of the {}.",
+    "a bright close-up photo of a {}.", "a dark close-up photo of the {}.", "a good close-up photo of a {}.", "a bad cropped photo of the {}.",
+    "a blurry close-up photo of a {}.", "a low resolution close-up photo of the {}.", "a photo of a {}, an industrial product.",
+    "a photo of the {}, a part of a product.", "a photo of a {} on a grey surface.", "a photo of the {} for visual inspection.",
+    "a photo of a product: the {}.")
+
+def check_template(template: str,  # a sentence around a state, or a state around a name
+                   where: str,     # for the message
+                  ) -> str:        # the same
+    "Refuse a sentence without exactly one pair of braces."
+    if isinstance(template, str) and template.count("{}") == 1 and not set(template.replace("{}", "")) & set("{}"): return template
+    raise ValueError(f"{where}: {template!r} must have one {{}}, where the named thing goes, and no other braces")
+
+def read_templates(templates: str|tuple  # sentences, or a UTF-8 text file with one a line; empty lines do not count
+                  ) -> tuple:            # the sentences
+    "Sentences around a state, of which each has one pair of braces."
+    if not isinstance(templates, (str, Path)): return tuple(check_template(t, f"templates, sentence {i}") for i, t in enumerate(templates, 1))
+    path = Path(templates).expanduser()
+    if not path.is_file(): raise ValueError(f"templates={str(templates)!r} is no file; give a text file with one sentence a line, or a list of sentences")
+    try: lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error: raise ValueError(f"{path.name} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+    found = tuple(check_template(line.strip(), f"{path.name}, line {i}") for i, line in enumerate(lines, 1) if line.strip())
+    if not found: raise ValueError(f"{path.name} holds no sentence; write one a line, such as: a photo of the {{}}.")
+    return found
+
 # %% ../../nbs/backbones/21a_ensembles.ipynb #6368faa8
 ANOVL_STATES = dict(normal=("normal {}", "flawless {}", "perfect {}", "unblemished {}", "{} without flaw", "{} without defect", "{} without damage"),
                     abnormal=("damaged {}", "abnormal {}", "imperfect {}", "blemished {}", "{} with flaw", "{} with defect", "{} with damage"))
@@ -39,14 +76,41 @@ def anovl_templates(class_name: str  # as in the Index
     kind = "texture" if rewrite(class_name) in ANOVL_TEXTURES else "object"
     return tuple(re.sub(r"\ba (?=[aeiou])", "an ", t.replace("photo", wording)) for wording in ANOVL_WORDINGS[kind] for t in WINCLIP_TEMPLATES)
 
+# %% ../../nbs/backbones/21a_ensembles.ipynb #5d20c1a5
+RELEASED_NAMES = ("released", *NAMES)  # of a method whose release has a spelling of its own
+RELEASED_HELP = NAMES_HELP.replace("sentence: ", "sentence: released (see the source of the default), ")
+
+def as_spelt(class_name: str) -> str:
+    "The class name as the data set writes it (APRIL-GAN, MultiADS)."
+    return rewrite(class_name, "raw")
+
+def blank_for_dash(class_name: str) -> str:
+    "As spelt, but for dashes (AdaCLIP)."
+    return as_spelt(class_name.replace("-", " "))
+
+def macaroni(class_name: str) -> str:
+    "As spelt, but for two classes of VisA (AnoVL)."
+    name = as_spelt(class_name)
+    return "macaroni" if name in ("macaroni1", "macaroni2") else name
+
+def spelling(names: str,                    # one of RELEASED_NAMES
+             released: Callable|None=None,  # name -> words, of the release; None: it has no spelling of its own
+            ) -> Callable:                  # name -> words; what it made stays as it is when it is written again
+    "The function that writes a class name."
+    if names != "released":
+        return functools.partial(rewrite, names=names)
+    if released is None:
+        raise ValueError(f"names='released', but this method has no released spelling; use {' or '.join(NAMES)}")
+    return released
+
 # %% ../../nbs/backbones/21a_ensembles.ipynb #b1997e4f
-def sentences(class_name: str,  # as in the Index; rewritten
+def sentences(class_name: str,  # as in the Index
               states,           # such as WINCLIP_STATES["normal"]
               templates,        # such as WINCLIP_TEMPLATES
-              naming: str="words",  # what a sentence calls the class, see `rewrite`
+              spell: Callable=rewrite,  # how the name is written, see `spelling`
              ) -> list[str]:    # states outside, templates inside
     "Every state of a thing in every template."
-    name = rewrite(class_name, naming)
+    name = spell(class_name)
     for kind, texts in (("state", states), ("template", templates)):
         odd = next((text for text in texts if text.count("{}") != 1), None)
         if odd is not None:
@@ -54,12 +118,12 @@ def sentences(class_name: str,  # as in the Index; rewritten
     return [t.replace("{}", s.replace("{}", name)) for s in states for t in templates]  # not format: a name may hold braces
 
 def ensemble(tower: TextTower,
-             class_name: str,     # as in the Index; rewritten
+             class_name: str,     # as in the Index
              states,              # such as WINCLIP_STATES["normal"]
              templates,           # such as WINCLIP_TEMPLATES
              normalise_each: bool=True,  # before averaging: True as APRIL-GAN and AdaCLIP, False as WinCLIP and AnoVL
-             naming: str="words",  # what a sentence calls the class, see `rewrite`
+             spell: Callable=rewrite,  # how the name is written, see `spelling`
             ) -> Tensor:          # (embed_dim,) of length 1
     "The mean of a state's sentences."
-    z = tower.encode(sentences(class_name, states, templates, naming))
+    z = tower.encode(sentences(class_name, states, templates, spell))
     return F.normalize((F.normalize(z, dim=-1) if normalise_each else z).mean(0), dim=0)

@@ -88,11 +88,11 @@ class StatePrompts(TextPrompts):
                  std: float=0.02,       # of the initial vectors, truncated normal (ours)
                  shared_background: bool=True,  # one background for all prompts (SSVP); False: one a pair (Bayes-PFL)
                  state_mean: float=0.0, # mean of the initial state vectors, negative for the abnormal ones (ours 0; Bayes-PFL 0.5, without effect: see below)
-                 naming: str="words",   # what a prompt calls the class, see `rewrite`
+                 names: str="words",    # what a prompt calls the class, see `rewrite`
                 ):
         super().__init__(text)
         if min(count, state) < 1 or background < 0: raise ValueError(f"background={background}, state={state}, count={count}; there must be at least one prompt with one state vector")
-        self.count, self.places, self.naming = count, background + state, naming
+        self.count, self.places, self.names = count, background + state, names
         text.tokenize([" ".join(["X"] * self.places)])  # raises now where no class name could ever fit
         self.background = nn.Parameter(torch.empty(1 if shared_background else count, background, text.width))
         self.state = nn.Parameter(torch.empty(2, count, state, text.width))
@@ -102,7 +102,7 @@ class StatePrompts(TextPrompts):
     def forward(self, class_names: list  # as in the Index, one an image
                ) -> Tensor:              # (len, 2 * count, embed_dim): normal prompts, then abnormal ones; not normalised
         "Text features with gradients; every distinct name is encoded once."
-        names = [rewrite(n, self.naming) for n in class_names]
+        names = [rewrite(n, self.names) for n in class_names]
         distinct = list(dict.fromkeys(names))
         ids = self.text.tokenize([" ".join(["X"] * self.places + [n]) for n in distinct])
         words, prompts = self.text.embed(ids)[:, None], 2 * self.count                                                   # (n, 1, L, width)
@@ -113,7 +113,7 @@ class StatePrompts(TextPrompts):
 
     def features(self, class_names: list) -> Tensor:
         "As forward, without gradients; what a name gave is kept until a parameter changes."
-        names = [rewrite(n, self.naming) for n in class_names]
+        names = [rewrite(n, self.names) for n in class_names]
         with torch.inference_mode(False), torch.no_grad():
             kept = self.kept()
             new = [n for n in dict.fromkeys(names) if n not in kept]

@@ -12,7 +12,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from .backbones import BACKBONES, BackboneRow, Frozen, _load, _pretrained_file, own_attention
+from .backbones import BACKBONES, BackboneRow, Frozen, _load, _pretrained_file, own_attention, trained_with_quick_gelu
 from .weights import WeightsError, _require, flat_state, import_vision_libraries, read_state
 from .words import rewrite
 from ..core import usual_defaults
@@ -144,7 +144,7 @@ def _text_tower(row: BackboneRow, state: dict|None, quick_gelu: bool, seed: int,
     from open_clip.transformer import QuickGELU, TextTransformer
     if row.model:
         conf = open_clip.get_model_config(row.model)
-        quick_gelu, text = conf.get("quick_gelu", False), conf["text_cfg"]
+        text = conf["text_cfg"]
         cfg = dict(context=text["context_length"], width=text["width"], layers=text["layers"], heads=text["heads"], embed_dim=conf["embed_dim"])
     elif row.arch: cfg = dict(row.arch["text"], embed_dim=row.arch["embed_dim"])
     elif state is not None: cfg = text_shapes(state)
@@ -169,7 +169,7 @@ _BESIDES = ("logit_scale", "logit_bias", "input_resolution", "context_length", "
 @usual_defaults(gradients=True, blocks=True)
 def create_text(name: str,  # an open_clip name of BACKBONES
                 weights: str="pretrained",  # "pretrained", a local file, or "random:SEED"
-                quick_gelu: bool=True,  # activation where the name does not say it ("clip", "tiny-clip"): OpenAI's weights need QuickGELU
+                quick_gelu: bool|None=None,  # activation; None: the one its weights were trained with (the generic "clip": OpenAI's)
                 token_ids: Tensor|None=None,  # (V,) for random weights: a reduced table of these ids, the last one -1 (`vocabulary`)
                ) -> TextTower:  # frozen, in evaluation mode, on the CPU
     "Build the text tower that belongs to an image tower and load its weights."
@@ -181,6 +181,7 @@ def create_text(name: str,  # an open_clip name of BACKBONES
         seed = int(weights[7:])
     elif token_ids is not None: raise ValueError("token_ids belong to random weights: a file brings its own")
     else: state = flat_state(read_state(_pretrained_file(row) if weights == "pretrained" else weights))
+    if quick_gelu is None: quick_gelu = trained_with_quick_gelu(row)
     text = TextTower(row, _text_tower(row, state, quick_gelu, seed, token_ids))
     text.weights = weights
     return text

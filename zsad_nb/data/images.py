@@ -75,9 +75,10 @@ class Batches:
     "An iterable of `Batch` over an Index; made by `batches`."
 
     def __init__(self, index: pd.DataFrame, size: int | tuple[int, int], batch_size: int, shuffle: bool, seed: int, workers: int, on_bad: str, rgb: str,
-                 defects: list[str], reading: Reading, mosaic: Mosaic | None = None):
+                 defects: list[str], reading: Reading, mosaic: Mosaic | None = None, interpolation: str = "bicubic"):
         self.index, self.size, self.batch_size, self.shuffle, self.seed, self.workers = index, size, batch_size, shuffle, seed, workers
         self.on_bad, self.rgb, self.defects, self.reading, self.mosaic = on_bad, rgb, defects, reading, mosaic
+        self.interpolation = interpolation
         self.unsure: set[str] = set()  # images on which it is supposed how their mask lies
         self._warned = False
         self.root, self.epoch, self.skipped = root_of(index), 0, []
@@ -100,7 +101,7 @@ class Batches:
             if mask is not None and not anomalous and mask.any():
                 raise BadImage(self.root / image_path, f"a normal image whose mask {mask_path} marks {int(mask.sum())} pixels",
                                "correct the label or clear the mask", "normal_mask")
-            pixels = resize(image, size, self.rgb)
+            pixels = resize(image, size, self.rgb, interpolation=self.interpolation)
         except BadImage as error: return error
         small = np.zeros(pixels.shape[:2], bool) if mask is None else resize_mask(mask, pixels.shape[:2])
         return self.rows[at], torch.from_numpy(pixels.copy()).permute(2, 0, 1), torch.from_numpy(small.copy())[None]
@@ -161,6 +162,7 @@ def batches(
     on_bad: str = "raise",  # a file that cannot be used: "raise", or "skip" it with a warning, listed in `.skipped`
     rgb: str = "before",  # see `resize`
     defects: list[str] | None = None,  # names that number the defects; default: those of this index
+    interpolation: str = "bicubic",  # of the resizing; a method's own where it has one (`method.interpolation`)
     mosaic: float
     | dict
     | Mosaic = 0.0,  # for training: share of images replaced by 2 x 2 images of their category, see `Mosaic`
@@ -179,7 +181,7 @@ def batches(
     if unknown:
         raise ValueError(f"the index has the defects {unknown}, which are not in defects={names}")
     plan = mosaic if isinstance(mosaic, Mosaic) else Mosaic(index, mosaic, seed) if mosaic else None
-    return Batches(index, size, batch_size, shuffle, seed, workers, on_bad, rgb, names, how, plan)
+    return Batches(index, size, batch_size, shuffle, seed, workers, on_bad, rgb, names, how, plan, interpolation)
 
 # %% ../../nbs/data/12_images.ipynb #c6b411f1
 PROBLEMS = (

@@ -46,10 +46,12 @@ class Mosaic:
         rate: float | dict,  # share of the images; or a share for each data set by name, 0 for those not named
         seed: int = 0,
         one_type: bool = False,  # no two kinds of defect in one mosaic (ours, for methods that learn types)
+        keep_label: bool = False,  # the image label stays the one of the image it replaces, whatever the tiles show (AdaCLIP, as released)
     ):
         for value in rate.values() if isinstance(rate, dict) else [rate]:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1: raise ValueError(f"mosaic={rate!r}; it is a share of the images, from 0 to 1, or such a share for each data set")
         self.seed, self.one_type, self.defects = seed, one_type, list(index["defect"])
+        self.labels = [bool(a) for a in index["anomalous"]] if keep_label else None
         keys = list(zip(index["dataset"], index["category"]))
         self.rates = [rate.get(dataset, 0) if isinstance(rate, dict) else rate for dataset, _ in keys]
         rows: dict = {}
@@ -81,4 +83,8 @@ class Mosaic:
         "A row as it is read in a pass: itself, or the mosaic that takes its turn; a tile that cannot be read is the mosaic's error."
         if (four := self.tiles(at, epoch)) is None: return read(at, size)
         parts = [read(i, s) for i, s in zip(four, quarters(size))]
-        return next((p for p in parts if isinstance(p, BadImage)), None) or join(parts)
+        bad = next((p for p in parts if isinstance(p, BadImage)), None)
+        if bad is not None: return bad
+        row, pixels, mask = join(parts)
+        if self.labels is not None: row = (*row[:2], self.labels[at], *row[3:])
+        return row, pixels, mask

@@ -292,11 +292,14 @@ def resize(
     rgb: str = "before",  # convert to RGB "before" resizing, or "after" it as the public codes do
     bits: int | None = None,  # see `Reading`
     white: float | None = None,  # see `Reading`
+    interpolation: str = "bicubic",  # or "bilinear" (AnoVL); both are antialiased
 ) -> np.ndarray:  # (H, W, 3) uint8
-    "Bicubic (antialiased) to a fixed size, ignoring the aspect ratio (VisualAD, training)."
+    "Antialiased to a fixed size, ignoring the aspect ratio; bicubic as VisualAD and for training."
+    if interpolation not in ("bicubic", "bilinear"):
+        raise ValueError(f"interpolation={interpolation!r}; it must be 'bicubic' or 'bilinear'")
     if rgb not in ("before", "after"):
         raise ValueError(f"rgb={rgb!r}; it must be 'before' or 'after'")
     height, width = (size, size) if isinstance(size, int) else size
     if rgb == "before" or image.mode[0] in "IF":  # more than 8 bits would leave their range where the filter overshoots
         image = to_rgb(image, bits, white=white)
-    return np.asarray(to_rgb(image.resize((width, height), Image.Resampling.BICUBIC)))
+    return np.asarray(to_rgb(image.resize((width, height), getattr(Image.Resampling, interpolation.upper()))))

@@ -69,7 +69,7 @@ def map_ranges(method: Method,
     size, rows, test = size or next(iter(method.backbones().values())).size, [], index[index["split"] == "test"]
     if each: test = test.sort_values("image", kind="stable").assign(turn=lambda t: t.groupby(["category", "anomalous"]).cumcount()).sort_values(["category", "turn"], kind="stable").groupby("category").head(each)
     test.attrs = dict(index.attrs)
-    for batch in batches(test, size, 8, defects=defect_names(index)):
+    for batch in batches(test, size, 8, defects=defect_names(index), interpolation=method.interpolation):
         maps = method.predict(batch, cache).map.flatten(1).cpu()
         rows += [dict(image=p, category=c, map_low=float(m.min()), map_high=float(m.max())) for p, c, m in zip(batch.path, batch.category, maps)]
     return pd.DataFrame(rows)
@@ -165,7 +165,7 @@ def view(method: Method|None,    # None: images and masks alone
             part.attrs = dict(test.attrs)
             found += look_at_types(method, part, test, size=size)
     else:
-        for batch in batches(shown, size, 8):
+        for batch in batches(shown, size, 8, interpolation=getattr(method, "interpolation", "bicubic")):
             said = None if method is None else method.predict(batch, cache).cpu()
             for i in range(len(batch)):
                 found.append(dict(path=batch.path[i], category=batch.category[i], image=batch.image[i].permute(1, 2, 0).numpy(), mask=batch.mask[i, 0].numpy(), has_mask=bool(batch.has_mask[i]),

@@ -4,23 +4,24 @@
 
 # %% auto #0
 __all__ = ['HybridTokens', 'see_prompted', 'check_length', 'read_start', 'read_prompted', 'kmeans', 'fuse', 'AdaCLIPParameters',
-           'AdaCLIP']
+           'AdaCLIP', 'released_names', 'import_released']
 
 # %% ../../nbs/methods/53_adaclip.ipynb #f22340e3
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backbones.backbones import ClipBackbone, Features, create_backbone
-from ..backbones.ensembles import ADACLIP_STATES, ADACLIP_TEMPLATES, sentences
+from ..backbones.ensembles import ADACLIP_STATES, ADACLIP_TEMPLATES, RELEASED_HELP, RELEASED_NAMES, blank_for_dash, read_templates, sentences
 from ..backbones.text import TextTower, create_text, tokenizer
-from ..backbones.words import NAMINGS, rewrite
+from ..backbones.weights import released_state
 from ..components.dapo_prompts import enlarge
 from ..components.maps import to_pixels
 from ..learning.losses import dice, focal
-from .base import Method, ParameterSet, Prediction, param, register
+from .base import Method, ParameterSet, Prediction, Variant, fit_released, param, register
 
 # %% ../../nbs/methods/53_adaclip.ipynb #1f60c29c
 class HybridTokens(nn.Module):
@@ -31,9 +32,10 @@ class HybridTokens(nn.Module):
                  source: int,          # C, of the class embedding
                  kinds: str="hybrid",  # hybrid, static or dynamic
                  std: float=0.02,      # of the static tokens at the start (code)
+                 half: bool=False,     # cast to float16 where they are inserted, gradients too (a slip of the released code)
                 ):
         super().__init__()
-        self.shape = sets, count, width
+        self.shape, self.half_cast = (sets, count, width), half
         self.static = nn.Parameter(torch.randn(sets, count, width) * std) if kinds != "dynamic" else None
         self.heads = nn.Linear(source, count * width) if kinds != "static" else None
 
@@ -42,7 +44,8 @@ class HybridTokens(nn.Module):
         "What every block is given."
         sets, count, width = self.shape
         dynamic = 0 if self.heads is None else self.heads(cls).view(1, len(cls), count, width)
-        return (0 if self.static is None else self.static[:, None]) + (dynamic if self.static is not None else dynamic.expand(sets, -1, -1, -1))
+        tokens = (0 if self.static is None else self.static[:, None]) + (dynamic if self.static is not None else dynamic.expand(sets, -1, -1, -1))
+        return tokens.half().to(tokens.dtype) if self.half_cast else tokens
 
 # %% ../../nbs/methods/53_adaclip.ipynb #4ea4ff48
 def see_prompted(backbone: ClipBackbone,
@@ -138,16 +141,19 @@ class AdaCLIPParameters(ParameterSet):
     "Every choice AdaCLIP makes."
     clip: str = param("tiny-clip", "ours: the embedded default; paper: clip-vitl14-336", "image and text tower, a CLIP of the backbone table")
     clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
-    naming: str = param("words", "ours; raw: most released codes", "a class's name in a sentence: words (the rule of zsad_nb.backbones.words: metal_nut is metal nut, bottle-001 bottle, M8 m8) or raw, as it is spelt", NAMINGS)
     image_size: int|None = param(None, "code: 518; default: the CLIP tower's", "pixels, square")
     taps: tuple|None = param(None, "code: 6/12/18/24 of 24; default: the tower's", "1-based blocks")
-    positions: str = param("bicubic", "code", "how the image tower's positions are resized: bicubic (antialiased) or bilinear", ("bicubic", "bilinear"))
-    templates: tuple = param(ADACLIP_TEMPLATES, "code", "sentences around a state, each longer than `length` words", "one or more")
+    quick_gelu: bool|None = param(False, "code: exact GELU, which is not what the weights were trained with", "activation of the CLIP towers: QuickGELU, or False for the exact GELU; None: the one that the weights were trained with")
+    position_resize: str|None = param("bicubic_plain", "code: plain bicubic", "how the image tower's positions are resized: bilinear, bicubic (antialiased) or bicubic_plain (not); None: as the backbone table says", ("bilinear", "bicubic", "bicubic_plain"))
+    names: str = param("released", "code: as the data set spells them, a blank for a dash", RELEASED_HELP, RELEASED_NAMES)
+    templates: tuple|str = param(ADACLIP_TEMPLATES, "code", "sentences around a state, each longer than `length` words, or a text file with one a line", "one or more")
     length: int = param(5, "code", "tokens a block", "at least 1")
     depth: int = param(4, "code", "first blocks with tokens, in text from the second of them on; at most all", "at least 1")
     branches: str = param("both", "paper", "towers with tokens: both, image, text or none", ("both", "image", "text", "none"))
     kinds: str = param("hybrid", "paper", "of tokens: hybrid, static or dynamic", ("hybrid", "static", "dynamic"))
     token_std: float = param(0.02, "code", "of the static tokens at the start")
+    half_tokens: bool = param(True, "code: a slip", "tokens are rounded to float16 where they are inserted, their gradients too")
+    dice_over: str = param("rows", "code: a slip, of batches of one image", "what a dice ratio is taken over: every row of an image, then the mean (rows), or the whole image", ("rows", "image"))
     fusion: str = param("all", "code; paper: most abnormal", "centres that join the class token: all, most abnormal or none", ("all", "most abnormal", "none"))
     fusion_weight: float = param(0.2, "code", "share of the centres in the image feature", "from 0 to 1")
     clusters: int = param(20, "code", "K, groups of patches", "at least 1")
@@ -163,18 +169,25 @@ class AdaCLIPParameters(ParameterSet):
 class AdaCLIP(Method):
     "Static and dynamic tokens in both towers, linear adapters, fusion by k-means (Cao et al., ECCV 2024)."
     name, Parameters = "adaclip", AdaCLIPParameters
+    released_name = staticmethod(blank_for_dash)
+    older = dict(quick_gelu=None, names="words", half_tokens=False, dice_over="image")  # QuickGELU, and no slips
     recipe = dict(epochs=5, batch_size=1, optimiser="adamw", betas=(0.5, 0.999), weight_decay=0.01, schedule="constant", seed=111)  # code; decay: the optimiser's default; the seed is ours
+    readings = {"repaired": Variant("Without the slips of the release: dice over the image instead of over its rows, tokens in full precision.", half_tokens=False, dice_over="image"),
+                "paper": Variant("The most abnormal centre alone joins the class token, and all patches are grouped (our reading of the text); no slips.", fusion="most abnormal", candidates=0, half_tokens=False, dice_over="image"),
+                "quick gelu": Variant("The activation that CLIP was trained with, in both towers.", quick_gelu=None),
+                "words": Variant("Class names as words: metal_nut becomes metal nut, pcb1 printed circuit board.", names="words"),
+                "ours": Variant("This project's method before it was measured beside the release: QuickGELU, antialiased positions, names as words, no slips.",
+                                quick_gelu=None, position_resize="bicubic", names="words", half_tokens=False, dice_over="image")}
     ablations = {"full": {}, "static tokens": dict(kinds="static"), "dynamic tokens": dict(kinds="dynamic"), "image tokens": dict(branches="image"), "text tokens": dict(branches="text"),
                  "no tokens": dict(branches="none"), "no fusion": dict(fusion="none"), "fusion of the paper": dict(fusion="most abnormal", candidates=0)}  # the switches of the code, and the paper's fusion
 
     def __init__(self, parameters: AdaCLIPParameters):
-        super().__init__(replace(parameters, taps=None if parameters.taps is None else tuple(parameters.taps), templates=tuple(parameters.templates)))
+        super().__init__(replace(parameters, taps=None if parameters.taps is None else tuple(parameters.taps), templates=read_templates(parameters.templates)))
         p = self.p
-        self.clip, self.text = create_backbone(p.clip, p.clip_weights, p.image_size, p.taps), create_text(p.clip, p.clip_weights)
-        self.clip.row = replace(self.clip.row, positions=p.positions)
+        self.clip, self.text = create_backbone(p.clip, p.clip_weights, p.image_size, p.taps, p.quick_gelu, p.position_resize), create_text(p.clip, p.clip_weights, p.quick_gelu)
         if getattr(self.clip.tower, "proj", None) is None: raise ValueError(f"{p.clip} has no space shared with text; use a CLIP of the backbone table")
         wide, towers = self.clip.tower.proj.shape[1], dict(image=(self.clip, min(p.depth, self.clip.depth)), text=(self.text, min(p.depth, self.text.depth) - 1))
-        self.tokens = nn.ModuleDict({n: HybridTokens(sets, p.length, tower.width, wide, p.kinds, p.token_std) for n, (tower, sets) in towers.items() if p.branches in ("both", n) and sets})
+        self.tokens = nn.ModuleDict({n: HybridTokens(sets, p.length, tower.width, wide, p.kinds, p.token_std, p.half_tokens) for n, (tower, sets) in towers.items() if p.branches in ("both", n) and sets})
         self.adapters = nn.ModuleDict({f"tap_{t}": nn.Linear(self.clip.width, wide) for t in self.clip.taps})
         self.adapter_cls, self._started = nn.Linear(wide, wide), {}
         for states in ADACLIP_STATES.values(): check_length(sentences("object", states, p.templates), p.length)  # refused here, not at the first image
@@ -186,12 +199,12 @@ class AdaCLIP(Method):
 
     def encode_key(self) -> dict:
         "What `encode` depends on besides the image."
-        return dict(method=self.name, clip=dict(name=self.clip.row.name, hash=self.clip.hash, size=self.clip.size, positions=self.p.positions))
+        return dict(method=self.name, clip=dict(name=self.clip.row.name, hash=self.clip.hash, size=self.clip.size, positions=self.clip.row.positions))
 
     @classmethod
     def class_sentences(cls, p, category: str) -> list[str]:
         "Every sentence that names the class."
-        return sentences(category, sum(ADACLIP_STATES.values(), ()), p.templates, p.naming)
+        return sentences(category, sum(ADACLIP_STATES.values(), ()), read_templates(p.templates), cls.spell(p))
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -199,7 +212,8 @@ class AdaCLIP(Method):
                ) -> tuple:       # (S, L, width), (S,) end of text, how many of the S are normal
         "The frozen first block of a class's sentences, read once."
         if name not in self._started:
-            normal, abnormal = (sentences(name, ADACLIP_STATES[s], self.p.templates, self.p.naming) for s in ("normal", "abnormal"))
+            spell = self.spell(self.p)
+            normal, abnormal = (sentences(name, ADACLIP_STATES[s], self.p.templates, spell) for s in ("normal", "abnormal"))
             self._started[name] = *(x.cpu() for x in read_start(self.text, normal + abnormal, self.p.length)), len(normal)
         start, end, normal = self._started[name]
         return start.to(self.text.device), end.to(self.text.device), normal
@@ -209,7 +223,7 @@ class AdaCLIP(Method):
                       cls: Tensor,             # (B, C) of `encode`
                      ) -> Tensor:              # (B, 2, C) normal, abnormal, normalised
         "Every sentence with every image's tokens, each normalised, averaged per state, normalised."
-        p, names, found = self.p, [rewrite(c, self.p.naming) for c in categories], [None] * len(categories)
+        p, names, found = self.p, list(map(self.spell(self.p), categories)), [None] * len(categories)
         for name in dict.fromkeys(names):
             rows = [i for i, n in enumerate(names) if n == name]
             start, end, normal = self.started(name)
@@ -242,9 +256,36 @@ class AdaCLIP(Method):
         "Focal of the image, and focal and two dice losses of every tap's own softmax (code)."
         mask = batch.mask[:, 0]
         maps = [enlarge(v[:, None], mask.shape[-2:])[:, 0].sigmoid() for v in prediction.layers.values()]
-        parts = dict(image=focal(prediction.score, batch.anomalous), focal=sum(focal(m, mask) for m in maps), dice=sum(dice(m, mask) for m in maps), dice_normal=sum(dice(1 - m, ~mask) for m in maps))
+        def ratio(m, truth): return dice(m, truth) if self.p.dice_over == "image" else dice(m.flatten(0, 1), truth.flatten(0, 1))  # as released: every row is a sample
+        parts = dict(image=focal(prediction.score, batch.anomalous), focal=sum(focal(m, mask) for m in maps),
+                     dice=sum(ratio(m, mask) for m in maps), dice_normal=sum(ratio(1 - m, ~mask) for m in maps))
         return dict(total=sum(parts.values()), **parts)
 
     def param_groups(self) -> list[dict]:
         "Tokens, heads and adapters, at one rate."
         return [dict(params=list(self.learned().values()), lr=self.p.lr)]
+
+# %% ../../nbs/methods/53_adaclip.ipynb #5a3d11c2
+def released_names(method: AdaCLIP) -> dict:  # our name -> released names of its pieces
+    "Where the released files keep the tokens, their heads and the linear layers."
+    names = {}
+    for tower, word, first in (("image", "visual", 0), ("text", "text", 1)):  # the text tower's first set is there, and never used
+        if tower not in method.tokens: continue
+        tokens = method.tokens[tower]
+        sets, count, _ = tokens.shape
+        if tokens.static is not None: names[f"tokens.{tower}.static"] = tuple(f"clip_model.{word}_prompter.static_prompts.{i + first}" for i in range(sets))
+        for part in ("weight", "bias") if tokens.heads is not None else ():
+            names[f"tokens.{tower}.heads.{part}"] = tuple(f"clip_model.dynamic_{word}_prompt_generator.head.{i}.{part}" for i in range(count))
+    for part in ("weight", "bias"):
+        names |= {f"adapters.tap_{t}.{part}": f"clip_model.patch_token_layer.head.{k}.{part}" for k, t in enumerate(method.clip.taps)}
+        names[f"adapter_cls.{part}"] = f"clip_model.cls_token_layer.head.0.{part}"
+    return names
+
+def import_released(method: AdaCLIP,  # created with the checkpoint's towers, taps, length and depth
+                    path: str|Path,   # a released .pth, or the same names in safetensors
+                    trained_on=(),    # "dataset/category" of the images it was trained on, so that `evaluate` can say what is not zero-shot
+                   ) -> AdaCLIP:      # the same method, with the checkpoint's tensors
+    "Load a checkpoint of the released code; nothing in it is executed, every key that does not fit is named."
+    fit_released(method, released_state(path)[0], released_names(method), path, unused=("clip_model.text_prompter.static_prompts.0",))
+    method.trained_on = sorted(trained_on)
+    return method

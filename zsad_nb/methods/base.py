@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['RULES', 'SIDE', 'WIDTH', 'ROWS', 'COUNT', 'SEED', 'NUMBER', 'LARGEST', 'LONGEST', 'ENTRIES', 'DEPTH', 'FAR', 'KINDS',
            'METHODS', 'MODULES', 'HEADER_KINDS', 'WEIGHT_SUFFIXES', 'Prediction', 'param', 'require_kind',
-           'ParameterSet', 'method_class', 'register', 'Method', 'create', 'describe', 'reference_images',
-           'require_learned', 'save', 'read_header', 'load_tensors', 'load']
+           'ParameterSet', 'Variant', 'AllVariants', 'method_class', 'register', 'Method', 'create', 'Description',
+           'variants_of', 'describe', 'reference_images', 'require_learned', 'save', 'read_header', 'load_tensors',
+           'load', 'import_released', 'fit_released']
 
 # %% ../../nbs/methods/40_base.ipynb #b4a430ca
 import contextlib
@@ -20,6 +21,7 @@ import numbers
 import reprlib
 import typing
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,8 +34,9 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 import zsad_nb
-from ..backbones.backbones import Features, Frozen
+from ..backbones.backbones import BACKBONES, Features, Frozen
 from ..backbones.engines import Engine, fast_products
+from ..backbones.ensembles import spelling
 from ..backbones.features import FeatureCache, one_by_one
 from ..backbones.weights import HEADER_MB, WeightsError, fitted, listed, require_finite, require_plain
 from ..core import require_known, usual_defaults
@@ -64,7 +67,7 @@ RULES = {"above 0": lambda v: v > 0, "0 or more": lambda v: v >= 0, "at least 1"
 SIDE, WIDTH, ROWS, COUNT, SEED, NUMBER = 8192, 16384, 65536, 512, 2**63 - 1, 10**6
 LARGEST = {**dict.fromkeys(("image_size", "dino_size", "score_size"), SIDE),
            **dict.fromkeys(("hidden", "inner", "latent", "key_width", "gate_width"), WIDTH),
-           **dict.fromkeys(("at_once", "sca_rows", "sca_grid", "references", "batch_size", "samples", "train_samples", "latents", "train_latents"), ROWS),
+           **dict.fromkeys(("sca_rows", "sca_grid", "references", "batch_size", "samples", "train_samples", "latents", "train_latents"), ROWS),
            **dict.fromkeys(("prompts", "prompt_count", "vectors", "length", "state", "background", "context", "deep_sets", "deep_tokens", "image_tokens", "text_tokens", "image_depth", "text_depth",
                             "depth", "dual_blocks", "anchors", "bank", "flows", "num_heads", "clusters", "crops", "steps", "shots", "top", "tap"), COUNT),
            **dict.fromkeys(("seed", "noise_seed", "kmeans_seed"), SEED)}
@@ -133,7 +136,7 @@ class ParameterSet:
     def __post_init__(self):
         for f in dataclasses.fields(self):
             value, allowed = getattr(self, f.name), f.metadata["allowed"]
-            if value is None and f.default is None: continue
+            if value is None and (f.default is None or type(None) in typing.get_args(f.type)): continue
             if isinstance(allowed, tuple):
                 if value not in allowed: raise ValueError(f"{f.name}={reprlib.repr(value)}; use {', '.join(allowed[:-1])} or {allowed[-1]}")
             elif allowed is not None:
@@ -142,6 +145,26 @@ class ParameterSet:
                 if not fine: raise ValueError(f"{f.name}={reprlib.repr(value)}; it must be {allowed}")
             most = f.metadata.get("most")
             require_kind(f.name, value, typing.get_args(f.type) or (f.type,), LARGEST.get(f.name, NUMBER) if most is None else most)
+
+class Variant(dict):
+    "A named set of parameters: what differs from the defaults, one sentence on what that changes, and the training that belongs to it."
+    def __init__(self, note: str,          # one sentence
+                 recipe: dict|None=None,   # changes to the method's recipe, see `recipe_of`
+                 **changes                 # parameters and their values
+                ):
+        super().__init__(changes)
+        self.note, self.recipe = note, dict(recipe or {})
+
+class AllVariants:
+    "What `Method.variants` is: a class's readings, and the rows of its ablations and studies that change anything."
+    def __get__(self, method, cls) -> dict[str, Variant]:  # name -> what to give `create`
+        known = dict(cls.readings)
+        for table, rows in cls.tables().items():
+            for name, changes in rows.items():
+                if not changes or changes in known.values(): continue  # the method itself, or a set that has a name
+                unique = name if known.get(name, changes) == changes else f"{table}: {name}"
+                known.setdefault(unique, changes if isinstance(changes, Variant) else Variant(f"A row of the table {table!r}.", **changes))
+        return known
 
 METHODS: dict[str, type] = {}  # filled by `register`
 MODULES = dict(visualad="visualad", self_distance="controls", dma_sap="dma_sap", ssvp="ssvp", winclip="winclip", anomalyclip="anomalyclip", crane="crane", crane_plus="crane",
@@ -165,27 +188,61 @@ class Method(nn.Module):
     "Base of every method: backbone(s), parameters, learned part, prediction."
     name, encodes = "", True
     Parameters: type               # a frozen dataclass made of `param`s
+    readings: dict[str, Variant] = {}  # other ways to run the whole method: as released to the letter, repaired, as the paper reads, ours
     ablations: dict[str, dict] = {}  # the paper's ablations as named parameter sets
     studies: dict[str, dict[str, dict]] = {}  # its other tables and sweeps, likewise
+    variants = AllVariants()         # all of these by name: create(name, **Method.variants["..."])
+    renamed: dict[str, str] = {"positions": "position_resize", "naming": "names"}  # parameters under names of older versions -> today's
+    older: dict[str, Any] = {}       # what versions that did not have a parameter did, where that is not today's default
     recipe: dict = {}                # the paper's training, as changes to `zsad_nb.learning.training.Recipe`
-    transductive = False             # True: a prediction depends on other test images; marked in every table
+    transductive = False             # True: a prediction depends on other test images; marked in every table. A variant that does so sets it on the object
+    interpolation = "bicubic"        # how images are resized when they are read for this method: bicubic, or bilinear
+    released_name = None             # a staticmethod, name -> words: how the release writes a class's name, for names="released"
     engine: Engine|None = None       # None: PyTorch in fp32; see `use_engine`
 
     def __init_subclass__(cls, **kwargs):
-        "Whatever a method says its features depend on, the engine is part of it: features of two engines never meet in a cache."
+        "Whatever a method says its features depend on, the engine and the towers' settings are part of it: features of two never meet in a cache."
         super().__init_subclass__(**kwargs)
         for name in ("prepare", "set_types", "set_references"):  # called from outside, as `predict` is
             if name in cls.__dict__: setattr(cls, name, usual_defaults()(cls.__dict__[name]))
-        if (own := cls.__dict__.get("encode_key")) is None: return
+        own = cls.__dict__.get("encode_key")
+        if own is None: return
         @functools.wraps(own)
         def encode_key(self):
             key = own(self)
-            return key if key is None or self.engine is None else {**key, "engine": self.engine.key}
+            if key is None: return None
+            towers = {role: b.settings() for role, b in self.backbones().items() if hasattr(b, "settings")}
+            engine = {} if self.engine is None else dict(engine=self.engine.key)
+            return {**key, "towers": towers, **engine}
         cls.encode_key = encode_key
+
+    @classmethod
+    def tables(cls) -> dict[str, dict[str, dict]]:  # name of a table -> name of a row -> parameters
+        "The named parameter sets, table by table: what the notebook `ablation` can train side by side."
+        return {"ablations": cls.ablations, "readings": cls.readings, **cls.studies}
+
+    @classmethod
+    def depends_on_others(cls, parameters: dict  # that differ from the defaults
+                         ) -> bool:
+        "Whether a prediction then depends on the images before or beside it; the object's `transductive` says the same."
+        return cls.transductive is True
+
+    @classmethod
+    def from_older(cls, saved: dict  # parameters as a checkpoint of any version has them
+                  ) -> dict:         # what `create` takes today for the same numbers
+        "Names that changed, and values that older versions had without saying so."
+        today = {f.name for f in dataclasses.fields(cls.Parameters)}
+        if "quick_gelu" in saved and "position_resize" not in saved:  # it was for towers whose name says nothing
+            clip = saved.get("clip")
+            named = BACKBONES[clip].model if isinstance(clip, str) and clip in BACKBONES else ""
+            saved = {**saved, "quick_gelu": None if named or saved["quick_gelu"] else False}
+        saved = {cls.renamed.get(k, k) if k not in today else k: v for k, v in saved.items()}
+        return {**cls.older, **saved}
 
     def __init__(self, parameters):
         super().__init__()
         self.p = parameters  # read as self.p.sigma
+        self.transductive = self.depends_on_others(dataclasses.asdict(parameters))
         self.trained_on: list[str] = []  # "dataset/category" of every image used for training; [] for none
 
     def encode(self, batch) -> dict[str, Tensor]|Features|None:
@@ -230,6 +287,10 @@ class Method(nn.Module):
             check_index(self, index)
         return self
     @classmethod
+    def spell(cls, p) -> Callable:  # name -> words
+        "How a set of parameters writes a class's name; `names` says it."
+        return spelling(p.names, cls.released_name)
+    @classmethod
     def class_sentences(cls, p, category: str) -> list[str]:
         "The sentences that name a class, a normal one first, for a set of parameters; [] where no class is named."
         return []
@@ -264,6 +325,13 @@ class Method(nn.Module):
         finally: self.train(was)
 
 # %% ../../nbs/methods/40_base.ipynb #29ab2e60
+def _parameters_of(cls: type, parameters: dict) -> dict:
+    "Parameters under today's names; one that does not exist raises."
+    fields = [f.name for f in dataclasses.fields(cls.Parameters)]
+    parameters = {cls.renamed[k] if k not in fields and cls.renamed.get(k) in fields else k: v for k, v in parameters.items()}
+    require_known(parameters, fields, f"parameter of {cls.name}")
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in parameters.items()}  # JSON has lists only
+
 @usual_defaults(gradients=True, blocks=True)
 def create(name: str,        # a registered method
            engine: str="torch",     # of its frozen part, see `Method.use_engine`
@@ -272,26 +340,42 @@ def create(name: str,        # a registered method
           ) -> Method:       # untrained, on the CPU
     "Build a method; a parameter that does not exist raises."
     cls = method_class(name)
-    require_known(parameters, [f.name for f in dataclasses.fields(cls.Parameters)], f"parameter of {name}")
-    parameters = {k: tuple(v) if isinstance(v, list) else v for k, v in parameters.items()}  # JSON has lists only
-    return cls(cls.Parameters(**parameters)).use_engine(engine, precision)
+    return cls(cls.Parameters(**_parameters_of(cls, parameters))).use_engine(engine, precision)
+
+class Description(pd.DataFrame):
+    "A method's parameters as a table; `variants` is its second table, and both are shown."
+    _metadata = ["variants"]
+    def _repr_html_(self) -> str:
+        return super()._repr_html_() + self.variants._repr_html_()
+    def __repr__(self) -> str:
+        return f"{pd.DataFrame(self)!r}\n\n{self.variants!r}"
+
+def variants_of(cls: type  # a method's class
+               ) -> pd.DataFrame:  # variant, changes, transductive, what
+    "A method's variants, and what each of them changes."
+    def row(name, variant):
+        changes = ", ".join(f"{k}={value!r}" for k, value in variant.items())
+        return dict(variant=name, changes=changes or "nothing", transductive="yes" if cls.depends_on_others(variant) else "", what=variant.note)
+    rows = [row(name, variant) for name, variant in cls.variants.items()]
+    return pd.DataFrame(rows, columns=["variant", "changes", "transductive", "what"])
 
 def describe(name: str|Method,  # a registered method, or one that was made
              categories=None,   # names of classes, or an Index: show what the sentences call them
              **parameters       # of a registered method, for its sentences
-            ) -> pd.DataFrame:  # parameter, default, allowed, source, help; with categories: category, words, prompt, prompts, shared_with, unread
-    "A method's parameters with the source of each default; with categories, the words that the method makes of them."
+            ) -> pd.DataFrame:  # a `Description`: parameter, default, allowed, source, help; `.variants`: variant, changes, transductive, what. With categories: category, words, prompt, prompts, shared_with, unread
+    "A method's parameters with the source of each default, and its variants; with categories, the words that the method makes of them."
     if categories is not None:
         names = categories["category"] if isinstance(categories, pd.DataFrame) else [categories] if isinstance(categories, str) else categories
         if isinstance(name, Method):
             return prompt_table(name, name.p, names, getattr(name, "text", None))
         cls = method_class(name)
-        require_known(parameters, [f.name for f in dataclasses.fields(cls.Parameters)], f"parameter of {name}")
-        return prompt_table(cls, cls.Parameters(**parameters), names)
+        return prompt_table(cls, cls.Parameters(**_parameters_of(cls, parameters)), names)
     name = name.name if isinstance(name, Method) else name
     def say(allowed): return "" if allowed is None else allowed if isinstance(allowed, str) else " | ".join(allowed)
-    return pd.DataFrame([dict(parameter=f.name, default=f.default, allowed=say(f.metadata["allowed"]), source=f.metadata["source"], help=f.metadata["help"])
+    table = Description([dict(parameter=f.name, default=f.default, allowed=say(f.metadata["allowed"]), source=f.metadata["source"], help=f.metadata["help"])
                          for f in dataclasses.fields(method_class(name).Parameters)])
+    table.variants = variants_of(method_class(name))
+    return table
 
 # %% ../../nbs/methods/40_base.ipynb #4c402144
 def reference_images(images  # (k, 3, H, W) RGB in [0, 1], or a Batch of normal images of one class
@@ -398,6 +482,13 @@ def _verify(tensors: dict, header: dict, path: Path):
 
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
+def _check_texts(cls: type, parameters: dict, changes: dict, path: Path):
+    "A checkpoint holds sentences and phrases themselves; a file that it names instead is not read."
+    free = {f.name for f in dataclasses.fields(cls.Parameters) if not isinstance(f.metadata["allowed"], tuple)}  # not one of some words
+    for name in ("templates", "phrases"):
+        if name in free and name not in changes and isinstance(parameters.get(name), str):
+            raise WeightsError(f"{path.name} asks for {name}={shown(parameters[name])[:200]!r}, a file beside it; nothing was read from there: pass the right one, load(..., {name}=PATH)")
+
 def _check_paths(parameters: dict,  # of a header
                  changes: dict,     # of the caller, whose word counts
                  path: Path):
@@ -411,8 +502,11 @@ def _check_paths(parameters: dict,  # of a header
 
 def _built(header: dict, changes: dict, path: Path) -> Method:
     try:
-        _check_paths(header["parameters"], changes, path)
-        return create(header["method"], **{**header["parameters"], **changes})
+        cls = method_class(header["method"])
+        parameters = cls.from_older(header["parameters"])
+        _check_paths(parameters, changes, path)
+        _check_texts(cls, parameters, changes, path)
+        return create(header["method"], **{**parameters, **changes})
     except TypeError as error: raise TypeError(f"{path.name}: {error}") from error
     except (ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError, AssertionError, MemoryError) as error:
         said = str(error) if isinstance(error, ValueError) else f"{shown(str(header['method']))[:80]} cannot be built from its header ({type(error).__name__}: {str(error)[:200]})"
@@ -439,4 +533,39 @@ def load(path: str|Path,  # written by `save`
     _verify(tensors, header, path)
     load_tensors(method, tensors, path.name)
     method.trained_on = header["trained_on"]
+    return method
+
+# %% ../../nbs/methods/40_base.ipynb #7c1f0a32
+def import_released(method: Method,  # created with the sizes of the checkpoint: towers, taps, tokens
+                    path: str|Path,  # a file of the method's authors, or the same names in safetensors
+                    **options        # of the method's own `import_released`
+                   ) -> Method:      # the same method, with the checkpoint's tensors
+    "Load a checkpoint of the method's authors; nothing in it is executed, every key that does not fit is named."
+    own = getattr(importlib.import_module(type(method).__module__), "import_released", None)
+    if own in (None, import_released):
+        raise WeightsError(f"{method.name} has no released checkpoints that could be imported; those that have: "
+                           "visualad, anomalyclip, crane, crane_plus, dapo, adaclip, april_gan, multiads")
+    return own(method, path, **options)
+
+# %% ../../nbs/methods/40_base.ipynb #7c1f0a33
+def fit_released(method: Method,
+                 flat: dict,        # name -> tensor of the checkpoint, see `released_state`
+                 names: dict,       # our name -> released name, or the names of the pieces that lie behind each other in our tensor
+                 path: str|Path,    # for the message
+                 unused: tuple=(),  # released names that nothing reads
+                ) -> Method:        # the same method, with the checkpoint's tensors
+    "Copy a checkpoint's tensors by a table of names; every key that is missing, too many or of another shape is named as the file has it."
+    own, places = method.learned(), {}
+    for ours, theirs in names.items():
+        if isinstance(theirs, str): places[theirs] = own[ours]
+        else: places |= dict(zip(theirs, own[ours] if len(own[ours]) == len(theirs) else own[ours].chunk(len(theirs))))
+    wrong = [f"missing {k}" for k in places if k not in flat] + [f"unexpected {k}" for k in flat if k not in places and k not in unused]
+    wrong += [f"{k} is {tuple(flat[k].shape)}, expected {tuple(v.shape)}" for k, v in places.items() if k in flat and flat[k].shape != v.shape]
+    wrong += [f"{k} is {str(flat[k].dtype).removeprefix('torch.')}, expected numbers with a fraction" for k in places if k in flat and not flat[k].is_floating_point()]
+    wrong += [f"{k} holds numbers that are not finite" for k in places if k in flat and not flat[k].isfinite().all()]
+    if wrong:
+        more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
+        raise WeightsError(f"{Path(path).name} does not fit {method.name}: {'; '.join(wrong[:6])}{more}; create the method with the checkpoint's towers, taps and sizes")
+    with torch.no_grad():
+        for k, place in places.items(): place.copy_(flat[k])
     return method

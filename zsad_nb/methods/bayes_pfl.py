@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..backbones.backbones import create_backbone
 from ..backbones.prompts import StatePrompts
 from ..backbones.text import create_text
-from ..backbones.words import NAMINGS, rewrite
+from ..backbones.words import NAMES, NAMES_HELP, rewrite
 from ..components.maps import to_pixels, top_share_mean
 from ..components.prompt_flow import PromptFlow, fixed_noise
 from ..learning.losses import dice
@@ -28,10 +28,11 @@ class BayesPFLParameters(ParameterSet):
     "Every choice Bayes-PFL makes."
     clip: str = param("tiny-clip", "ours: the embedded default; stated: clip-vitl14-336", "image and text tower, a CLIP of the backbone table")
     clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
-    naming: str = param("words", "ours; raw: most released codes", "a class's name in a sentence: words (the rule of zsad_nb.backbones.words: metal_nut is metal nut, bottle-001 bottle, M8 m8) or raw, as it is spelt", NAMINGS)
+    names: str = param("words", "ours; raw: most released codes", NAMES_HELP, NAMES)
     image_size: int|None = param(None, "stated: 518; default: the tower's", "pixels, square")
     clip_taps: tuple|None = param(None, "stated: 6/12/18/24 of 24; default: the tower's", "1-based blocks")
-    positions: str = param("bicubic", "code", "how the image tower's positions are resized: bicubic (antialiased) or bilinear", ("bicubic", "bilinear"))
+    quick_gelu: bool|None = param(None, "ours: as the weights were trained; code: exact GELU", "activation of the CLIP towers: QuickGELU, or False for the exact GELU; None: the one that the weights were trained with")
+    position_resize: str|None = param("bicubic", "code", "how the image tower's positions are resized: bilinear, bicubic (antialiased) or bicubic_plain (not); None: as the backbone table says", ("bilinear", "bicubic", "bicubic_plain"))
     patch_norm: bool = param(True, "ours", "patches through ln_post before the linear layers")
     start: str = param("proj", "ours", "of the linear layers: CLIP's own projection, or random", ("proj", "random"))
     bank: int = param(3, "stated: B", "pairs of prompts", "at least 1")
@@ -72,7 +73,7 @@ class SampledPrompts(StatePrompts):
                 states: Tensor,            # (B or 1, R, 2, width) added to the normal and to the abnormal state vectors
                ) -> Tensor:                # (B, R * count, 2, embed_dim) pairs of normal and abnormal, not normalised
         "Text features of every image's own prompts."
-        ids = self.text.tokenize([" ".join(["X"] * self.places + [rewrite(n, self.naming)]) for n in class_names])
+        ids = self.text.tokenize([" ".join(["X"] * self.places + [rewrite(n, self.names)]) for n in class_names])
         end, images, samples = ids.argmax(1), len(class_names), max(context.shape[1], states.shape[1])
         words, shape = self.text.embed(ids), (images, samples, self.count, 2)
         background = self.background[:, None] + context[:, :, None, None, None]                                     # (B, R, count, 1, b, width)
@@ -146,12 +147,11 @@ class BayesPFL(Method):
     def __init__(self, parameters: BayesPFLParameters):
         super().__init__(replace(parameters, clip_taps=None if parameters.clip_taps is None else tuple(parameters.clip_taps)))
         p = self.p
-        self.clip = b = create_backbone(p.clip, p.clip_weights, p.image_size, p.clip_taps)
-        b.row = replace(b.row, positions=p.positions)
-        self.text = create_text(p.clip, p.clip_weights)
+        self.clip = b = create_backbone(p.clip, p.clip_weights, p.image_size, p.clip_taps, p.quick_gelu, p.position_resize)
+        self.text = create_text(p.clip, p.clip_weights, p.quick_gelu)
         if getattr(b.tower, "proj", None) is None: raise ValueError(f"{p.clip} has no space shared with text; use a CLIP of the backbone table")
         self.grid, wide = (b.size // b.patch,) * 2, b.tower.proj.shape[1]
-        self.prompts = SampledPrompts(self.text, p.context, p.state, p.bank, p.prompt_std, False, p.state_mean, p.naming)
+        self.prompts = SampledPrompts(self.text, p.context, p.state, p.bank, p.prompt_std, False, p.state_mean, p.names)
         given = dict(context=wide) if p.image_specific and p.context else {}
         self.flows = nn.ModuleDict({k: PromptFlow(self.text.width, c, p.hidden, p.flows, p.start_std) for k, c in (given | (dict(normal=0, abnormal=0) if p.image_agnostic else {})).items()})
         self.project = nn.ModuleDict({f"tap_{t}": nn.Linear(b.width, wide, bias=False) for t in b.taps})
@@ -171,7 +171,7 @@ class BayesPFL(Method):
     @classmethod
     def class_sentences(cls, p, category: str) -> list[str]:
         "Every sentence that names the class."
-        return [" ".join(["X"] * (p.context + p.state) + [rewrite(category, p.naming)])]  # X holds a learned vector's place
+        return [" ".join(["X"] * (p.context + p.state) + [cls.spell(p)(category)])]  # X holds a learned vector's place
 
     def encode(self, batch) -> dict[str, Tensor]:
         "Patches (B, N, D) of every tap, image embedding (B, C)."
@@ -181,7 +181,7 @@ class BayesPFL(Method):
     def encode_key(self) -> dict:
         "What `encode` depends on besides the image."
         b = self.clip
-        return dict(method=self.name, clip=dict(name=b.row.name, hash=b.hash, size=b.size, taps=list(b.taps), positions=self.p.positions), patch_norm=self.p.patch_norm)
+        return dict(method=self.name, clip=dict(name=b.row.name, hash=b.hash, size=b.size, taps=list(b.taps), positions=self.clip.row.positions), patch_norm=self.p.patch_norm)
 
     # ---- learned
     @property

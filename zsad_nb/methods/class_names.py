@@ -32,7 +32,7 @@ def prompt_table(method,         # a method, or its class
     rows = []
     for category in dict.fromkeys(categories):
         sentences = method.class_sentences(parameters, category)
-        words = rewrite(category, parameters.naming) if sentences else ""
+        words = method.spell(parameters)(category) if sentences else ""
         rows.append(dict(category=category, words=words, prompt=sentences[0] if sentences else "", prompts=len(sentences)))
     table = pd.DataFrame(rows, columns=["category", "words", "prompt", "prompts"])
     keys = [_tokens(prompt, text) if prompt else None for prompt in table["prompt"]]
@@ -63,11 +63,12 @@ def check_names(method,             # with a `text` tower, where it reads names
         groups.setdefault(_tokens(row.prompt, method.text), []).append(row)
     for rows in groups.values():
         words = list(dict.fromkeys(row.words for row in rows))
-        if len(rows) < 2 or (len(words) == 1 and all(row.category in published for row in rows)):
+        shared = len(words) == 1 or len({rewrite(row.category) for row in rows}) == 1  # as written, or by the rule: the field's own, too
+        if len(rows) < 2 or (shared and all(row.category in published for row in rows)):
             continue
         names = ", ".join(shown(row.category) for row in rows[:6]) + (f" and {len(rows) - 6} more" if len(rows) > 6 else "")
-        why = f"as {words[0]!r}" if len(words) == 1 else f"because the text tower {method.text.row.name} has never read what differs in {', '.join(map(repr, words[:6]))}"
-        warnings.warn(f"{method.name} says the same of the classes {names}, {why}; naming='raw' keeps names as they are spelt, describe({method.name!r}, categories) shows the words", stacklevel=4)
+        why = f"as {words[0]!r}; names='raw' keeps names as they are spelt" if len(words) == 1 else f"because the text tower {method.text.row.name} has never read what differs in {', '.join(map(repr, words[:6]))}"
+        warnings.warn(f"{method.name} says the same of the classes {names}, {why}; describe({method.name!r}, categories) shows the words", stacklevel=4)
 
 def check_index(method, index: pd.DataFrame):
     "`check_names` for the classes of an Index."

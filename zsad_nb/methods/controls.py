@@ -27,6 +27,8 @@ class SelfDistanceParameters(ParameterSet):
     backbone: str = param("tiny-dino", "ours: the embedded default", "name in the backbone table")
     weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
     image_size: int|None = param(None, "the backbone's", "pixels, square")
+    quick_gelu: bool|None = param(None, "ours: as the weights were trained", "activation of the CLIP towers: QuickGELU, or False for the exact GELU; None: the one that the weights were trained with")
+    position_resize: str|None = param(None, "as the table", "how the image tower's positions are resized: bilinear, bicubic (antialiased) or bicubic_plain (not); None: as the backbone table says", ("bilinear", "bicubic", "bicubic_plain"))
     tap: int|None = param(None, "ours: the middle block", "1-based block")
     norm: bool = param(False, "ours", "apply the backbone's final norm to the tap")
     sigma: float = param(4.0, "as VisualAD", "Gaussian of the map, pixels", "0 or more")
@@ -40,7 +42,7 @@ class SelfDistance(Method):
     def __init__(self, parameters: SelfDistanceParameters):
         super().__init__(parameters)
         p = self.p
-        self.backbone = create_backbone(p.backbone, p.weights, p.image_size, None if p.tap is None else (p.tap,))
+        self.backbone = create_backbone(p.backbone, p.weights, p.image_size, None if p.tap is None else (p.tap,), p.quick_gelu, p.position_resize)
         if p.tap is None: self.backbone.taps = (self.backbone.depth // 2,)
 
     def encode(self, batch) -> Features:

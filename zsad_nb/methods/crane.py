@@ -21,7 +21,7 @@ from ..components.maps import to_pixels
 from ..components.sap import image_feature, pool, pooling_weights
 from ..learning.losses import dice, focal
 from .anomalyclip import import_released
-from .base import Method, ParameterSet, Prediction, param, register
+from .base import Method, ParameterSet, Prediction, Variant, param, register
 
 _all_ = ["import_released"]
 
@@ -32,6 +32,8 @@ class CraneParameters(ParameterSet):
     clip: str = param("tiny-clip", "ours: the embedded default; paper: clip-vitl14-336", "image and text tower, a CLIP of the backbone table")
     clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
     image_size: int|None = param(None, "code: 518; default: the CLIP tower's", "pixels, square")
+    quick_gelu: bool|None = param(None, "code: QuickGELU, as the weights were trained", "activation of the CLIP towers: QuickGELU, or False for the exact GELU; None: the one that the weights were trained with")
+    position_resize: str|None = param(None, "code: bilinear, as the table", "how the image tower's positions are resized: bilinear, bicubic (antialiased) or bicubic_plain (not); None: as the backbone table says", ("bilinear", "bicubic", "bicubic_plain"))
     taps: tuple|None = param(None, "code: 6/12/18/24 of 24; default: quarters of the depth", "1-based blocks of the refined path that are compared with text")
     dual_blocks: int|None = param(None, "code: 19 of 24; default: the same share of the depth", "length of the refined path; 0: none", "0 or more")
     attention: str = param("qkv", "paper: E-Attn", "of the refined path: qkv, or vv (AnomalyCLIP)", ("qkv", "vv"))
@@ -81,13 +83,14 @@ class Crane(Method):
     "Context-guided prompts against an E-Attn path of CLIP, pooling by the maps (Salehi et al., 2025)."
     name, Parameters = "crane", CraneParameters
     recipe = dict(epochs=5, batch_size=8, optimiser="adam", betas=(0.6, 0.999), weight_decay=0.0, schedule="constant", seed=111)  # code
+    readings = {"released": Variant("The code to the letter: every listed layer is the last block, and deep text tokens are cast to float16.", release_compat=True)}
     ablations = {"full": {}, "static prompts": dict(context_train=0.0), "no pooling": dict(cls_weight=1.0), "v-v attention": dict(attention="vv"), "plain attention": dict(dual_blocks=0)}
     studies = {"released code": {"repaired": {}, "float16 tokens": dict(deep_half=True), "aliased layers": dict(aliased=True), "as released": dict(release_compat=True)}}
 
     def __init__(self, parameters: CraneParameters):
         super().__init__(replace(parameters, taps=None if parameters.taps is None else tuple(parameters.taps)))
         p = self.p
-        self.clip, self.text = create_backbone(p.clip, p.clip_weights, p.image_size, p.taps), create_text(p.clip, p.clip_weights)
+        self.clip, self.text = create_backbone(p.clip, p.clip_weights, p.image_size, p.taps, p.quick_gelu, p.position_resize), create_text(p.clip, p.clip_weights, p.quick_gelu)
         if getattr(self.clip.tower, "proj", None) is None: raise ValueError(f"{p.clip} has no space shared with text; use a CLIP of the backbone table")
         depth, wide = self.clip.depth, self.clip.tower.proj.shape[1]
         self.grid = (self.clip.size // self.clip.patch,) * 2
@@ -171,6 +174,7 @@ class Crane(Method):
 class CranePlus(Crane):
     "Crane with D-Attn: DINO's similarities mix CLIP's last values (Salehi et al., 2025)."
     name, Parameters = "crane_plus", CranePlusParameters
+    readings = {"released": Variant("The code to the letter: float16 tokens, and D-Attn subtracts the mean cosine of the whole batch, so that batch mates decide.", release_compat=True)}
     studies = {"released code": {"repaired": {}, "float16 tokens": dict(deep_half=True), "batch mean": dict(batch_mean=True), "values of the input": dict(value_from="input"), "as released": dict(release_compat=True)}}
 
     def __init__(self, parameters: CranePlusParameters):
@@ -181,6 +185,12 @@ class CranePlus(Crane):
         if p.dino_size is None: self.dino.size = self.grid[0] * self.dino.patch
         self.dino_grid, self.centre = (self.dino.size // self.dino.patch,) * 2, p.dino == "tiny-dino" if p.centre is None else p.centre
         self.local = {"d_attn": "d_attn", **self.local}
+
+    @classmethod
+    def depends_on_others(cls, parameters: dict) -> bool:
+        "The mean cosine of a batch is one of all its images."
+        own = parameters.get("batch_mean")
+        return bool(parameters.get("release_compat") if own is None else own)
 
     def _default_taps(self) -> tuple: return (self.clip.depth,)
     def grid_of(self, name: str) -> tuple: return self.dino_grid if name == "d_attn" else self.grid

@@ -25,7 +25,7 @@ from ..data.images import defect_names
 from ..data.index import GOOD
 from ..data.taxonomy import check_types, index_types, label_types, plain, type_words
 from ..learning.losses import dice
-from .base import Method, ParameterSet, Prediction, load_tensors, param, register
+from .base import Method, ParameterSet, Prediction, Variant, load_tensors, param, register
 
 # %% ../../nbs/methods/44_dapo.ipynb #ae7a731a
 class TypeMethod(Method):
@@ -126,7 +126,8 @@ class DAPOParameters(ParameterSet):
     clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
     image_size: int|None = param(None, "code: 518; default: the tower's", "pixels, square")
     clip_taps: tuple|None = param(None, "code: 6/12/18/24 of 24; default: the tower's", "1-based blocks")
-    positions: str = param("bicubic", "code", "how the image tower's positions are resized: bicubic (antialiased) or bilinear", ("bicubic", "bilinear"))
+    quick_gelu: bool|None = param(None, "code: QuickGELU, as the weights were trained", "activation of the CLIP towers: QuickGELU, or False for the exact GELU; None: the one that the weights were trained with")
+    position_resize: str|None = param("bicubic", "code", "how the image tower's positions are resized: bilinear, bicubic (antialiased) or bicubic_plain (not); None: as the backbone table says", ("bilinear", "bicubic", "bicubic_plain"))
     types: tuple|str|None = param(None, "code: the data set's own list", "defect types: names, or a data set of the taxonomy; None: those of the index")
     words: tuple|None = param(None, "ours", "what the prompts call the types; default: the names, or the taxonomy's words")
     types_from: str = param("", "ours", "given: the types stay; index: every index brings its own; default: index if no types were given")
@@ -158,15 +159,15 @@ class DAPO(TypeMethod):
     "Hybrid prompts, deep tokens in both towers, one adapter a tap (Nazer et al., arXiv 2512.09446)."
     name, encodes, Parameters = "dapo", False, DAPOParameters
     recipe = dict(epochs=2, batch_size=8, optimiser="adam", betas=(0.5, 0.999), weight_decay=0.0, schedule="constant", seed=42)  # code: 5 epochs, tested is the 2nd; the rate is constant
+    readings = {"released": Variant("The code to the letter: the text tower has no causal mask and reads a sentence before its end.", release_compat=True)}
     ablations = {"full": {}, "no carry-over": dict(alpha=0.0), "shallow tokens": dict(alpha=1.0), "no image tokens": dict(image_tokens=0), "no text tokens": dict(text_tokens=0),
                  "no deep tokens": dict(image_tokens=0, text_tokens=0), "one context": dict(prompts=1), "as released": dict(release_compat=True)}  # from the knobs of the code: no table is known
 
     def __init__(self, parameters: DAPOParameters):
         super().__init__(parameters)
         p = self.p
-        self.clip = b = create_backbone(p.clip, p.clip_weights, p.image_size, p.clip_taps)
-        b.row = replace(b.row, positions=p.positions)
-        self.text = create_text(p.clip, p.clip_weights)
+        self.clip = b = create_backbone(p.clip, p.clip_weights, p.image_size, p.clip_taps, p.quick_gelu, p.position_resize)
+        self.text = create_text(p.clip, p.clip_weights, p.quick_gelu)
         depth = b.depth if p.image_depth is None else p.image_depth
         if not 0 <= depth <= b.depth: raise ValueError(f"image_depth={depth}; {p.clip} has {b.depth} blocks")
         causal, true_end = (not p.release_compat if x is None else x for x in (p.causal, p.true_end))

@@ -44,6 +44,8 @@ class MutualParameters(ParameterSet):
     backbone: str = param("tiny-dino", "ours: the embedded default; paper: clip-vitl14-336", "name in the backbone table")
     weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
     image_size: int|None = param(None, "the backbone's; paper: 518", "pixels, square")
+    quick_gelu: bool|None = param(None, "ours: as the weights were trained", "activation of the CLIP towers: QuickGELU, or False for the exact GELU; None: the one that the weights were trained with")
+    position_resize: str|None = param(None, "as the table", "how the image tower's positions are resized: bilinear, bicubic (antialiased) or bicubic_plain (not); None: as the backbone table says", ("bilinear", "bicubic", "bicubic_plain"))
     taps: tuple|None = param(None, "ours: the middle block; paper: the quarters", "1-based blocks whose distances are averaged")
     norm: bool = param(False, "ours", "apply the backbone's final norm to the taps")
     neighbourhoods: tuple = param((1, 3, 5), "paper", "odd sides in patches, whose distances are averaged", "one or more")
@@ -72,7 +74,7 @@ class Mutual(Method):
     def __init__(self, parameters: MutualParameters):
         super().__init__(replace(parameters, taps=None if parameters.taps is None else tuple(parameters.taps), neighbourhoods=tuple(parameters.neighbourhoods)))
         p = self.p
-        self.backbone = create_backbone(p.backbone, p.weights, p.image_size, p.taps)
+        self.backbone = create_backbone(p.backbone, p.weights, p.image_size, p.taps, p.quick_gelu, p.position_resize)
         if p.taps is None: self.backbone.taps = (self.backbone.depth // 2,)
         self.grid = (self.backbone.size // self.backbone.patch,) * 2
         self._tables, self._banks, self._cache = None, {}, None

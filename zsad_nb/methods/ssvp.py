@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..backbones.backbones import create_backbone
 from ..backbones.prompts import WINCLIP_STATES, WINCLIP_TEMPLATES, StatePrompts, create_text, ensemble
-from ..backbones.words import NAMINGS, rewrite
+from ..backbones.words import NAMES, NAMES_HELP
 from ..components.hsvs import HSVS
 from ..components.maps import to_pixels
 from ..components.vcpg import VCPG, scd, stay_close, tir_fg
@@ -31,10 +31,12 @@ class SSVPParameters(ParameterSet):
     "Every choice SSVP makes."
     clip: str = param("tiny-clip", "ours: the embedded default; stated: clip-vitl14-336 or clip-vitl14", "image and text tower, a CLIP of the backbone table")
     clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
-    naming: str = param("words", "ours; raw: most released codes", "a class's name in a sentence: words (the rule of zsad_nb.backbones.words: metal_nut is metal nut, bottle-001 bottle, M8 m8) or raw, as it is spelt", NAMINGS)
+    names: str = param("words", "ours; raw: most released codes", NAMES_HELP, NAMES)
     dino: str = param("tiny-dino", "ours: the embedded default; stated: dinov3-vitl16", "second image tower")
     dino_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
     image_size: int|None = param(None, "stated: 518; default: the CLIP tower's", "pixels of CLIP's input, square")
+    quick_gelu: bool|None = param(None, "ours: as the weights were trained", "activation of the CLIP towers: QuickGELU, or False for the exact GELU; None: the one that the weights were trained with")
+    position_resize: str|None = param(None, "ours: as the table", "how the image tower's positions are resized: bilinear, bicubic (antialiased) or bicubic_plain (not); None: as the backbone table says", ("bilinear", "bicubic", "bicubic_plain"))
     dino_size: int|None = param(None, "stated: 592; default: as many patches as CLIP", "pixels of DINO's input, square")
     clip_taps: tuple|None = param(None, "stated: 6/12/18/24 of 24; default: quarters of the depth", "1-based blocks, shallow first")
     dino_layers: str = param("paper", "stated: {3, 6, 9, 11}, read as 0-based", "paper: blocks 4/7/10/12 whatever the depth; scaled: quarters of the depth", ("paper", "scaled"))
@@ -96,11 +98,11 @@ class SSVP(Method):
     def __init__(self, parameters: SSVPParameters):
         super().__init__(replace(parameters, **{k: tuple(v) for k, v in vars(parameters).items() if isinstance(v, list)}))  # JSON has lists only
         p = self.p
-        self.clip, self.text, self.dino = create_backbone(p.clip, p.clip_weights, p.image_size, p.clip_taps), create_text(p.clip, p.clip_weights), None
+        self.clip, self.text, self.dino = create_backbone(p.clip, p.clip_weights, p.image_size, p.clip_taps, p.quick_gelu, p.position_resize), create_text(p.clip, p.clip_weights, p.quick_gelu), None
         if getattr(self.clip.tower, "proj", None) is None: raise ValueError(f"{p.clip} has no space shared with text; use a CLIP of the backbone table")
         self.grid = (self.clip.size // self.clip.patch,) * 2
         if p.hsvs != "none": self.dino = self._second_tower()
-        self.prompts = StatePrompts(self.text, p.background, p.state, p.prompts, p.prompt_std, p.shared_background, naming=p.naming)
+        self.prompts = StatePrompts(self.text, p.background, p.state, p.prompts, p.prompt_std, p.shared_background, names=p.names)
         width, levels = self.clip.tower.proj.shape[1], len(self.clip.taps)
         self.hsvs = HSVS(self.clip.tower.proj, self.dino.width if self.dino else 0, levels, p.hsvs, p.inner, p.num_heads, p.mlp_ratio)
         self.vcpg = VCPG(width, p.latent, p.hidden, p.key_width, p.latents, p.train_latents, p.z, p.noise_seed, p.vae_scale, p.detach_target) if p.vcpg else None
@@ -137,7 +139,7 @@ class SSVP(Method):
         "Every sentence that names the class."
         if p.class_agnostic:
             return []
-        return [" ".join(["X"] * (p.background + p.state) + [rewrite(category, p.naming)])]  # X holds a learned vector's place
+        return [" ".join(["X"] * (p.background + p.state) + [cls.spell(p)(category)])]  # X holds a learned vector's place
 
     def prompt_features(self, categories: list  # one an image
                        ) -> Tensor:             # (B, 2K, C) T_init: K normal prompts, then K abnormal ones
@@ -206,7 +208,7 @@ def static_text(method: SSVP,
     "Text that does not look at the image: an ensemble of hand-written prompts for each state, or T_init (Eq. 24; which one is ours)."
     if static == "init": return method.prompt_features(categories)
     if static != "written": raise ValueError(f"static={static!r}; use written or init")
-    def states(name): return [ensemble(method.text, name, WINCLIP_STATES[s], WINCLIP_TEMPLATES, naming=method.p.naming) for s in ("normal", "abnormal") for _ in range(method.p.prompts)]
+    def states(name): return [ensemble(method.text, name, WINCLIP_STATES[s], WINCLIP_TEMPLATES, spell=method.spell(method.p)) for s in ("normal", "abnormal") for _ in range(method.p.prompts)]
     known = {c: torch.stack(states("object" if method.p.class_agnostic else c)) for c in dict.fromkeys(categories)}
     return torch.stack([known[c] for c in categories])
 

@@ -27,6 +27,8 @@ class VisualADParameters(ParameterSet):
     backbone: str = param("tiny-dino", "ours: the embedded default; paper: clip-vitl14-336", "name in the backbone table")
     weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
     image_size: int|None = param(None, "code: 518 for ViT-L/14; default: the backbone's", "pixels, square")
+    quick_gelu: bool|None = param(None, "code: as the weights were trained", "activation of the CLIP towers: QuickGELU, or False for the exact GELU; None: the one that the weights were trained with")
+    position_resize: str|None = param(None, "as the table", "how the image tower's positions are resized: bilinear, bicubic (antialiased) or bicubic_plain (not); None: as the backbone table says", ("bilinear", "bicubic", "bicubic_plain"))
     taps: tuple|None = param(None, "code: 6/12/18/24 of 24 blocks; default: the backbone's", "1-based blocks")
     anchors: int = param(4, "paper, script and checkpoints (class default 8)", "m, queries of SCA", "at least 1")
     sca: bool = param(True, "paper: ablation", "correct the tokens with each tap's patches")
@@ -60,7 +62,7 @@ class VisualAD(Method):
     def __init__(self, parameters: VisualADParameters):
         super().__init__(parameters)
         p = self.p
-        self.backbone = b = create_backbone(p.backbone, p.weights, p.image_size, p.taps)
+        self.backbone = b = create_backbone(p.backbone, p.weights, p.image_size, p.taps, p.quick_gelu, p.position_resize)
         if p.tap_weights is not None and len(p.tap_weights) != len(b.taps): raise ValueError(f"{len(p.tap_weights)} tap_weights for {len(b.taps)} taps {b.taps}")
         self.p = p = replace(p, sca_grid=p.sca_grid or b.size // b.patch)  # kept in the checkpoint: a model loaded at another size must know where its table is from
         if p.sca_positions == "interpolate" and p.sca_grid ** 2 > p.sca_rows:

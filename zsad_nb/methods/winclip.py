@@ -16,9 +16,9 @@ from torch import Tensor
 from ..backbones.backbones import ClipBackbone, create_backbone
 from ..backbones.ensembles import ANOMALIB_TEMPLATES, WINCLIP_STATES, WINCLIP_TEMPLATES, ensemble, sentences
 from ..backbones.text import create_text
-from ..backbones.words import NAMINGS, rewrite
+from ..backbones.words import NAMES, NAMES_HELP
 from ..components.maps import to_pixels
-from .base import Method, ParameterSet, Prediction, param, reference_images, register
+from .base import Method, ParameterSet, Prediction, Variant, param, reference_images, register
 
 # %% ../../nbs/methods/50_winclip.ipynb #35b6249e
 def window_patches(grid: tuple,  # (h, w) patches of the image
@@ -73,8 +73,9 @@ class WinCLIPParameters(ParameterSet):
     "Every choice WinCLIP makes."
     clip: str = param("tiny-clip", "ours: the embedded default; paper: clip-vitb16-plus-240", "image and text tower, a CLIP of the backbone table")
     clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
-    naming: str = param("words", "ours; raw: most released codes", "a class's name in a sentence: words (the rule of zsad_nb.backbones.words: metal_nut is metal nut, bottle-001 bottle, M8 m8) or raw, as it is spelt", NAMINGS)
-    quick_gelu: bool = param(True, "ours", "activation where the tower's name does not say it (clip, tiny-clip): OpenAI's weights need it, LAION's do not")
+    names: str = param("words", "ours; raw: most released codes", NAMES_HELP, NAMES)
+    quick_gelu: bool|None = param(None, "code: exact GELU, as LAION's weights were trained", "activation of the CLIP towers: QuickGELU, or False for the exact GELU; None: the one that the weights were trained with")
+    position_resize: str|None = param(None, "code: bilinear, as the table", "how the image tower's positions are resized: bilinear, bicubic (antialiased) or bicubic_plain (not); None: as the backbone table says", ("bilinear", "bicubic", "bicubic_plain"))
     image_size: int|None = param(None, "paper: 240; default: the CLIP tower's", "pixels, square")
     scales: tuple = param((2, 3), "paper", "sides of the windows, patches; () for the image alone")
     templates: str = param("paper", "paper", "of the sentences: paper (22) or anomalib (21, with a full stop)", tuple(TEMPLATES))
@@ -98,13 +99,15 @@ class WinCLIPParameters(ParameterSet):
 class WinCLIP(Method):
     "Windows of a frozen CLIP against sentences, and against reference images (Jeong et al., CVPR 2023)."
     name, Parameters = "winclip", WinCLIPParameters
+    readings = {"anomalib": Variant("The 21 sentence frames of anomalib's re-implementation instead of the paper's 22.", **VARIANTS["anomalib"]),
+                "caoyunkang": Variant("Another re-implementation: windows are averaged by how normal they are, no whole image in the map, and the score is the map's maximum.", **VARIANTS["caoyunkang"])}
     ablations = {"full": {}, "without 3x3": dict(scales=(2,)), "without 2x2": dict(scales=(3,)), "image alone": dict(scales=()), "class-agnostic": dict(class_agnostic=True)}
     studies = {"codes": VARIANTS}
 
     def __init__(self, parameters: WinCLIPParameters):
         super().__init__(replace(parameters, scales=tuple(parameters.scales)))
         p = self.p
-        self.clip, self.text = create_backbone(p.clip, p.clip_weights, p.image_size, quick_gelu=p.quick_gelu), create_text(p.clip, p.clip_weights, p.quick_gelu)
+        self.clip, self.text = create_backbone(p.clip, p.clip_weights, p.image_size, None, p.quick_gelu, p.position_resize), create_text(p.clip, p.clip_weights, p.quick_gelu)
         if getattr(self.clip.tower, "proj", None) is None: raise ValueError(f"{p.clip} has no space shared with text; use a CLIP of the backbone table")
         self.grid, self._said = (self.clip.size // self.clip.patch,) * 2, {}
         for s in p.scales: window_patches(self.grid, s)                                                # a scale that does not fit is refused here
@@ -125,7 +128,7 @@ class WinCLIP(Method):
 
     def encode_key(self) -> dict:
         "What `encode` depends on besides the image."
-        return dict(method=self.name, clip=dict(name=self.p.clip, hash=self.clip.hash, size=self.clip.size, quick_gelu=self.p.quick_gelu), scales=list(self.p.scales), across=self.p.release_compat)
+        return dict(method=self.name, clip=dict(name=self.p.clip, hash=self.clip.hash, size=self.clip.size, quick_gelu=self.clip.quick_gelu), scales=list(self.p.scales), across=self.p.release_compat)
 
     # ---- references
     def _reserve(self, shots: int):
@@ -158,15 +161,16 @@ class WinCLIP(Method):
     @classmethod
     def class_sentences(cls, p, category: str) -> list[str]:
         "Every sentence that names the class."
-        return [] if p.class_agnostic else sentences(category, sum(WINCLIP_STATES.values(), ()), TEMPLATES[p.templates], p.naming)
+        return [] if p.class_agnostic else sentences(category, sum(WINCLIP_STATES.values(), ()), TEMPLATES[p.templates], cls.spell(p))
 
     @torch.no_grad()
     def text_features(self, categories: list  # one an image
                      ) -> Tensor:             # (B, 2, C) normal, abnormal, normalised
         "Mean of every state in every template, made once per class name (section 4.1)."
-        names = ["object" if self.p.class_agnostic else rewrite(c, self.p.naming) for c in categories]
+        spell = self.spell(self.p)
+        names = ["object" if self.p.class_agnostic else spell(c) for c in categories]
         for n in set(names) - self._said.keys():
-            self._said[n] = torch.stack([ensemble(self.text, n, WINCLIP_STATES[s], TEMPLATES[self.p.templates], False, self.p.naming) for s in ("normal", "abnormal")])
+            self._said[n] = torch.stack([ensemble(self.text, n, WINCLIP_STATES[s], TEMPLATES[self.p.templates], False, spell) for s in ("normal", "abnormal")])
         return torch.stack([self._said[n] for n in names]).to(self.clip.tower.proj)
 
     def zero_shot(self, features: dict, categories: list) -> dict:  # "image" (B,) abnormal; "grid" (B, h, w); "window_s" (B, h, w), larger = more anomalous
