@@ -235,9 +235,9 @@ def test_what_is_called_like_a_lock_is_left_alone(tmp_path, kind):
          binary=lambda: at.write_bytes(bytes(range(200))), **{"hard link": lambda: os.link(victim, at)})[kind]()
     before = at.read_bytes() if kind in ("text", "binary", "hard link") else os.lstat(at)
     with lock(folder):
-        assert runs_module._locked(folder)
+        assert runs_module.is_locked(folder)
         with pytest.raises(Busy, match=f"is being run by process {os.getpid()}"), lock(folder): pass
-    assert not runs_module._locked(folder)
+    assert not runs_module.is_locked(folder)
     assert victim.read_text() == "years of work" and not (tmp_path / "nowhere").exists()
     assert (at.read_bytes() if kind in ("text", "binary", "hard link") else os.lstat(at)) == before
 
