@@ -133,7 +133,7 @@ def test_cached_features_say_the_same(model, batch, tmp_path):
     filled, kept = (model.predict(batch, cache) for _ in range(2))
     assert (cache.hits, cache.misses) == (4, 4) and torch.equal(kept.map, filled.map) and torch.equal(kept.score, filled.score)
     # what is kept was encoded image by image, whatever its company; a whole batch rounds differently
-    assert far(kept.map, fresh.map) < SAME and far(kept.score, fresh.score) < SAME
+    assert far(kept.map, fresh.map) < SAME and torch.allclose(kept.score, fresh.score, rtol=1e-4, atol=SAME)
     assert far(model.predict(batch[[2, 0]], cache).map, fresh.map[[2, 0]]) < SAME and cache.hits == 6
 
 

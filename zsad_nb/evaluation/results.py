@@ -70,6 +70,59 @@ class Finished:
         "What the result says, else what the run was given, else None."
         return self.result.get(name, self.parameters.get(name))
 
+def _name(
+    result: dict,  # result.json
+    field: str,
+) -> str:  # its value
+    "A field that must be a name."
+    value = result[field]
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value == "":
+        raise ValueError(f"result.json says {field} {shown(json.dumps(value))}, which is no name")
+    return str(value)
+
+
+def _seed(
+    value,  # as it was recorded
+) -> int:
+    "A seed as a whole number."
+    if not isinstance(value, bool) and isinstance(value, (int, float, str)):
+        try:
+            if int(value) == float(value):
+                return int(value)
+        except (ValueError, OverflowError):
+            pass
+    raise ValueError(f"result.json says seed {shown(json.dumps(value))}, which is no whole number")
+
+
+def _texts(
+    value,  # a list of text, as it should be
+    field: str,
+) -> list[str]:
+    "A list that marks rows: where it is something else, a mark would be lost, so it is refused."
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ValueError(f"result.json says {field} {shown(json.dumps(value))[:80]}, which is no list of names")
+    return value
+
+def _tidied(
+    result: dict,  # result.json of an evaluation
+) -> dict:
+    "Its fields for what they say; an odd one on which no row depends is left out, one that names or marks rows is not guessed."
+    result = dict(result)
+    for field in ("method", "data"):
+        if field in result:
+            result[field] = _name(result, field)
+    if "seed" in result:
+        result["seed"] = _seed(result["seed"])
+    for field in ("seen", "trained_on"):
+        _texts(result.get(field), field)
+    odd = [field for field, shape in RESULT.items() if field in result and misfit(result[field], shape)]
+    if "views" in odd:
+        raise ValueError(f"result.json: {misfit(result['views'], RESULT['views'], 'views')}")
+    return {field: value for field, value in result.items() if field not in odd}
+
+
 def _finished(folder: Path, path: str) -> Finished:
     "ValueError says why this is no finished run."
     (record, wrong), (result, missing) = read_record(folder/"run.json", RUN), read_record(folder/"result.json", dict(notebook=str))
@@ -80,7 +133,9 @@ def _finished(folder: Path, path: str) -> Finished:
     if missing:
         raise ValueError(missing if os.path.lexists(folder/"result.json") else "metrics.csv without result.json: the run did not finish")
     run = Finished(folder, path, result, record)
-    if run.notebook in NOTEBOOKS and (wrong := misfit(result, RESULT)):
+    if run.notebook == "evaluate":
+        run.result = _tidied(result)
+    elif run.notebook in NOTEBOOKS and (wrong := misfit(result, RESULT)):
         raise ValueError(f"result.json: {wrong}")
     return run
 
@@ -133,42 +188,6 @@ def _rows(
     if wrong:
         raise ValueError(f"metrics.csv holds values that are no fractions of 1 in {', '.join(wrong)}")
     return table
-
-
-def _name(
-    result: dict,  # result.json
-    field: str,
-) -> str:  # its value
-    "A field that must be a name."
-    value = result[field]
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value == "":
-        raise ValueError(f"result.json says {field} {shown(json.dumps(value))}, which is no name")
-    return str(value)
-
-
-def _seed(
-    value,  # as it was recorded
-) -> int:
-    "A seed as a whole number."
-    if not isinstance(value, bool) and isinstance(value, (int, float, str)):
-        try:
-            if int(value) == float(value):
-                return int(value)
-        except (ValueError, OverflowError):
-            pass
-    raise ValueError(f"result.json says seed {shown(json.dumps(value))}, which is no whole number")
-
-
-def _texts(
-    value,  # a list of text, as it should be
-    field: str,
-) -> list[str]:
-    "A list that marks rows: where it is something else, a mark would be lost, so it is refused."
-    if value is None:
-        return []
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise ValueError(f"result.json says {field} {shown(json.dumps(value))[:80]}, which is no list of names")
-    return value
 
 
 def _part(
