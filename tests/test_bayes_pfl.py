@@ -421,8 +421,10 @@ def test_encode_is_frozen_and_cached(batch, tmp_path):
     with torch.no_grad():
         for q in other.learned().values(): q.normal_()
     assert all(torch.equal(v, before[k]) for k, v in other.encode(batch).items())
-    for _ in range(2): kept = model.predict(batch, cache)
-    assert (cache.hits, cache.misses) == (4, 4) and torch.equal(kept.map, fresh.map) and torch.equal(kept.score, fresh.score)
+    filled, kept = (model.predict(batch, cache) for _ in range(2))
+    assert (cache.hits, cache.misses) == (4, 4) and torch.equal(kept.map, filled.map) and torch.equal(kept.score, filled.score)
+    # what is kept was encoded image by image, whatever its company; a whole batch rounds differently
+    assert torch.allclose(kept.map, fresh.map, rtol=1e-4, atol=1e-5) and torch.allclose(kept.score, fresh.score, rtol=1e-4, atol=1e-5)
     key = lambda **changes: json.dumps(small(**changes).encode_key(), sort_keys=True)
     for changes in (dict(clip_weights="random:1"), dict(image_size=80), dict(clip_taps=(3, 5)), dict(positions="bilinear"), dict(patch_norm=False)): assert key(**changes) != key(), changes
     for changes in (dict(tau=0.1), dict(start="random", rca=False)): assert key(**changes) == key(), changes
