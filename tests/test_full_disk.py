@@ -238,7 +238,7 @@ def test_journal(tmp_path):
 def test_feature_cache_is_no_reason_to_stop(images, tmp_path, monkeypatch):
     "Features that cannot be kept are computed again, with the same numbers."
     method = create("april_gan", clip_weights="random:0", image_size=64)
-    plain = evaluate(method, images, size=64, progress=False, workers=0)
+    plain = evaluate(method, images, size=64, progress=False, workers=0, cache=FeatureCache(tmp_path / "whole"))
     def full(*args, **kwargs): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr(files_module.os, "fsync", full)
     with pytest.warns(UserWarning, match="features"):
