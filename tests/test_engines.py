@@ -100,7 +100,7 @@ def test_frozen_features_for_training_and_evaluation(batch, folder, tmp_path):
     assert plain.encode_key() | {"engine": "openvino fp32"} == other.encode_key() and "engine" not in plain.encode_key()
     for m in (plain.eval(), other.eval()): m.predict(batch, cache)
     assert cache.misses == 2 * len(batch) and not calls, "features of two engines must never meet"
-    with torch.no_grad(): other.features(batch, cache)
+    with torch.no_grad(), fast_products(): other.features(batch, cache)  # as `predict` does: other products, other features
     assert cache.hits == len(batch)
 
 
@@ -143,13 +143,21 @@ def test_features_objects_and_other_sizes(folder):
     assert far(found, expected) < SAME and found.map.shape == (2, 48, 80)
 
 
+def computes_in(engine: str, precision: str) -> bool:
+    "OpenVINO takes fp32 where the processor has no instructions for bf16."
+    if (engine, precision) != ("openvino", "bf16"): return True
+    import openvino
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
 @pytest.mark.parametrize("engine,precision", [("torch", "bf16"), ("openvino", "bf16"), ("openvino", "int8"), ("onnxruntime", "int8")])
 def test_lower_precision_is_near_and_is_not_fp32(method, batch, folder, engine, precision):
     if engine != "torch": pytest.importorskip(engine), pytest.importorskip("onnxruntime")
     expected = method.predict(batch)
     try: found = method.use_engine(engine, precision, **({} if engine == "torch" else dict(folder=folder))).predict(batch)
     finally: method.use_engine()
-    assert found.map.dtype == torch.float32 and SAME / 100 < far(found, expected) < (0.02 if precision == "bf16" else 0.2)
+    assert found.map.dtype == torch.float32 and far(found, expected) < (0.02 if precision == "bf16" else 0.2)
+    if computes_in(engine, precision): assert far(found, expected) > SAME / 100
 
 
 # ---- graphs on disk

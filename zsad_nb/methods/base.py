@@ -188,6 +188,7 @@ class Method(nn.Module):
         "Where the engine computes in bf16, large learned products do, too, while evaluating; training has a precision of its own."
         low = self.engine is not None and self.engine.precision == "bf16" and not self.training
         return torch.autocast(self.device.type, torch.bfloat16) if low else contextlib.nullcontext()
+    @usual_defaults()
     def prepare(self, index: pd.DataFrame, training: bool=False) -> "Method":
         "Told of the index before training or testing on it: its class names are checked; a method with defect types reads them there."
         if index is not None:
