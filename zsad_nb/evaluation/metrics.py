@@ -279,7 +279,7 @@ def _state(file, path) -> tuple: # header, where its data begin
     def whole(value): return type(value) is int and value >= 0
     def number(value): return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
     fine = isinstance(head, dict) and {"limits", "variant_200", "images", "excluded", "regions", "low", "high", "keys", "blocks"} <= set(head)
-    fine = fine and all(whole(head[k]) for k in ("images", "excluded", "regions", "keys")) and all(number(head[k]) for k in ("low", "high"))
+    fine = fine and all(whole(head[k]) for k in ("images", "excluded", "regions", "keys")) and all(head[k] is None or number(head[k]) for k in ("low", "high"))
     fine = fine and isinstance(head["blocks"], list) and all(map(whole, head["blocks"])) and isinstance(head["limits"], list) and all(number(l) and 0 < l <= 1 for l in head["limits"])
     if not fine: raise ValueError(f"the header of {path} was changed after it was written; evaluate that shard again")
     at = file.tell()
