@@ -16,7 +16,8 @@ from torch import nn
 
 from zsad_nb.backbones.weights import HEADER_MB, WeightsError, bare_names, fitted, flat_state, read_state, released_state, require_finite, require_plain, vit_shapes
 from zsad_nb.methods.april_gan import released_names
-from zsad_nb.methods.base import ENTRIES, METHODS, Method, ParameterSet, create, import_released, load, method_class, param, read_header, register, save
+from zsad_nb.methods.base import METHODS, Method, ParameterSet, create, import_released, load, method_class, param, read_header, register, save
+from zsad_nb.methods.parameters import ENTRIES
 
 
 @dataclass(frozen=True)
