@@ -42,7 +42,7 @@ def test_in_small(tmp_path):
     table, said = run(tmp_path, data=str(steel(tmp_path / "data")), weights="", methods=["dapo"], limit=0)
     assert "rows on real features are left out" in said and "6 whole images" in said
     assert "the better control" in said and "always the same one: 33.3 %" in said
-    assert list(table[["method", "stage", "words"]].itertuples(index=False, name=None)) == [("dapo", "untrained", "near"), ("dapo", "trained", "own"), ("dapo", "trained", "near"), ("self_distance", "no training", "-")]
+    assert list(table[["method", "stage", "words"]].itertuples(index=False, name=None)) == [("dapo", "untrained", "near"), ("dapo", "trained", "own"), ("dapo", "trained", "near"), ("self_distance", "no training", "none")]
     assert (table["whole_images"] == 6).all() and (table["crops_images"] > 6).all()
     percent = [c for c in table if c.startswith(("whole_", "crops_")) and not c.endswith("_images")]
     assert table[percent].stack().dropna().between(0, 1).all()

@@ -107,6 +107,7 @@ class FeatureCache:
         self.limit = None if limit_gb is None else limit_gb * 1e9
         self.counts = dict(hits=0, misses=0, damaged=0, evicted=0)  # of this process; shared by all views
         self.more, self._sound, self._marked, self._disk = {}, set(), set(), dict(bytes=None, since=0.0, warned=set())
+        self.writes = True  # False: only what others keep is read
 
     @property
     def hits(self) -> int: return self.counts["hits"]
@@ -177,6 +178,8 @@ class FeatureCache:
 
     def _write(self, folder: Path, key: dict, file: Path, row: dict):
         "Write one entry; a disk that refuses costs a warning."
+        if not self.writes:
+            return
         if os.path.lexists(file) and _mark(file) is None: return  # a link or a folder of somebody else
         header = dict(mark=MARK, sha256=entry_hash(row, file))
         for _ in range(2):  # another process may take the folder away meanwhile

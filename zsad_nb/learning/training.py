@@ -189,7 +189,8 @@ class _Loop:
         self.loader, self.steps = self.team.shares(whole), recipe.epochs * len(whole)
         self.kept = None if cache is None else cache.view(**({} if precision == "fp32" else dict(precision=precision)))  # other products, other features
         self.spare = None if self.kept is None else copy.copy(self.kept)  # for an image that another process counts
-        if self.spare is not None: self.spare.counts = dict(self.kept.counts)
+        if self.spare is not None:
+            self.spare.counts, self.spare.writes = dict(self.kept.counts), False  # or it would race with the process that counts it
         self.run = torch.compile(method, backend="inductor" if compile is True else compile) if compile else method
         self.bar = tqdm(total=self.steps, desc=label, disable=not progress or self.team.rank > 0, unit="step", leave=True)
         self.rows, self.epochs, self.done, self.resumed = [], [], 0, 0
