@@ -7,18 +7,16 @@ import time
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save, save_file
+from small_sets import bright_squares
 
 from zsad_nb.backbones import features as module
 from zsad_nb.backbones.features import MARK, FeatureCache, entry_hash, one_by_one
 from zsad_nb.core import seed_everything
 from zsad_nb.data.images import Batch
-from zsad_nb.data.index import make_index
 from zsad_nb.learning.training import fit, recipe_of
 from zsad_nb.methods.base import create, save as save_method
 
@@ -39,14 +37,7 @@ def entries(folder: Path) -> list[Path]: return sorted(folder.rglob("*.safetenso
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory) -> pd.DataFrame:
-    root, rng, rows = tmp_path_factory.mktemp("states"), np.random.default_rng(0), []
-    for i in range(7):
-        image, mask = rng.integers(90, 140, (40, 40, 3), dtype=np.uint8), np.zeros((40, 40), np.uint8)
-        if i % 2: image[10:20, 10:30], mask[10:20, 10:30] = 250, 255
-        Image.fromarray(image).save(root / f"{i}.png")
-        Image.fromarray(mask).save(root / f"{i}_mask.png")
-        rows.append(dict(dataset="toy", category="wood", split="test", image=f"{i}.png", mask=f"{i}_mask.png" if i % 2 else "", anomalous=bool(i % 2), defect="spot" if i % 2 else "good"))
-    return make_index(rows, root)
+    return bright_squares(tmp_path_factory.mktemp("states"), 7, defect="spot")
 
 
 @functools.cache

@@ -7,13 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
+from small_sets import bright_squares
 
 from zsad_nb.backbones.backbones import create_backbone
 from zsad_nb.backbones.text import create_text
 from zsad_nb.core import seed_everything, usual_defaults
 from zsad_nb.data.images import batches
-from zsad_nb.data.index import make_index
 from zsad_nb.evaluation.evaluate import evaluate
 from zsad_nb.learning.training import fit, recipe_of
 from zsad_nb.methods.base import MODULES, create, load, save
@@ -65,14 +64,7 @@ WORLDS = {"float64": lambda: default_type(torch.float64), "bfloat16": lambda: de
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory) -> pd.DataFrame:
-    root, rng, rows = tmp_path_factory.mktemp("world"), np.random.default_rng(0), []
-    for i in range(4):
-        image, mask = rng.integers(90, 140, (40, 40, 3), dtype=np.uint8), np.zeros((40, 40), np.uint8)
-        if i % 2: image[10:20, 10:30], mask[10:20, 10:30] = 250, 255
-        Image.fromarray(image).save(root / f"{i}.png")
-        Image.fromarray(mask).save(root / f"{i}_mask.png")
-        rows.append(dict(dataset="toy", category="wood", split="test", image=f"{i}.png", mask=f"{i}_mask.png" if i % 2 else "", anomalous=bool(i % 2), defect="crack" if i % 2 else "good"))
-    return make_index(rows, root)
+    return bright_squares(tmp_path_factory.mktemp("world"), 4)
 
 
 def job(name: str, index, out=None) -> dict:

@@ -4,29 +4,22 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 KILLS = int(os.environ.get("ZSAD_KILLS", 2))
 
 CHILD = """
     import json, os, random, shutil, signal, sys, time, warnings
     from pathlib import Path
-    import numpy as np, torch
-    from PIL import Image
+    import torch
+    from small_sets import bright_squares
     from zsad_nb.core import seed_everything
-    from zsad_nb.data.index import make_index
     from zsad_nb.learning.training import fit, recipe_of
     from zsad_nb.methods.base import create, save
 
     torch.set_num_threads(1)  # and none was started: a process may be forked
     root, kills = Path(sys.argv[1]), int(sys.argv[2])
-    rng, rows = np.random.default_rng(0), []
-    for i in range(10):
-        image, mask = rng.integers(90, 140, (40, 40, 3), dtype=np.uint8), np.zeros((40, 40), np.uint8)
-        if i % 2: image[10:20, 10:30], mask[10:20, 10:30] = 250, 255
-        Image.fromarray(image).save(root / f"{i}.png")
-        Image.fromarray(mask).save(root / f"{i}_mask.png")
-        rows.append(dict(dataset="toy", category="wood", split="test", image=f"{i}.png", mask=f"{i}_mask.png" if i % 2 else "", anomalous=bool(i % 2), defect="spot" if i % 2 else "good"))
-    index = make_index(rows, root)
+    index = bright_squares(root, 10, defect="spot")
 
     def train(method, folder):
         "In a process of its own: the same command every time."
@@ -76,8 +69,9 @@ CHILD = """
 
 def test_killed_at_any_moment(tmp_path):
     "With a cache and without features to keep; half of the kills each."
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(CHILD), str(tmp_path), str(KILLS)], env={**os.environ, "OMP_NUM_THREADS": "1"},
-                         capture_output=True, text=True, check=False, timeout=120 + 60 * KILLS)
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(CHILD), str(tmp_path), str(KILLS)],
+                         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}, capture_output=True, text=True, check=False, timeout=120 + 60 * KILLS)
     assert run.returncode == 0, run.stderr[-3000:]
     trainings = json.loads(run.stdout.splitlines()[-1])
     for t in trainings: print(t)

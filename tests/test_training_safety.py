@@ -3,7 +3,6 @@ import copy
 import math
 import os
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,10 +11,10 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small_sets import bright_squares
 
 from zsad_nb.backbones.features import FeatureCache
 from zsad_nb.core import seed_everything
-from zsad_nb.data.index import make_index
 from zsad_nb.data.pixels import BadImage
 from zsad_nb.learning import resume as module
 from zsad_nb.learning import training
@@ -28,19 +27,8 @@ SIZE, NAN, INF = 32, math.nan, math.inf
 
 
 @pytest.fixture(scope="module")
-def index(tmp_path_factory) -> pd.DataFrame: return drawn(tmp_path_factory.mktemp("four"))
-
-
-def drawn(root: Path) -> pd.DataFrame:
-    rng, rows = np.random.default_rng(0), []
-    root.mkdir(parents=True, exist_ok=True)
-    for i in range(4):
-        image, mask = rng.integers(90, 140, (40, 40, 3), dtype=np.uint8), np.zeros((40, 40), np.uint8)
-        if i % 2: image[10:20, 10:30], mask[10:20, 10:30] = 250, 255
-        Image.fromarray(image).save(root / f"{i}.png")
-        Image.fromarray(mask).save(root / f"{i}_mask.png")
-        rows.append(dict(dataset="toy", category="wood", split="test", image=f"{i}.png", mask=f"{i}_mask.png" if i % 2 else "", anomalous=bool(i % 2), defect="crack" if i % 2 else "good"))
-    return make_index(rows, root)
+def index(tmp_path_factory) -> pd.DataFrame:
+    return bright_squares(tmp_path_factory.mktemp("four"), 4)
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +217,7 @@ CHANGES = {"seed": dict(changes=dict(seed=5)), "epochs": dict(epochs=2), "rate":
 @pytest.mark.parametrize("change", [*CHANGES, "start", "image", "code", "threads"])
 def test_another_training_starts_from_its_beginning(change, index, fresh, tmp_path, monkeypatch):
     "The state of the one is named and left alone, and says nothing to the other."
-    index = drawn(tmp_path / "images")
+    index = bright_squares(tmp_path / "images", 4)
     killed(fresh(), index, 1, epochs=1, resume=tmp_path / "state")
     method, options = fresh(), dict(CHANGES.get(change, {}))
     if options.get("cache"): options["cache"] = FeatureCache(tmp_path / "cache")
@@ -247,7 +235,7 @@ def test_another_training_starts_from_its_beginning(change, index, fresh, tmp_pa
 
 def test_moved_images_are_the_same_images(index, fresh, whole, tmp_path):
     killed(fresh(), index, 1, resume=tmp_path / "state")
-    assert run(fresh(), drawn(tmp_path / "moved"), resume=tmp_path / "state").attrs["resumed"] == 1
+    assert run(fresh(), bright_squares(tmp_path / "moved", 4), resume=tmp_path / "state").attrs["resumed"] == 1
 
 
 def cut(f): f.write_bytes(f.read_bytes()[:-7])
