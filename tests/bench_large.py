@@ -67,12 +67,12 @@ def step(method: str, size: int, batch: int, device: str, tiny: bool, **how) -> 
 
 
 def training(a) -> pd.DataFrame:
-    "Step by step in bf16: with activations kept and, where gradients pass the towers, computed again; on a GPU also compiled. What fails has its error in its row."
+    "Step by step: with activations kept and, where gradients pass the towers, computed again; on a GPU also compiled. What fails has its error in its row."
     rows = []
     for method in a.only:
         for checkpointing in (False, True) if not method_class(method).encodes else (False,):
             for compiled in (False, True) if a.device == "cuda" else (False,):
-                case = dict(method=method, size=a.size, batch=8, device=a.device, tiny=a.tiny, precision="bf16", checkpointing=checkpointing, compile=compiled)
+                case = dict(method=method, size=a.size, batch=8, device=a.device, tiny=a.tiny, precision=a.training_precision, checkpointing=checkpointing, compile=compiled)
                 done = subprocess.run([sys.executable, "-W", "ignore", __file__, "--step", json.dumps(case)], capture_output=True, text=True)
                 last = (done.stderr if done.returncode else done.stdout).strip().splitlines()[-1:]
                 rows.append(json.loads(last[0]) if done.returncode == 0 else case | dict(error=(last or [f"exit status {done.returncode}"])[0]))
@@ -90,6 +90,7 @@ def main() -> int:
     ask.add_argument("--engines", nargs="+", metavar="ENGINE", help=f"engine and precision, with usual or compiled behind them where that is meant (default: {', '.join(ENGINES['cpu'])}; on a GPU {', '.join(ENGINES['cuda'])})")
     ask.add_argument("--batch", type=int, nargs="+", help="default: 1; on a GPU 1 and 16")
     ask.add_argument("--training", action="store_true", help="steps of training, too; on a GPU always")
+    ask.add_argument("--training-precision", default="bf16", choices=("fp32", "bf16", "fp16"), help="of the steps of training (default: bf16)")
     ask.add_argument("--step", type=json.loads, help=argparse.SUPPRESS)
     a = ask.parse_args()
     if a.device == "cpu": os.environ["OMP_NUM_THREADS"] = "1"
