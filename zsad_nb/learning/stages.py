@@ -10,6 +10,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 
@@ -69,6 +70,7 @@ def _judged(method: Method, index: pd.DataFrame, validation: pd.DataFrame, judge
 def fit_stages(method: Method,          # changed in place
                index: pd.DataFrame,     # auxiliary set, as in `fit`
                recipe: Recipe|None=None,  # of the first stage; default: the method's own
+               resume: str|Path|None=None,  # see `fit`; stages after the first have folders of their own in it
                validation: pd.DataFrame|None=None,  # an Index whose images end the first stage; its classes are marked as seen
                judge: Callable|None=None,  # (method, validation) -> a number, the larger the better
                patience: int=4,         # see `BestEpoch`
@@ -81,14 +83,15 @@ def fit_stages(method: Method,          # changed in place
     recipe, parts = recipe_of(method) if recipe is None else recipe, []
     watch = None if judge is None else BestEpoch(lambda m: _judged(m, index, validation, judge), patience)
     while recipe is not None:
-        parts.append(fit(method, index, recipe, keep_state=True, watch=watch, **options))
+        folder = Path(resume, f"stage-{len(parts) + 1}") if parts and resume is not None else resume
+        parts.append(fit(method, index, recipe, keep_state=True, watch=watch, resume=folder, **options))
         if watch is not None:
             watch.restore(method)
             method.trained_on = sorted({*method.trained_on, *(validation["dataset"] + "/" + validation["category"])})
             parts[0].attrs["judged"], watch = watch.values, None
         recipe = method.next_stage(recipe)
     states = [part.attrs.pop("state") for part in parts if "state" in part.attrs]
-    for state in () if keep_state else states:
+    for state in () if keep_state else reversed(states):  # the first stage's folder holds the others
         remove_state(state)
     return _joined(parts)
 

@@ -320,7 +320,7 @@ class BayesPFL(Method):
     def prepare(self, index: pd.DataFrame, training: bool=False) -> "BayesPFL":
         "Forget the draws of another test set; the released score is measured against the index."
         self._seeds = {}
-        if self.p.image_score == "test set" and not training:
+        if self.p.image_score == "test set" and index is not None and not training:
             self._ranges.prepare(index)
         return super().prepare(index, training)
 
