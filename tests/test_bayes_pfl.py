@@ -87,7 +87,7 @@ def test_log_determinants_are_the_jacobians(invertible):
         for k in range(4): z = planar(z, invertible_direction(u[k, i], w[k, i]) if invertible else u[k, i], w[k, i], b[k, i])[0]
         return z
     for i in range(6):
-        sign, expected = torch.linalg.slogdet(torch.autograd.functional.jacobian(lambda z: bent(z, i), found["start"][i, 0]))
+        sign, expected = torch.linalg.slogdet(torch.autograd.functional.jacobian(lambda z, i=i: bent(z, i), found["start"][i, 0]))
         signs.append(sign.item())
         assert abs(expected - found["logdet"][i, 0]) < 1e-2 and far(bent(found["start"][i, 0], i), found["sample"][i, 0]) < 1e-12
     assert (min(signs) > 0) == invertible and found["logdet"].abs().max() > 0.3
