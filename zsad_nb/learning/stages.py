@@ -70,10 +70,10 @@ def _judged(method: Method, index: pd.DataFrame, validation: pd.DataFrame, judge
 def fit_stages(method: Method,          # changed in place
                index: pd.DataFrame,     # auxiliary set, as in `fit`
                recipe: Recipe|None=None,  # of the first stage; default: the method's own
-               resume: str|Path|None=None,  # see `fit`; stages after the first have folders of their own in it
                validation: pd.DataFrame|None=None,  # an Index whose images end the first stage; its classes are marked as seen
                judge: Callable|None=None,  # (method, validation) -> a number, the larger the better
                patience: int=4,         # see `BestEpoch`
+               resume: str|Path|None=None,  # see `fit`; stages after the first have folders of their own in it
                keep_state: bool=False,  # see `fit`
                **options                # of `fit`
               ) -> pd.DataFrame:        # as of `fit`; with several stages also their number, steps and epochs counted on; attrs["judged"]: a value an epoch
