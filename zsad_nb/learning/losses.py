@@ -35,7 +35,7 @@ def balanced_focal(probability: Tensor,  # (...) of being anomalous
                    target: Tensor,       # same shape, bool
                    gamma: float=2.0,     # focusing exponent
                   ) -> Tensor:           # scalar
-    "Focal loss, mean over the defective pixels plus mean over the others (code); without pixels of a kind its mean is 0 (ours)."
+    "Focal loss, mean over the defective pixels plus mean over the others (code); of no pixels it is 0 (ours)."
     p_t = torch.where(target, probability, 1 - probability)
     each = -(1 - p_t) ** gamma * torch.log(p_t + 1e-8)
     kinds = (target.to(p_t.dtype), (~target).to(p_t.dtype))

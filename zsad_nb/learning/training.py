@@ -129,7 +129,8 @@ def fit(method: Method,          # changed in place
     _check_training(method, index, recipe)
     check_devices(method, devices, recipe.batch_size)
     lowered(precision, method.device)
-    if watch is not None and (devices > 1 or resume is not None): raise ValueError("watch looks at the method after every epoch in this process: it goes with devices=1 and without resume")
+    if watch is not None and (devices > 1 or resume is not None):
+        raise ValueError("watch looks at the method after every epoch in this process: it goes with devices=1 and without resume")
     method.prepare(index, training=True)
     if isinstance(cache, (str, Path)): cache = FeatureCache(cache)
     arguments = dict(index=index, recipe=recipe, size=size, workers=workers, progress=progress, label=label, cache=cache, devices=devices, precision=precision,

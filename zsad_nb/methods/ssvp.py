@@ -94,8 +94,11 @@ class SSVP(Method):
     "CLIP and DINO fused at four levels, prompts conditioned on the image, four maps weighed by two gates (Fu et al., arXiv 2601.09147)."
     name, Parameters = "ssvp", SSVPParameters
     recipe = dict(epochs=15, batch_size=8, optimiser="adam", betas=(0.5, 0.999), weight_decay=0.0, schedule="cosine_steps", warmup=0.0, eta_min=0.0, seed=111)  # section 4.2; optimiser: the baseline's, seed: ours
-    readings = {"the baseline's values": Variant("What the released Bayes-PFL has where this paper is silent: exact GELU, antialiased positions, states that start at +-0.5, a rate of 0.01 for the temperature, maps smoothed by 8; warm-up and changed training images.",
-                                                 recipe=dict(warmup=0.1, augment="bayes_pfl"), state_mean=0.5, quick_gelu=False, position_resize="bicubic", sigma=8.0, lr_tau=1e-2)}
+    readings = {"the baseline's values": Variant(
+        "What the released Bayes-PFL has where this paper is silent: exact GELU, antialiased positions, states that start "
+        "at +-0.5, a rate of 0.01 for the temperature, maps smoothed by 8; warm-up and changed training images.",
+        recipe=dict(warmup=0.1, augment="bayes_pfl"),
+        state_mean=0.5, quick_gelu=False, position_resize="bicubic", sigma=8.0, lr_tau=1e-2)}
     ablations = {"A baseline": dict(hsvs="none", vcpg=False, vtam=False), "B naive concatenation": dict(hsvs="concat", vcpg=False, vtam=False),
                  "C ATF": dict(vcpg=False, vtam=False), "D ATF, VCPG": dict(vtam=False), "E full": {}}  # Table 3
 
