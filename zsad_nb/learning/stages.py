@@ -32,7 +32,7 @@ class BestEpoch:
         value = float(self.measure(method))
         if not math.isfinite(value):
             raise ValueError(f"after epoch {len(self.values) + 1} the validation images gave {value}, which cannot be "
-                             "compared; judge what they have: pixel metrics need masks, image metrics good and bad ones")
+                             "compared; judge what they have: pixel metrics need masks, image metrics both kinds")
         if not self.values or value > max(self.values):
             self.state = copied(trained_state(method))
         self.values.append(value)
