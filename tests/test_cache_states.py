@@ -49,7 +49,7 @@ def made(name: str):
 def train(name: str, index, cache, workers: int = 0) -> dict:
     "Batches of 3, 3 and 1, two epochs: what was learned, and the losses."
     method = copy.deepcopy(made(name))
-    history = fit(method, index, recipe_of(method, epochs=2, batch_size=3), progress=False, cache=cache, workers=workers)
+    history = fit(method, index, recipe_of(method, epochs=2, batch_size=3, augment="none"), progress=False, cache=cache, workers=workers)
     return {n: p.detach().clone() for n, p in method.learned().items()} | dict(losses=torch.tensor(history["total"].to_numpy()))
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from zsad_nb.data.images import batches
+from zsad_nb.data.augment import AUGMENTATIONS, Augmentation
+from zsad_nb.data.images import Batch, batches
 from zsad_nb.data.index import GOOD, concat_indices, make_index
 from zsad_nb.data.mosaic import Mosaic, join, quarters
 from zsad_nb.data.pixels import BadImage, load_mask, resize, resize_mask
@@ -177,3 +178,34 @@ def test_a_mosaic_with_the_label_of_the_image_it_replaces(index):
     assert [b.anomalous.item() for b in kept] == [bool(labels[p]) for p in index["image"]]
     assert all(torch.equal(a.image, b.image) and torch.equal(a.mask, b.mask) for a, b in zip(kept, own)), "the pixels are the same"
     assert any(a.anomalous.item() != b.anomalous.item() for a, b in zip(kept, own))
+
+
+def test_four_defective_images(index):
+    "Whatever they replace; a category without any defect has none; the label is theirs."
+    plan = Mosaic(index, 1.0, defective=True)
+    assert all(index["anomalous"].iloc[plan.tiles(at, e)].all() and index["category"].iloc[plan.tiles(at, e)].nunique() == 1 for at in range(len(index)) for e in range(10))
+    assert all(batch.anomalous.all() and batch.mask.flatten(1).any(1).all() for batch in batches(index, SIDE, 5, mosaic=plan))
+    good = some(index, ~index["anomalous"])
+    assert Mosaic(good, 1.0, defective=True).tiles(0, 0) is None
+
+
+def test_changed_images_are_repeatable(index):
+    "Neither batch size nor workers decide how an image is changed; every pass changes it anew; the mask goes along."
+    plan = AUGMENTATIONS["bayes_pfl"]
+    def passes(**options):
+        loader = batches(index, SIDE, **{**dict(batch_size=4, augment=plan, seed=7), **options})
+        return [Batch.cat(loader) for _ in range(2)]
+    first = passes()
+    for options in (dict(batch_size=1), dict(workers=2), dict(batch_size=5, mosaic=0.0)):
+        for a, b in zip(first, passes(**options)): assert torch.equal(a.image, b.image) and torch.equal(a.mask, b.mask), options
+    assert not torch.equal(first[0].image, first[1].image) and not torch.equal(first[0].image, passes(seed=8)[0].image)
+    assert (first[0].mask.flatten(1).any(1) == first[0].anomalous).all(), "no turn loses a defect"
+    plain = passes(augment=Augmentation(**dict.fromkeys(("quarter", "turn", "light", "noise", "blur", "colour"), 0.0)))
+    assert torch.equal(plain[0].image, Batch.cat(batches(index, SIDE, 4)).image), "nothing asked for, nothing changed"
+
+
+@pytest.mark.parametrize("size", [SIDE, (16, 31), (2, 2)])
+def test_changed_images_keep_their_size(index, size):
+    for batch in batches(index, size, 12, augment=Augmentation(quarter=1.0, turn=1.0, light=1.0, noise=1.0, blur=1.0)):
+        height, width = (size, size) if isinstance(size, int) else size
+        assert batch.image.shape[-2:] == batch.mask.shape[-2:] == (height, width) and batch.image.min() >= 0 and batch.image.max() <= 1

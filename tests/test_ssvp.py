@@ -373,6 +373,9 @@ def test_groups_and_rates():
     assert [g["lr"] for g in groups] == [5e-4, 1e-4]
     assert {id(p) for p in groups[0]["params"]} == {id(p) for n, p in method.learned().items() if n in ("prompts.background", "prompts.state")} and len(groups[0]["params"]) == 2
     assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in method.learned().values())
+    own = small(**SSVP.variants["the baseline's values"])
+    assert [g["lr"] for g in own.param_groups()] == [5e-4, 1e-4, 1e-2] and own.param_groups()[2]["params"] == [own.vtam.log_tau] and sum(len(g["params"]) for g in own.param_groups()) == len(own.learned())
+    assert recipe_of("ssvp", **SSVP.variants["the baseline's values"].recipe).warmup == 0.1 and SSVPParameters().lr_tau is None and SSVPParameters().state_mean == 0
     assert list(method.backbones()) == ["clip", "text", "dino"] and not any(n.startswith(("clip.", "text.", "dino.")) for n in method.learned())
 
 

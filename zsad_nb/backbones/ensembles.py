@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WINCLIP_STATES', 'WINCLIP_TEMPLATES', 'ANOMALIB_TEMPLATES', 'APRIL_GAN_STATES', 'ADACLIP_STATES', 'ADACLIP_TEMPLATES',
            'PHOTO_TEMPLATES', 'ANOVL_STATES', 'ANOVL_TEXTURES', 'ANOVL_WORDINGS', 'RELEASED_NAMES', 'RELEASED_HELP',
-           'check_template', 'read_templates', 'anovl_templates', 'as_spelt', 'blank_for_dash', 'macaroni', 'spelling',
-           'sentences', 'ensemble']
+           'check_template', 'read_templates', 'anovl_templates', 'as_spelt', 'blank_for_dash', 'macaroni',
+           'table_of_nine', 'spelling', 'sentences', 'ensemble']
 
 # %% ../../nbs/backbones/21a_ensembles.ipynb #ac985c75
 import functools
@@ -92,6 +92,14 @@ def macaroni(class_name: str) -> str:
     "As spelt, but for two classes of VisA (AnoVL)."
     name = as_spelt(class_name)
     return "macaroni" if name in ("macaroni1", "macaroni2") else name
+
+_BAYES_PFL = {**{f"macaroni{n}": "macaroni" for n in (1, 2)}, **{f"pcb{n}": "printed circuit board" for n in (1, 2, 3, 4)},
+              "pipe_fryum": "pipe fryum", "chewinggum": "chewing gum", "metal_nut": "metal nut"}
+
+def table_of_nine(class_name: str) -> str:
+    "Nine classes of VisA and MVTec AD as words, every other name in lower case (Bayes-PFL)."
+    name = as_spelt(class_name).lower()
+    return _BAYES_PFL.get(name, name)
 
 def spelling(names: str,                    # one of RELEASED_NAMES
              released: Callable|None=None,  # name -> words, of the release; None: it has no spelling of its own

@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 
 from ..core import usual_defaults
+from .augment import Augmentation
 from .index import root_of
 from .left_out import index_findings
 from .masks import mask_remarks, read_mask, require_own, told_by_shape
@@ -75,10 +76,10 @@ class Batches:
     "An iterable of `Batch` over an Index; made by `batches`."
 
     def __init__(self, index: pd.DataFrame, size: int | tuple[int, int], batch_size: int, shuffle: bool, seed: int, workers: int, on_bad: str, rgb: str,
-                 defects: list[str], reading: Reading, mosaic: Mosaic | None = None, interpolation: str = "bicubic"):
+                 defects: list[str], reading: Reading, mosaic: Mosaic | None = None, interpolation: str = "bicubic", augment: Augmentation | None = None):
         self.index, self.size, self.batch_size, self.shuffle, self.seed, self.workers = index, size, batch_size, shuffle, seed, workers
         self.on_bad, self.rgb, self.defects, self.reading, self.mosaic = on_bad, rgb, defects, reading, mosaic
-        self.interpolation = interpolation
+        self.interpolation, self.augment = interpolation, augment
         self.unsure: set[str] = set()  # images on which it is supposed how their mask lies
         self._warned = False
         self.root, self.epoch, self.skipped = root_of(index), 0, []
@@ -88,7 +89,11 @@ class Batches:
 
     def _item(self, at: int) -> tuple | BadImage:
         "A row as it is read in this pass."
-        return self._read(at, self.size) if self.mosaic is None else self.mosaic(self._read, at, self.epoch, self.size)
+        found = self._read(at, self.size) if self.mosaic is None else self.mosaic(self._read, at, self.epoch, self.size)
+        if self.augment is None or isinstance(found, BadImage):
+            return found
+        row, pixels, mask = found
+        return row, *self.augment(np.random.default_rng([self.seed, self.epoch, at, 5]), pixels, mask)
 
     def _read(self, at: int, size: int | tuple[int, int]) -> tuple | BadImage:
         "Pixels and mask of one row; an error is returned, so that it is raised in the order of the rows."
@@ -166,6 +171,7 @@ def batches(
     mosaic: float
     | dict
     | Mosaic = 0.0,  # for training: share of images replaced by 2 x 2 images of their category, see `Mosaic`
+    augment: Augmentation | None = None,  # for training: how images are changed from pass to pass
     **reading,  # `Reading`: bits, white, mask_threshold, mask_mismatch, mask_orientation; default: as the index says
 ) -> Batches:  # iterable with a length
     "An Index as batches; the numbers depend neither on the batch size nor on the workers."
@@ -181,7 +187,7 @@ def batches(
     if unknown:
         raise ValueError(f"the index has the defects {unknown}, which are not in defects={names}")
     plan = mosaic if isinstance(mosaic, Mosaic) else Mosaic(index, mosaic, seed) if mosaic else None
-    return Batches(index, size, batch_size, shuffle, seed, workers, on_bad, rgb, names, how, plan, interpolation)
+    return Batches(index, size, batch_size, shuffle, seed, workers, on_bad, rgb, names, how, plan, interpolation, augment)
 
 # %% ../../nbs/data/12_images.ipynb #c6b411f1
 PROBLEMS = (

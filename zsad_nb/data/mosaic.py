@@ -38,7 +38,7 @@ def join(
 
 # %% ../../nbs/data/12c_mosaic.ipynb #d52af81d
 class Mosaic:
-    "Which images of an Index are replaced by mosaics of their category (APRIL-GAN, AdaCLIP)."
+    "Which images of an Index are replaced by mosaics of their category (APRIL-GAN, AdaCLIP, Bayes-PFL)."
 
     def __init__(
         self,
@@ -47,16 +47,21 @@ class Mosaic:
         seed: int = 0,
         one_type: bool = False,  # no two kinds of defect in one mosaic (ours, for methods that learn types)
         keep_label: bool = False,  # the image label stays the one of the image it replaces, whatever the tiles show (AdaCLIP, as released)
+        defective: bool = False,  # all four are defective, whatever they replace; a category without any has no mosaics (Bayes-PFL)
     ):
         for value in rate.values() if isinstance(rate, dict) else [rate]:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1: raise ValueError(f"mosaic={rate!r}; it is a share of the images, from 0 to 1, or such a share for each data set")
         self.seed, self.one_type, self.defects = seed, one_type, list(index["defect"])
         self.labels = [bool(a) for a in index["anomalous"]] if keep_label else None
+        allowed = list(index["anomalous"]) if defective else [True] * len(index)
+        self.defective = defective
         keys = list(zip(index["dataset"], index["category"]))
         self.rates = [rate.get(dataset, 0) if isinstance(rate, dict) else rate for dataset, _ in keys]
         rows: dict = {}
-        for at, key in enumerate(keys): rows.setdefault(key, []).append(at)
-        self.mates = [rows[key] for key in keys]
+        for at, key in enumerate(keys):
+            if allowed[at]:
+                rows.setdefault(key, []).append(at)
+        self.mates = [rows.get(key, []) for key in keys]
 
     def tiles(
         self,
@@ -65,8 +70,8 @@ class Mosaic:
     ) -> list[int] | None:  # four rows; None: the image itself
         "What a row becomes in a pass."
         rng = np.random.default_rng([self.seed, epoch, at, 4])
-        if rng.random() >= self.rates[at]: return None
-        four = [at]
+        if rng.random() >= self.rates[at] or not self.mates[at]: return None
+        four = [] if self.defective else [at]
         while len(four) < 4:
             kinds = {GOOD, *(self.defects[i] for i in four)}
             known = [i for i in self.mates[at] if not self.one_type or len(kinds) == 1 or self.defects[i] in kinds]

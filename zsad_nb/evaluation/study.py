@@ -20,7 +20,8 @@ from ..data.index import fingerprint
 from ..data.reading import read_as, takes_reading
 from .evaluate import MEAN, evaluate
 from .views import view
-from ..learning.training import fit, recipe_of
+from ..learning.stages import fit_stages
+from ..learning.training import recipe_of
 from ..files import write_json
 from ..methods.base import create
 from ..tables import read_table, write_table
@@ -80,7 +81,7 @@ def _one(method, parameters, auxiliary, target, seed, recipe, cache, untrained, 
     if untrained: stages.append(("untrained", 0.0, evaluate(model, target, **quiet)))
     if model.param_groups():
         start = time.perf_counter()
-        fit(model, auxiliary, recipe_of(model, **{"seed": seed, **recipe}), **quiet)
+        fit_stages(model, auxiliary, recipe_of(model, **{"seed": seed, **recipe}), **quiet)
         seconds = time.perf_counter() - start
     stages.append(("trained", seconds, evaluate(model, target, **quiet)))
     if keep is not None: view(model, keep[0], ranges=stages[-1][2].per_image, cache=cache).save(keep[1])

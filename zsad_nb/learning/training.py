@@ -13,6 +13,7 @@ import math
 import numbers
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,9 @@ from tqdm.auto import tqdm
 from ..backbones.engines import fast_products
 from ..backbones.features import FeatureCache, all_finite
 from ..core import require_known, seed_everything, usual_defaults
+from ..data.augment import AUGMENTATIONS
 from ..data.images import Batch, batches
+from ..data.mosaic import Mosaic
 from ..data.reading import read_as, reading_of, takes_reading
 from .devices import Alone, Team, check_devices, inside, launch
 from .precision import checkpointed, full, lowered, peak_memory, reset_peak
@@ -56,10 +59,11 @@ class Recipe:
     warmup: float = 0.0         # share of all steps with a linearly rising rate
     eta_min: float = 1e-4       # floor of the cosine; as it equals the lower learning rate, only VisualAD's tokens' rate falls
     lr_scale: float = 1.0       # factor on every learning rate and on eta_min (ours: small backbones learn faster)
-    seed: int = 111             # of shuffling and dropout; VisualAD's script
+    seed: int = 111             # of shuffling, changes to images and dropout; VisualAD's script
+    augment: str = "none"       # how training images are changed from pass to pass, a name of zsad_nb.data.augment.AUGMENTATIONS
 
     def __post_init__(self):
-        for name, words in (("optimiser", ("adamw", "adam")), ("schedule", ("cosine_epochs", "cosine_steps", "constant"))):
+        for name, words in (("optimiser", ("adamw", "adam")), ("schedule", ("cosine_epochs", "cosine_steps", "constant")), ("augment", tuple(AUGMENTATIONS))):
             if getattr(self, name) not in words: raise ValueError(f"{name}={getattr(self, name)!r}; use {', '.join(words)}")
         whole = dict(epochs=_whole("epochs", self.epochs, 0), batch_size=_whole("batch_size", self.batch_size, 1), seed=_whole("seed", self.seed, 0, 2**63))
         real = dict(weight_decay=_real("weight_decay", self.weight_decay), eta_min=_real("eta_min", self.eta_min), lr_scale=_real("lr_scale", self.lr_scale, above=True))
@@ -109,14 +113,15 @@ def fit(method: Method,          # changed in place
         workers: int=2,          # threads that read ahead
         progress: bool=True,     # a bar on stderr
         label: str="train",      # in front of the bar
-        cache: FeatureCache|str|Path|None=None,  # keeps frozen features, so that they are computed once per image
+        cache: FeatureCache|str|Path|None=None,  # keeps frozen features, so that they are computed once per image; of no use, and not used, where the recipe changes the images
         devices: int=1,          # GPUs (or CPU processes, for a method on the CPU) that share every batch
         precision: str="fp32",   # of products: fp32, bf16 or fp16
         checkpointing: bool=False,  # compute the frozen blocks' activations again on the way back instead of keeping them
         compile: bool|str=False,  # torch.compile for the learned part; a text names its backend
         resume: str|Path|None=None,  # folder for the state after every epoch: after a kill, the same call goes on from there
-        keep_state: bool=False,  # leave that state when the training has ended, for a caller who has yet to save the method
-        **reading                # see `Reading`: bits, white, mask_threshold, mask_mismatch, mask_orientation; default: as the index says
+        keep_state: bool=False,  # leave that state when the training has ended (its file is `attrs["state"]`), for a caller who has yet to save the method
+        watch: Callable|None=None,  # called with the method after every epoch, in evaluation mode; a true answer ends the training there
+       **reading                # see `Reading`: bits, white, mask_threshold, mask_mismatch, mask_orientation; default: as the index says
        ) -> pd.DataFrame:        # one row a step: step, epoch, seconds, lr, skipped, total and the parts of the loss; `attrs`: epochs, step_seconds, peak_memory, ...
     "Train a method's learned part on an Index; same seed, same numbers."
     index = read_as(index, **reading)
@@ -124,10 +129,12 @@ def fit(method: Method,          # changed in place
     _check_training(method, index, recipe)
     check_devices(method, devices, recipe.batch_size)
     lowered(precision, method.device)
+    if watch is not None and (devices > 1 or resume is not None):
+        raise ValueError("watch looks at the method after every epoch in this process: it goes with devices=1 and without resume")
     method.prepare(index, training=True)
     if isinstance(cache, (str, Path)): cache = FeatureCache(cache)
     arguments = dict(index=index, recipe=recipe, size=size, workers=workers, progress=progress, label=label, cache=cache, devices=devices, precision=precision,
-                     checkpointing=checkpointing, compile=compile, resume=resume)
+                     checkpointing=checkpointing, compile=compile, resume=resume, watch=watch)
     several = devices > 1 and not inside(devices)
     trained_on = sorted({*method.trained_on, *(index["dataset"] + "/" + index["category"])})
     try: history = launch(method, devices, arguments) if several else train_here(method, **arguments)
@@ -144,6 +151,7 @@ def fit(method: Method,          # changed in place
     if not history["skipped"].all(): method.trained_on = trained_on
     state = history.attrs.pop("state")
     if state and not keep_state: remove_state(state)
+    elif state: history.attrs["state"] = state
     history.attrs["reading"] = dataclasses.asdict(reading_of(index))
     _warn_of_skipped(history, precision)
     return history
@@ -172,8 +180,8 @@ def _warn_of_skipped(history: pd.DataFrame, precision: str):
 # %% ../../nbs/learning/61_training.ipynb #41dc68b7
 class _Loop:
     "One training in this process, alone or in a team."
-    def __init__(self, method, index, recipe, size, workers, progress, label, cache, devices, precision, checkpointing, compile, resume):
-        self.method, self.recipe, self.precision, self.checkpointing = method, recipe, precision, checkpointing
+    def __init__(self, method, index, recipe, size, workers, progress, label, cache, devices, precision, checkpointing, compile, resume, watch):
+        self.method, self.recipe, self.precision, self.checkpointing, self.watch = method, recipe, precision, checkpointing, watch
         self.team = Team(method.device) if devices > 1 else Alone()
         if devices > 1: method.to(self.team.device)
         self.device, self.size = method.device, size or next(iter(method.backbones().values())).size
@@ -185,9 +193,11 @@ class _Loop:
         kind = dict(adamw=torch.optim.AdamW, adam=torch.optim.Adam)[recipe.optimiser]
         self.optimiser = kind([dict(g) for g in self.groups], betas=recipe.betas, weight_decay=recipe.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=1024.0, enabled=precision == "fp16")
-        whole = batches(index, self.size, recipe.batch_size, shuffle=True, seed=recipe.seed, workers=workers)
+        plan = AUGMENTATIONS[recipe.augment]
+        mosaic = Mosaic(index, plan.mosaics, recipe.seed, defective=True) if plan and plan.mosaics else 0.0
+        whole = batches(index, self.size, recipe.batch_size, shuffle=True, seed=recipe.seed, workers=workers, mosaic=mosaic, augment=plan)
         self.loader, self.steps = self.team.shares(whole), recipe.epochs * len(whole)
-        self.kept = None if cache is None else cache.view(**({} if precision == "fp32" else dict(precision=precision)))  # other products, other features
+        self.kept = None if cache is None or plan else cache.view(**({} if precision == "fp32" else dict(precision=precision)))  # other products, other features
         self.spare = None if self.kept is None else copy.copy(self.kept)  # for an image that another process counts
         if self.spare is not None:
             self.spare.counts, self.spare.writes = dict(self.kept.counts), False  # or it would race with the process that counts it
@@ -205,7 +215,10 @@ class _Loop:
             reset_peak(self.device)
             self.began = time.perf_counter() - (self.rows[-1]["seconds"] if self.rows else 0.0)
             with checkpointed(method, self.checkpointing):
-                for epoch in range(self.done, self.recipe.epochs): self._epoch(epoch)
+                for epoch in range(self.done, self.recipe.epochs):
+                    self._epoch(epoch)
+                    if self._watched():
+                        break
             self._judge()
         except BaseException as error:
             put_back(method, self.last)
@@ -225,6 +238,17 @@ class _Loop:
         self._require_finite(epoch)
         self.last, self.done = copied(trained_state(self.method)), epoch + 1
         if self.state is not None and self.team.rank == 0: self.state.write(*self._snapshot())
+
+    def _watched(self) -> bool:
+        "Does whoever watches want no more? Random numbers that a look drew are given back."
+        if self.watch is None:
+            return False
+        state = random_state(self.device)
+        self.method.eval()
+        enough = self.watch(self.method)
+        self.method.train()
+        set_random_state(*state, self.device)
+        return bool(enough)
 
     def _step(self, batch: Batch, epoch: int):
         "One batch: features, losses, gradients, and a step where all of them are finite."

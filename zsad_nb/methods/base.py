@@ -105,6 +105,7 @@ class Method(nn.Module):
     transductive = False             # True: a prediction depends on other test images; marked in every table. A variant that does so sets it on the object
     interpolation = "bicubic"        # how images are resized when they are read for this method: bicubic, or bilinear
     released_name = None             # a staticmethod, name -> words: how the release writes a class's name, for names="released"
+    judged_with: dict = {}           # parameters while an epoch is judged on other images, see `zsad_nb.learning.stages`
     engine: Engine|None = None       # None: PyTorch in fp32; see `use_engine`
 
     def __init_subclass__(cls, **kwargs):
@@ -208,6 +209,10 @@ class Method(nn.Module):
     def param_groups(self) -> list[dict]:
         "Parameter groups of the optimiser with their learning rates."
         return []
+    def next_stage(self, recipe  # of the stage that has ended
+                  ):             # a Recipe, or None: it was the last
+        "Where training has several stages: begin the next one, and say how it is trained."
+        return None
     def clip_gradients(self):
         "Called between backward and the optimiser's step."
     def backbones(self) -> dict[str, Frozen]:
@@ -389,7 +394,7 @@ def import_released(method: Method,  # created with the sizes of the checkpoint:
     own = getattr(importlib.import_module(type(method).__module__), "import_released", None)
     if own in (None, import_released):
         raise WeightsError(f"{method.name} has no released checkpoints that could be imported; those that have: "
-                           "visualad, anomalyclip, crane, crane_plus, dapo, adaclip, april_gan, multiads")
+                           "visualad, anomalyclip, crane, crane_plus, dapo, adaclip, april_gan, multiads, bayes_pfl")
     return own(method, path, **options)
 
 # %% ../../nbs/methods/40_base.ipynb #7c1f0a33

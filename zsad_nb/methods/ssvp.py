@@ -23,7 +23,7 @@ from ..components.vcpg import VCPG, scd, stay_close, tir_fg
 from ..components.vtam import VTAM
 from ..data.images import batches
 from ..learning.losses import focal, image_bce
-from .base import Method, ParameterSet, Prediction, param, register
+from .base import Method, ParameterSet, Prediction, Variant, param, register
 
 # %% ../../nbs/methods/42_ssvp.ipynb #61eb0758
 @dataclass(frozen=True)
@@ -48,12 +48,13 @@ class SSVPParameters(ParameterSet):
     background: int = param(5, "baseline", "learned vectors [V]_bg")
     state: int = param(5, "baseline", "learned vectors [V]_state")
     prompts: int = param(3, "stated: 3 + 3", "prompts a state")
-    prompt_std: float = param(0.02, "ours", "of the learned vectors at the start")
+    prompt_std: float = param(0.02, "ours; baseline: the same", "of the learned vectors at the start")
+    state_mean: float = param(0.0, "ours; baseline: 0.5, which no text tower sees", "mean of the state vectors at the start, negative for the abnormal ones; see backbones/21_prompts")
     shared_background: bool = param(True, "stated", "one [V]_bg for all prompts; False: one a pair (baseline)")
     class_agnostic: bool = param(False, "stated: [CLASS]", 'write "object" for every class name')
     vcpg: bool = param(True, "Table 3", "False: T_final = T_init (A to C)")
     latent: int|None = param(None, "baseline: 768 of 768", "width of the VAE's latent; default: the joint width")
-    hidden: int|None = param(None, "baseline: 512 of 768", "hidden width of the VAE; default: two thirds of the joint width")
+    hidden: int|None = param(None, "baseline: 512, half of a 1024 wide image tower", "hidden width of the VAE; default: two thirds of the joint width, which is 512, too")
     key_width: int|None = param(None, "ours: 256 of 768", "d_k; default: a third of the joint width")
     latents: int = param(10, "baseline; the formula has 1", "latent samples in evaluation")
     train_latents: int = param(1, "baseline and formula", "latent samples in training; 2 or more train W_Q and W_K")
@@ -79,6 +80,7 @@ class SSVPParameters(ParameterSet):
     xi: float = param(0.85, "stated", "cosine that T_final must keep with T_init", "a cosine, from -1 to 1")
     lr_prompts: float = param(5e-4, "stated", "learning rate of the prompts' vectors")
     lr: float = param(1e-4, "stated", "learning rate of everything else")
+    lr_tau: float|None = param(None, "ours: lr; baseline: 0.01", "learning rate of the temperature", "above 0")
 
 # %% ../../nbs/methods/42_ssvp.ipynb #e6a59344
 def paper_taps(depth: int  # blocks of the DINO tower
@@ -92,6 +94,11 @@ class SSVP(Method):
     "CLIP and DINO fused at four levels, prompts conditioned on the image, four maps weighed by two gates (Fu et al., arXiv 2601.09147)."
     name, Parameters = "ssvp", SSVPParameters
     recipe = dict(epochs=15, batch_size=8, optimiser="adam", betas=(0.5, 0.999), weight_decay=0.0, schedule="cosine_steps", warmup=0.0, eta_min=0.0, seed=111)  # section 4.2; optimiser: the baseline's, seed: ours
+    readings = {"the baseline's values": Variant(
+        "What the released Bayes-PFL has where this paper is silent: exact GELU, antialiased positions, states that start "
+        "at +-0.5, a rate of 0.01 for the temperature, maps smoothed by 8; warm-up and changed training images.",
+        recipe=dict(warmup=0.1, augment="bayes_pfl"),
+        state_mean=0.5, quick_gelu=False, position_resize="bicubic", sigma=8.0, lr_tau=1e-2)}
     ablations = {"A baseline": dict(hsvs="none", vcpg=False, vtam=False), "B naive concatenation": dict(hsvs="concat", vcpg=False, vtam=False),
                  "C ATF": dict(vcpg=False, vtam=False), "D ATF, VCPG": dict(vtam=False), "E full": {}}  # Table 3
 
@@ -102,7 +109,7 @@ class SSVP(Method):
         if getattr(self.clip.tower, "proj", None) is None: raise ValueError(f"{p.clip} has no space shared with text; use a CLIP of the backbone table")
         self.grid = (self.clip.size // self.clip.patch,) * 2
         if p.hsvs != "none": self.dino = self._second_tower()
-        self.prompts = StatePrompts(self.text, p.background, p.state, p.prompts, p.prompt_std, p.shared_background, names=p.names)
+        self.prompts = StatePrompts(self.text, p.background, p.state, p.prompts, p.prompt_std, p.shared_background, p.state_mean, p.names)
         width, levels = self.clip.tower.proj.shape[1], len(self.clip.taps)
         self.hsvs = HSVS(self.clip.tower.proj, self.dino.width if self.dino else 0, levels, p.hsvs, p.inner, p.num_heads, p.mlp_ratio)
         self.vcpg = VCPG(width, p.latent, p.hidden, p.key_width, p.latents, p.train_latents, p.z, p.noise_seed, p.vae_scale, p.detach_target) if p.vcpg else None
@@ -182,9 +189,12 @@ class SSVP(Method):
         return dict(total=total, **parts)
 
     def param_groups(self) -> list[dict]:
-        "Prompts at lr_prompts, everything else at lr (section 4.2)."
-        groups = {name: [q for n, q in self.learned().items() if n.startswith("prompts.") == name] for name in (True, False)}
-        return [dict(params=groups[True], lr=self.p.lr_prompts), dict(params=groups[False], lr=self.p.lr)]
+        "Prompts at lr_prompts, everything else at lr (section 4.2); the temperature at a rate of its own, where there is one."
+        kinds = {"prompts": [], "tau": [], "rest": []}
+        for name, q in self.learned().items():
+            kinds["prompts" if name.startswith("prompts.") else "tau" if name == "vtam.log_tau" and self.p.lr_tau else "rest"].append(q)
+        rates = dict(prompts=self.p.lr_prompts, rest=self.p.lr, tau=self.p.lr_tau)
+        return [dict(params=kinds[kind], lr=rate) for kind, rate in rates.items() if kinds[kind]]
 
     def parameter_counts(self) -> dict[str, int]:
         "Values in every frozen tower and in every learned part."
