@@ -20,6 +20,7 @@ from zsad_nb.use.bench import CASE, STAGES, bench_cases, bench_figure, bench_tab
 from zsad_nb.use.cli import main
 
 SIZE = 64
+LOWER = "bf16" if multiplies_bf16() else "fp32"  # where it is emulated, a product takes minutes
 TINY = dict(clip_weights="random:0", dino_weights="random:0", image_size=SIZE)
 
 
@@ -27,7 +28,7 @@ TINY = dict(clip_weights="random:0", dino_weights="random:0", image_size=SIZE)
 def index(tmp_path_factory): return synthetic_index(tmp_path_factory.mktemp("drawn"), "target", SIZE, 1, 1)
 
 
-@pytest.mark.parametrize(("name", "parameters", "engine"), [("dma_sap", TINY, ("torch", "fp32")), ("visualad", dict(weights="random:0", image_size=SIZE), ("torch", "bf16"))])
+@pytest.mark.parametrize(("name", "parameters", "engine"), [("dma_sap", TINY, ("torch", "fp32")), ("visualad", dict(weights="random:0", image_size=SIZE), ("torch", LOWER))])
 def test_stages_add_up_and_nothing_is_left_behind(index, name, parameters, engine, monkeypatch):
     method = create(name, **parameters, engine=engine[0], precision=engine[1]).train()
     seen = []
@@ -121,12 +122,11 @@ def test_what_does_not_fit_is_one_line(tmp_path, capsys, arguments, message):
 def test_the_papers_size_in_small(tmp_path):
     "The script for large machines: inference beside the first engine, a step of training with activations kept and computed again."
     script = Path(__file__).with_name("bench_large.py")
-    lower = "bf16" if multiplies_bf16() else "fp32"  # elsewhere each product takes minutes
-    done = subprocess.run([sys.executable, script, "--tiny", "--training", "--training-precision", lower, "--only", "visualad", "--engines", "torch fp32 usual", f"torch {lower}",
+    done = subprocess.run([sys.executable, script, "--tiny", "--training", "--training-precision", LOWER, "--only", "visualad", "--engines", "torch fp32 usual", f"torch {LOWER}",
                            "--batch", "1", "2", "--out", tmp_path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     table, steps = (pd.read_csv(tmp_path / "tables" / f"bench_large{end}.csv") for end in ("", "_training"))
-    assert table["precision"].tolist() == ["fp32", "fp32", lower, lower] and table["batch"].tolist() == [1, 2, 1, 2] and table["x_first"][:2].tolist() == [1, 1]
+    assert table["precision"].tolist() == ["fp32", "fp32", LOWER, LOWER] and table["batch"].tolist() == [1, 2, 1, 2] and table["x_first"][:2].tolist() == [1, 1]
     assert (table["x_first"] * table["batch"].map(table["images_per_s"][:2].set_axis([1, 2]))).tolist() == pytest.approx(table["images_per_s"].tolist(), rel=0.01)
     assert steps["checkpointing"].tolist() == [False, True] and (steps["batch"] == 8).all() and (steps["step_s"] > 0).all() and (steps["peak_gb"] > 0.1).all()
     assert (tmp_path / "bench_large.png").stat().st_size > 1000

@@ -1,11 +1,9 @@
 "An export that is killed, crowded, or out of room: the folder holds the old export or the new one, complete, and nothing of anybody else's is gone."
 import errno
 import os
-import random
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -54,25 +52,48 @@ def traced(undisturbed, monkeypatch):
 
 
 CHILD = """
-    import sys
+    import os, random, signal, sys, time, traceback
+    import torch
     from zsad_nb.methods.base import create
     from zsad_nb.use import export as module
-    if sys.argv[2] == "fallback": module._exchange = lambda one, other: False
+
+    torch.set_num_threads(1)  # and none was started: a process may be forked
+    folders, ways, times, kill = sys.argv[1].split(os.pathsep), sys.argv[2].split(","), int(sys.argv[3]), sys.argv[4] == "kill"
     methods = {tap: create("self_distance", image_size=32, tap=tap, weights="random:0") for tap in (1, 2)}
     graphs = {tap: module.graphs_of(m.eval(), 32) for tap, m in methods.items()}
     module.graphs_of, module._check = lambda method, *a: graphs[method.p.tap], lambda *a: {}
-    print("begin", flush=True)
-    for turn in range(int(sys.argv[3])):
-        module.export(methods[2 - turn % 2], sys.argv[1], "torch")
-    print("end", flush=True)
+
+    def begin(folder, way):
+        "A process that exports two systems into one folder, in turn."
+        child = os.fork()
+        if child: return child
+        try:
+            if way == "fallback": module._exchange = lambda one, other: False
+            for turn in range(times): module.export(methods[2 - turn % 2], folder, "torch")
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+
+    if kill:
+        chance = random.Random(6)
+        for folder, way in zip(folders, ways):
+            child = begin(folder, way)
+            time.sleep(3 * chance.random())
+            os.kill(child, signal.SIGKILL)
+            assert os.waitpid(child, 0)[1] == signal.SIGKILL, "it was not in the middle of it"
+    else:
+        children = [begin(folder, way) for folder, way in zip(folders, ways)]
+        assert [os.waitpid(child, 0)[1] for child in children] == [0] * len(children)
     """
 
 
-def start(folder: Path, how: str, times: int) -> subprocess.Popen:
-    "A process that exports two systems into one folder, in turn."
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", textwrap.dedent(CHILD), str(folder), how, str(times)], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    return process
+def run(folders: list, ways: list, times: int, what: str):
+    "Exports in processes of their own; the graphs are traced once for all of them."
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    arguments = [os.pathsep.join(map(str, folders)), ",".join(ways), str(times), what]
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(CHILD), *arguments], env=env, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
 
 
 def copied(source: Path, folder: Path):
@@ -81,28 +102,25 @@ def copied(source: Path, folder: Path):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGKILL exists on POSIX only")
-def test_killed_at_random_moments(undisturbed, tmp_path):
+def test_killed_at_random_moments(undisturbed, traced, tmp_path):
     "One export or the other, equal to an undisturbed one to the last bit; afterwards the same command works."
-    chance, seen = random.Random(6), []
-    for kill in range(KILLS):
-        folder = tmp_path / f"kill{kill}"
+    folders = [tmp_path / f"kill{number}" for number in range(KILLS)]
+    for folder in folders:
         copied(undisturbed[1][1], folder)
-        process = start(folder, ("exchange", "fallback")[kill % 2], 1000)
-        assert process.stdout.readline() == "begin\n", process.communicate()[1]
-        time.sleep(3 * chance.random())
-        process.kill()
-        process.communicate()
-        assert process.returncode == -9, "it was not in the middle of it"
-        tap = whole(folder)
-        assert torch.equal(answers(folder), undisturbed[tap][0])
-        seen.append(tap)
-    print(f"{KILLS} kills: {seen.count(1)} times one export was there, {seen.count(2)} times the other; each complete and equal to an undisturbed one")
+    run(folders, [("exchange", "fallback")[number % 2] for number in range(KILLS)], 10**6, "kill")
+    taps = []
+    for folder in folders:
+        taps.append(whole(folder))
+        assert torch.equal(answers(folder), undisturbed[taps[-1]][0])
+        export(method(3 - taps[-1]), folder, "torch")
+        assert whole(folder) == 3 - taps[-1]
+    print(f"{KILLS} kills: {taps.count(1)} times one export was there, {taps.count(2)} times the other; each complete and equal to an undisturbed one")
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="its processes are forked")
 def test_two_at_once(undisturbed, tmp_path):
     "Both end well, three exports each; what is there is one of them."
-    processes = [start(tmp_path / "system", how, 3) for how in ("exchange", "exchange")]
-    assert [p.communicate()[0] for p in processes] == ["begin\nend\n", "begin\nend\n"]
+    run([tmp_path / "system"] * 2, ["exchange"] * 2, 3, "wait")
     assert whole(tmp_path / "system") in (1, 2) and [p.name for p in tmp_path.iterdir()] == ["system"]
 
 
