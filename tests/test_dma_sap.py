@@ -416,3 +416,55 @@ def test_unknown_parameter_and_descriptions():
     with pytest.raises(TypeError, match="did you mean theta"): small(thetta=1.0)
     table = describe("dma_sap")
     assert table["source"].ne("").all() and table["help"].ne("").all() and table["parameter"].is_unique
+
+
+def test_upsampled_attention_by_hand():
+    "Both axes of A_dino and the one of A_clip are enlarged bilinearly, and rows sum to one again."
+    torch.manual_seed(0)
+    dma = DMA(24, 32, 16, theta=0.6, upsample="attention")
+    patches, values, query = torch.randn(2, 6, 24), torch.randn(2, 35, 32), torch.randn(2, 16)
+
+    def enlarged(rows):  # (..., 2, 3) -> (..., 5, 7)
+        flat = F.interpolate(rows.reshape(-1, 1, 2, 3), (5, 7), mode="bilinear", align_corners=False)
+        return flat.reshape(*rows.shape[:-2], 35)
+
+    dino, clip = dma.attend(patches, query)
+    keys = enlarged(dino.unflatten(2, (2, 3)))  # (2, 6, 35)
+    both = enlarged(keys.transpose(1, 2).unflatten(2, (2, 3))).transpose(1, 2)  # (2, 35, 35)
+    text = enlarged(clip.unflatten(2, (2, 3)))
+    expected = (both / both.sum(-1, keepdim=True) + 0.6 * text / text.sum(-1, keepdim=True)) @ values
+    out = dma(patches, (2, 3), values, (5, 7), query, lambda x: x)
+    assert out.shape == (2, 35, 32)
+    assert (out - expected).abs().max() < 1e-5
+    same = DMA(24, 32, 16)
+    same.load_state_dict(dma.state_dict())
+    square = torch.randn(2, 6, 32)
+    assert torch.equal(same(patches, (2, 3), square, (2, 3), query, lambda x: x), dma(patches, (2, 3), square, (2, 3), query, lambda x: x)), "one grid, nothing to resize"
+
+
+@pytest.mark.parametrize("changes", [dict(dma_projections="learned"), dict(sap_input="tokens"), dict(sap_maps="probabilities"), dict(dma_upsample="attention")])
+def test_a_reading_changes_what_it_names(changes, batch):
+    "Learned projections start as nothing; the others change score or map where their part has a say."
+    usual, other = shaken(), small(**changes)
+    other.load_state_dict(usual.state_dict(), strict=False)
+    a, b = usual.predict(batch), other.predict(batch)
+    if changes in (dict(dma_projections="learned"), dict(dma_upsample="attention")):
+        assert (a.map - b.map).abs().max() < 1e-5, "a projection that starts as the identity, and one grid"
+    else:
+        assert (a.score - b.score).abs().max() > 1e-6
+        assert torch.equal(a.map, b.map), "SAP has no say in the map"
+
+
+def test_dino_is_silent(batch):
+    "dino_proj frozen at zero: it is not trained, and the map is CLIP's."
+    silent = small(dma=False, pooling="map", dino_frozen=True)
+    assert not [name for name, p in silent.learned().items() if name.startswith("fuse") and p.requires_grad]
+    features = silent.encode(batch)
+    text = silent.text_features()
+    before = silent.fused(features, text)
+    for name in features:
+        if name.startswith("dino_"):
+            features[name] = torch.randn_like(features[name])
+    assert torch.equal(before, silent.fused(features, text))
+    with pytest.raises(ValueError, match="sap_weights='spatial'"):
+        small(sap_maps="probabilities", sap_weights="class")

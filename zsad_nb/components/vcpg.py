@@ -68,8 +68,10 @@ class VCPG(nn.Module):
                  seed: int=0,             # of the noise in evaluation (ours)
                  scale: str="mean",       # of the VAE's loss
                  detach: bool=True,       # of the VAE's loss
+                 normalise_init: bool=False,  # T_init at unit length before Eq. 11, so that alpha * attention can move it (ours)
                 ):
         super().__init__()
+        self.normalise_init = normalise_init
         if z not in ("sample", "mu"): raise ValueError(f"z={z!r}; use sample or mu")
         if min(latents, train_latents) < 1: raise ValueError(f"latents={latents}, train_latents={train_latents}; both must be at least 1 (z='mu' for none)")
         self.latents, self.train_latents, self.z, self.seed = latents, train_latents, z, seed
@@ -96,6 +98,8 @@ class VCPG(nn.Module):
                ) -> tuple:           # T_final (B, P, C); z, mu, logvar
         "T_final = LN(T_init + alpha * attention over the latents) (Eq. 11)."
         drawn = self.vae(seen, self.noise(seen))
+        if self.normalise_init:
+            init = F.normalize(init, dim=-1)
         return self.norm(init + self.alpha * (self.attend(init, drawn["z"]) @ self.value(drawn["z"]))), drawn
 
 def stay_close(final: Tensor,  # (B, P, C)

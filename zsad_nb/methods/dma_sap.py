@@ -20,7 +20,7 @@ from ..components.dual_path import dual_path, joint, values_to_joint
 from ..components.maps import to_pixels
 from ..components.sap import SAP, image_feature, pool, pooling_weights
 from ..learning.losses import dice, focal
-from .base import Method, ParameterSet, Prediction, param, register
+from .base import Method, ParameterSet, Prediction, Variant, param, register
 
 # %% ../../nbs/methods/41_dma_sap.ipynb #c0f54fc5
 @dataclass(frozen=True)
@@ -48,17 +48,22 @@ class DMASAPParameters(ParameterSet):
     shift: float = param(1.2, "stated", "epsilon of A_dino")
     threshold: bool = param(True, "Crane", "cosines below epsilon * mean are removed; False: the printed formula")
     centre: bool|None = param(None, "ours: for tiny-dino only, whose patches are nearly parallel", "take each image's mean patch off before the cosines")
+    dma_projections: str = param("frozen", "ours: begin as Crane", "value and output projections of DMA: the CLIP block's own, frozen, or learned ones that start there", ("frozen", "learned"))
+    dma_upsample: str = param("values", "Crane; stated: attention", "what is resized where the two grids differ: CLIP's values to DINO's grid, or the attention to CLIP's", ("values", "attention"))
+    dino_frozen: bool = param(False, "ours", "without DMA (ablations A, B): dino_proj stays at zero, so that CLIP is alone")
     theta: float = param(0.0, "ours: begin as Crane", "start of theta, the weight of A_clip")
     query: str = param("text", "ours: class-agnostic", "of A_clip: text (mean of T_n and T_a) or cls (the image's class token)", ("text", "cls"))
     levels: tuple = param((0.5, 0.5, 1.0), "ours: begin with the paper's values after training", "alpha, beta, gamma, shallow first")
     prompt_count: int = param(12, "Crane", "E, learned vectors a prompt", "at least 1")
-    normal_words: str = param("object.", "stated", "behind the vectors of T_n")
-    abnormal_words: str = param("damaged object.", "stated", "behind the vectors of T_a")
+    normal_words: str = param("object.", "stated; the full stop is Crane's", "behind the vectors of T_n")
+    abnormal_words: str = param("damaged object.", "stated; the full stop is Crane's", "behind the vectors of T_a")
     deep_tokens: int = param(4, "Crane", "learned vectors at the input of further text blocks; 0: none")
     deep_sets: int = param(8, "Crane", "of how many text blocks, at most")
     prompt_std: float = param(0.02, "Crane", "of the learned vectors at the start")
     pooling: str = param("sap", "stated", "sap; map: f_base alone (Crane); cls: the class token alone", ("sap", "map", "cls"))
     sap_weights: str = param("spatial", "ours of two readings", "spatial: softmax over positions; class: over normal and abnormal (Crane)", ("spatial", "class"))
+    sap_maps: str = param("logits", "ours of two readings", "maps in SAP's softmax: logits over tau, or probabilities", ("logits", "probabilities"))
+    sap_input: str = param("unit", "ours; stated: patch tokens", "patches that SAP pools: of unit length, or tokens as they come", ("unit", "tokens"))
     gate: float = param(0.0, "ours: half of each pathway", "start of SAP's alpha")
     cls_weight: float = param(0.5, "Crane", "share of the class token in the image feature", "from 0 to 1")
     tau: float = param(0.07, "Crane", "temperature of maps and score", "above 0")
@@ -70,7 +75,7 @@ class DMASAPParameters(ParameterSet):
     weight_focal: float = param(1.0, "stated (Crane: 2)", "weight of the focal loss")
     weight_dice: float = param(1.0, "ours: lambda_dice is not stated (Crane: 2)", "weight of the dice loss")
     weight_ce: float = param(0.2, "stated", "weight of the image's cross-entropy")
-    lr: float = param(1e-3, "stated", "learning rate")
+    lr: float = param(1e-3, "stated, as the initial learning rate", "learning rate")
 
 # %% ../../nbs/methods/41_dma_sap.ipynb #76090263
 def thirds(depth: int) -> tuple:
@@ -83,6 +88,21 @@ class DMASAP(Method):
     name, Parameters = "dma_sap", DMASAPParameters
     recipe = dict(epochs=10, batch_size=8, optimiser="adam", betas=(0.6, 0.999), weight_decay=0.0, schedule="constant", seed=111)  # stated; betas and seed: Crane
     ablations = {"A": dict(fusion="deep", dma=False, pooling="map"), "B": dict(dma=False, pooling="map"), "C": dict(pooling="map"), "D": {}}  # Table 7
+    studies = {
+        "parts": {  # what each part does, and whether the reading or the towers decide it
+            "D": {},
+            "learned projections": Variant("DMA's value and output projections learn; their count fits the paper's 312.7 M.", dma_projections="learned"),
+            "raw DINO cosines": Variant("The cosines of DMA are those of DINO's own patches, as in Crane.", project_first=False),
+            "cosine schedule": Variant("The rate falls with a cosine: 'initial learning rate' may mean a schedule.", recipe=dict(schedule="cosine_steps")),
+            "SAP of tokens": Variant("SAP pools patch tokens as they come instead of unit ones, as the paper writes.", sap_input="tokens"),
+            "SAP of probabilities": Variant("SAP's softmax takes probability maps instead of logits.", sap_maps="probabilities"),
+            "attention upsampled": Variant("Where the grids differ the attention is resized instead of the values, as the paper writes.", dma_upsample="attention"),
+            "A": dict(fusion="deep", dma=False, pooling="map"),
+            "A, DINO silent": Variant("Ablation A with dino_proj frozen at zero: CLIP alone.", fusion="deep", dma=False, pooling="map", dino_frozen=True),
+            "B": dict(dma=False, pooling="map"),
+            "B, DINO silent": Variant("Ablation B with dino_proj frozen at zero: CLIP alone.", dma=False, pooling="map", dino_frozen=True),
+        },
+    }
 
     def __init__(self, parameters: DMASAPParameters):
         super().__init__(replace(parameters, **{k: tuple(v) for k, v in vars(parameters).items() if isinstance(v, list)}))  # JSON has lists only
@@ -104,14 +124,24 @@ class DMASAP(Method):
         self.prompts = ObjectPrompts(self.text, p.prompt_count, (p.normal_words, p.abnormal_words), p.deep_tokens, p.deep_sets, p.prompt_std)
         if p.dma:
             centre = p.dino == "tiny-dino" if p.centre is None else p.centre
-            self.fuse = nn.ModuleList(DMA(dino_width, width, joint_dim, p.scale, p.shift, p.threshold, centre, p.project_first, p.theta) for _ in self.pairs)
+            self.fuse = nn.ModuleList(
+                DMA(dino_width, width, joint_dim, p.scale, p.shift, p.threshold, centre, p.project_first, p.theta,
+                    learned=p.dma_projections == "learned", upsample=p.dma_upsample)
+                for _ in self.pairs
+            )
         else:
             self.fuse = nn.ModuleList(nn.Linear(dino_width, width) for _ in self.pairs)
-            for q in self.fuse.parameters(): nn.init.zeros_(q)
+            for q in self.fuse.parameters():
+                nn.init.zeros_(q)
+                q.requires_grad_(not p.dino_frozen)
+        self.fused_grid = self.grid if p.dma and p.dma_upsample == "attention" else self.dino_grid
         if p.fusion == "hierarchical":
             if len(p.levels) != len(self.pairs): raise ValueError(f"levels={p.levels} for {len(self.pairs)} depths {self.clip.taps}; give one weight a depth")
             self.levels = LevelFusion(p.levels)
-        if p.pooling == "sap": self.sap = SAP(joint_dim, p.sap_weights, p.gate)
+        if p.pooling == "sap":
+            if p.sap_maps == "probabilities" and p.sap_weights == "class":
+                raise ValueError("sap_maps='probabilities' belongs to a softmax over positions: use sap_weights='spatial', or sap_maps='logits'")
+            self.sap = SAP(joint_dim, p.sap_weights, p.gate)
 
     # ---- frozen
     def encode(self, batch) -> dict[str, Tensor]:
@@ -121,16 +151,21 @@ class DMASAP(Method):
         seen = dual_path(clip, batch.image, (*taps, clip.depth), self.dual_blocks, p.attention, taps if p.dma else (), p.value_from)
         clip_side = [seen.values[t] for t in taps] if p.dma else [t[:, 1:] for t in seen.plain[:-1]]
         found = dict(cls=F.normalize(joint(clip, seen.cls), dim=-1))
-        if p.self_map: found["self"] = F.normalize(joint(clip, seen.layers[-1][:, 1:]), dim=-1)
+        if p.self_map:
+            patches = joint(clip, seen.layers[-1][:, 1:])
+            found["self"] = F.normalize(patches, dim=-1)
+            if p.sap_input == "tokens":
+                found["self_length"] = patches.norm(dim=-1, keepdim=True)
         for i, (mine, other) in enumerate(zip(clip_side, self.dino(batch.image, depths, norm=p.dino_norm).patches)): found |= {f"clip_{i}": mine, f"dino_{i}": other}
         return found
 
     def encode_key(self) -> dict:
         "What `encode` depends on besides the image."
         p = self.p
+        length = dict(length=True) if p.sap_input == "tokens" else {}
         return dict(clip=dict(name=p.clip, hash=self.clip.hash, size=self.clip.size, taps=[c for c, _ in self.pairs]),
                     dino=dict(name=p.dino, hash=self.dino.hash, size=self.dino.size, taps=[d for _, d in self.pairs], norm=p.dino_norm),
-                    path=dict(dual_blocks=self.dual_blocks, attention=p.attention, value_from=p.value_from if p.dma else "tokens", self_map=p.self_map))
+                    path=dict(**length, dual_blocks=self.dual_blocks, attention=p.attention, value_from=p.value_from if p.dma else "tokens", self_map=p.self_map))
 
     # ---- learned
     def text_features(self) -> Tensor:  # (2, C) normal, abnormal, normalised
@@ -138,6 +173,10 @@ class DMASAP(Method):
         return F.normalize(self.prompts() if self.training else self.prompts.features(), dim=-1)
 
     def fused(self, features: dict, text: Tensor) -> Tensor:  # (B, N, C), normalised
+        "F_fusion's directions, which are compared with text."
+        return F.normalize(self.fused_tokens(features, text), dim=-1)
+
+    def fused_tokens(self, features: dict, text: Tensor) -> Tensor:  # (B, N, C)
         "F_fusion: DMA of every depth (or the sum of both towers), weighted by depth."
         query, levels = text.mean(0) if self.p.query == "text" else features["cls"], []
         for i, ((tap, _), fuse) in enumerate(zip(self.pairs, self.fuse)):
@@ -146,21 +185,37 @@ class DMASAP(Method):
                 if self.p.dma: level = fuse(other, self.dino_grid, mine, self.grid, query, lambda v, tap=tap: values_to_joint(self.clip, v, tap))
                 else: level = joint(self.clip, resize_tokens(mine, self.grid, self.dino_grid) + fuse(other))
             levels.append(level.to(mine))
-        return F.normalize(self.levels(levels) if self.p.fusion == "hierarchical" else levels[0], dim=-1)
+        return self.levels(levels) if self.p.fusion == "hierarchical" else levels[0]
 
     def compare(self, features: dict, text: Tensor) -> dict:  # text: (2, C) normalised
         "Local logits (abnormal minus normal, over tau) per local feature (B, h, w), pooling weights (B, h, w), image cosines (B, 2)."
-        p, local, contrast = self.p, [self.fused(features, text)], (text[1] - text[0]) / self.p.tau
-        found = dict(fusion=(local[0] @ contrast).unflatten(1, self.dino_grid))
+        p = self.p
+        contrast = (text[1] - text[0]) / p.tau
+        fused = self.fused_tokens(features, text)
+        local = [F.normalize(fused, dim=-1)]  # each (B, N, C)
+        found = dict(fusion=(local[0] @ contrast).unflatten(1, self.fused_grid))
         if p.self_map:
             found["self"] = (features["self"] @ contrast).unflatten(1, self.grid)
-            local.append(features["self"] if self.grid == self.dino_grid else F.normalize(resize_tokens(features["self"], self.grid, self.dino_grid), dim=-1))
-        patches = torch.stack(local).mean(0)                                                   # (B, N, C): P of SAP
-        logits = patches @ contrast                                                            # the mean of the local logits: cosines are linear in P
-        weights = pooling_weights(logits, p.sap_weights)
-        if p.pooling == "cls": phi = features["cls"]
-        else: phi = image_feature(self.sap(patches, logits) if p.pooling == "sap" else pool(patches, weights, p.sap_weights), features["cls"], p.cls_weight)
-        return dict(found, weights=weights.unflatten(1, self.dino_grid), image=phi @ text.T)
+            local.append(features["self"] if self.grid == self.fused_grid else F.normalize(self._on_fused_grid(features["self"]), dim=-1))
+        logits = torch.stack(local).mean(0) @ contrast  # the mean of the local logits: cosines are linear in the patches
+        maps = torch.stack([patches @ contrast for patches in local]).sigmoid().mean(0) if p.sap_maps == "probabilities" else logits
+        weights = pooling_weights(maps, p.sap_weights)
+        phi = features["cls"]
+        if p.pooling != "cls":
+            patches = torch.stack(local if p.sap_input == "unit" else self._tokens(fused, features)).mean(0)  # P of SAP
+            pooled = self.sap(patches, maps) if p.pooling == "sap" else pool(patches, weights, p.sap_weights)
+            phi = image_feature(pooled, features["cls"], p.cls_weight)
+        return dict(found, weights=weights.unflatten(1, self.fused_grid), image=phi @ text.T)
+
+    def _on_fused_grid(self, tokens: Tensor) -> Tensor:  # (B, N, C)
+        "F_self's tokens where F_fusion is."
+        return resize_tokens(tokens, self.grid, self.fused_grid)
+
+    def _tokens(self, fused: Tensor, features: dict) -> list[Tensor]:  # each (B, N, C)
+        "Both local features with their own lengths."
+        if not self.p.self_map:
+            return [fused]
+        return [fused, self._on_fused_grid(features["self"] * features["self_length"])]
 
     def forward(self, features: dict, batch) -> Prediction:
         "Mean of the upsampled logits, softmax, abnormal channel; smoothed in evaluation mode only."
