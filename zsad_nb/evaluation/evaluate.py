@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..backbones.features import FeatureCache
 from ..core import usual_defaults
-from ..data.images import batches
+from ..data.images import batches_for
 from ..data.reading import read_as, reading_of, takes_reading
 from .binned import BinnedPixelMetrics
 from .metrics import Metrics, PixelMetrics, image_metrics, mean_over_classes
@@ -94,7 +94,7 @@ def predict_images(method: Method, part: pd.DataFrame, pixels: PixelMetrics,  # 
                   ) -> list[dict]:  # image, score, map_low, map_high, pixel_ap
     "One row an image; the maps go into the pixel metrics and are forgotten."
     rows = []
-    for batch in batches(part, size, batch_size, workers=workers, defects=defects, interpolation=getattr(method, "interpolation", "bicubic")):
+    for batch in batches_for(method, part, size, batch_size, workers=workers, defects=defects):
         prediction = method.predict(batch, cache).cpu()
         pixels.update(prediction.map.numpy(), batch.mask[:, 0].numpy(), batch.has_mask.numpy())
         for i, (m, y) in enumerate(zip(prediction.map.numpy(), batch.mask[:, 0].numpy())):

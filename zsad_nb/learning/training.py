@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from ..backbones.engines import fast_products
 from ..backbones.features import FeatureCache, all_finite
 from ..core import require_known, seed_everything, usual_defaults
-from ..data.images import Batch, batches
+from ..data.images import Batch, batches_for
 from ..data.reading import read_as, reading_of, takes_reading
 from .devices import Alone, Team, check_devices, inside, launch
 from .precision import checkpointed, full, lowered, peak_memory, reset_peak
@@ -185,7 +185,7 @@ class _Loop:
         kind = dict(adamw=torch.optim.AdamW, adam=torch.optim.Adam)[recipe.optimiser]
         self.optimiser = kind([dict(g) for g in self.groups], betas=recipe.betas, weight_decay=recipe.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=1024.0, enabled=precision == "fp16")
-        whole = batches(index, self.size, recipe.batch_size, shuffle=True, seed=recipe.seed, workers=workers)
+        whole = batches_for(method, index, self.size, recipe.batch_size, shuffle=True, seed=recipe.seed, workers=workers)
         self.loader, self.steps = self.team.shares(whole), recipe.epochs * len(whole)
         self.kept = None if cache is None else cache.view(**({} if precision == "fp32" else dict(precision=precision)))  # other products, other features
         self.spare = None if self.kept is None else copy.copy(self.kept)  # for an image that another process counts

@@ -149,7 +149,7 @@ class AnoVL(Method):
     def __init__(self, parameters: AnoVLParameters):
         super().__init__(replace(parameters, textures=None if parameters.textures is None else tuple(parameters.textures)))
         p = self.p
-        self.clip, self.text = create_backbone(p.clip, p.clip_weights, p.image_size, None, p.quick_gelu, p.position_resize), create_text(p.clip, p.clip_weights, p.quick_gelu)
+        self.clip, self.text = create_backbone(p.clip, p.clip_weights, p.image_size, None, p.quick_gelu, p.position_resize, p.resize), create_text(p.clip, p.clip_weights, p.quick_gelu)
         if getattr(self.clip.tower, "proj", None) is None: raise ValueError(f"{p.clip} has no space shared with text; use a CLIP of the backbone table")
         self.dual_blocks = self.clip.depth if p.dual_blocks is None else p.dual_blocks
         if self.dual_blocks > self.clip.depth: raise ValueError(f"dual_blocks={p.dual_blocks}; {p.clip} has {self.clip.depth} blocks")
@@ -160,11 +160,6 @@ class AnoVL(Method):
         "The moments of a class's optimiser remember the images before."
         return bool(parameters.get("release_compat"))
 
-    @property
-    def interpolation(self) -> str:  # of `zsad_nb.data.images.batches`
-        "How images are read for this method."
-        return self.p.resize
-
     def prepare(self, index, training: bool=False) -> "AnoVL":
         "Forget the optimisers that `release_compat` carries from image to image."
         self._carried = {}
@@ -172,11 +167,11 @@ class AnoVL(Method):
 
     # ---- frozen
     def sized(self, image: Tensor) -> Tensor:  # (B, 3, H, W) in [0, 1], whose shorter side is the tower's; both sides where it is one square
-        "Antialiased, bilinear as released or bicubic."
+        "Antialiased, in the method's interpolation."
         side, (height, width) = self.clip.size, image.shape[-2:]
         scale = side / min(height, width)
         size = (side, side) if self.p.crops == 1 else tuple(max(side, round(n * scale)) for n in (height, width))
-        return image if size == (height, width) else F.interpolate(image, size, mode=self.p.resize, antialias=True, align_corners=False).clamp(0, 1)
+        return image if size == (height, width) else F.interpolate(image, size, mode=self.interpolation, antialias=True, align_corners=False).clamp(0, 1)
 
     def see(self, image: Tensor) -> tuple:  # (B, 3, s, s) in [0, 1] -> class tokens (B, 22 or 1, C) of length 1, patches (B, N, C)
         "One square: its views' class tokens, and its own patches by the v-v path."

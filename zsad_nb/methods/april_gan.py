@@ -136,7 +136,7 @@ class APRILGAN(Method):
     # ---- the test set
     def prepare(self, index: pd.DataFrame, training: bool=False) -> "APRILGAN":
         "The released few-shot score is measured against the index; nothing else depends on it."
-        if self.transductive and not training: self._ranges.prepare(index)
+        if self.transductive and not training: self._ranges.prepare(index, self.interpolation)
         return super().prepare(index, training)
 
     def features(self, batch, cache=None) -> dict[str, Tensor]:

@@ -31,6 +31,7 @@ from ..backbones.ensembles import spelling
 from ..backbones.features import FeatureCache, one_by_one
 from ..backbones.weights import WeightsError, fitted, listed
 from ..core import require_known, usual_defaults
+from ..data.images import require_read_for
 from ..files import to_json, write_atomically
 from .checkpoint_files import checkpoint_content, checkpoint_tensors, parsed_header, read_header, require_learned, tensor_digest  # noqa: F401 (read_header is of this door)
 from .class_names import check_index, prompt_table
@@ -103,7 +104,6 @@ class Method(nn.Module):
     older: dict[str, Any] = {}       # what versions that did not have a parameter did, where that is not today's default
     recipe: dict = {}                # the paper's training, as changes to `zsad_nb.learning.training.Recipe`
     transductive = False             # True: a prediction depends on other test images; marked in every table. A variant that does so sets it on the object
-    interpolation = "bicubic"        # how images are resized when they are read for this method: bicubic, or bilinear
     released_name = None             # a staticmethod, name -> words: how the release writes a class's name, for names="released"
     engine: Engine|None = None       # None: PyTorch in fp32; see `use_engine`
 
@@ -160,6 +160,7 @@ class Method(nn.Module):
         return None
     def features(self, batch, cache: FeatureCache|None=None) -> dict[str, Tensor]|Features|None:
         "`encode` in the method's engine; through a cache, where there is one and the method says what its features depend on, image by image."
+        require_read_for(self, batch)
         encode = self.encode if self.engine is None or not self.encodes else lambda batch: self.engine(self, self._frozen, self.graph_key(), batch.image)
         return encode(batch) if cache is None or self.encode_key() is None else cache(self.encode_key(), batch, one_by_one(encode))
     def _frozen(self, image: Tensor): return self.encode(SimpleNamespace(image=image))
@@ -218,6 +219,11 @@ class Method(nn.Module):
         "Everything that is trained and saved: the parameters outside the backbones."
         frozen = {id(p) for b in self.backbones().values() for p in b.parameters()}
         return {n: p for n, p in self.named_parameters() if id(p) not in frozen}
+
+    @property
+    def interpolation(self) -> str:
+        "How images are resized for this method, wherever that happens: as its first tower says."
+        return getattr(next(iter(self.backbones().values()), None), "interpolation", "bicubic")
 
     @property
     def device(self) -> torch.device: return next(iter(self.backbones().values())).mean.device

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..backbones.backbones import create_backbone
 from ..components.maps import to_pixels, top_share_mean
-from ..data.images import batches
+from ..data.images import batches_for
 from ..data.index import root_of
 from .base import Method, ParameterSet, Prediction, param, register
 
@@ -123,7 +123,7 @@ class Mutual(Method):
         key = category, tuple(size), self.device
         if key not in self._banks:
             table = self._tables[category]
-            parts = [self.levels(super(Mutual, self).features(b.to(self.device), self._cache)) for b in batches(table, size, self.p.batch_size)]
+            parts = [self.levels(super(Mutual, self).features(b.to(self.device), self._cache)) for b in batches_for(self, table, size, self.p.batch_size)]
             while len(self._banks) >= self.p.categories: del self._banks[next(iter(self._banks))]    # the oldest goes
             self._banks[key] = list(table["image"]), [torch.cat(level) for level in zip(*parts)]
         return self._banks[key]

@@ -21,7 +21,7 @@ from ..components.hsvs import HSVS
 from ..components.maps import to_pixels
 from ..components.vcpg import VCPG, scd, stay_close, tir_fg
 from ..components.vtam import VTAM
-from ..data.images import batches
+from ..data.images import batches_for
 from ..learning.losses import focal, image_bce
 from .base import Method, ParameterSet, Prediction, param, register
 
@@ -223,7 +223,7 @@ def alignment(method: SSVP,
     was, cosines, distances, known = method.training, [], [], {}
     method.eval()
     try:
-        for batch in batches(index[index["split"] == "test"], method.clip.size, batch_size, workers=workers):
+        for batch in batches_for(method, index[index["split"] == "test"], method.clip.size, batch_size, workers=workers):
             batch = batch.to(method.device)
             local, _, _, final, _ = method.condition(method.encode(batch), batch.category)
             for c in set(batch.category) - set(known): known[c] = static_text(method, [c], static)[0]

@@ -30,8 +30,8 @@ from tqdm.auto import tqdm
 import zsad_nb
 from ..backbones.features import key_hash
 from ..core import write_atomically
-from ..data.images import Batch
-from ..data.pixels import BadImage, file_bytes, read_image, resize
+from ..data.images import Batch, resize_for
+from ..data.pixels import BadImage, file_bytes, read_image
 from ..data.reading import Reading, reading_of
 from ..data.stored import file_content
 from ..files import write_json
@@ -186,7 +186,7 @@ class Inspector:
             if known is not None and (row := known(source, read.content)): read.kept = row; return read
             with _one_at_a_time if isinstance(what, (Path, bytes)) and _pixel_count(what) > HUGE else contextlib.nullcontext():
                 image = read_image(what, self.bits, self.white)
-                read.pixels, read.size = torch.from_numpy(resize(image, self.size).copy()).permute(2, 0, 1), image.size
+                read.pixels, read.size = resize_for(self.method, image, self.size), image.size
                 if keep: read.shown = np.asarray(image if (small := display_size(image.size, self.max_side)) == image.size else image.resize(small, Image.Resampling.BICUBIC, reducing_gap=2.0))
         except BadImage as error: read.bad = error
         except PermissionError: read.bad = BadImage(what, "no permission to read it", "change its permissions")
