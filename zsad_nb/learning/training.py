@@ -24,6 +24,8 @@ from ..backbones.engines import fast_products
 from ..backbones.features import FeatureCache, all_finite
 from ..core import require_known, seed_everything, usual_defaults
 from ..data.images import Batch, batches_for
+from ..data.mosaic import RULES as MOSAIC_RULES
+from ..data.mosaic import Mosaic, require_share
 from ..data.reading import read_as, reading_of, takes_reading
 from .devices import Alone, Team, check_devices, inside, launch
 from .precision import checkpointed, full, lowered, peak_memory, reset_peak
@@ -57,9 +59,13 @@ class Recipe:
     eta_min: float = 1e-4       # floor of the cosine; as it equals the lower learning rate, only VisualAD's tokens' rate falls
     lr_scale: float = 1.0       # factor on every learning rate and on eta_min (ours: small backbones learn faster)
     seed: int = 111             # of shuffling and dropout; VisualAD's script
+    mosaic: float|dict = 0.0    # share of the images that 2 x 2 images of their category replace; or a share for each data set by name
+    mosaic_rule: str = "tiles"  # how a mosaic's tiles and label belong together: a word of `zsad_nb.data.mosaic.RULES`
 
     def __post_init__(self):
-        for name, words in (("optimiser", ("adamw", "adam")), ("schedule", ("cosine_epochs", "cosine_steps", "constant"))):
+        require_share(self.mosaic)
+        words_of = dict(optimiser=("adamw", "adam"), schedule=("cosine_epochs", "cosine_steps", "constant"), mosaic_rule=MOSAIC_RULES)
+        for name, words in words_of.items():
             if getattr(self, name) not in words: raise ValueError(f"{name}={getattr(self, name)!r}; use {', '.join(words)}")
         whole = dict(epochs=_whole("epochs", self.epochs, 0), batch_size=_whole("batch_size", self.batch_size, 1), seed=_whole("seed", self.seed, 0, 2**63))
         real = dict(weight_decay=_real("weight_decay", self.weight_decay), eta_min=_real("eta_min", self.eta_min), lr_scale=_real("lr_scale", self.lr_scale, above=True))
@@ -185,7 +191,9 @@ class _Loop:
         kind = dict(adamw=torch.optim.AdamW, adam=torch.optim.Adam)[recipe.optimiser]
         self.optimiser = kind([dict(g) for g in self.groups], betas=recipe.betas, weight_decay=recipe.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=1024.0, enabled=precision == "fp16")
-        whole = batches_for(method, index, self.size, recipe.batch_size, shuffle=True, seed=recipe.seed, workers=workers)
+        mosaic = Mosaic(index, recipe.mosaic, recipe.seed, recipe.mosaic_rule)
+        how = dict(shuffle=True, seed=recipe.seed, workers=workers, mosaic=mosaic if any(mosaic.rates) else 0.0)
+        whole = batches_for(method, index, self.size, recipe.batch_size, **how)
         self.loader, self.steps = self.team.shares(whole), recipe.epochs * len(whole)
         self.kept = None if cache is None else cache.view(**({} if precision == "fp32" else dict(precision=precision)))  # other products, other features
         self.spare = None if self.kept is None else copy.copy(self.kept)  # for an image that another process counts

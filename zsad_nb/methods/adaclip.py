@@ -171,7 +171,8 @@ class AdaCLIP(Method):
     name, Parameters = "adaclip", AdaCLIPParameters
     released_name = staticmethod(blank_for_dash)
     older = dict(quick_gelu=None, names="words", half_tokens=False, dice_over="image")  # QuickGELU, and no slips
-    recipe = dict(epochs=5, batch_size=1, optimiser="adamw", betas=(0.5, 0.999), weight_decay=0.01, schedule="constant", seed=111)  # code; decay: the optimiser's default; the seed is ours
+    recipe = dict(epochs=5, batch_size=1, optimiser="adamw", betas=(0.5, 0.999), weight_decay=0.01, schedule="constant", seed=111,  # code; decay: the optimiser's default; the seed is ours
+                  mosaic=dict(mvtec=0.2), mosaic_rule="replaced")  # code: on MVTec AD alone; the image label stays that of the image it replaces, a slip
     readings = {"repaired": Variant("Without the slips of the release: dice over the image instead of over its rows, tokens in full precision.", half_tokens=False, dice_over="image"),
                 "paper": Variant("The most abnormal centre alone joins the class token, and all patches are grouped (our reading of the text); no slips.", fusion="most abnormal", candidates=0, half_tokens=False, dice_over="image"),
                 "quick gelu": Variant("The activation that CLIP was trained with, in both towers.", quick_gelu=None),
