@@ -15,7 +15,8 @@ import zsad_nb
 from zsad_nb.backbones.backbones import create_backbone
 from zsad_nb.backbones.features import FeatureCache
 from zsad_nb.backbones.graphs import constants
-from zsad_nb.data.images import Batch, batches, batches_for, resize_for
+from zsad_nb.data.images import Batch, batches
+from zsad_nb.data.method_images import batches_for, resize_for
 from zsad_nb.data.synthetic import synthetic_index
 from zsad_nb.evaluation.evaluate import evaluate
 from zsad_nb.evaluation.multi_type import evaluate_types

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..backbones.features import FeatureCache
 from ..core import usual_defaults
-from ..data.images import batches_for
+from ..data.method_images import batches_for
 from ..data.reading import read_as, reading_of, takes_reading
 from .binned import BinnedPixelMetrics
 from .metrics import Metrics, PixelMetrics, image_metrics, mean_over_classes

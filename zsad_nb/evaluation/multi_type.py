@@ -15,7 +15,8 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from ..data.images import batches_for, defect_names
+from ..data.images import defect_names
+from ..data.method_images import batches_for
 from ..data.reading import read_as, takes_reading
 from ..data.index import GOOD
 from ..data.taxonomy import novel_types, product_types, typed

@@ -18,7 +18,8 @@ import torch
 
 from ..backbones.features import FeatureCache
 from ..core import write_atomically
-from ..data.images import batches_for, defect_names
+from ..data.images import defect_names
+from ..data.method_images import batches_for
 from ..data.index import root_of
 from ..data.pixels import load_mask
 from ..data.reading import read_as, reading_of, takes_reading

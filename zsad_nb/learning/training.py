@@ -23,7 +23,8 @@ from tqdm.auto import tqdm
 from ..backbones.engines import fast_products
 from ..backbones.features import FeatureCache, all_finite
 from ..core import require_known, seed_everything, usual_defaults
-from ..data.images import Batch, batches_for
+from ..data.images import Batch
+from ..data.method_images import batches_for
 from ..data.mosaic import RULES as MOSAIC_RULES
 from ..data.mosaic import Mosaic, require_share
 from ..data.reading import read_as, reading_of, takes_reading

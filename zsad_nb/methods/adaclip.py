@@ -170,6 +170,7 @@ class AdaCLIP(Method):
     "Static and dynamic tokens in both towers, linear adapters, fusion by k-means (Cao et al., ECCV 2024)."
     name, Parameters = "adaclip", AdaCLIPParameters
     released_name = staticmethod(blank_for_dash)
+    released_towers = dict(clip="clip-vitl14-336", image_size=518, taps=(6, 12, 18, 24))
     older = dict(quick_gelu=None, names="words", half_tokens=False, dice_over="image")  # QuickGELU, and no slips
     recipe = dict(epochs=5, batch_size=1, optimiser="adamw", betas=(0.5, 0.999), weight_decay=0.01, schedule="constant", seed=111,  # code; decay: the optimiser's default; the seed is ours
                   mosaic=dict(mvtec=0.2), mosaic_rule="replaced")  # code: on MVTec AD alone; the image label stays that of the image it replaces, a slip

@@ -45,17 +45,18 @@ class AnomalyCLIPParameters(ParameterSet):
     sigma: float = param(4.0, "code", "Gaussian of the map, pixels; evaluation only", "0 or more")
     weight_local: float = param(4.0, "code", "weight of the pixel loss")
     lr: float = param(1e-3, "paper", "learning rate")
-    release_compat: bool = param(False, "ours", "defects of the released code: at present deep_half")
-    deep_half: bool|None = param(None, "by release_compat; code: True", "cast deep text tokens to float16 at insertion")
+    deep_half: bool = param(False, "ours: repaired; code: True", "cast deep text tokens to float16 at insertion")
 
 # %% ../../nbs/methods/51_anomalyclip.ipynb #0d7a0f62
 @register
 class AnomalyCLIP(Method):
     "Object-agnostic prompts against a v-v path of CLIP (Zhou et al., ICLR 2024)."
     name, Parameters = "anomalyclip", AnomalyCLIPParameters
+    compat = dict(deep_half=True)
+    released_towers = dict(clip="clip-vitl14-336", image_size=518)
     recipe = dict(epochs=15, batch_size=8, optimiser="adam", betas=(0.5, 0.999), weight_decay=0.0, schedule="constant", seed=111)  # paper: epochs, batch; code: the rest
-    readings = {"released": Variant("The code to the letter: deep text tokens are cast to float16 where they are inserted.", release_compat=True),
-                "paper": Variant("Maps of the four quarters of the depth instead of the last block.", layers="quarters")}
+    readings = {"released": Variant("The code to the letter: deep text tokens are cast to float16 where they are inserted.", effect="parity fixture: the score moves by less than 1e-4", deep_half=True),
+                "paper": Variant("Maps of the four quarters of the depth instead of the last block.", effect="paper: four layers", layers="quarters")}
     ablations = {"released": {}, "four layers": dict(layers="quarters"), "no DPAM": dict(dual_blocks=0), "no deep tokens": dict(deep_tokens=0), "image loss alone": dict(weight_local=0.0)}  # modules of the paper's ablation, and its local loss
 
     def __init__(self, parameters: AnomalyCLIPParameters):
@@ -67,8 +68,7 @@ class AnomalyCLIP(Method):
         self.grid = (self.clip.size // self.clip.patch,) * 2
         self.dual_blocks = max(1, round(self.clip.depth * 19 / 24)) if p.dual_blocks is None else p.dual_blocks
         if self.dual_blocks > self.clip.depth: raise ValueError(f"dual_blocks={p.dual_blocks}; {p.clip} has {self.clip.depth} blocks")
-        half = p.release_compat if p.deep_half is None else p.deep_half
-        self.prompts = ObjectPrompts(self.text, p.prompt_count, (p.normal_words, p.abnormal_words), p.deep_tokens, p.deep_sets, p.prompt_std, half)
+        self.prompts = ObjectPrompts(self.text, p.prompt_count, (p.normal_words, p.abnormal_words), p.deep_tokens, p.deep_sets, p.prompt_std, p.deep_half)
 
     # ---- frozen
     def encode(self, batch) -> dict[str, Tensor]:

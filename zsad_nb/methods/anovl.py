@@ -113,10 +113,10 @@ class AnoVLParameters(ParameterSet):
     noise: float = param(0.055, "paper and code", "standard deviation of the noise", "0 or more")
     noise_scale: str = param("absolute", "code", "what the noise is measured in: absolute, or length (of the patch)", ("absolute", "length"))
     cross: float = param(0.5, "paper", "weight of the cross term", "0 or more")
-    seed: int = param(0, "ours", "of the adapter's start and the noise, the same for every image; without effect with release_compat")
+    seed: int = param(0, "ours", "of the adapter's start and the noise, the same for every image; without effect with carried")
     crops: int = param(1, "paper; VisA: 2", "square crops along the longer side; 1: the whole image, made square", "at least 1")
     crop_score: str = param("mean", "code, VisA", "of several crops' scores: mean or max", ("mean", "max"))
-    release_compat: bool = param(False, "ours: image by image", "as released to the letter: one optimiser a class, whose moments go on from image to image, and unseeded draws")
+    carried: bool = param(False, "ours: image by image; code: True", "as released to the letter: one optimiser a class, whose moments go on from image to image, and unseeded draws")
 
 # %% ../../nbs/methods/54_anovl.ipynb #60856c31
 def squares(image: Tensor,  # (B, 3, H, W)
@@ -136,15 +136,16 @@ class AnoVL(Method):
     "Training-free CLIP with a v-v path, and an adapter fitted to every test image (Deng et al., 2023)."
     name, Parameters = "anovl", AnoVLParameters
     released_name = staticmethod(macaroni)
+    compat = dict(carried=True)
     older = dict(names="words", bias=False, noise_scale="length", resize="bicubic", crop_score="max")
-    readings = {"released": Variant("To the letter: one AdamW a class, whose moments and step count go on through the class's images in order, and unseeded draws.", release_compat=True),
+    readings = {"released": Variant("To the letter: one AdamW a class, whose moments and step count go on through the class's images in order, and unseeded draws.", carried=True),
                 "visa": Variant("The release's script for VisA: two squares of the wide image, no views, a linear adapter, and squares stitched before the softmax of the loss.", **VISA),
                 "words": Variant("Class names as words: metal_nut becomes metal nut, pcb1 printed circuit board.", names="words"),
                 "ours": Variant("This project's choices before it was measured beside the release: the adapter starts at zero and has no bias, noise in lengths of the patch, bicubic images, names as words.",
                                 start="zero", bias=False, noise_scale="length", resize="bicubic", names="words")}
     ablations = {"full": {}, "without adaptation": dict(adapter="none"), "without v-v path": dict(dual_blocks=0), "one view": dict(augment=False), "one wording": dict(textures=()),
                  "training-free, plain": dict(adapter="none", dual_blocks=0, augment=False, textures=())}
-    studies = {"adapter": {"random": {}, "zero": dict(start="zero"), "text": dict(start="text"), "linear": dict(adapter="linear"), "as released": dict(release_compat=True)}}
+    studies = {"adapter": {"random": {}, "zero": dict(start="zero"), "text": dict(start="text"), "linear": dict(adapter="linear"), "as released": dict(carried=True)}}
 
     def __init__(self, parameters: AnoVLParameters):
         super().__init__(replace(parameters, textures=None if parameters.textures is None else tuple(parameters.textures)))
@@ -158,10 +159,10 @@ class AnoVL(Method):
     @classmethod
     def depends_on_others(cls, parameters: dict) -> bool:
         "The moments of a class's optimiser remember the images before."
-        return bool(parameters.get("release_compat"))
+        return bool(parameters.get("carried"))
 
     def prepare(self, index, training: bool=False) -> "AnoVL":
-        "Forget the optimisers that `release_compat` carries from image to image."
+        "Forget the optimisers that `carried` takes from image to image."
         self._carried = {}
         return super().prepare(index, training)
 
@@ -212,7 +213,7 @@ class AnoVL(Method):
               patches: Tensor,      # (N, C) its patches
              ) -> tuple:            # weight (R, C) and bias (R,) where its adapter starts, noise (steps, N, C)
         "Anew for every image: seeded, so that the same image has the same result, or from PyTorch's state (as released)."
-        p, generator = self.p, None if self.p.release_compat else torch.Generator().manual_seed(self.p.seed)
+        p, generator = self.p, None if self.p.carried else torch.Generator().manual_seed(self.p.seed)
         rows, columns = (words.shape[1] if p.adapter == "linear" else len(words)), words.shape[1]
         limit = columns ** -0.5  # of PyTorch's linear layer
         def uniform(*shape): return (2 * torch.rand(shape, generator=generator) - 1) * limit
@@ -257,7 +258,7 @@ class AnoVL(Method):
         with torch.inference_mode(False), torch.enable_grad():                                         # whatever mode the caller is in
             x = patches.detach().clone()
             weight, bias, noise = (torch.stack(v) for v in zip(*(self.draws(w.detach().clone(), v) for w, v in zip(words, x))))
-            if not p.release_compat: return self._steps(x, words, text, noise, build(weight, bias), size)
+            if not p.carried: return self._steps(x, words, text, noise, build(weight, bias), size)
             found = []
             for i, category in enumerate(categories):                                                  # as released: the optimiser of the class, image after image
                 if category not in self._carried: self._carried[category] = build(weight[i:i + 1], bias[i:i + 1])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..backbones.backbones import create_backbone
 from ..components.maps import to_pixels, top_share_mean
-from ..data.images import batches_for
+from ..data.method_images import batches_for
 from ..data.index import root_of
 from .base import Method, ParameterSet, Prediction, param, register
 

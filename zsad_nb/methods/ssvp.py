@@ -21,7 +21,7 @@ from ..components.hsvs import HSVS
 from ..components.maps import to_pixels
 from ..components.vcpg import VCPG, scd, stay_close, tir_fg
 from ..components.vtam import VTAM
-from ..data.images import batches_for
+from ..data.method_images import batches_for
 from ..learning.losses import focal, image_bce
 from .base import Method, ParameterSet, Prediction, param, register
 

@@ -57,6 +57,7 @@ class VisualADParameters(ParameterSet):
 class VisualAD(Method):
     "Two learned tokens in a frozen ViT, SCA and SAF at every tap (Hou et al., CVPR 2026)."
     name, encodes, Parameters = "visualad", False, VisualADParameters
+    released_towers = dict(backbone="clip-vitl14-336", image_size=518)
     ablations = {"full": {}, "no SCA": dict(sca=False), "no SAF": dict(saf=False), "neither": dict(sca=False, saf=False)}  # paper, ablation table
 
     def __init__(self, parameters: VisualADParameters):

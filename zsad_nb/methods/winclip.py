@@ -87,7 +87,7 @@ class WinCLIPParameters(ParameterSet):
     score_size: int = param(400, "caoyunkang", "pixels of the map whose maximum is taken", "at least 1")
     shots: int = param(0, "paper: 0, 1, 2, 4", "reference images; set by `set_references`", "0 or more")
     at_once: int = param(2048, "ours", "windows in one pass: memory against speed, no effect on the result", "at least 1")
-    release_compat: bool = param(False, "anomalib on open_clip >= 2.26.1", "attention across windows instead of within them")
+    across_windows: bool = param(False, "ours: as the paper; anomalib on open_clip >= 2.26.1: True", "attention across windows instead of within them")
 
     def __post_init__(self):
         super().__post_init__()
@@ -103,6 +103,7 @@ class WinCLIP(Method):
                 "caoyunkang": Variant("Another re-implementation: windows are averaged by how normal they are, no whole image in the map, and the score is the map's maximum.", **VARIANTS["caoyunkang"])}
     ablations = {"full": {}, "without 3x3": dict(scales=(2,)), "without 2x2": dict(scales=(3,)), "image alone": dict(scales=()), "class-agnostic": dict(class_agnostic=True)}
     studies = {"codes": VARIANTS}
+    compat = dict(across_windows=True)
 
     def __init__(self, parameters: WinCLIPParameters):
         super().__init__(replace(parameters, scales=tuple(parameters.scales)))
@@ -120,7 +121,7 @@ class WinCLIP(Method):
         tokens, grid = clip.embed(image)
         last = clip.norm(clip.run(tokens, grid, ())[1])
         return dict(cls=last[:, 0] @ clip.tower.proj, patches=last[:, 1:],
-                    **{f"windows_{s}": window_embeddings(clip, tokens, grid, s, p.at_once, p.release_compat) for s in p.scales})
+                    **{f"windows_{s}": window_embeddings(clip, tokens, grid, s, p.at_once, p.across_windows) for s in p.scales})
 
     def encode(self, batch) -> dict[str, Tensor]:
         "All that is compared with texts and references."
@@ -128,7 +129,7 @@ class WinCLIP(Method):
 
     def encode_key(self) -> dict:
         "What `encode` depends on besides the image."
-        return dict(method=self.name, clip=dict(name=self.p.clip, hash=self.clip.hash, size=self.clip.size, quick_gelu=self.clip.quick_gelu), scales=list(self.p.scales), across=self.p.release_compat)
+        return dict(method=self.name, clip=dict(name=self.p.clip, hash=self.clip.hash, size=self.clip.size, quick_gelu=self.clip.quick_gelu), scales=list(self.p.scales), across=self.p.across_windows)
 
     # ---- references
     def _reserve(self, shots: int):

@@ -33,7 +33,7 @@ from ..backbones.engines import Engine, fast_products, products, products_switch
 from ..backbones.graphs import ENGINES, EngineError
 from ..components import maps
 from ..core import require_known
-from ..data.images import batches_for
+from ..data.method_images import batches_for
 from ..data.synthetic import synthetic_index
 from ..evaluation.evaluate import evaluate
 from ..evaluation.metrics import PixelMetrics
