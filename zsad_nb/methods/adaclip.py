@@ -14,14 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbones.backbones import ClipBackbone, Features, create_backbone
+from ..backbones.backbones import ClipBackbone, Features
 from ..backbones.ensembles import ADACLIP_STATES, ADACLIP_TEMPLATES, RELEASED_HELP, RELEASED_NAMES, blank_for_dash, read_templates, sentences
-from ..backbones.text import TextTower, create_text, tokenizer
+from ..backbones.text import TextTower, tokenizer
 from ..backbones.weights import released_state
 from ..components.dapo_prompts import enlarge
 from ..components.maps import to_pixels
 from ..learning.losses import dice, focal
 from .base import Method, ParameterSet, Prediction, Variant, fit_released, param, register
+from .towers import activation, clip_towers, positions
 
 # %% ../../nbs/methods/53_adaclip.ipynb #1f60c29c
 class HybridTokens(nn.Module):
@@ -143,8 +144,8 @@ class AdaCLIPParameters(ParameterSet):
     clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
     image_size: int|None = param(None, "code: 518; default: the CLIP tower's", "pixels, square")
     taps: tuple|None = param(None, "code: 6/12/18/24 of 24; default: the tower's", "1-based blocks")
-    quick_gelu: bool|None = param(False, "code: exact GELU, which is not what the weights were trained with", "activation of the CLIP towers: QuickGELU, or False for the exact GELU; None: the one that the weights were trained with")
-    position_resize: str|None = param("bicubic_plain", "code: plain bicubic", "how the image tower's positions are resized: bilinear, bicubic (antialiased) or bicubic_plain (not); None: as the backbone table says", ("bilinear", "bicubic", "bicubic_plain"))
+    quick_gelu: bool|None = activation(False, "code: exact GELU, which is not what the weights were trained with")
+    position_resize: str|None = positions("bicubic_plain", "code: plain bicubic")
     names: str = param("released", "code: as the data set spells them, a blank for a dash", RELEASED_HELP, RELEASED_NAMES)
     templates: tuple|str = param(ADACLIP_TEMPLATES, "code", "sentences around a state, each longer than `length` words, or a text file with one a line", "one or more")
     length: int = param(5, "code", "tokens a block", "at least 1")
@@ -186,8 +187,7 @@ class AdaCLIP(Method):
     def __init__(self, parameters: AdaCLIPParameters):
         super().__init__(replace(parameters, taps=None if parameters.taps is None else tuple(parameters.taps), templates=read_templates(parameters.templates)))
         p = self.p
-        self.clip, self.text = create_backbone(p.clip, p.clip_weights, p.image_size, p.taps, p.quick_gelu, p.position_resize), create_text(p.clip, p.clip_weights, p.quick_gelu)
-        if getattr(self.clip.tower, "proj", None) is None: raise ValueError(f"{p.clip} has no space shared with text; use a CLIP of the backbone table")
+        self.clip, self.text = clip_towers(p, p.taps)
         wide, towers = self.clip.tower.proj.shape[1], dict(image=(self.clip, min(p.depth, self.clip.depth)), text=(self.text, min(p.depth, self.text.depth) - 1))
         self.tokens = nn.ModuleDict({n: HybridTokens(sets, p.length, tower.width, wide, p.kinds, p.token_std, p.half_tokens) for n, (tower, sets) in towers.items() if p.branches in ("both", n) and sets})
         self.adapters = nn.ModuleDict({f"tap_{t}": nn.Linear(self.clip.width, wide) for t in self.clip.taps})

@@ -15,14 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backbones.backbones import create_backbone
 from ..backbones.ensembles import ANOVL_STATES, ANOVL_TEXTURES, RELEASED_HELP, RELEASED_NAMES, anovl_templates, macaroni, sentences
-from ..backbones.text import create_text
 from ..backbones.words import rewrite
 from ..components.dapo_prompts import enlarge
 from ..components.dual_path import dual_path, joint
 from ..data.synthetic import CATEGORIES
 from .base import Method, ParameterSet, Prediction, Variant, param, register
+from .towers import activation, clip_towers, positions
 
 # %% ../../nbs/methods/54_anovl.ipynb #524f1583
 def kind_of(category: str,           # as in the Index
@@ -96,8 +95,8 @@ class AnoVLParameters(ParameterSet):
     "Every choice AnoVL makes."
     clip: str = param("tiny-clip", "ours: the embedded default; paper: clip-vitb16-plus-240", "image and text tower, a CLIP of the backbone table")
     clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
-    quick_gelu: bool|None = param(None, "code: exact GELU, as LAION's weights were trained", "activation of the CLIP towers: QuickGELU, or False for the exact GELU; None: the one that the weights were trained with")
-    position_resize: str|None = param(None, "code: as the table", "how the image tower's positions are resized: bilinear, bicubic (antialiased) or bicubic_plain (not); None: as the backbone table says", ("bilinear", "bicubic", "bicubic_plain"))
+    quick_gelu: bool|None = activation(None, "code: exact GELU, as LAION's weights were trained")
+    position_resize: str|None = positions(None, "code: as the table")
     image_size: int|None = param(None, "paper: 240; default: the CLIP tower's", "pixels, square")
     resize: str = param("bilinear", "code", "how images are brought to the tower's size: bilinear or bicubic, both antialiased", ("bilinear", "bicubic"))
     names: str = param("released", "code: as the data set spells them, but for macaroni1 and macaroni2", RELEASED_HELP, RELEASED_NAMES)
@@ -151,8 +150,7 @@ class AnoVL(Method):
     def __init__(self, parameters: AnoVLParameters):
         super().__init__(replace(parameters, textures=None if parameters.textures is None else tuple(parameters.textures)))
         p = self.p
-        self.clip, self.text = create_backbone(p.clip, p.clip_weights, p.image_size, None, p.quick_gelu, p.position_resize, p.resize), create_text(p.clip, p.clip_weights, p.quick_gelu)
-        if getattr(self.clip.tower, "proj", None) is None: raise ValueError(f"{p.clip} has no space shared with text; use a CLIP of the backbone table")
+        self.clip, self.text = clip_towers(p, interpolation=p.resize)
         self.dual_blocks = self.clip.depth if p.dual_blocks is None else p.dual_blocks
         if self.dual_blocks > self.clip.depth: raise ValueError(f"dual_blocks={p.dual_blocks}; {p.clip} has {self.clip.depth} blocks")
         self.grid, self._said, self._carried, self._told = (self.clip.size // self.clip.patch,) * 2, {}, {}, False

@@ -13,15 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbones.backbones import create_backbone
 from ..backbones.ensembles import APRIL_GAN_STATES, PHOTO_TEMPLATES, RELEASED_HELP, RELEASED_NAMES, WINCLIP_TEMPLATES, as_spelt, ensemble, read_templates, sentences
-from ..backbones.text import create_text
 from ..components.dapo_prompts import enlarge
 from ..components.maps import to_pixels
 from ..learning.losses import dice, focal
 from .base import Method, ParameterSet, Prediction, Variant, param, reference_images, register
 from .class_range import ClassRange, stretch
 from .released_files import import_linear_layers, linear_layer_names
+from .towers import activation, clip_towers, positions
 
 # %% ../../nbs/methods/55_april_gan.ipynb #fc65590d
 @dataclass(frozen=True)
@@ -31,8 +30,8 @@ class APRILGANParameters(ParameterSet):
     clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
     image_size: int|None = param(None, "code: 518; default: the CLIP tower's", "pixels, square")
     taps: tuple|None = param(None, "code: 6/12/18/24 of 24; default: the tower's", "1-based blocks")
-    quick_gelu: bool|None = param(False, "code: exact GELU, which is not what the weights were trained with", "activation of the CLIP towers: QuickGELU, or False for the exact GELU; None: the one that the weights were trained with")
-    position_resize: str|None = param("bicubic", "code: antialiased bicubic", "how the image tower's positions are resized: bilinear, bicubic (antialiased) or bicubic_plain (not); None: as the backbone table says", ("bilinear", "bicubic", "bicubic_plain"))
+    quick_gelu: bool|None = activation(False, "code: exact GELU, which is not what the weights were trained with")
+    position_resize: str|None = positions("bicubic", "code: antialiased bicubic")
     names: str = param("released", "code: as the data set spells them", RELEASED_HELP, RELEASED_NAMES)
     templates: tuple|str = param(PHOTO_TEMPLATES, "ours, of the kind of the code's 35", "sentences around a state, or a text file with one a line", "one or more")
     tau: float = param(0.01, "code", "temperature of maps and score", "above 0")
@@ -62,8 +61,7 @@ class APRILGAN(Method):
     def __init__(self, parameters: APRILGANParameters):
         super().__init__(replace(parameters, taps=None if parameters.taps is None else tuple(parameters.taps), templates=read_templates(parameters.templates)))
         p = self.p
-        self.clip, self.text = create_backbone(p.clip, p.clip_weights, p.image_size, p.taps, p.quick_gelu, p.position_resize), create_text(p.clip, p.clip_weights, p.quick_gelu)
-        if getattr(self.clip.tower, "proj", None) is None: raise ValueError(f"{p.clip} has no space shared with text; use a CLIP of the backbone table")
+        self.clip, self.text = clip_towers(p, p.taps)
         self.grid, self._said = (self.clip.size // self.clip.patch,) * 2, {}
         self.adapters = nn.ModuleDict({f"tap_{t}": nn.Linear(self.clip.width, self.clip.tower.proj.shape[1]) for t in self.clip.taps})
         self._ranges, self._cache = ClassRange(self.name), None

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..backbones.backbones import create_backbone
 from ..backbones.prompts import ObjectPrompts
-from ..backbones.text import create_text
 from ..components.dma import resize_tokens, similarity_attention
 from ..components.dual_path import DualPath, dual_path, joint, values_to_joint
 from ..components.maps import to_pixels
@@ -24,6 +23,7 @@ from .anomalyclip import import_released
 from .base import Method, ParameterSet, Prediction, Variant, param, register
 
 _all_ = ["import_released"]
+from .towers import activation, clip_towers, positions
 
 # %% ../../nbs/methods/52_crane.ipynb #1d39496d
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class CraneParameters(ParameterSet):
     clip: str = param("tiny-clip", "ours: the embedded default; paper: clip-vitl14-336", "image and text tower, a CLIP of the backbone table")
     clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
     image_size: int|None = param(None, "code: 518; default: the CLIP tower's", "pixels, square")
-    quick_gelu: bool|None = param(None, "code: QuickGELU, as the weights were trained", "activation of the CLIP towers: QuickGELU, or False for the exact GELU; None: the one that the weights were trained with")
-    position_resize: str|None = param(None, "code: bilinear, as the table", "how the image tower's positions are resized: bilinear, bicubic (antialiased) or bicubic_plain (not); None: as the backbone table says", ("bilinear", "bicubic", "bicubic_plain"))
+    quick_gelu: bool|None = activation(None, "code: QuickGELU, as the weights were trained")
+    position_resize: str|None = positions(None, "code: bilinear, as the table")
     taps: tuple|None = param(None, "code: 6/12/18/24 of 24; default: quarters of the depth", "1-based blocks of the refined path that are compared with text")
     dual_blocks: int|None = param(None, "code: 19 of 24; default: the same share of the depth", "length of the refined path; 0: none", "0 or more")
     attention: str = param("qkv", "paper: E-Attn", "of the refined path: qkv, or vv (AnomalyCLIP)", ("qkv", "vv"))
@@ -87,8 +87,7 @@ class Crane(Method):
     def __init__(self, parameters: CraneParameters):
         super().__init__(replace(parameters, taps=None if parameters.taps is None else tuple(parameters.taps)))
         p = self.p
-        self.clip, self.text = create_backbone(p.clip, p.clip_weights, p.image_size, p.taps, p.quick_gelu, p.position_resize), create_text(p.clip, p.clip_weights, p.quick_gelu)
-        if getattr(self.clip.tower, "proj", None) is None: raise ValueError(f"{p.clip} has no space shared with text; use a CLIP of the backbone table")
+        self.clip, self.text = clip_towers(p, p.taps)
         depth, wide = self.clip.depth, self.clip.tower.proj.shape[1]
         self.grid = (self.clip.size // self.clip.patch,) * 2
         self.dual_blocks = max(1, round(depth * 19 / 24)) if p.dual_blocks is None else p.dual_blocks

@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbones.backbones import create_backbone
-from ..backbones.text import create_text
 from ..backbones.weights import WeightsError, released_state
 from ..components.dapo_prompts import HybridPrompts, enlarge, focal_types, prototypes, true_and_normal, type_logits
 from ..components.deep_tokens import image_tokens, see_deep
@@ -26,6 +24,7 @@ from ..data.index import GOOD
 from ..data.taxonomy import check_types, index_types, label_types, plain, type_words
 from ..learning.losses import dice
 from .base import Method, ParameterSet, Prediction, Variant, load_tensors, param, register
+from .towers import activation, clip_towers, positions
 
 # %% ../../nbs/methods/44_dapo.ipynb #ae7a731a
 class TypeMethod(Method):
@@ -126,8 +125,8 @@ class DAPOParameters(ParameterSet):
     clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
     image_size: int|None = param(None, "code: 518; default: the tower's", "pixels, square")
     clip_taps: tuple|None = param(None, "code: 6/12/18/24 of 24; default: the tower's", "1-based blocks")
-    quick_gelu: bool|None = param(None, "code: QuickGELU, as the weights were trained", "activation of the CLIP towers: QuickGELU, or False for the exact GELU; None: the one that the weights were trained with")
-    position_resize: str|None = param("bicubic", "code", "how the image tower's positions are resized: bilinear, bicubic (antialiased) or bicubic_plain (not); None: as the backbone table says", ("bilinear", "bicubic", "bicubic_plain"))
+    quick_gelu: bool|None = activation(None, "code: QuickGELU, as the weights were trained")
+    position_resize: str|None = positions("bicubic", "code")
     types: tuple|str|None = param(None, "code: the data set's own list", "defect types: names, or a data set of the taxonomy; None: those of the index")
     words: tuple|None = param(None, "ours", "what the prompts call the types; default: the names, or the taxonomy's words")
     types_from: str = param("", "ours", "given: the types stay; index: every index brings its own; default: index if no types were given")
@@ -167,8 +166,8 @@ class DAPO(TypeMethod):
     def __init__(self, parameters: DAPOParameters):
         super().__init__(parameters)
         p = self.p
-        self.clip = b = create_backbone(p.clip, p.clip_weights, p.image_size, p.clip_taps, p.quick_gelu, p.position_resize)
-        self.text = create_text(p.clip, p.clip_weights, p.quick_gelu)
+        self.clip, self.text = clip_towers(p, p.clip_taps)
+        b = self.clip
         depth = b.depth if p.image_depth is None else p.image_depth
         if not 0 <= depth <= b.depth: raise ValueError(f"image_depth={depth}; {p.clip} has {b.depth} blocks")
         self.prompts = HybridPrompts(self.text, p.prompts, p.vectors, p.normal_word, p.noun, p.thing, p.text_tokens, p.text_depth, p.alpha, p.causal, p.true_end)

@@ -14,10 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..backbones.backbones import create_backbone
 from ..backbones.ensembles import (PHOTO_TEMPLATES, RELEASED_HELP, RELEASED_NAMES, WINCLIP_STATES, WINCLIP_TEMPLATES, as_spelt, check_template, ensemble,
                                          read_templates, sentences)
-from ..backbones.text import create_text
 from ..components.dapo_prompts import enlarge, focal_types, type_logits
 from ..components.maps import to_pixels
 from ..learning.losses import dice
@@ -25,6 +23,7 @@ from ..data.taxonomy import plain, type_words
 from .base import ParameterSet, Prediction, Variant, param, register
 from .dapo import TypeMethod, chosen
 from .released_files import import_linear_layers, linear_layer_names
+from .towers import activation, clip_towers, positions
 
 # %% ../../nbs/methods/44a_multiads.ipynb #d0e3b6e2
 TYPE_STATES = ("{{}} with a {0}", "{{}} with {0} defect", "{{}} with {0} damage", "{{}} damaged by {0}", "a {0} on the {{}}", "{0} defect of the {{}}")  # ours: {0} is the type's word
@@ -70,8 +69,8 @@ class MultiADSParameters(ParameterSet):
     clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
     image_size: int|None = param(None, "code: 518; default: the tower's", "pixels, square")
     clip_taps: tuple|None = param(None, "code: 6/12/18/24 of 24; default: the tower's", "1-based blocks")
-    quick_gelu: bool|None = param(False, "code: exact GELU, which is not what the weights were trained with", "activation of the CLIP towers: QuickGELU, or False for the exact GELU; None: the one that the weights were trained with")
-    position_resize: str|None = param("bicubic", "code: antialiased bicubic", "how the image tower's positions are resized: bilinear, bicubic (antialiased) or bicubic_plain (not); None: as the backbone table says", ("bilinear", "bicubic", "bicubic_plain"))
+    quick_gelu: bool|None = activation(False, "code: exact GELU, which is not what the weights were trained with")
+    position_resize: str|None = positions("bicubic", "code: antialiased bicubic")
     types: tuple|str|None = param(None, "code: the data set's own list", "defect types: names, or a data set of the taxonomy; None: those of the index")
     words: tuple|None = param(None, "ours", "what the sentences call the types; default: the names, or the taxonomy's words")
     types_from: str = param("", "ours", "given: the types stay; index: every index brings its own; default: index if no types were given")
@@ -114,8 +113,8 @@ class MultiADS(TypeMethod):
         super().__init__(replace(parameters, templates=read_templates(parameters.templates), phrases=read_phrases(parameters.phrases)))
         p = self.p
         if p.patterns > len(TYPE_STATES): raise ValueError(f"patterns={p.patterns}; there are {len(TYPE_STATES)}")
-        self.clip = b = create_backbone(p.clip, p.clip_weights, p.image_size, p.clip_taps, p.quick_gelu, p.position_resize)
-        self.text = create_text(p.clip, p.clip_weights, p.quick_gelu)
+        self.clip, self.text = clip_towers(p, p.clip_taps)
+        b = self.clip
         self.adapters = nn.ModuleDict({f"tap_{t}": nn.Linear(b.width, b.tower.proj.shape[1]) for t in b.taps})
         self._read = {}
         self._first_types()

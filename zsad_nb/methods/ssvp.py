@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backbones.backbones import create_backbone
-from ..backbones.prompts import WINCLIP_STATES, WINCLIP_TEMPLATES, StatePrompts, create_text, ensemble
+from ..backbones.prompts import WINCLIP_STATES, WINCLIP_TEMPLATES, StatePrompts, ensemble
 from ..backbones.words import NAMES, NAMES_HELP
 from ..components.hsvs import HSVS
 from ..components.maps import to_pixels
@@ -24,6 +24,7 @@ from ..components.vtam import VTAM
 from ..data.method_images import batches_for
 from ..learning.losses import focal, image_bce
 from .base import Method, ParameterSet, Prediction, param, register
+from .towers import activation, clip_towers, positions
 
 # %% ../../nbs/methods/42_ssvp.ipynb #61eb0758
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class SSVPParameters(ParameterSet):
     dino: str = param("tiny-dino", "ours: the embedded default; stated: dinov3-vitl16", "second image tower")
     dino_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
     image_size: int|None = param(None, "stated: 518; default: the CLIP tower's", "pixels of CLIP's input, square")
-    quick_gelu: bool|None = param(None, "ours: as the weights were trained", "activation of the CLIP towers: QuickGELU, or False for the exact GELU; None: the one that the weights were trained with")
-    position_resize: str|None = param(None, "ours: as the table", "how the image tower's positions are resized: bilinear, bicubic (antialiased) or bicubic_plain (not); None: as the backbone table says", ("bilinear", "bicubic", "bicubic_plain"))
+    quick_gelu: bool|None = activation(None, "ours: as the weights were trained")
+    position_resize: str|None = positions(None, "ours: as the table")
     dino_size: int|None = param(None, "stated: 592; default: as many patches as CLIP", "pixels of DINO's input, square")
     clip_taps: tuple|None = param(None, "stated: 6/12/18/24 of 24; default: quarters of the depth", "1-based blocks, shallow first")
     dino_layers: str = param("paper", "stated: {3, 6, 9, 11}, read as 0-based", "paper: blocks 4/7/10/12 whatever the depth; scaled: quarters of the depth", ("paper", "scaled"))
@@ -98,8 +99,8 @@ class SSVP(Method):
     def __init__(self, parameters: SSVPParameters):
         super().__init__(replace(parameters, **{k: tuple(v) for k, v in vars(parameters).items() if isinstance(v, list)}))  # JSON has lists only
         p = self.p
-        self.clip, self.text, self.dino = create_backbone(p.clip, p.clip_weights, p.image_size, p.clip_taps, p.quick_gelu, p.position_resize), create_text(p.clip, p.clip_weights, p.quick_gelu), None
-        if getattr(self.clip.tower, "proj", None) is None: raise ValueError(f"{p.clip} has no space shared with text; use a CLIP of the backbone table")
+        self.clip, self.text = clip_towers(p, p.clip_taps)
+        self.dino = None
         self.grid = (self.clip.size // self.clip.patch,) * 2
         if p.hsvs != "none": self.dino = self._second_tower()
         self.prompts = StatePrompts(self.text, p.background, p.state, p.prompts, p.prompt_std, p.shared_background, names=p.names)

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backbones.backbones import ClipBackbone, create_backbone
+from ..backbones.backbones import ClipBackbone
 from ..backbones.ensembles import ANOMALIB_TEMPLATES, WINCLIP_STATES, WINCLIP_TEMPLATES, ensemble, sentences
-from ..backbones.text import create_text
 from ..backbones.words import NAMES, NAMES_HELP
 from ..components.maps import to_pixels
 from .base import Method, ParameterSet, Prediction, Variant, param, reference_images, register
+from .towers import activation, clip_towers, positions
 
 # %% ../../nbs/methods/50_winclip.ipynb #35b6249e
 def window_patches(grid: tuple,  # (h, w) patches of the image
@@ -74,8 +74,8 @@ class WinCLIPParameters(ParameterSet):
     clip: str = param("tiny-clip", "ours: the embedded default; paper: clip-vitb16-plus-240", "image and text tower, a CLIP of the backbone table")
     clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
     names: str = param("words", "ours; raw: most released codes", NAMES_HELP, NAMES)
-    quick_gelu: bool|None = param(None, "code: exact GELU, as LAION's weights were trained", "activation of the CLIP towers: QuickGELU, or False for the exact GELU; None: the one that the weights were trained with")
-    position_resize: str|None = param(None, "code: bilinear, as the table", "how the image tower's positions are resized: bilinear, bicubic (antialiased) or bicubic_plain (not); None: as the backbone table says", ("bilinear", "bicubic", "bicubic_plain"))
+    quick_gelu: bool|None = activation(None, "code: exact GELU, as LAION's weights were trained")
+    position_resize: str|None = positions(None, "code: bilinear, as the table")
     image_size: int|None = param(None, "paper: 240; default: the CLIP tower's", "pixels, square")
     scales: tuple = param((2, 3), "paper", "sides of the windows, patches; () for the image alone")
     templates: str = param("paper", "paper", "of the sentences: paper (22) or anomalib (21, with a full stop)", tuple(TEMPLATES))
@@ -109,8 +109,7 @@ class WinCLIP(Method):
     def __init__(self, parameters: WinCLIPParameters):
         super().__init__(replace(parameters, scales=tuple(parameters.scales)))
         p = self.p
-        self.clip, self.text = create_backbone(p.clip, p.clip_weights, p.image_size, None, p.quick_gelu, p.position_resize), create_text(p.clip, p.clip_weights, p.quick_gelu)
-        if getattr(self.clip.tower, "proj", None) is None: raise ValueError(f"{p.clip} has no space shared with text; use a CLIP of the backbone table")
+        self.clip, self.text = clip_towers(p)
         self.grid, self._said = (self.clip.size // self.clip.patch,) * 2, {}
         for s in p.scales: window_patches(self.grid, s)                                                # a scale that does not fit is refused here
         self._reserve(p.shots)
