@@ -141,7 +141,8 @@ class Backbone(Frozen):
                ) -> Tensor:          # (B, 3, size, size) normalised for this tower
         "Resize (antialiased, as `interpolation` says) when the size differs, then normalise."
         if image.shape[-2:] != (self.size, self.size):
-            image = F.interpolate(image, (self.size, self.size), mode=self.interpolation, antialias=True, align_corners=False).clamp(0, 1)
+            wanted = (self.size, self.size)
+            image = F.interpolate(image, wanted, mode=self.interpolation, antialias=True, align_corners=False).clamp(0, 1)
         return (image - self.mean) / self.std
 
     def embed(self, image: Tensor,      # (B, 3, H, W) RGB in [0, 1]

@@ -64,7 +64,8 @@ def resize_matrix(size: int,  # pixels along one side, wanted
                   interpolation: str="bicubic",  # or bilinear
                  ) -> Tensor: # (size, given)
     "Antialiased resizing of one axis; rows sum to one."
-    return F.interpolate(torch.eye(given)[None, None], (size, given), mode=interpolation, antialias=True, align_corners=False)[0, 0]
+    unit = torch.eye(given)[None, None]
+    return F.interpolate(unit, (size, given), mode=interpolation, antialias=True, align_corners=False)[0, 0]
 
 def _prepare(backbone: Backbone, image: Tensor) -> Tensor:
     "As `Backbone.prepare`, in matrix products; normalised first, since OpenVINO's CPU plugin cannot fuse a scale per channel into a product of rows and columns."

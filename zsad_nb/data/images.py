@@ -66,9 +66,13 @@ class Batch:
         batches = list(batches)
         if not batches: raise ValueError("no batch to join")
         ways = sorted({b.interpolation for b in batches} - {""})
-        if len(ways) > 1: raise ValueError(f"batches whose images were resized in different ways ({', '.join(ways)}) are not one batch; read them alike")
+        if len(ways) > 1:
+            raise ValueError(f"batches whose images were resized in different ways ({', '.join(ways)}) "
+                             "are not one batch; read them alike")
         parts = {f.name: [getattr(b, f.name) for b in batches] for f in fields(Batch) if f.name != "interpolation"}
-        joined = {name: torch.cat(part) if torch.is_tensor(part[0]) else [item for items in part for item in items] for name, part in parts.items()}
+        def one(part):
+            return torch.cat(part) if torch.is_tensor(part[0]) else [item for items in part for item in items]
+        joined = {name: one(part) for name, part in parts.items()}
         return Batch(**joined, interpolation="".join(ways))
 
 # %% ../../nbs/data/12_images.ipynb #09e4a552
@@ -132,7 +136,8 @@ class Batches:
         resized = any(path in self.resized for row in rows for path in row[0].split(" + "))  # of a mosaic: its tiles
         return Batch(image=torch.stack([pixels for _, pixels, _ in good]).float() / 255, mask=torch.stack([mask for _, _, mask in good]),
                      anomalous=torch.tensor([bool(row[2]) for row in rows]), defect=torch.tensor([self.defects.index(row[3]) for row in rows]),
-                     category=[row[4] for row in rows], path=[row[0] for row in rows], has_mask=torch.tensor([bool(row[1]) or not row[2] for row in rows]), interpolation=self.interpolation if resized else "")
+                     category=[row[4] for row in rows], path=[row[0] for row in rows], has_mask=torch.tensor([bool(row[1]) or not row[2] for row in rows]),
+                     interpolation=self.interpolation if resized else "")
 
     def __iter__(self) -> Iterator[Batch]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.rows)).tolist() if self.shuffle else list(range(len(self.rows)))
@@ -174,7 +179,7 @@ def batches(
     on_bad: str = "raise",  # a file that cannot be used: "raise", or "skip" it with a warning, listed in `.skipped`
     rgb: str = "before",  # see `resize`
     defects: list[str] | None = None,  # names that number the defects; default: those of this index
-    interpolation: str = "bicubic",  # of the resizing, or bilinear; for a method see `zsad_nb.data.method_images.batches_for`
+    interpolation: str = "bicubic",  # of the resizing, or bilinear; for a method see `batches_for`
     mosaic: float
     | dict
     | Mosaic = 0.0,  # for training: share of images replaced by 2 x 2 images of their category, see `Mosaic`

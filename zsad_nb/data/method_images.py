@@ -48,5 +48,7 @@ def require_read_for(
     "Refuse images that were resized otherwise than a method wants them: its map would be another one."
     read, wanted = getattr(batch, "interpolation", ""), interpolation_of(method)
     if read and read != wanted:
-        raise ValueError(f"the images of this batch were resized {read}, {method.name} wants them {wanted}: read them with "
-                         "batches_for(method, index, size), or batches(..., interpolation=method.interpolation)")
+        raise ValueError(
+            f"the images of this batch were resized {read}, {method.name} wants them {wanted}: read them with "
+            "batches_for(method, index, size), or batches(..., interpolation=method.interpolation)"
+        )

@@ -37,7 +37,7 @@ def join(
     return (" + ".join(row[0] for row in rows), masks, bool(bad), defect, rows[0][4]), pixels, mask
 
 # %% ../../nbs/data/12c_mosaic.ipynb #d52af81d
-RULES = ("tiles", "replaced", "one type", "defective")  # how a mosaic's tiles and its image label belong together, see `Mosaic`
+RULES = ("tiles", "replaced", "one type", "defective")  # of a mosaic's tiles and its image label, see `Mosaic`
 
 
 def require_share(
@@ -46,7 +46,9 @@ def require_share(
     "Refuse what is no share of images."
     for value in rate.values() if isinstance(rate, dict) else [rate]:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise ValueError(f"mosaic={rate!r}; it is a share of the images, from 0 to 1, or such a share for each data set")
+            raise ValueError(
+                f"mosaic={rate!r}; it is a share of the images, from 0 to 1, or such a share for each data set"
+            )
 
 
 class Mosaic:
@@ -57,9 +59,10 @@ class Mosaic:
         index: pd.DataFrame,  # an Index
         rate: float | dict,  # share of the images; or a share for each data set by name, 0 for those not named
         seed: int = 0,
-        rule: str = "tiles",  # anomalous if a tile is; "replaced": the label of the image it replaces, whatever the tiles show (AdaCLIP, as released);
-        # "one type": as tiles, and no two kinds of defect in one mosaic (ours, for methods that learn types);
-        # "defective": four defective images, whichever image they replace (Bayes-PFL)
+        rule: str = "tiles",  # one of RULES
+        # tiles: anomalous if a tile is; replaced: the label of the image it replaces (AdaCLIP, as released);
+        # one type: as tiles, and no two kinds of defect in one mosaic (ours, for methods that learn types);
+        # defective: four defective images, whichever image they replace (Bayes-PFL)
     ):
         require_share(rate)
         if rule not in RULES:

@@ -146,7 +146,7 @@ def seen_in_training(method: Method,
 @usual_defaults()
 def evaluate(method: Method,
              index: pd.DataFrame,    # target set; rows with split "test" are used
-             size: int|tuple|None=None,  # pixels of maps and masks: a square's side, or (height, width) for AnoVL's squares; default: the size of the method's first backbone
+             size: int|tuple|None=None,  # pixels of maps and masks, or (height, width); default: those of the method's first backbone
              batch_size: int=8,      # changes the speed, not the numbers
              limits: tuple=(0.3,),   # FPR limits of AUPRO
              spill: str|Path|None=None,  # folder for pixels that do not fit in memory; default: the system's temporary folder

@@ -60,12 +60,13 @@ class Recipe:
     eta_min: float = 1e-4       # floor of the cosine; as it equals the lower learning rate, only VisualAD's tokens' rate falls
     lr_scale: float = 1.0       # factor on every learning rate and on eta_min (ours: small backbones learn faster)
     seed: int = 111             # of shuffling and dropout; VisualAD's script
-    mosaic: float|dict = 0.0    # share of the images that 2 x 2 images of their category replace; or a share for each data set by name
+    mosaic: float|dict = 0.0    # share of images that 2 x 2 of their category replace; or a share a data set, by name
     mosaic_rule: str = "tiles"  # how a mosaic's tiles and label belong together: a word of `zsad_nb.data.mosaic.RULES`
 
     def __post_init__(self):
         require_share(self.mosaic)
-        words_of = dict(optimiser=("adamw", "adam"), schedule=("cosine_epochs", "cosine_steps", "constant"), mosaic_rule=MOSAIC_RULES)
+        schedules = ("cosine_epochs", "cosine_steps", "constant")
+        words_of = dict(optimiser=("adamw", "adam"), schedule=schedules, mosaic_rule=MOSAIC_RULES)
         for name, words in words_of.items():
             if getattr(self, name) not in words: raise ValueError(f"{name}={getattr(self, name)!r}; use {', '.join(words)}")
         whole = dict(epochs=_whole("epochs", self.epochs, 0), batch_size=_whole("batch_size", self.batch_size, 1), seed=_whole("seed", self.seed, 0, 2**63))

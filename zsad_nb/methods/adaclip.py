@@ -173,14 +173,33 @@ class AdaCLIP(Method):
     released_name = staticmethod(blank_for_dash)
     released_towers = dict(clip="clip-vitl14-336", image_size=518, taps=(6, 12, 18, 24))
     older = dict(quick_gelu=None, names="words", half_tokens=False, dice_over="image")  # QuickGELU, and no slips
-    recipe = dict(epochs=5, batch_size=1, optimiser="adamw", betas=(0.5, 0.999), weight_decay=0.01, schedule="constant", seed=111,  # code; decay: the optimiser's default; the seed is ours
-                  mosaic=dict(mvtec=0.2), mosaic_rule="replaced")  # code: on MVTec AD alone; the image label stays that of the image it replaces, a slip
-    readings = {"repaired": Variant("Without the slips of the release: dice over the image instead of over its rows, tokens in full precision.", effect=dict(loss=0.3), half_tokens=False, dice_over="image"),
-                "paper": Variant("The most abnormal centre alone joins the class token, and all patches are grouped (our reading of the text); no slips.", effect=dict(score=0.074), fusion="most abnormal", candidates=0, half_tokens=False, dice_over="image"),
-                "quick gelu": Variant("The activation that CLIP was trained with, in both towers.", effect=dict(map=0.029, score=0.013), quick_gelu=None),
-                "words": Variant("Class names as words: metal_nut becomes metal nut, pcb1 printed circuit board.", effect=dict(map=0.0059), names="words"),
-                "ours": Variant("This project's method before it was measured beside the release: QuickGELU, antialiased positions, names as words, no slips.", effect=dict(map=0.027, score=0.015, loss=0.27),
-                                quick_gelu=None, position_resize="bicubic", names="words", half_tokens=False, dice_over="image")}
+    recipe = dict(
+        epochs=5, batch_size=1, optimiser="adamw", betas=(0.5, 0.999), schedule="constant",  # code
+        weight_decay=0.01,  # the optimiser's default
+        mosaic=dict(mvtec=0.2), mosaic_rule="replaced",  # code; the label of the replaced image is a slip
+        seed=111,  # ours
+    )
+    readings = {
+        "repaired": Variant(
+            "Without the slips of the release: dice over the image instead of over its rows, tokens in full "
+            "precision.",
+            effect=dict(loss=0.3), half_tokens=False, dice_over="image"),
+        "paper": Variant(
+            "The most abnormal centre alone joins the class token, and all patches are grouped (our reading "
+            "of the text); no slips.",
+            effect=dict(score=0.074), fusion="most abnormal", candidates=0, half_tokens=False, dice_over="image"),
+        "quick gelu": Variant(
+            "The activation that CLIP was trained with, in both towers.",
+            effect=dict(map=0.029, score=0.013), quick_gelu=None),
+        "words": Variant(
+            "Class names as words: metal_nut becomes metal nut, pcb1 printed circuit board.",
+            effect=dict(map=0.0059), names="words"),
+        "ours": Variant(
+            "This project's method before it was measured beside the release: QuickGELU, antialiased "
+            "positions, names as words, no slips.",
+            effect=dict(map=0.027, score=0.015, loss=0.27), quick_gelu=None, position_resize="bicubic",
+            names="words", half_tokens=False, dice_over="image"),
+    }
     ablations = {"full": {}, "static tokens": dict(kinds="static"), "dynamic tokens": dict(kinds="dynamic"), "image tokens": dict(branches="image"), "text tokens": dict(branches="text"),
                  "no tokens": dict(branches="none"), "no fusion": dict(fusion="none"), "fusion of the paper": dict(fusion="most abnormal", candidates=0)}  # the switches of the code, and the paper's fusion
 

@@ -54,8 +54,14 @@ class AnomalyCLIP(Method):
     compat = dict(deep_half=True)
     released_towers = dict(clip="clip-vitl14-336", image_size=518)
     recipe = dict(epochs=15, batch_size=8, optimiser="adam", betas=(0.5, 0.999), weight_decay=0.0, schedule="constant", seed=111)  # paper: epochs, batch; code: the rest
-    readings = {"released": Variant("The code to the letter: deep text tokens are cast to float16 where they are inserted.", effect="code; the parity tests hold both", deep_half=True),
-                "paper": Variant("Maps of the four quarters of the depth instead of the last block.", effect="paper: four layers", layers="quarters")}
+    readings = {
+        "released": Variant(
+            "The code to the letter: deep text tokens are cast to float16 where they are inserted.",
+            effect="code; the parity tests hold both", deep_half=True),
+        "paper": Variant(
+            "Maps of the four quarters of the depth instead of the last block.",
+            effect="paper: four layers", layers="quarters"),
+    }
     ablations = {"released": {}, "four layers": dict(layers="quarters"), "no DPAM": dict(dual_blocks=0), "no deep tokens": dict(deep_tokens=0), "image loss alone": dict(weight_local=0.0)}  # modules of the paper's ablation, and its local loss
 
     def __init__(self, parameters: AnomalyCLIPParameters):

@@ -138,11 +138,23 @@ class AnoVL(Method):
     released_name = staticmethod(macaroni)
     compat = dict(carried=True)
     older = dict(names="words", bias=False, noise_scale="length", resize="bicubic", crop_score="max")
-    readings = {"released": Variant("To the letter: one AdamW a class, whose moments and step count go on through the class's images in order, and unseeded draws.", effect=dict(map=0.011), carried=True),
-                "visa": Variant("The release's script for VisA: two squares of the wide image, no views, a linear adapter, and squares stitched before the softmax of the loss.", effect="code: its script for VisA, another procedure", **VISA),
-                "words": Variant("Class names as words: metal_nut becomes metal nut, pcb1 printed circuit board.", effect=dict(score=0.00034), names="words"),
-                "ours": Variant("This project's choices before it was measured beside the release: the adapter starts at zero and has no bias, noise in lengths of the patch, bicubic images, names as words.", effect=dict(map=0.057),
-                                start="zero", bias=False, noise_scale="length", resize="bicubic", names="words")}
+    readings = {
+        "released": Variant(
+            "To the letter: one AdamW a class, whose moments and step count go on through the class's "
+            "images in order, and unseeded draws.",
+            effect=dict(map=0.011), carried=True),
+        "visa": Variant(
+            "The release's script for VisA: two squares of the wide image, no views, a linear adapter, and "
+            "squares stitched before the softmax of the loss.",
+            effect="code: its script for VisA, another procedure", **VISA),
+        "words": Variant(
+            "Class names as words: metal_nut becomes metal nut, pcb1 printed circuit board.",
+            effect=dict(score=0.00034), names="words"),
+        "ours": Variant(
+            "This project's choices before it was measured beside the release: the adapter starts at zero "
+            "and has no bias, noise in lengths of the patch, bicubic images, names as words.",
+            effect=dict(map=0.057), start="zero", bias=False, noise_scale="length", resize="bicubic", names="words"),
+    }
     ablations = {"full": {}, "without adaptation": dict(adapter="none"), "without v-v path": dict(dual_blocks=0), "one view": dict(augment=False), "one wording": dict(textures=()),
                  "training-free, plain": dict(adapter="none", dual_blocks=0, augment=False, textures=())}
     studies = {"adapter": {"random": {}, "zero": dict(start="zero"), "text": dict(start="text"), "linear": dict(adapter="linear"), "as released": dict(carried=True)}}
@@ -171,15 +183,17 @@ class AnoVL(Method):
         side, (height, width) = self.clip.size, image.shape[-2:]
         scale = side / min(height, width)
         size = (side, side) if self.p.crops == 1 else tuple(max(side, round(n * scale)) for n in (height, width))
-        return image if size == (height, width) else F.interpolate(image, size, mode=self.interpolation, antialias=True, align_corners=False).clamp(0, 1)
+        if size == (height, width):
+            return image
+        return F.interpolate(image, size, mode=self.interpolation, antialias=True, align_corners=False).clamp(0, 1)
 
     def _require_oblong(self, image: Tensor):
         "Squares of a square are all the same one."
         height, width = image.shape[-2:]
         if self.p.crops > 1 and height == width and not self._told:
             self._told = True
-            warnings.warn(f"crops={self.p.crops}, but these images are square ({height} x {width}): every crop is the whole image. Read them as they are, with size=(height, width), "
-                          "or use crops=1", stacklevel=3)
+            warnings.warn(f"crops={self.p.crops}, but these images are square ({height} x {width}): every crop is the whole "
+                          "image. Read them as they are, with size=(height, width), or use crops=1", stacklevel=3)
 
     def see(self, image: Tensor) -> tuple:  # (B, 3, s, s) in [0, 1] -> class tokens (B, 22 or 1, C) of length 1, patches (B, N, C)
         "One square: its views' class tokens, and its own patches by the v-v path."

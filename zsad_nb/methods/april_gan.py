@@ -49,14 +49,32 @@ class APRILGAN(Method):
     released_name = staticmethod(as_spelt)
     released_towers = dict(clip="clip-vitl14-336", image_size=518, taps=(6, 12, 18, 24))
     older = dict(quick_gelu=None, names="words", few_shot_score="references")  # QuickGELU, whatever the release ran
-    readings = {"released": Variant("Few-shot to the letter: the map's maximum is stretched over all test images of a class before it joins the score.", effect=dict(score=0.32), few_shot_score="test set"),
-                "quick gelu": Variant("The activation that CLIP was trained with, in both towers.", effect=dict(map=0.18, score=0.15), quick_gelu=None),
-                "visa": Variant("The longer training of the release for its auxiliary set VisA; the parameters stay.", recipe=dict(epochs=15), effect="code: its training script; nothing else changes"),
-                "words": Variant("Class names as words: metal_nut becomes metal nut, pcb1 printed circuit board.", effect=dict(map=0.0021), names="words"),
-                "ours": Variant("This project's method before it was measured beside the release: QuickGELU, WinCLIP's 22 frames, names as words, the distance to the references as few-shot score.", effect=dict(map=0.14, score=0.069, loss=0.03),
-                                quick_gelu=None, templates=WINCLIP_TEMPLATES, names="words", few_shot_score="references")}
-    recipe = dict(epochs=3, batch_size=8, optimiser="adam", betas=(0.5, 0.999), weight_decay=0.0, schedule="constant", seed=111,  # code: 3 passes over MVTec AD, 15 over VisA; the seed is ours
-                  mosaic=dict(mvtec=0.2))  # code: on MVTec AD alone
+    readings = {
+        "released": Variant(
+            "Few-shot to the letter: the map's maximum is stretched over all test images of a class before "
+            "it joins the score.",
+            effect=dict(score=0.32), few_shot_score="test set"),
+        "quick gelu": Variant(
+            "The activation that CLIP was trained with, in both towers.",
+            effect=dict(map=0.18, score=0.15), quick_gelu=None),
+        "visa": Variant(
+            "The longer training of the release for its auxiliary set VisA; the parameters stay.",
+            recipe=dict(epochs=15), effect="code: its training script; nothing else changes"),
+        "words": Variant(
+            "Class names as words: metal_nut becomes metal nut, pcb1 printed circuit board.",
+            effect=dict(map=0.0021), names="words"),
+        "ours": Variant(
+            "This project's method before it was measured beside the release: QuickGELU, WinCLIP's 22 "
+            "frames, names as words, the distance to the references as few-shot score.",
+            effect=dict(map=0.14, score=0.069, loss=0.03), quick_gelu=None, templates=WINCLIP_TEMPLATES,
+            names="words", few_shot_score="references"),
+    }
+    recipe = dict(
+        epochs=3,  # code: over MVTec AD; 15 over VisA
+        batch_size=8, optimiser="adam", betas=(0.5, 0.999), weight_decay=0.0, schedule="constant",  # code
+        mosaic=dict(mvtec=0.2),  # code
+        seed=111,  # ours
+    )
 
     def __init__(self, parameters: APRILGANParameters):
         super().__init__(replace(parameters, taps=None if parameters.taps is None else tuple(parameters.taps), templates=read_templates(parameters.templates)))

@@ -87,7 +87,7 @@ class Method(nn.Module):
     older: dict[str, Any] = {}       # what versions that did not have a parameter did, where that is not today's default
     recipe: dict = {}                # the paper's training, as changes to `zsad_nb.learning.training.Recipe`
     transductive = False             # True: a prediction depends on other test images; marked in every table. A variant that does so sets it on the object
-    released_towers: dict = {}       # parameters of the towers that a file of its authors was trained with; {}: there is no reader of such files
+    released_towers: dict = {}       # parameters of the towers that the files of its authors were trained with
     released_name = None             # a staticmethod, name -> words: how the release writes a class's name, for names="released"
     engine: Engine|None = None       # None: PyTorch in fp32; see `use_engine`
 
@@ -376,7 +376,8 @@ def require_importer(name: str) -> Callable:
     own = _importer(name)
     if own is None:
         having = [other for other in dict.fromkeys([*MODULES, *METHODS]) if _importer(other)]
-        raise WeightsError(f"{name} has no released checkpoints that could be imported; those that have: {', '.join(having)}")
+        raise WeightsError(f"{name} has no released checkpoints that could be imported; "
+                           f"those that have: {', '.join(having)}")
     return own
 
 def import_released(method: Method,  # created with the sizes of the checkpoint: towers, taps, tokens
@@ -387,8 +388,8 @@ def import_released(method: Method,  # created with the sizes of the checkpoint:
     "Load a checkpoint of the method's authors; nothing in it is executed, every key that does not fit is named."
     require_importer(method.name)(method, path, **options)
     method.released = file_record(path)
-    whole = [name if "/" in name else f"{name}/*" for name in ([trained_on] if isinstance(trained_on, str) else trained_on)]
-    method.trained_on = sorted(whole)
+    named = [trained_on] if isinstance(trained_on, str) else trained_on
+    method.trained_on = sorted(name if "/" in name else f"{name}/*" for name in named)
     return method
 
 def load_released(released: str,  # METHOD=FILE: a method's name and a checkpoint of its authors
@@ -400,13 +401,16 @@ def load_released(released: str,  # METHOD=FILE: a method's name and a checkpoin
     cls, about = method_class(name), file_record(path)
     require_importer(name)
     towers = cls.released_towers
-    same = all(parameters.get(role, towers[role]) == towers[role] for role in ("backbone", "clip", "dino") if role in towers)
+    roles = [role for role in ("backbone", "clip", "dino") if role in towers]
+    same = all(parameters.get(role, towers[role]) == towers[role] for role in roles)
     parameters = {**(towers if same else {}), **parameters}
     try:
         method = create(name, **parameters)
     except (WeightsError, OSError) as error:
         asked = ", ".join(f"{k}={v!r}" for k, v in parameters.items())
         weights = "weights" if "backbone" in towers else "clip_weights"
-        raise WeightsError(f"{about['file']} holds what {name} learned, not its frozen towers, and these ({asked}) cannot be built: {str(error).rstrip('.')}. "
-                           f"Give their weights ({weights}=FILE), or the towers that the file was trained with") from error
+        raise WeightsError(
+            f"{about['file']} holds what {name} learned, not its frozen towers, and these ({asked}) cannot be built: "
+            f"{str(error).rstrip('.')}. Give their weights ({weights}=FILE), or the towers that the file was trained with"
+        ) from error
     return import_released(method, path, trained_on)

@@ -80,7 +80,12 @@ class Crane(Method):
     compat = dict(deep_half=True, aliased=True)
     released_towers = dict(clip="clip-vitl14-336", image_size=518)
     recipe = dict(epochs=5, batch_size=8, optimiser="adam", betas=(0.6, 0.999), weight_decay=0.0, schedule="constant", seed=111)  # code
-    readings = {"released": Variant("The code to the letter: every listed layer is the last block, and deep text tokens are cast to float16.", effect="code; the parity tests hold it", **compat)}
+    readings = {
+        "released": Variant(
+            "The code to the letter: every listed layer is the last block, and deep text tokens are cast to "
+            "float16.",
+            effect="code; the parity tests hold it", **compat),
+    }
     ablations = {"full": {}, "static prompts": dict(context_train=0.0), "no pooling": dict(cls_weight=1.0), "v-v attention": dict(attention="vv"), "plain attention": dict(dual_blocks=0)}
     studies = {"released code": {"repaired": {}, "float16 tokens": dict(deep_half=True), "aliased layers": dict(aliased=True), "as released": dict(compat)}}
 
@@ -172,7 +177,12 @@ class CranePlus(Crane):
     name, Parameters = "crane_plus", CranePlusParameters
     compat = dict(deep_half=True, aliased=True, batch_mean=True)
     released_towers = dict(clip="clip-vitl14-336", image_size=518, dino="dinov2-vitb14-reg", dino_size=518)
-    readings = {"released": Variant("The code to the letter: float16 tokens, and D-Attn subtracts the mean cosine of the whole batch, so that batch mates decide.", effect="code; the parity tests hold it", **compat)}
+    readings = {
+        "released": Variant(
+            "The code to the letter: float16 tokens, and D-Attn subtracts the mean cosine of the whole "
+            "batch, so that batch mates decide.",
+            effect="code; the parity tests hold it", **compat),
+    }
     studies = {"released code": {"repaired": {}, "float16 tokens": dict(deep_half=True), "batch mean": dict(batch_mean=True), "values of the input": dict(value_from="input"), "as released": dict(compat)}}
 
     def __init__(self, parameters: CranePlusParameters):

@@ -159,7 +159,11 @@ class DAPO(TypeMethod):
     compat = dict(causal=False, true_end=False)
     released_towers = dict(clip="clip-vitl14-336", image_size=518, clip_taps=(6, 12, 18, 24))
     recipe = dict(epochs=2, batch_size=8, optimiser="adam", betas=(0.5, 0.999), weight_decay=0.0, schedule="constant", seed=42)  # code: 5 epochs, tested is the 2nd; the rate is constant
-    readings = {"released": Variant("The code to the letter: the text tower has no causal mask and reads a sentence before its end.", effect="code; the parity tests hold it", **compat)}
+    readings = {
+        "released": Variant(
+            "The code to the letter: the text tower has no causal mask and reads a sentence before its end.",
+            effect="code; the parity tests hold it", **compat),
+    }
     ablations = {"full": {}, "no carry-over": dict(alpha=0.0), "shallow tokens": dict(alpha=1.0), "no image tokens": dict(image_tokens=0), "no text tokens": dict(text_tokens=0),
                  "no deep tokens": dict(image_tokens=0, text_tokens=0), "one context": dict(prompts=1), "as released": dict(compat)}  # from the knobs of the code: no table is known
 

@@ -20,25 +20,26 @@ def split_released(released: str  # METHOD=FILE
     "The two halves of METHOD=FILE."
     name, equals, path = str(released).partition("=")
     if not (name and equals and path):
-        raise ValueError(f"released={shown(str(released))!r}: write METHOD=FILE, a method's name and a checkpoint of its authors, such as april_gan=epoch_15.pth")
+        raise ValueError(f"released={shown(str(released))!r}: write METHOD=FILE, a method's name and a checkpoint of its "
+                         "authors, such as april_gan=epoch_15.pth")
     return name, Path(path).expanduser()
 
 def file_record(path: str|Path) -> dict:  # file, sha256
     "What identifies a file in a result: its name and the hash of its bytes."
     path = Path(path)
     if not path.is_file():
-        raise WeightsError(f"no released file {shown(str(path))}; give the path of a checkpoint of the method's authors")
+        raise WeightsError(f"no released file {shown(str(path))}; give the path of a checkpoint of the authors")
     with open(path, "rb") as file:
         return dict(file=path.name, sha256=hashlib.file_digest(file, "sha256").hexdigest())
 
 # %% ../../nbs/methods/39d_released_files.ipynb #f7e8f4db
 def fit_released(method,            # created with the sizes of the checkpoint
                  flat: dict,        # name -> tensor of the checkpoint, see `released_state`
-                 names: dict,       # our name -> released name, or the names of the pieces that lie behind each other in our tensor
+                 names: dict,       # our name -> released name, or the names of the pieces that our tensor is made of
                  path: str|Path,    # for the message
                  unused: tuple=(),  # released names that nothing reads
                 ):                  # the same method, with the checkpoint's tensors
-    "Copy a checkpoint's tensors by a table of names; every key that is missing, too many or of another shape is named as the file has it."
+    "Copy a checkpoint's tensors by a table of names; every key that does not fit is named as the file has it."
     own, places = method.learned(), {}
     for ours, theirs in names.items():
         if isinstance(theirs, str):
@@ -47,7 +48,8 @@ def fit_released(method,            # created with the sizes of the checkpoint
             places |= dict(zip(theirs, own[ours] if len(own[ours]) == len(theirs) else own[ours].chunk(len(theirs))))
     if wrong := list(_released_misfits(places, flat, unused)):
         more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
-        raise WeightsError(f"{Path(path).name} does not fit {method.name}: {'; '.join(wrong[:6])}{more}; create the method with the checkpoint's towers, taps and sizes")
+        raise WeightsError(f"{Path(path).name} does not fit {method.name}: {'; '.join(wrong[:6])}{more}; "
+                           "create the method with the checkpoint's towers, taps and sizes")
     with torch.no_grad():
         for name, place in places.items():
             place.copy_(flat[name])
@@ -81,7 +83,7 @@ def linear_layer_names(method  # with `adapters`, one a tap
 
 def import_linear_layers(method,         # created with the checkpoint's tower and taps
                          path: str|Path, # a released .pth, or the same names in safetensors
-                         trained_on=(),  # "dataset/category" of the images it was trained on, so that `evaluate` can say what is not zero-shot
+                         trained_on=(),  # "dataset/category" of the images it was trained on: no file says so
                         ):               # the same method, with the checkpoint's linear layers
     "Load a checkpoint of APRIL-GAN's or MultiADS's authors; every key that does not fit is named."
     fit_released(method, released_state(path)[0], linear_layer_names(method), path)

@@ -15,14 +15,16 @@ def activation(default: bool|None,  # QuickGELU, exact GELU (False), or None: as
                source: str,         # of the default
               ):                    # a dataclass field
     "The parameter `quick_gelu` of a method."
-    return param(default, source, "activation of the CLIP towers: QuickGELU, or False for the exact GELU; None: the one that the weights were trained with")
+    return param(default, source, "activation of the CLIP towers: QuickGELU, or False for the exact GELU; "
+                                  "None: the one that the weights were trained with")
 
 def positions(default: str|None,  # a way to resize positions; None: as the backbone table says
               source: str,        # of the default
              ):                   # a dataclass field
     "The parameter `position_resize` of a method."
-    return param(default, source, "how the image tower's positions are resized: bilinear, bicubic (antialiased) or bicubic_plain (not); None: as the backbone table says",
-                 ("bilinear", "bicubic", "bicubic_plain"))
+    ways = ("bilinear", "bicubic", "bicubic_plain")
+    return param(default, source, "how the image tower's positions are resized: bilinear, bicubic (antialiased) or "
+                                  "bicubic_plain (not); None: as the backbone table says", ways)
 
 def clip_towers(p,                 # parameters: clip, clip_weights, image_size, quick_gelu, position_resize
                 taps: tuple|None=None,  # 1-based blocks; None: the tower's own

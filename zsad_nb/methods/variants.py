@@ -12,10 +12,10 @@ import pandas as pd
 
 # %% ../../nbs/methods/39c_variants.ipynb #4cfa2bf4
 class Variant(dict):
-    "A named set of parameters: what differs from the defaults, what that changes and by how much, and the training that belongs to it."
+    "A named set of parameters: what differs from the defaults, what that changes and by how much, and its training."
     def __init__(self, note: str,          # one sentence
                  recipe: dict|None=None,   # changes to the method's recipe, see `recipe_of`
-                 effect: dict|str="",      # largest changes that the method's notebook measures, {"map": 0.1}; or words: where a number or the set is from
+                 effect: dict|str="",      # largest changes that the method's notebook measures, {"map": 0.1}; or a source
                  **changes                 # parameters and their values
                 ):
         super().__init__(changes)
@@ -29,7 +29,8 @@ class Variant(dict):
 
     def says(self) -> str:
         "The changes in words, those of the training behind those of the parameters."
-        changes = [f"{k}={value!r}" for k, value in self.items()] + [f"recipe {k}={value!r}" for k, value in self.recipe.items()]
+        changes = [f"{k}={value!r}" for k, value in self.items()]
+        changes += [f"recipe {k}={value!r}" for k, value in self.recipe.items()]
         return ", ".join(changes) or "nothing"
 
 class AllVariants:
@@ -41,7 +42,8 @@ class AllVariants:
                 if not changes or changes in found.values():
                     continue  # the method itself, or a set that has a name
                 unique = name if found.get(name, changes) == changes else f"{table}: {name}"
-                row = Variant(f"A row of the table {table!r}.", effect=f"not measured here; the notebook experiments/ablation trains the table {table!r}", **changes)
+                where = f"not measured here; the notebook experiments/ablation trains the table {table!r}"
+                row = Variant(f"A row of the table {table!r}.", effect=where, **changes)
                 found.setdefault(unique, changes if isinstance(changes, Variant) else row)
         return found
 
@@ -50,7 +52,8 @@ def variants_of(cls: type  # a method's class
     "A method's variants, what each of them changes, and by how much."
     def row(name, variant):
         marked = "yes" if cls.depends_on_others(variant) else ""
-        return dict(variant=name, changes=variant.says(), transductive=marked, what=variant.note, effect=variant.by_how_much())
+        return dict(variant=name, changes=variant.says(), transductive=marked, what=variant.note,
+                    effect=variant.by_how_much())
     rows = [row(name, variant) for name, variant in cls.variants.items()]
     return pd.DataFrame(rows, columns=["variant", "changes", "transductive", "what", "effect"])
 
@@ -75,10 +78,11 @@ def check_effects(cls: type,           # a method's class
         if not isinstance(variant.effect, dict):
             continue
         if name not in table.index:
-            raise AssertionError(f"{cls.name}, variant {name!r} states {variant.effect}, and no row of the table measures it")
+            raise AssertionError(f"{cls.name}, variant {name!r} states {variant.effect}; no row of the table measures it")
         for what, stated in variant.effect.items():
             measured = table.loc[name, what]
             if abs(measured - stated) > tolerance * max(abs(stated), 1e-3):
-                raise AssertionError(f"{cls.name}, variant {name!r}: {what} moves by {measured:.3g}, the variant states {stated:g}")
+                raise AssertionError(f"{cls.name}, variant {name!r}: {what} moves by {measured:.3g}, "
+                                     f"the variant states {stated:g}")
         held.append(name)
     return held

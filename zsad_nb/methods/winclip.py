@@ -100,9 +100,19 @@ class WinCLIP(Method):
     "Windows of a frozen CLIP against sentences, and against reference images (Jeong et al., CVPR 2023)."
     name, Parameters = "winclip", WinCLIPParameters
     compat = dict(across_windows=True)
-    readings = {"anomalib": Variant("The 21 sentence frames of anomalib's re-implementation instead of the paper's 22.", effect="re-implementation; the parity tests hold it", **VARIANTS["anomalib"]),
-                "caoyunkang": Variant("Another re-implementation: windows are averaged by how normal they are, no whole image in the map, and the score is the map's maximum.", effect="re-implementation, from its code", **VARIANTS["caoyunkang"]),
-                "anomalib, newer open_clip": Variant("Attention across windows instead of within them, as anomalib computes with open_clip 2.26.1 and later.", effect="re-implementation, a slip; the parity tests hold it", **compat)}
+    readings = {
+        "anomalib": Variant(
+            "The 21 sentence frames of anomalib's re-implementation instead of the paper's 22.",
+            effect="re-implementation; the parity tests hold it", **VARIANTS["anomalib"]),
+        "caoyunkang": Variant(
+            "Another re-implementation: windows are averaged by how normal they are, no whole image in the "
+            "map, and the score is the map's maximum.",
+            effect="re-implementation, from its code", **VARIANTS["caoyunkang"]),
+        "anomalib, newer open_clip": Variant(
+            "Attention across windows instead of within them, as anomalib computes with open_clip 2.26.1 "
+            "and later.",
+            effect="re-implementation, a slip; the parity tests hold it", **compat),
+    }
     ablations = {"full": {}, "without 3x3": dict(scales=(2,)), "without 2x2": dict(scales=(3,)), "image alone": dict(scales=()), "class-agnostic": dict(class_agnostic=True)}
     studies = {"codes": VARIANTS}
 

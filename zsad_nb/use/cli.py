@@ -174,7 +174,8 @@ def _predict(args) -> int:
     if args.normals is None and (args.defective or args.comparable): raise ValueError("--defective and --comparable go with --normals: thresholds are made from good images")
     asked = {k: args.__dict__[k] for k in ("rate", "sure", "pixel_rate", "miss", "false_alarm", "share") if args.__dict__[k] is not None}
     if asked and args.normals is None: raise ValueError(f"--{' --'.join(k.replace('_', '-') for k in asked)}: thresholds are made from good images; add --normals FOLDER")
-    if args.model is not None and args.released is not None: raise ValueError("give one of --model and --released: each is a method")
+    if args.model is not None and args.released is not None:
+        raise ValueError("give one of --model and --released: each is a method")
     model = "self_distance" if args.model is None and args.released is None else args.model
     inspector = Inspector.load(model, released=args.released, device=args.device, category=args.category, bits=args.bits, white=args.white, max_side=args.max_side, min_area=args.min_area, batch_size=args.batch, **{k: _value(v) for k, v in _pairs(args.parameter).items()})
     try:

@@ -72,7 +72,8 @@ def _towers(method: Method) -> dict:
     return {role: dict(name=b.row.name, weights=b.weights, hash=b.hash, licence=b.row.licence, **(dict(size=b.size, taps=list(b.taps), mean=list(b.row.norm["mean"]), std=list(b.row.norm["std"])) if hasattr(b, "mean") else {}))
             for role, b in method.backbones().items()}
 
-RESIZE = "{}, antialiased, to the square without keeping the aspect ratio (Pillow's {} on 8-bit RGB), then divided by 255"
+RESIZE = ("{}, antialiased, to the square without keeping the aspect ratio (Pillow's {} on 8-bit RGB), "
+          "then divided by 255")
 
 def describe_export(method: Method, size: int, graphs: dict, category: str|None) -> dict:  # JSON-able
     "Everything a reader of the files has to know: how to prepare an image, what comes out, and what it was made of."

@@ -240,8 +240,10 @@ def _released_in(parameters: dict, found, changes: dict) -> Method:
     path = Path(found.record.get("cwd", "."), path)
     noted, now = found.result.get("released"), file_record(path)
     if isinstance(noted, dict) and noted.get("sha256") != now["sha256"]:
-        raise ValueError(f"the run in {found.folder} used {noted.get('file')} with the SHA-256 {str(noted.get('sha256'))[:16]}..., {path} has {now['sha256'][:16]}...; "
-                         "restore that file, or give its method yourself")
+        raise ValueError(
+            f"the run in {found.folder} used {noted.get('file')} with the SHA-256 {str(noted.get('sha256'))[:16]}..., "
+            f"{path} has {now['sha256'][:16]}...; restore that file, or give its method yourself"
+        )
     return load_released(f"{name}={path}", found.result.get("trained_on") or (), **towers, **changes)
 
 def method_from(what=None,  # a run's folder, a checkpoint, the name of a method, a Method, or anything that has one as `.method`
@@ -250,7 +252,8 @@ def method_from(what=None,  # a run's folder, a checkpoint, the name of a method
                ) -> Method:
     "A method from whatever holds one."
     if released is not None:
-        if what is not None: raise TypeError(f"released={released!r} is a method already; leave {shown(str(what))!r} out")
+        if what is not None:
+            raise TypeError(f"released={released!r} is a method already; leave {shown(str(what))!r} out")
         return load_released(released, **changes)
     if isinstance(getattr(what, "method", None), Method): what = what.method
     if isinstance(what, Method):
