@@ -2,6 +2,7 @@
 
     python tests/full_size_baselines.py                  minutes on an idle core, 6 GB at most
     python tests/full_size_baselines.py --only april_gan anovl
+    python tests/full_size_baselines.py --only multiads --frames 2   a few sentences: the first call is shorter, all else as large
     python tests/full_size_baselines.py --small          the embedded tower: seconds
 
 Seeded random weights ("random:0") cost what trained ones cost; what they say means nothing. Four have OpenAI's ViT-L/14-336 at 518 px, AnoVL the ViT-B/16-plus of LAION at 240 px, to which
@@ -9,6 +10,7 @@ it resizes the image of 518 px. The first call reads a class's sentences, the se
 paper or of the released files' layout, where the specification has one.
 """
 import argparse
+import dataclasses
 import time
 import warnings
 
@@ -35,12 +37,16 @@ EXPECTED = {
 }
 
 
-def settings(name: str, small: bool) -> dict:
+def settings(name: str, small: bool, frames: int = 0) -> dict:
     "Parameters of a method at the size of its release."
+    cls, more = method_class(name), dict(MORE.get(name, {}))
+    fields = {f.name: f.default for f in dataclasses.fields(cls.Parameters)}
+    if frames and "templates" in fields:
+        more["templates"] = fields["templates"][:frames]
     if small:
-        return dict(clip="tiny-clip", clip_weights="random:0", image_size=64, **MORE.get(name, {}))
-    towers = method_class(name).released_towers or TOWERS.get(name, LARGE)
-    return dict(**towers, clip_weights="random:0", **MORE.get(name, {}))
+        return dict(clip="tiny-clip", clip_weights="random:0", image_size=64, **more)
+    towers = cls.released_towers or TOWERS.get(name, LARGE)
+    return dict(**towers, clip_weights="random:0", **more)
 
 
 def one_image(side: int) -> Batch:
@@ -52,11 +58,11 @@ def one_image(side: int) -> Batch:
     return Batch(image, mask, yes, yes.long(), ["bottle"], ["bottle.png"], yes)
 
 
-def measure(name: str, small: bool) -> dict:
+def measure(name: str, small: bool, frames: int = 0) -> dict:
     "One method on one image."
     begun = time.perf_counter()
     torch.manual_seed(0)
-    method = create(name, **settings(name, small)).eval()
+    method = create(name, **settings(name, small, frames)).eval()
     built = time.perf_counter() - begun
     batch, seconds = one_image(96 if small else 518), []
     for _ in range(2):
@@ -81,13 +87,14 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
     "The table, printed row by row as it is measured."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=FIVE, choices=FIVE)
+    parser.add_argument("--frames", type=int, default=0, help="sentence frames, where a method has a list of them (default: all)")
     parser.add_argument("--small", action="store_true", help="the embedded tower: does the script work at all")
     options = parser.parse_args(arguments)
     rows = []
     for name in options.only:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a small text tower has not read every word
-            rows.append(measure(name, options.small))
+            rows.append(measure(name, options.small, options.frames))
         print(", ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()), flush=True)
     return pd.DataFrame(rows)
 
