@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -542,3 +543,23 @@ def test_it_says_that_it_is_transductive(folder, everything):
     pair = small("mutual").prepare(folder[folder["image"].isin(["checks/a.png", "checks/b.png"])].assign(root=1).drop(columns="root").pipe(lambda t: t.attrs.update(folder.attrs) or t))
     assert pair.predict(everything[[0]]).map.isfinite().all(), "two images are enough"
     assert far(copy.deepcopy(pair).predict(everything[[0]]).map, small("mutual").prepare(folder).predict(everything[[0]]).map) > 1e-6
+
+
+@pytest.mark.parametrize("tall", [False, True])
+def test_the_visa_procedure_through_evaluate(tmp_path, tall):
+    "Images read as they lie, shorter side resized to the tower's, two squares; a square image is told."
+    rows, size = [], (90, 60) if tall else (60, 90)
+    for i in range(2):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (*size, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+        mask = np.zeros(size, np.uint8)
+        mask[10:30, 20:40] = 255 * i
+        Image.fromarray(mask).save(tmp_path / f"m{i}.png")
+        rows.append(dict(dataset="own", category="gear", split="test", image=f"{i}.png", mask=f"m{i}.png" if i else "", anomalous=bool(i), defect="dent" if i else "good"))
+    index = make_index(rows, tmp_path)
+    model = create("anovl", clip_weights="random:0", image_size=32, **METHODS["anovl"].variants["visa"])
+    found = evaluate(model, index, size=size, progress=False).per_image.set_index("image")
+    batch = next(iter(batches(index, size)))
+    said = model.predict(batch)
+    assert said.layers["adapted"].shape[1] == 2 and not model._told
+    assert found["score"].tolist() == pytest.approx(said.score.tolist(), abs=1e-6) and found["map_high"].tolist() == pytest.approx(said.map.flatten(1).amax(1).tolist(), abs=1e-6)
+    with pytest.warns(UserWarning, match="crops=2, but these images are square .32 x 32.: every crop is the whole image"): evaluate(model, index, progress=False)

@@ -12,7 +12,6 @@ from zsad_nb.backbones.weights import WeightsError
 from zsad_nb.components.prompt_flow import STATES, PromptFlows, density_gap, fixed_noise, invertible_direction, planar
 from zsad_nb.components.text_attention import RCA
 from zsad_nb.core import seed_everything
-from zsad_nb.data.augment import AUGMENTATIONS
 from zsad_nb.data.images import Batch, batches
 from zsad_nb.data.index import make_index
 from zsad_nb.data.synthetic import synthetic_index
@@ -285,7 +284,7 @@ def test_training_images_are_changed(drawn):
         return fit(model, drawn[0], recipe_of(model, epochs=1, batch_size=2, **changes), progress=False, workers=0)["total"].tolist()
     assert recipe_of("bayes_pfl").augment == "bayes_pfl" and losses() == losses() != losses(augment="none")
     with pytest.raises(ValueError, match="augment='flip'; use none, bayes_pfl"): recipe_of("bayes_pfl", augment="flip")
-    assert AUGMENTATIONS["bayes_pfl"].mosaics == {"mvtec": 0.4}
+    assert (recipe_of("bayes_pfl").mosaic, recipe_of("bayes_pfl").mosaic_rule) == ({"mvtec": 0.4}, "defective")
 
 
 def test_changed_images_are_not_kept(drawn, tmp_path):

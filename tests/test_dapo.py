@@ -388,7 +388,7 @@ def test_the_papers_settings():
     defaults = describe("dapo").set_index("parameter")["default"]
     assert dict(defaults[["prompts", "vectors", "text_tokens", "image_tokens", "alpha", "tau", "weight_local", "weight_global", "lr"]]) == dict(
         prompts=10, vectors=5, text_tokens=4, image_tokens=4, alpha=0.01, tau=0.07, weight_local=4.0, weight_global=1.0, lr=1e-3)
-    assert (defaults["normal_word"], defaults["noun"], defaults["thing"], defaults["release_compat"]) == ("flawless", "anomaly", "object", False)
+    assert (defaults["normal_word"], defaults["noun"], defaults["thing"], defaults["causal"], defaults["true_end"]) == ("flawless", "anomaly", "object", True, True)
     r = recipe_of("dapo")
     assert (r.optimiser, r.betas, r.weight_decay, r.schedule, r.batch_size, r.seed) == ("adam", (0.5, 0.999), 0.0, "constant", 8, 42)
     assert describe("multiads").set_index("parameter")["default"]["tau"] == 0.01 and recipe_of("multiads").batch_size == 8

@@ -13,7 +13,7 @@ from zsad_nb.backbones import engines
 from zsad_nb.backbones.backbones import create_backbone
 from zsad_nb.backbones.engines import Engine, engine_folder, fast_products, onednn_pays, probe_matmul
 from zsad_nb.backbones.features import FeatureCache
-from zsad_nb.backbones.graphs import ENGINES, EngineError, Session, available, constants, cubic_matrix, drawn_images, need, trace, write_onnx
+from zsad_nb.backbones.graphs import ENGINES, EngineError, Session, available, constants, resize_matrix, drawn_images, need, trace, write_onnx
 from zsad_nb.core import seed_everything
 from zsad_nb.data.images import Batch, batches
 from zsad_nb.methods.base import create, load, save
@@ -275,7 +275,7 @@ def test_constants_hold_and_let_go():
         with pytest.raises(RuntimeError), constants(tower): raise RuntimeError("in between")
         assert set(tower.__dict__) == known
     image = torch.rand(1, 3, 50, 31)
-    product = cubic_matrix(24, 50) @ image @ cubic_matrix(40, 31).T
+    product = resize_matrix(24, 50) @ image @ resize_matrix(40, 31).T
     assert (product - torch.nn.functional.interpolate(image, (24, 40), mode="bicubic", antialias=True, align_corners=False)).abs().max() < 1e-5
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 
+import full_size_baselines
 import pytest
 import torch
 
@@ -53,3 +54,18 @@ def test_one_image_at_full_size(name):
     assert found["shape"] == [1, 518, 518] and found["finite"] and found["peak"] < LIMIT
     assert found["dino"] == (518 if name == "dma_sap" else 592)  # 37 x 37 patches in both towers
     if name == "dma_sap": assert found["spread"] > 0
+
+
+def test_the_baselines_at_a_small_size(capsys):
+    "The script that runs the five at full size works, and says what it measures."
+    table = full_size_baselines.main(["--small"])
+    assert table["method"].tolist() == list(full_size_baselines.FIVE) and table["map"].eq("1x96x96").all() and table["score"].eq("1").all()
+    assert capsys.readouterr().out.count("learned") == 5
+
+
+@pytest.mark.parametrize("name", ["adaclip", "april_gan", "multiads", "anovl"])
+def test_learned_values_at_full_size(name):
+    "As many as the released files hold, or the specification counts; without weights, so in no time."
+    from zsad_nb.methods.base import create
+    with torch.device("meta"): method = create(name, **full_size_baselines.settings(name, small=False))
+    assert count(torch.nn.ParameterList(method.learned().values())) == full_size_baselines.EXPECTED[name][0]

@@ -123,10 +123,10 @@ def test_a_mosaic_needs_two_pixels(size):
 def test_tiles_of_a_mosaic(rows, seed, epoch, one_type):
     "Own category, own row among them, four of them; the same every time; one kind of defect where that is asked for."
     index = pd.DataFrame([dict(dataset="d", category=c, defect=d) for c, d in rows])
-    mosaic = Mosaic(index, 1.0, seed, one_type)
+    mosaic = Mosaic(index, 1.0, seed, "one type" if one_type else "tiles")
     for at in range(len(rows)):
         four = mosaic.tiles(at, epoch)
-        assert four == Mosaic(index, 1.0, seed, one_type).tiles(at, epoch) and len(four) == 4 and at in four
+        assert four == Mosaic(index, 1.0, seed, "one type" if one_type else "tiles").tiles(at, epoch) and len(four) == 4 and at in four
         assert {rows[i][0] for i in four} == {rows[at][0]}
         if one_type:
             assert len({rows[i][1] for i in four} - {GOOD}) <= 1

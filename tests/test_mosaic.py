@@ -12,6 +12,9 @@ from zsad_nb.data.images import Batch, batches
 from zsad_nb.data.index import GOOD, concat_indices, make_index
 from zsad_nb.data.mosaic import Mosaic, join, quarters
 from zsad_nb.data.pixels import BadImage, load_mask, resize, resize_mask
+from zsad_nb.data.readers import read as read_set
+from zsad_nb.learning.training import fit, recipe_of
+from zsad_nb.methods.base import create
 
 SIDE = 24
 
@@ -132,8 +135,8 @@ def test_small_categories(index, count):
 
 def test_one_type(index):
     def kinds(**options): return [len({index["defect"][i] for i in Mosaic(index, 1.0, **options).tiles(at, e)} - {GOOD}) for at in range(len(index)) for e in range(20)]
-    assert max(kinds(one_type=True)) == 1 and max(kinds()) > 1
-    for batch in batches(index, SIDE, 4, mosaic=Mosaic(index, 1.0, 0, one_type=True)):
+    assert max(kinds(rule="one type")) == 1 and max(kinds()) > 1
+    for batch in batches(index, SIDE, 4, mosaic=Mosaic(index, 1.0, 0, "one type")):
         for path, defect in zip(batch.path, batch.defect.tolist()):
             own = set(index["defect"][index["image"].isin(path.split(" + "))]) - {GOOD}
             assert own == ({sorted(set(index["defect"]))[defect]} - {GOOD}), "the name holds for every defective pixel"
@@ -174,19 +177,77 @@ def test_a_cache_cannot_take_a_mosaic_for_its_image(index):
 def test_a_mosaic_with_the_label_of_the_image_it_replaces(index):
     "AdaCLIP, as released: a picture with a defect in it may be called normal, and the other way round."
     labels = dict(zip(index["image"], index["anomalous"]))
-    kept, own = ([b for b in batches(index, SIDE, 1, mosaic=Mosaic(index, 1.0, 0, keep_label=k))] for k in (True, False))
+    kept, own = ([b for b in batches(index, SIDE, 1, mosaic=Mosaic(index, 1.0, 0, rule))] for rule in ("replaced", "tiles"))
     assert [b.anomalous.item() for b in kept] == [bool(labels[p]) for p in index["image"]]
     assert all(torch.equal(a.image, b.image) and torch.equal(a.mask, b.mask) for a, b in zip(kept, own)), "the pixels are the same"
     assert any(a.anomalous.item() != b.anomalous.item() for a, b in zip(kept, own))
 
 
-def test_four_defective_images(index):
-    "Whatever they replace; a category without any defect has none; the label is theirs."
-    plan = Mosaic(index, 1.0, defective=True)
-    assert all(index["anomalous"].iloc[plan.tiles(at, e)].all() and index["category"].iloc[plan.tiles(at, e)].nunique() == 1 for at in range(len(index)) for e in range(10))
-    assert all(batch.anomalous.all() and batch.mask.flatten(1).any(1).all() for batch in batches(index, SIDE, 5, mosaic=plan))
+def test_mosaics_of_defective_images(index):
+    "Bayes-PFL: four defective images of the class, whichever image they replace; none where a class has none."
+    plan = Mosaic(index, 1.0, rule="defective")
+    for at in range(len(index)):
+        four = plan.tiles(at, 0)
+        assert index["anomalous"].iloc[four].all() and set(index["category"].iloc[four]) == {index["category"][at]} and len(four) == 4
     good = some(index, ~index["anomalous"])
-    assert Mosaic(good, 1.0, defective=True).tiles(0, 0) is None
+    assert Mosaic(good, 1.0, rule="defective").tiles(0, 0) is None
+    with pytest.raises(ValueError, match="rule of a mosaic is 'bad'; use tiles, replaced, one type or defective"): Mosaic(index, 1.0, rule="bad")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------ in training
+
+def mvtec_tree(root: Path, categories=("screw", "grid")) -> Path:
+    "Every category: good training images, and three good and three bent test images with masks, in MVTec AD's layout."
+    for c, category in enumerate(categories):
+        for place in ("train/good", "test/good", "test/bent"):
+            for i in range(3):
+                pixels = np.full((SIDE, SIDE, 3), 20 + 40 * i + 10 * c, "uint8")
+                if place == "test/bent": pixels[4:12, 6:18] = 255
+                (root / category / place).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(root / category / place / f"{i:03}.png")
+        (root / category / "ground_truth/bent").mkdir(parents=True, exist_ok=True)
+        mask = np.zeros((SIDE, SIDE), "uint8")
+        mask[4:12, 6:18] = 255
+        for i in range(3): Image.fromarray(mask).save(root / category / "ground_truth/bent" / f"{i:03}_mask.png")
+    return root
+
+
+def trained_on(method, index, recipe) -> list:
+    "The batches that `fit` hands to a method."
+    seen, own = [], method.encode
+    method.encode = lambda batch: seen.append(batch) or own(batch)
+    fit(method, index, recipe, size=28, workers=0, progress=False)
+    return seen
+
+
+RELEASED = {"adaclip": ({"mvtec": 0.2}, "replaced"), "april_gan": ({"mvtec": 0.2}, "tiles"), "multiads": ({"mvtec": 0.2, "mpdd": 0.2}, "one type")}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_training_with_the_mosaics_of_the_release(tmp_path, name):
+    "On a tree in MVTec AD's layout some images are mosaics; on the same images under another data set's name none is."
+    index = read_set("mvtec", mvtec_tree(tmp_path))
+    index = index[index["split"] == "test"].reset_index(drop=True)
+    recipe = recipe_of(name)
+    assert (recipe.mosaic, recipe.mosaic_rule) == RELEASED[name]
+    method = create(name, clip_weights="random:0", image_size=32, templates=("a bad photo of the {} on a table.",))
+    whole = recipe_of(name, epochs=4, batch_size=4, mosaic={"mvtec": 0.5})
+    batch = Batch.cat(trained_on(method, index, whole))
+    labels = dict(zip(index["image"], index["anomalous"]))
+    mosaics = [i for i, path in enumerate(batch.path) if " + " in path]
+    assert len(batch) == 4 * len(index) and 0 < len(mosaics) < len(batch)
+    tiles = [batch.path[i].split(" + ") for i in mosaics]
+    assert all(len(four) == 4 and len({path.split("/")[0] for path in four}) == 1 for four in tiles)
+    own = [any(labels[path] for path in four) == bool(batch.anomalous[i]) for i, four in zip(mosaics, tiles)]
+    assert all(own) is (name != "adaclip"), "AdaCLIP keeps the label of the image that is replaced"
+    other = index.assign(dataset="visa")
+    other.attrs = dict(index.attrs)
+    assert not any(" + " in path for b in trained_on(method, other, recipe_of(name, epochs=1, batch_size=4)) for path in b.path)
+
+
+@pytest.mark.parametrize("changes, message", [(dict(mosaic=1.5), "from 0 to 1"), (dict(mosaic={"mvtec": True}), "from 0 to 1"), (dict(mosaic_rule="all"), "mosaic_rule='all'; use tiles")])
+def test_a_recipe_with_a_wrong_mosaic(changes, message):
+    with pytest.raises(ValueError, match=message): recipe_of("april_gan", **changes)
 
 
 def test_changed_images_are_repeatable(index):

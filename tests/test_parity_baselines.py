@@ -230,7 +230,7 @@ def raw_features(model, batch) -> list:
     if "d_attn" in model.local:
         unit = F.normalize(model.dino(batch.image.clamp(0, 1), norm=True).patches[0], dim=-1)
         s = unit @ unit.transpose(1, 2)
-        a = 3 * (s - 1.2 * (s.mean() if model.p.defect("batch_mean") else s.mean((1, 2), keepdim=True)))
+        a = 3 * (s - 1.2 * (s.mean() if model.p.batch_mean else s.mean((1, 2), keepdim=True)))
         found.insert(0, values_to_joint(model.clip, a.masked_fill(a < 0, -torch.inf).softmax(-1) @ seen.values[depth], depth))
     for name, (feature, raw) in zip(model.local, zip(model.local.values(), found)): assert difference(model.encode(batch)[feature], F.normalize(raw, dim=-1)) < 1e-5, name
     return found

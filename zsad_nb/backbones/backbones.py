@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import usual_defaults
+from ..data.pixels import require_interpolation
 from .weights import (WeightsError, clip_shapes, fitted, flat_state, hub_file, import_vision_libraries, read_state,
                                        vit_shapes, weights_hash)
 
@@ -115,6 +116,7 @@ class Backbone(Frozen):
         self.width, self.depth = self._conv(tower).weight.shape[0], len(self._blocks(tower))
         self.size, self.taps = size or row.size, tuple(taps or row.taps or _default_taps(self.depth))
         self.weights = "unknown"
+        self.interpolation = "bicubic"  # how an image is brought to this tower's size; one of INTERPOLATIONS
         if self.size % self.patch: raise ValueError(f"image size {self.size} is not a multiple of the patch size {self.patch} of {row.name}; "
                                                     f"use {self.size // self.patch * self.patch} or {(self.size // self.patch + 1) * self.patch}")
         self._check_taps(self.taps)
@@ -128,7 +130,8 @@ class Backbone(Frozen):
 
     def settings(self) -> dict:
         "What its features depend on besides weights, size and taps."
-        return dict(quick_gelu=self.quick_gelu, position_resize=self.row.positions)
+        unusual = {} if self.interpolation == "bicubic" else dict(interpolation=self.interpolation)
+        return dict(quick_gelu=self.quick_gelu, position_resize=self.row.positions, **unusual)
 
     def _check_taps(self, taps):
         bad = [t for t in taps if not 1 <= t <= self.depth]
@@ -136,9 +139,10 @@ class Backbone(Frozen):
 
     def prepare(self, image: Tensor  # (B, 3, H, W) RGB in [0, 1]
                ) -> Tensor:          # (B, 3, size, size) normalised for this tower
-        "Resize (bicubic, antialiased) when the size differs, then normalise."
+        "Resize (antialiased, as `interpolation` says) when the size differs, then normalise."
         if image.shape[-2:] != (self.size, self.size):
-            image = F.interpolate(image, (self.size, self.size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+            wanted = (self.size, self.size)
+            image = F.interpolate(image, wanted, mode=self.interpolation, antialias=True, align_corners=False).clamp(0, 1)
         return (image - self.mean) / self.std
 
     def embed(self, image: Tensor,      # (B, 3, H, W) RGB in [0, 1]
@@ -322,9 +326,11 @@ def create_backbone(name: str,  # a name of BACKBONES
                     taps: tuple|None=None,  # 1-based blocks; default: the table's, or the quarter points of the depth
                     quick_gelu: bool|None=None,  # activation of a CLIP; None: the one its weights were trained with (the generic "clip": OpenAI's)
                     position_resize: str|None=None,  # how positions are resized, a key of POSITION_RESIZE; default: the table's
+                    interpolation: str="bicubic",  # how images are brought to its size, one of INTERPOLATIONS
                    ) -> Backbone:       # frozen, in evaluation mode, on the CPU
     "Build a backbone and load its weights."
     if name not in BACKBONES: raise ValueError(f"unknown backbone {name!r}; known: {', '.join(BACKBONES)}")
+    require_interpolation(interpolation)
     row, seed, state, weights = BACKBONES[name], 0, None, str(weights)
     if weights.startswith("random:"):
         if not weights[7:].isdigit(): raise ValueError(f"weights={weights!r}: write random:SEED with a whole number, such as random:0")
@@ -336,7 +342,7 @@ def create_backbone(name: str,  # a name of BACKBONES
     tower = _tower(row, state, quick_gelu, seed)
     if size is None and row.size == 0: size = _native_size(tower, row)
     backbone = (ClipBackbone if row.library == "open_clip" else TimmBackbone)(row, tower, size, taps)
-    backbone.weights = weights
+    backbone.weights, backbone.interpolation = weights, interpolation
     return backbone
 
 def _with_settings(row: BackboneRow, quick_gelu: bool|None, position_resize: str|None) -> BackboneRow:

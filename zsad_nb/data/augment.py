@@ -6,7 +6,7 @@
 __all__ = ['AUGMENTATIONS', 'turned', 'blurred', 'Augmentation']
 
 # %% ../../nbs/data/12d_augment.ipynb #12da0003
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -51,8 +51,6 @@ class Augmentation:
     blur_sigma: float = 1.5    # at most, pixels (ours)
     colour: float = 0.25       # that get other colours, where they are not blurred (code: as above)
     colour_range: float = 0.3  # of saturation and of every channel, as light_range (ours)
-    # name of a data set -> share of its images that become four defective images of their class (code)
-    mosaics: dict = field(default_factory=dict)
 
     def geometry(self, rng: np.random.Generator,
                  pixels: Tensor,  # (3, h, w) float
@@ -97,4 +95,4 @@ class Augmentation:
         bright = self.appearance(rng, bright)
         return (bright * 255).round().clamp(0, 255).to(torch.uint8), mask.contiguous()
 
-AUGMENTATIONS = {"none": None, "bayes_pfl": Augmentation(mosaics={"mvtec": 0.4})}  # of a training's recipe, by name
+AUGMENTATIONS = {"none": None, "bayes_pfl": Augmentation()}  # of a training's recipe, by name

@@ -26,7 +26,7 @@ from .left_out import index_findings
 from .masks import mask_remarks, read_mask, require_own, told_by_shape
 from .mosaic import Mosaic
 from .pixels import BadImage, load_image, load_mask, load_pair, open_image, resize, resize_mask, to_rgb  # noqa: F401 (one door to images)
-from .pixels import fit_mask, read_pair, rgb_of
+from .pixels import fit_mask, read_pair, require_interpolation, rgb_of
 from .reading import Reading, reading_of, takes_reading
 from .stored import Stored, open_stored
 
@@ -41,6 +41,7 @@ class Batch:
     category: list[str]
     path: list[str]  # image path relative to the root of the index
     has_mask: torch.Tensor  # (B,) bool: False only for an anomalous image without a mask file
+    interpolation: str = ""  # how files were resized to this size; "": none was, or nobody says
 
     def __len__(self) -> int: return len(self.anomalous)
 
@@ -54,15 +55,26 @@ class Batch:
         if torch.is_tensor(rows) and rows.dtype == torch.bool and rows.shape != (len(self),):
             raise IndexError(f"a bool selection of shape {tuple(rows.shape)} for {len(self)} rows")
         at = torch.arange(len(self))[rows.cpu() if torch.is_tensor(rows) else torch.as_tensor(rows, dtype=torch.long) if isinstance(rows, list) else rows]
-        return Batch(**{f.name: v[at.to(v.device)] if torch.is_tensor(v := getattr(self, f.name)) else [v[i] for i in at.tolist()] for f in fields(self)})
+        def some(v):
+            if torch.is_tensor(v):
+                return v[at.to(v.device)]
+            return [v[i] for i in at.tolist()] if isinstance(v, list) else v
+        return Batch(**{f.name: some(getattr(self, f.name)) for f in fields(self)})
 
     @staticmethod
     def cat(batches: Iterable["Batch"]) -> "Batch":
         "Batches of one image size as one."
         batches = list(batches)
         if not batches: raise ValueError("no batch to join")
-        parts = {f.name: [getattr(b, f.name) for b in batches] for f in fields(Batch)}
-        return Batch(**{name: torch.cat(part) if torch.is_tensor(part[0]) else [item for items in part for item in items] for name, part in parts.items()})
+        ways = sorted({b.interpolation for b in batches} - {""})
+        if len(ways) > 1:
+            raise ValueError(f"batches whose images were resized in different ways ({', '.join(ways)}) "
+                             "are not one batch; read them alike")
+        parts = {f.name: [getattr(b, f.name) for b in batches] for f in fields(Batch) if f.name != "interpolation"}
+        def one(part):
+            return torch.cat(part) if torch.is_tensor(part[0]) else [item for items in part for item in items]
+        joined = {name: one(part) for name, part in parts.items()}
+        return Batch(**joined, interpolation="".join(ways))
 
 # %% ../../nbs/data/12_images.ipynb #09e4a552
 def defect_names(
@@ -80,6 +92,7 @@ class Batches:
         self.index, self.size, self.batch_size, self.shuffle, self.seed, self.workers = index, size, batch_size, shuffle, seed, workers
         self.on_bad, self.rgb, self.defects, self.reading, self.mosaic = on_bad, rgb, defects, reading, mosaic
         self.interpolation, self.augment = interpolation, augment
+        self.resized: set[str] = set()  # images whose files have another size
         self.unsure: set[str] = set()  # images on which it is supposed how their mask lies
         self._warned = False
         self.root, self.epoch, self.skipped = root_of(index), 0, []
@@ -106,6 +119,8 @@ class Batches:
             if mask is not None and not anomalous and mask.any():
                 raise BadImage(self.root / image_path, f"a normal image whose mask {mask_path} marks {int(mask.sum())} pixels",
                                "correct the label or clear the mask", "normal_mask")
+            if image.size != ((size, size) if isinstance(size, int) else tuple(size)[::-1]):
+                self.resized.add(image_path)
             pixels = resize(image, size, self.rgb, interpolation=self.interpolation)
         except BadImage as error: return error
         small = np.zeros(pixels.shape[:2], bool) if mask is None else resize_mask(mask, pixels.shape[:2])
@@ -123,9 +138,11 @@ class Batches:
                 warnings.warn(f"skipped {result}", stacklevel=3)
         if not good: return None
         rows = [row for row, _, _ in good]
+        resized = any(path in self.resized for row in rows for path in row[0].split(" + "))  # of a mosaic: its tiles
         return Batch(image=torch.stack([pixels for _, pixels, _ in good]).float() / 255, mask=torch.stack([mask for _, _, mask in good]),
                      anomalous=torch.tensor([bool(row[2]) for row in rows]), defect=torch.tensor([self.defects.index(row[3]) for row in rows]),
-                     category=[row[4] for row in rows], path=[row[0] for row in rows], has_mask=torch.tensor([bool(row[1]) or not row[2] for row in rows]))
+                     category=[row[4] for row in rows], path=[row[0] for row in rows], has_mask=torch.tensor([bool(row[1]) or not row[2] for row in rows]),
+                     interpolation=self.interpolation if resized else "")
 
     def __iter__(self) -> Iterator[Batch]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.rows)).tolist() if self.shuffle else list(range(len(self.rows)))
@@ -167,7 +184,7 @@ def batches(
     on_bad: str = "raise",  # a file that cannot be used: "raise", or "skip" it with a warning, listed in `.skipped`
     rgb: str = "before",  # see `resize`
     defects: list[str] | None = None,  # names that number the defects; default: those of this index
-    interpolation: str = "bicubic",  # of the resizing; a method's own where it has one (`method.interpolation`)
+    interpolation: str = "bicubic",  # of the resizing, or bilinear; for a method see `batches_for`
     mosaic: float
     | dict
     | Mosaic = 0.0,  # for training: share of images replaced by 2 x 2 images of their category, see `Mosaic`
@@ -182,6 +199,7 @@ def batches(
         raise ValueError(f"rgb={rgb!r}; it must be 'before' or 'after'")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}; it must be at least 1")
+    require_interpolation(interpolation)
     names = defect_names(index) if defects is None else list(defects)
     unknown = sorted(set(index["defect"]) - set(names))
     if unknown:

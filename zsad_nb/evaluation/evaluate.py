@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..backbones.features import FeatureCache
 from ..core import usual_defaults
-from ..data.images import batches
+from ..data.method_images import batches_for
 from ..data.reading import read_as, reading_of, takes_reading
 from .binned import BinnedPixelMetrics
 from .metrics import Metrics, PixelMetrics, image_metrics, mean_over_classes
@@ -94,7 +94,7 @@ def predict_images(method: Method, part: pd.DataFrame, pixels: PixelMetrics,  # 
                   ) -> list[dict]:  # image, score, map_low, map_high, pixel_ap
     "One row an image; the maps go into the pixel metrics and are forgotten."
     rows = []
-    for batch in batches(part, size, batch_size, workers=workers, defects=defects, interpolation=getattr(method, "interpolation", "bicubic")):
+    for batch in batches_for(method, part, size, batch_size, workers=workers, defects=defects):
         prediction = method.predict(batch, cache).cpu()
         pixels.update(prediction.map.numpy(), batch.mask[:, 0].numpy(), batch.has_mask.numpy())
         for i, (m, y) in enumerate(zip(prediction.map.numpy(), batch.mask[:, 0].numpy())):
@@ -146,7 +146,7 @@ def seen_in_training(method: Method,
 @usual_defaults()
 def evaluate(method: Method,
              index: pd.DataFrame,    # target set; rows with split "test" are used
-             size: int|None=None,    # pixels of maps and masks; default: the size of the method's first backbone
+             size: int|tuple|None=None,  # pixels of maps and masks, or (height, width); default: those of the method's first backbone
              batch_size: int=8,      # changes the speed, not the numbers
              limits: tuple=(0.3,),   # FPR limits of AUPRO
              spill: str|Path|None=None,  # folder for pixels that do not fit in memory; default: the system's temporary folder

@@ -15,7 +15,8 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from ..data.images import batches, defect_names
+from ..data.images import defect_names
+from ..data.method_images import batches_for
 from ..data.reading import read_as, takes_reading
 from ..data.index import GOOD
 from ..data.taxonomy import novel_types, product_types, typed
@@ -216,7 +217,7 @@ def _own_types(method, dataset, category, part) -> tuple:  # numbers of the prod
 @torch.inference_mode()
 def _one_product(method, part, test, size, batch_size, workers, kept, metrics, bar, cache) -> list[dict]:
     rows, part = [], part.sort_values("image", kind="stable")
-    for batch in batches(part, size, batch_size, workers=workers, defects=defect_names(test)):
+    for batch in batches_for(method, part, size, batch_size, workers=workers, defects=defect_names(test)):
         batch = batch.to(method.device)
         said, kinds, shape = method.predict(batch, cache), method.kinds(batch), tuple(batch.image.shape[-2:])
         found = [dict(image=path, category=c) for path, c in zip(batch.path, batch.category)]

@@ -36,6 +36,7 @@ NOTEBOOKS = ("train", "evaluate", "qualitative", "ablation", "defect_types")  # 
 RESULT = {  # result.json of these
     "notebook": str, "method": str, "methods": [str], "data": str, "test": str, "seed": (int, None), "seeds": [int], "table": str, "variants": [str],
     "size": (int, None), "images": (int, None), "epochs": (int, None), "steps": (int, None),
+    "names": (str, {"*": (str, None)}, None), "released": ({"*": (str, {"*": str}, None)}, None),
     "checkpoint": (str, None), "fingerprint": (str, None), "transductive": (bool, None), "seen": ([str], None), "trained_on": ([str], {"*": [str]}, None),
     "backbones": ({"*": (str, {"*": str})}, None), "frozen": ({"*": (str, {"*": str})}, None), "views": ({"*": relative_path}, None),
     **dict.fromkeys(METRIC_NAMES, _NUMBER),

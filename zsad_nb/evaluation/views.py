@@ -18,7 +18,8 @@ import torch
 
 from ..backbones.features import FeatureCache
 from ..core import write_atomically
-from ..data.images import batches, defect_names
+from ..data.images import defect_names
+from ..data.method_images import batches_for
 from ..data.index import root_of
 from ..data.pixels import load_mask
 from ..data.reading import read_as, reading_of, takes_reading
@@ -69,7 +70,7 @@ def map_ranges(method: Method,
     size, rows, test = size or next(iter(method.backbones().values())).size, [], index[index["split"] == "test"]
     if each: test = test.sort_values("image", kind="stable").assign(turn=lambda t: t.groupby(["category", "anomalous"]).cumcount()).sort_values(["category", "turn"], kind="stable").groupby("category").head(each)
     test.attrs = dict(index.attrs)
-    for batch in batches(test, size, 8, defects=defect_names(index), interpolation=method.interpolation):
+    for batch in batches_for(method, test, size, 8, defects=defect_names(index)):
         maps = method.predict(batch, cache).map.flatten(1).cpu()
         rows += [dict(image=p, category=c, map_low=float(m.min()), map_high=float(m.max())) for p, c, m in zip(batch.path, batch.category, maps)]
     return pd.DataFrame(rows)
@@ -86,7 +87,7 @@ def look_at_types(method,                # with types: dapo, multiads; it was to
     size, found = size or next(iter(method.backbones().values())).size, []
     part = test[(test["dataset"] == dataset) & (test["category"] == category)]
     keep = _own_types(method, dataset, category, part)[0] if choice == "filtered" else list(range(1, len(method.types) + 1))
-    for batch in batches(rows, size, 8, defects=defect_names(test)):
+    for batch in batches_for(method, rows, size, 8, defects=defect_names(test)):
         batch = batch.to(method.device)
         said, kinds, kept = method.predict(batch), method.kinds(batch), torch.tensor([0, *keep], device=method.device)
         maps = method.type_maps(said.layers, tuple(batch.image.shape[-2:]), keep)
@@ -165,7 +166,7 @@ def view(method: Method|None,    # None: images and masks alone
             part.attrs = dict(test.attrs)
             found += look_at_types(method, part, test, size=size)
     else:
-        for batch in batches(shown, size, 8, interpolation=getattr(method, "interpolation", "bicubic")):
+        for batch in batches_for(method, shown, size, 8):
             said = None if method is None else method.predict(batch, cache).cpu()
             for i in range(len(batch)):
                 found.append(dict(path=batch.path[i], category=batch.category[i], image=batch.image[i].permute(1, 2, 0).numpy(), mask=batch.mask[i, 0].numpy(), has_mask=bool(batch.has_mask[i]),

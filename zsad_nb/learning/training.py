@@ -25,8 +25,10 @@ from ..backbones.engines import fast_products
 from ..backbones.features import FeatureCache, all_finite
 from ..core import require_known, seed_everything, usual_defaults
 from ..data.augment import AUGMENTATIONS
-from ..data.images import Batch, batches
-from ..data.mosaic import Mosaic
+from ..data.images import Batch
+from ..data.method_images import batches_for
+from ..data.mosaic import RULES as MOSAIC_RULES
+from ..data.mosaic import Mosaic, require_share
 from ..data.reading import read_as, reading_of, takes_reading
 from .devices import Alone, Team, check_devices, inside, launch
 from .precision import checkpointed, full, lowered, peak_memory, reset_peak
@@ -61,9 +63,14 @@ class Recipe:
     lr_scale: float = 1.0       # factor on every learning rate and on eta_min (ours: small backbones learn faster)
     seed: int = 111             # of shuffling, changes to images and dropout; VisualAD's script
     augment: str = "none"       # how training images are changed from pass to pass, a name of zsad_nb.data.augment.AUGMENTATIONS
+    mosaic: float|dict = 0.0    # share of images that 2 x 2 of their category replace; or a share a data set, by name
+    mosaic_rule: str = "tiles"  # how a mosaic's tiles and label belong together: a word of `zsad_nb.data.mosaic.RULES`
 
     def __post_init__(self):
-        for name, words in (("optimiser", ("adamw", "adam")), ("schedule", ("cosine_epochs", "cosine_steps", "constant")), ("augment", tuple(AUGMENTATIONS))):
+        require_share(self.mosaic)
+        schedules = ("cosine_epochs", "cosine_steps", "constant")
+        words_of = dict(optimiser=("adamw", "adam"), schedule=schedules, augment=tuple(AUGMENTATIONS), mosaic_rule=MOSAIC_RULES)
+        for name, words in words_of.items():
             if getattr(self, name) not in words: raise ValueError(f"{name}={getattr(self, name)!r}; use {', '.join(words)}")
         whole = dict(epochs=_whole("epochs", self.epochs, 0), batch_size=_whole("batch_size", self.batch_size, 1), seed=_whole("seed", self.seed, 0, 2**63))
         real = dict(weight_decay=_real("weight_decay", self.weight_decay), eta_min=_real("eta_min", self.eta_min), lr_scale=_real("lr_scale", self.lr_scale, above=True))
@@ -193,9 +200,10 @@ class _Loop:
         kind = dict(adamw=torch.optim.AdamW, adam=torch.optim.Adam)[recipe.optimiser]
         self.optimiser = kind([dict(g) for g in self.groups], betas=recipe.betas, weight_decay=recipe.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=1024.0, enabled=precision == "fp16")
+        mosaic = Mosaic(index, recipe.mosaic, recipe.seed, recipe.mosaic_rule)
         plan = AUGMENTATIONS[recipe.augment]
-        mosaic = Mosaic(index, plan.mosaics, recipe.seed, defective=True) if plan and plan.mosaics else 0.0
-        whole = batches(index, self.size, recipe.batch_size, shuffle=True, seed=recipe.seed, workers=workers, mosaic=mosaic, augment=plan)
+        how = dict(shuffle=True, seed=recipe.seed, workers=workers, mosaic=mosaic if any(mosaic.rates) else 0.0, augment=plan)
+        whole = batches_for(method, index, self.size, recipe.batch_size, **how)
         self.loader, self.steps = self.team.shares(whole), recipe.epochs * len(whole)
         self.kept = None if cache is None or plan else cache.view(**({} if precision == "fp32" else dict(precision=precision)))  # other products, other features
         self.spare = None if self.kept is None else copy.copy(self.kept)  # for an image that another process counts

@@ -12,14 +12,13 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backbones.backbones import create_backbone
 from ..backbones.prompts import ObjectPrompts, import_prompts
-from ..backbones.text import create_text
 from ..backbones.weights import WeightsError, released_state
 from ..components.dual_path import dual_path, joint
 from ..components.maps import to_pixels
 from ..learning.losses import dice, focal
 from .base import Method, ParameterSet, Prediction, Variant, param, register
+from .towers import activation, clip_towers, positions
 
 # %% ../../nbs/methods/51_anomalyclip.ipynb #0fd886be
 @dataclass(frozen=True)
@@ -28,8 +27,8 @@ class AnomalyCLIPParameters(ParameterSet):
     clip: str = param("tiny-clip", "ours: the embedded default; paper: clip-vitl14-336", "image and text tower, a CLIP of the backbone table")
     clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
     image_size: int|None = param(None, "paper: 518; default: the CLIP tower's", "pixels, square")
-    quick_gelu: bool|None = param(None, "code: QuickGELU, as the weights were trained", "activation of the CLIP towers: QuickGELU, or False for the exact GELU; None: the one that the weights were trained with")
-    position_resize: str|None = param(None, "code: bilinear, as the table", "how the image tower's positions are resized: bilinear, bicubic (antialiased) or bicubic_plain (not); None: as the backbone table says", ("bilinear", "bicubic", "bicubic_plain"))
+    quick_gelu: bool|None = activation(None, "code: QuickGELU, as the weights were trained")
+    position_resize: str|None = positions(None, "code: bilinear, as the table")
     layers: str = param("last", "code; paper: quarters", "last block, or quarters of the depth (6/12/18/24 of 24)", ("last", "quarters"))
     taps: tuple|None = param(None, "by layers", "1-based blocks whose maps are summed")
     dual_blocks: int|None = param(None, "code: 19 of 24; default: the same share of the depth", "length of the refined path; 0: none (without DPAM)", "0 or more")
@@ -45,30 +44,35 @@ class AnomalyCLIPParameters(ParameterSet):
     sigma: float = param(4.0, "code", "Gaussian of the map, pixels; evaluation only", "0 or more")
     weight_local: float = param(4.0, "code", "weight of the pixel loss")
     lr: float = param(1e-3, "paper", "learning rate")
-    release_compat: bool = param(False, "ours", "defects of the released code: at present deep_half")
-    deep_half: bool|None = param(None, "by release_compat; code: True", "cast deep text tokens to float16 at insertion")
+    deep_half: bool = param(False, "ours: repaired; code: True", "cast deep text tokens to float16 at insertion")
 
 # %% ../../nbs/methods/51_anomalyclip.ipynb #0d7a0f62
 @register
 class AnomalyCLIP(Method):
     "Object-agnostic prompts against a v-v path of CLIP (Zhou et al., ICLR 2024)."
     name, Parameters = "anomalyclip", AnomalyCLIPParameters
+    compat = dict(deep_half=True)
+    released_towers = dict(clip="clip-vitl14-336", image_size=518)
     recipe = dict(epochs=15, batch_size=8, optimiser="adam", betas=(0.5, 0.999), weight_decay=0.0, schedule="constant", seed=111)  # paper: epochs, batch; code: the rest
-    readings = {"released": Variant("The code to the letter: deep text tokens are cast to float16 where they are inserted.", release_compat=True),
-                "paper": Variant("Maps of the four quarters of the depth instead of the last block.", layers="quarters")}
+    readings = {
+        "released": Variant(
+            "The code to the letter: deep text tokens are cast to float16 where they are inserted.",
+            effect="code; the parity tests hold both", deep_half=True),
+        "paper": Variant(
+            "Maps of the four quarters of the depth instead of the last block.",
+            effect="paper: four layers", layers="quarters"),
+    }
     ablations = {"released": {}, "four layers": dict(layers="quarters"), "no DPAM": dict(dual_blocks=0), "no deep tokens": dict(deep_tokens=0), "image loss alone": dict(weight_local=0.0)}  # modules of the paper's ablation, and its local loss
 
     def __init__(self, parameters: AnomalyCLIPParameters):
         super().__init__(replace(parameters, taps=None if parameters.taps is None else tuple(parameters.taps)))
         p = self.p
-        self.clip, self.text = create_backbone(p.clip, p.clip_weights, p.image_size, p.taps, p.quick_gelu, p.position_resize), create_text(p.clip, p.clip_weights, p.quick_gelu)
-        if getattr(self.clip.tower, "proj", None) is None: raise ValueError(f"{p.clip} has no space shared with text; use a CLIP of the backbone table")
+        self.clip, self.text = clip_towers(p, p.taps)
         if p.taps is None and p.layers == "last": self.clip.taps = (self.clip.depth,)
         self.grid = (self.clip.size // self.clip.patch,) * 2
         self.dual_blocks = max(1, round(self.clip.depth * 19 / 24)) if p.dual_blocks is None else p.dual_blocks
         if self.dual_blocks > self.clip.depth: raise ValueError(f"dual_blocks={p.dual_blocks}; {p.clip} has {self.clip.depth} blocks")
-        half = p.release_compat if p.deep_half is None else p.deep_half
-        self.prompts = ObjectPrompts(self.text, p.prompt_count, (p.normal_words, p.abnormal_words), p.deep_tokens, p.deep_sets, p.prompt_std, half)
+        self.prompts = ObjectPrompts(self.text, p.prompt_count, (p.normal_words, p.abnormal_words), p.deep_tokens, p.deep_sets, p.prompt_std, p.deep_half)
 
     # ---- frozen
     def encode(self, batch) -> dict[str, Tensor]:

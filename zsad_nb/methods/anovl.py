@@ -8,20 +8,20 @@ __all__ = ['ANGLES', 'SHIFTS', 'GREY', 'VISA', 'kind_of', 'state_sentences', 'mo
 
 # %% ../../nbs/methods/54_anovl.ipynb #79264b38
 import math
+import warnings
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backbones.backbones import create_backbone
 from ..backbones.ensembles import ANOVL_STATES, ANOVL_TEXTURES, RELEASED_HELP, RELEASED_NAMES, anovl_templates, macaroni, sentences
-from ..backbones.text import create_text
 from ..backbones.words import rewrite
 from ..components.dapo_prompts import enlarge
 from ..components.dual_path import dual_path, joint
 from ..data.synthetic import CATEGORIES
 from .base import Method, ParameterSet, Prediction, Variant, param, register
+from .towers import activation, clip_towers, positions
 
 # %% ../../nbs/methods/54_anovl.ipynb #524f1583
 def kind_of(category: str,           # as in the Index
@@ -95,8 +95,8 @@ class AnoVLParameters(ParameterSet):
     "Every choice AnoVL makes."
     clip: str = param("tiny-clip", "ours: the embedded default; paper: clip-vitb16-plus-240", "image and text tower, a CLIP of the backbone table")
     clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
-    quick_gelu: bool|None = param(None, "code: exact GELU, as LAION's weights were trained", "activation of the CLIP towers: QuickGELU, or False for the exact GELU; None: the one that the weights were trained with")
-    position_resize: str|None = param(None, "code: as the table", "how the image tower's positions are resized: bilinear, bicubic (antialiased) or bicubic_plain (not); None: as the backbone table says", ("bilinear", "bicubic", "bicubic_plain"))
+    quick_gelu: bool|None = activation(None, "code: exact GELU, as LAION's weights were trained")
+    position_resize: str|None = positions(None, "code: as the table")
     image_size: int|None = param(None, "paper: 240; default: the CLIP tower's", "pixels, square")
     resize: str = param("bilinear", "code", "how images are brought to the tower's size: bilinear or bicubic, both antialiased", ("bilinear", "bicubic"))
     names: str = param("released", "code: as the data set spells them, but for macaroni1 and macaroni2", RELEASED_HELP, RELEASED_NAMES)
@@ -113,10 +113,10 @@ class AnoVLParameters(ParameterSet):
     noise: float = param(0.055, "paper and code", "standard deviation of the noise", "0 or more")
     noise_scale: str = param("absolute", "code", "what the noise is measured in: absolute, or length (of the patch)", ("absolute", "length"))
     cross: float = param(0.5, "paper", "weight of the cross term", "0 or more")
-    seed: int = param(0, "ours", "of the adapter's start and the noise, the same for every image; without effect with release_compat")
+    seed: int = param(0, "ours", "of the adapter's start and the noise, the same for every image; without effect with carried")
     crops: int = param(1, "paper; VisA: 2", "square crops along the longer side; 1: the whole image, made square", "at least 1")
     crop_score: str = param("mean", "code, VisA", "of several crops' scores: mean or max", ("mean", "max"))
-    release_compat: bool = param(False, "ours: image by image", "as released to the letter: one optimiser a class, whose moments go on from image to image, and unseeded draws")
+    carried: bool = param(False, "ours: image by image; code: True", "as released to the letter: one optimiser a class, whose moments go on from image to image, and unseeded draws")
 
 # %% ../../nbs/methods/54_anovl.ipynb #60856c31
 def squares(image: Tensor,  # (B, 3, H, W)
@@ -136,47 +136,64 @@ class AnoVL(Method):
     "Training-free CLIP with a v-v path, and an adapter fitted to every test image (Deng et al., 2023)."
     name, Parameters = "anovl", AnoVLParameters
     released_name = staticmethod(macaroni)
+    compat = dict(carried=True)
     older = dict(names="words", bias=False, noise_scale="length", resize="bicubic", crop_score="max")
-    readings = {"released": Variant("To the letter: one AdamW a class, whose moments and step count go on through the class's images in order, and unseeded draws.", release_compat=True),
-                "visa": Variant("The release's script for VisA: two squares of the wide image, no views, a linear adapter, and squares stitched before the softmax of the loss.", **VISA),
-                "words": Variant("Class names as words: metal_nut becomes metal nut, pcb1 printed circuit board.", names="words"),
-                "ours": Variant("This project's choices before it was measured beside the release: the adapter starts at zero and has no bias, noise in lengths of the patch, bicubic images, names as words.",
-                                start="zero", bias=False, noise_scale="length", resize="bicubic", names="words")}
+    readings = {
+        "released": Variant(
+            "To the letter: one AdamW a class, whose moments and step count go on through the class's "
+            "images in order, and unseeded draws.",
+            effect=dict(map=0.011), carried=True),
+        "visa": Variant(
+            "The release's script for VisA: two squares of the wide image, no views, a linear adapter, and "
+            "squares stitched before the softmax of the loss.",
+            effect="code: its script for VisA, another procedure", **VISA),
+        "words": Variant(
+            "Class names as words: metal_nut becomes metal nut, pcb1 printed circuit board.",
+            effect=dict(score=0.00034), names="words"),
+        "ours": Variant(
+            "This project's choices before it was measured beside the release: the adapter starts at zero "
+            "and has no bias, noise in lengths of the patch, bicubic images, names as words.",
+            effect=dict(map=0.057), start="zero", bias=False, noise_scale="length", resize="bicubic", names="words"),
+    }
     ablations = {"full": {}, "without adaptation": dict(adapter="none"), "without v-v path": dict(dual_blocks=0), "one view": dict(augment=False), "one wording": dict(textures=()),
                  "training-free, plain": dict(adapter="none", dual_blocks=0, augment=False, textures=())}
-    studies = {"adapter": {"random": {}, "zero": dict(start="zero"), "text": dict(start="text"), "linear": dict(adapter="linear"), "as released": dict(release_compat=True)}}
+    studies = {"adapter": {"random": {}, "zero": dict(start="zero"), "text": dict(start="text"), "linear": dict(adapter="linear"), "as released": dict(carried=True)}}
 
     def __init__(self, parameters: AnoVLParameters):
         super().__init__(replace(parameters, textures=None if parameters.textures is None else tuple(parameters.textures)))
         p = self.p
-        self.clip, self.text = create_backbone(p.clip, p.clip_weights, p.image_size, None, p.quick_gelu, p.position_resize), create_text(p.clip, p.clip_weights, p.quick_gelu)
-        if getattr(self.clip.tower, "proj", None) is None: raise ValueError(f"{p.clip} has no space shared with text; use a CLIP of the backbone table")
+        self.clip, self.text = clip_towers(p, interpolation=p.resize)
         self.dual_blocks = self.clip.depth if p.dual_blocks is None else p.dual_blocks
         if self.dual_blocks > self.clip.depth: raise ValueError(f"dual_blocks={p.dual_blocks}; {p.clip} has {self.clip.depth} blocks")
-        self.grid, self._said, self._carried = (self.clip.size // self.clip.patch,) * 2, {}, {}
+        self.grid, self._said, self._carried, self._told = (self.clip.size // self.clip.patch,) * 2, {}, {}, False
 
     @classmethod
     def depends_on_others(cls, parameters: dict) -> bool:
         "The moments of a class's optimiser remember the images before."
-        return bool(parameters.get("release_compat"))
-
-    @property
-    def interpolation(self) -> str:  # of `zsad_nb.data.images.batches`
-        "How images are read for this method."
-        return self.p.resize
+        return bool(parameters.get("carried"))
 
     def prepare(self, index, training: bool=False) -> "AnoVL":
-        "Forget the optimisers that `release_compat` carries from image to image."
+        "Forget the optimisers that `carried` takes from image to image."
         self._carried = {}
         return super().prepare(index, training)
 
     # ---- frozen
     def sized(self, image: Tensor) -> Tensor:  # (B, 3, H, W) in [0, 1], whose shorter side is the tower's; both sides where it is one square
-        "Antialiased, bilinear as released or bicubic."
+        "Antialiased, in the method's interpolation."
         side, (height, width) = self.clip.size, image.shape[-2:]
         scale = side / min(height, width)
         size = (side, side) if self.p.crops == 1 else tuple(max(side, round(n * scale)) for n in (height, width))
-        return image if size == (height, width) else F.interpolate(image, size, mode=self.p.resize, antialias=True, align_corners=False).clamp(0, 1)
+        if size == (height, width):
+            return image
+        return F.interpolate(image, size, mode=self.interpolation, antialias=True, align_corners=False).clamp(0, 1)
+
+    def _require_oblong(self, image: Tensor):
+        "Squares of a square are all the same one."
+        height, width = image.shape[-2:]
+        if self.p.crops > 1 and height == width and not self._told:
+            self._told = True
+            warnings.warn(f"crops={self.p.crops}, but these images are square ({height} x {width}): every crop is the whole "
+                          "image. Read them as they are, with size=(height, width), or use crops=1", stacklevel=3)
 
     def see(self, image: Tensor) -> tuple:  # (B, 3, s, s) in [0, 1] -> class tokens (B, 22 or 1, C) of length 1, patches (B, N, C)
         "One square: its views' class tokens, and its own patches by the v-v path."
@@ -188,6 +205,7 @@ class AnoVL(Method):
 
     def encode(self, batch) -> dict[str, Tensor]:
         "`cls` (B, K, V, C) of V views of K crops, `patches` (B, K * N, C)."
+        self._require_oblong(batch.image)
         cls, patches = zip(*map(self.see, squares(self.sized(batch.image), self.p.crops)[0]))
         return dict(cls=torch.stack(cls, 1), patches=torch.cat(patches, 1))
 
@@ -217,7 +235,7 @@ class AnoVL(Method):
               patches: Tensor,      # (N, C) its patches
              ) -> tuple:            # weight (R, C) and bias (R,) where its adapter starts, noise (steps, N, C)
         "Anew for every image: seeded, so that the same image has the same result, or from PyTorch's state (as released)."
-        p, generator = self.p, None if self.p.release_compat else torch.Generator().manual_seed(self.p.seed)
+        p, generator = self.p, None if self.p.carried else torch.Generator().manual_seed(self.p.seed)
         rows, columns = (words.shape[1] if p.adapter == "linear" else len(words)), words.shape[1]
         limit = columns ** -0.5  # of PyTorch's linear layer
         def uniform(*shape): return (2 * torch.rand(shape, generator=generator) - 1) * limit
@@ -262,7 +280,7 @@ class AnoVL(Method):
         with torch.inference_mode(False), torch.enable_grad():                                         # whatever mode the caller is in
             x = patches.detach().clone()
             weight, bias, noise = (torch.stack(v) for v in zip(*(self.draws(w.detach().clone(), v) for w, v in zip(words, x))))
-            if not p.release_compat: return self._steps(x, words, text, noise, build(weight, bias), size)
+            if not p.carried: return self._steps(x, words, text, noise, build(weight, bias), size)
             found = []
             for i, category in enumerate(categories):                                                  # as released: the optimiser of the class, image after image
                 if category not in self._carried: self._carried[category] = build(weight[i:i + 1], bias[i:i + 1])

@@ -29,17 +29,19 @@ def stretch(value: Tensor,   # (B,)
 class ClassRange:
     "Smallest and largest value over the test images of every class: measured when a class is first asked for, or told."
     def __init__(self, method: str):  # its name, for messages
-        self.method, self.tables, self.found = method, {}, {}
+        self.method, self.tables, self.found, self.interpolation = method, {}, {}, "bicubic"
 
-    def prepare(self, index: pd.DataFrame):  # an Index; nothing of its labels is read
+    def prepare(self, index: pd.DataFrame,  # an Index; nothing of its labels is read
+                interpolation: str="bicubic",  # the method's, see `batches`
+               ):
         "Remember which images belong to which class, and forget all ranges."
         test = index[index["split"] == "test"]
-        self.found, self.tables = {}, {}
+        self.found, self.tables, self.interpolation = {}, {}, interpolation
         for category, part in test.groupby("category", sort=True):
             paths = sorted(set(part["image"]))
             rows = [dict(dataset="", category=category, split="test", image=path, mask="", anomalous=False, defect="good") for path in paths]
             self.tables[category] = pd.DataFrame(rows)
-            self.tables[category].attrs["root"] = str(root_of(index))
+            self.tables[category].attrs = {**index.attrs, "root": str(root_of(index))}  # read as the index says
 
     def tell(self, values: Tensor,  # (n,) or (n, K) of the test images
              categories: list,      # one an image
@@ -60,7 +62,7 @@ class ClassRange:
             if category not in self.tables:
                 raise ValueError(f"{self.method} stretches its score over the test images of a class, and was not told of class {category!r}; "
                                  "call prepare(index) with an index of these images, as evaluate does, or use the default, which judges every image by itself")
-            parts = [measure(batch) for batch in batches(self.tables[category], size)]
+            parts = [measure(batch) for batch in batches(self.tables[category], size, interpolation=self.interpolation)]
             self.found[category] = torch.cat(parts).amin(0).cpu(), torch.cat(parts).amax(0).cpu()
         low, high = zip(*(self.found[c] for c in categories))
         return torch.stack(low), torch.stack(high)

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..backbones.backbones import Features, create_backbone
 from ..components.maps import to_pixels, top_share_mean
 from .base import Method, ParameterSet, Prediction, param, register
+from .towers import activation, positions
 
 # %% ../../nbs/methods/45_controls.ipynb #869d3cfc
 def distance_to_mean(patches: Tensor  # (B, N, D)
@@ -27,8 +28,8 @@ class SelfDistanceParameters(ParameterSet):
     backbone: str = param("tiny-dino", "ours: the embedded default", "name in the backbone table")
     weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
     image_size: int|None = param(None, "the backbone's", "pixels, square")
-    quick_gelu: bool|None = param(None, "ours: as the weights were trained", "activation of the CLIP towers: QuickGELU, or False for the exact GELU; None: the one that the weights were trained with")
-    position_resize: str|None = param(None, "as the table", "how the image tower's positions are resized: bilinear, bicubic (antialiased) or bicubic_plain (not); None: as the backbone table says", ("bilinear", "bicubic", "bicubic_plain"))
+    quick_gelu: bool|None = activation(None, "ours: as the weights were trained")
+    position_resize: str|None = positions(None, "as the table")
     tap: int|None = param(None, "ours: the middle block", "1-based block")
     norm: bool = param(False, "ours", "apply the backbone's final norm to the tap")
     sigma: float = param(4.0, "as VisualAD", "Gaussian of the map, pixels", "0 or more")

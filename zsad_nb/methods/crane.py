@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..backbones.backbones import create_backbone
 from ..backbones.prompts import ObjectPrompts
-from ..backbones.text import create_text
 from ..components.dma import resize_tokens, similarity_attention
 from ..components.dual_path import DualPath, dual_path, joint, values_to_joint
 from ..components.maps import to_pixels
@@ -24,6 +23,7 @@ from .anomalyclip import import_released
 from .base import Method, ParameterSet, Prediction, Variant, param, register
 
 _all_ = ["import_released"]
+from .towers import activation, clip_towers, positions
 
 # %% ../../nbs/methods/52_crane.ipynb #1d39496d
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class CraneParameters(ParameterSet):
     clip: str = param("tiny-clip", "ours: the embedded default; paper: clip-vitl14-336", "image and text tower, a CLIP of the backbone table")
     clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
     image_size: int|None = param(None, "code: 518; default: the CLIP tower's", "pixels, square")
-    quick_gelu: bool|None = param(None, "code: QuickGELU, as the weights were trained", "activation of the CLIP towers: QuickGELU, or False for the exact GELU; None: the one that the weights were trained with")
-    position_resize: str|None = param(None, "code: bilinear, as the table", "how the image tower's positions are resized: bilinear, bicubic (antialiased) or bicubic_plain (not); None: as the backbone table says", ("bilinear", "bicubic", "bicubic_plain"))
+    quick_gelu: bool|None = activation(None, "code: QuickGELU, as the weights were trained")
+    position_resize: str|None = positions(None, "code: bilinear, as the table")
     taps: tuple|None = param(None, "code: 6/12/18/24 of 24; default: quarters of the depth", "1-based blocks of the refined path that are compared with text")
     dual_blocks: int|None = param(None, "code: 19 of 24; default: the same share of the depth", "length of the refined path; 0: none", "0 or more")
     attention: str = param("qkv", "paper: E-Attn", "of the refined path: qkv, or vv (AnomalyCLIP)", ("qkv", "vv"))
@@ -55,13 +55,8 @@ class CraneParameters(ParameterSet):
     weight_dice: float = param(2.0, "code", "weight of the dice loss")
     weight_ce: float = param(0.2, "code", "weight of the image's cross-entropy")
     lr: float = param(1e-3, "code", "learning rate")
-    release_compat: bool = param(False, "ours", "defects of the released code, as far as they are not set one by one")
-    deep_half: bool|None = param(None, "by release_compat; code: True", "cast deep text tokens to float16 at insertion")
-    aliased: bool|None = param(None, "by release_compat; code: True", "every listed layer is the last block")
-
-    def defect(self, name: str) -> bool:
-        "Whether one of the released code's defects is wanted."
-        return self.release_compat if getattr(self, name) is None else getattr(self, name)
+    deep_half: bool = param(False, "ours: repaired; code: True", "cast deep text tokens to float16 at insertion")
+    aliased: bool = param(False, "ours: repaired; code: True", "every listed layer is the last block")
 
 @dataclass(frozen=True)
 class CranePlusParameters(CraneParameters):
@@ -75,23 +70,29 @@ class CranePlusParameters(CraneParameters):
     scale: float = param(3.0, "paper", "sharpness of D-Attn")
     shift: float = param(1.2, "paper", "threshold of D-Attn in units of the mean cosine")
     centre: bool|None = param(None, "ours: for tiny-dino only, whose patches are nearly parallel", "take each image's mean patch off before the cosines")
-    batch_mean: bool|None = param(None, "by release_compat; code: True", "mean cosine over the whole batch: predictions then depend on it, and nothing is cached")
+    batch_mean: bool = param(False, "ours: image by image; code: True", "mean cosine over the whole batch: predictions then depend on it, and nothing is cached")
 
 # %% ../../nbs/methods/52_crane.ipynb #883b2975
 @register
 class Crane(Method):
     "Context-guided prompts against an E-Attn path of CLIP, pooling by the maps (Salehi et al., 2025)."
     name, Parameters = "crane", CraneParameters
+    compat = dict(deep_half=True, aliased=True)
+    released_towers = dict(clip="clip-vitl14-336", image_size=518)
     recipe = dict(epochs=5, batch_size=8, optimiser="adam", betas=(0.6, 0.999), weight_decay=0.0, schedule="constant", seed=111)  # code
-    readings = {"released": Variant("The code to the letter: every listed layer is the last block, and deep text tokens are cast to float16.", release_compat=True)}
+    readings = {
+        "released": Variant(
+            "The code to the letter: every listed layer is the last block, and deep text tokens are cast to "
+            "float16.",
+            effect="code; the parity tests hold it", **compat),
+    }
     ablations = {"full": {}, "static prompts": dict(context_train=0.0), "no pooling": dict(cls_weight=1.0), "v-v attention": dict(attention="vv"), "plain attention": dict(dual_blocks=0)}
-    studies = {"released code": {"repaired": {}, "float16 tokens": dict(deep_half=True), "aliased layers": dict(aliased=True), "as released": dict(release_compat=True)}}
+    studies = {"released code": {"repaired": {}, "float16 tokens": dict(deep_half=True), "aliased layers": dict(aliased=True), "as released": dict(compat)}}
 
     def __init__(self, parameters: CraneParameters):
         super().__init__(replace(parameters, taps=None if parameters.taps is None else tuple(parameters.taps)))
         p = self.p
-        self.clip, self.text = create_backbone(p.clip, p.clip_weights, p.image_size, p.taps, p.quick_gelu, p.position_resize), create_text(p.clip, p.clip_weights, p.quick_gelu)
-        if getattr(self.clip.tower, "proj", None) is None: raise ValueError(f"{p.clip} has no space shared with text; use a CLIP of the backbone table")
+        self.clip, self.text = clip_towers(p, p.taps)
         depth, wide = self.clip.depth, self.clip.tower.proj.shape[1]
         self.grid = (self.clip.size // self.clip.patch,) * 2
         self.dual_blocks = max(1, round(depth * 19 / 24)) if p.dual_blocks is None else p.dual_blocks
@@ -101,8 +102,8 @@ class Crane(Method):
         if early: raise ValueError(f"taps {self.clip.taps}: {early} lie before the refined path, which runs through blocks {depth - self.dual_blocks + 1} to {depth} of {p.clip}; use later taps or more dual_blocks")
         if (p.context_train or p.context_test) and wide != self.text.width:
             raise ValueError(f"the image becomes a word of the prompt, but its embedding is {wide} wide and a word of {p.clip} {self.text.width}; use a CLIP where both are equal, or context_train=0 and context_test=False")
-        self.prompts = ObjectPrompts(self.text, p.prompt_count, (p.normal_words, p.abnormal_words), p.deep_tokens, p.deep_sets, p.prompt_std, p.defect("deep_half"))
-        self.local = {f"e_attn_{t}": f"e_attn_{depth if p.defect('aliased') else t}" for t in self.clip.taps}  # name of the map -> name of the feature
+        self.prompts = ObjectPrompts(self.text, p.prompt_count, (p.normal_words, p.abnormal_words), p.deep_tokens, p.deep_sets, p.prompt_std, p.deep_half)
+        self.local = {f"e_attn_{t}": f"e_attn_{depth if p.aliased else t}" for t in self.clip.taps}  # name of the map -> name of the feature
 
     def _default_taps(self) -> tuple:
         return tuple(t for t in self.clip.taps if not self.dual_blocks or t > self.clip.depth - self.dual_blocks)
@@ -174,8 +175,15 @@ class Crane(Method):
 class CranePlus(Crane):
     "Crane with D-Attn: DINO's similarities mix CLIP's last values (Salehi et al., 2025)."
     name, Parameters = "crane_plus", CranePlusParameters
-    readings = {"released": Variant("The code to the letter: float16 tokens, and D-Attn subtracts the mean cosine of the whole batch, so that batch mates decide.", release_compat=True)}
-    studies = {"released code": {"repaired": {}, "float16 tokens": dict(deep_half=True), "batch mean": dict(batch_mean=True), "values of the input": dict(value_from="input"), "as released": dict(release_compat=True)}}
+    compat = dict(deep_half=True, aliased=True, batch_mean=True)
+    released_towers = dict(clip="clip-vitl14-336", image_size=518, dino="dinov2-vitb14-reg", dino_size=518)
+    readings = {
+        "released": Variant(
+            "The code to the letter: float16 tokens, and D-Attn subtracts the mean cosine of the whole "
+            "batch, so that batch mates decide.",
+            effect="code; the parity tests hold it", **compat),
+    }
+    studies = {"released code": {"repaired": {}, "float16 tokens": dict(deep_half=True), "batch mean": dict(batch_mean=True), "values of the input": dict(value_from="input"), "as released": dict(compat)}}
 
     def __init__(self, parameters: CranePlusParameters):
         super().__init__(parameters)
@@ -189,8 +197,7 @@ class CranePlus(Crane):
     @classmethod
     def depends_on_others(cls, parameters: dict) -> bool:
         "The mean cosine of a batch is one of all its images."
-        own = parameters.get("batch_mean")
-        return bool(parameters.get("release_compat") if own is None else own)
+        return bool(parameters.get("batch_mean"))
 
     def _default_taps(self) -> tuple: return (self.clip.depth,)
     def grid_of(self, name: str) -> tuple: return self.dino_grid if name == "d_attn" else self.grid
@@ -199,7 +206,7 @@ class CranePlus(Crane):
         "CLIP's last values, mixed by DINO's cosines; output projection, ln_post and projection, no residual (D-Attn)."
         p, last, patches = self.p, self.clip.depth, self.dino(image.clamp(0, 1), norm=True).patches[0]
         mean = None
-        if p.defect("batch_mean"):
+        if p.batch_mean:
             unit = F.normalize(patches - patches.mean(1, keepdim=True) if self.centre else patches, dim=-1)
             mean = (unit @ unit.transpose(1, 2)).mean()
         weights = similarity_attention(patches, p.scale, p.shift, centre=self.centre, mean=mean)        # (B, N, N), one for all heads
@@ -213,7 +220,7 @@ class CranePlus(Crane):
     def encode_key(self) -> dict|None:
         "What `encode` depends on besides the image; None where it depends on batch mates."
         p = self.p
-        if p.defect("batch_mean"): return None
+        if p.batch_mean: return None
         return dict(super().encode_key(), dino=dict(name=p.dino, hash=self.dino.hash, size=self.dino.size), d_attn=dict(value_from=p.value_from, scale=p.scale, shift=p.shift, centre=self.centre))
 
     def patches(self, features: dict) -> Tensor:

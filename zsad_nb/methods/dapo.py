@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbones.backbones import create_backbone
-from ..backbones.text import create_text
 from ..backbones.weights import WeightsError, released_state
 from ..components.dapo_prompts import HybridPrompts, enlarge, focal_types, prototypes, true_and_normal, type_logits
 from ..components.deep_tokens import image_tokens, see_deep
@@ -26,6 +24,7 @@ from ..data.index import GOOD
 from ..data.taxonomy import check_types, index_types, label_types, plain, type_words
 from ..learning.losses import dice
 from .base import Method, ParameterSet, Prediction, Variant, load_tensors, param, register
+from .towers import activation, clip_towers, positions
 
 # %% ../../nbs/methods/44_dapo.ipynb #ae7a731a
 class TypeMethod(Method):
@@ -126,8 +125,8 @@ class DAPOParameters(ParameterSet):
     clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
     image_size: int|None = param(None, "code: 518; default: the tower's", "pixels, square")
     clip_taps: tuple|None = param(None, "code: 6/12/18/24 of 24; default: the tower's", "1-based blocks")
-    quick_gelu: bool|None = param(None, "code: QuickGELU, as the weights were trained", "activation of the CLIP towers: QuickGELU, or False for the exact GELU; None: the one that the weights were trained with")
-    position_resize: str|None = param("bicubic", "code", "how the image tower's positions are resized: bilinear, bicubic (antialiased) or bicubic_plain (not); None: as the backbone table says", ("bilinear", "bicubic", "bicubic_plain"))
+    quick_gelu: bool|None = activation(None, "code: QuickGELU, as the weights were trained")
+    position_resize: str|None = positions("bicubic", "code")
     types: tuple|str|None = param(None, "code: the data set's own list", "defect types: names, or a data set of the taxonomy; None: those of the index")
     words: tuple|None = param(None, "ours", "what the prompts call the types; default: the names, or the taxonomy's words")
     types_from: str = param("", "ours", "given: the types stay; index: every index brings its own; default: index if no types were given")
@@ -142,9 +141,8 @@ class DAPOParameters(ParameterSet):
     image_tokens: int = param(4, "code", "deep tokens an image block; 0: none", "0 or more")
     image_depth: int|None = param(None, "code: all", "image blocks that have them")
     alpha: float = param(0.01, "code", "share of the previous block's tokens in a block's own", "from 0 to 1")
-    release_compat: bool = param(False, "ours: repaired", "text encoder as released: no causal mask, read before the end")
-    causal: bool|None = param(None, "default: not release_compat", "causal mask in the text tower")
-    true_end: bool|None = param(None, "default: not release_compat", "read the sentence at its end")
+    causal: bool = param(True, "ours: repaired; code: False", "causal mask in the text tower")
+    true_end: bool = param(True, "ours: repaired; code: False, before its end", "read the sentence at its end")
     tau: float = param(0.07, "code", "temperature of patches and image", "above 0")
     sigma: float = param(0.0, "code: none", "Gaussian of the maps, pixels; evaluation only", "0 or more")
     type_from: str = param("image", "code; 'map' is ours", "type scores from the class token (image) or from the type maps (map)", ("image", "map"))
@@ -158,20 +156,25 @@ class DAPOParameters(ParameterSet):
 class DAPO(TypeMethod):
     "Hybrid prompts, deep tokens in both towers, one adapter a tap (Nazer et al., arXiv 2512.09446)."
     name, encodes, Parameters = "dapo", False, DAPOParameters
+    compat = dict(causal=False, true_end=False)
+    released_towers = dict(clip="clip-vitl14-336", image_size=518, clip_taps=(6, 12, 18, 24))
     recipe = dict(epochs=2, batch_size=8, optimiser="adam", betas=(0.5, 0.999), weight_decay=0.0, schedule="constant", seed=42)  # code: 5 epochs, tested is the 2nd; the rate is constant
-    readings = {"released": Variant("The code to the letter: the text tower has no causal mask and reads a sentence before its end.", release_compat=True)}
+    readings = {
+        "released": Variant(
+            "The code to the letter: the text tower has no causal mask and reads a sentence before its end.",
+            effect="code; the parity tests hold it", **compat),
+    }
     ablations = {"full": {}, "no carry-over": dict(alpha=0.0), "shallow tokens": dict(alpha=1.0), "no image tokens": dict(image_tokens=0), "no text tokens": dict(text_tokens=0),
-                 "no deep tokens": dict(image_tokens=0, text_tokens=0), "one context": dict(prompts=1), "as released": dict(release_compat=True)}  # from the knobs of the code: no table is known
+                 "no deep tokens": dict(image_tokens=0, text_tokens=0), "one context": dict(prompts=1), "as released": dict(compat)}  # from the knobs of the code: no table is known
 
     def __init__(self, parameters: DAPOParameters):
         super().__init__(parameters)
         p = self.p
-        self.clip = b = create_backbone(p.clip, p.clip_weights, p.image_size, p.clip_taps, p.quick_gelu, p.position_resize)
-        self.text = create_text(p.clip, p.clip_weights, p.quick_gelu)
+        self.clip, self.text = clip_towers(p, p.clip_taps)
+        b = self.clip
         depth = b.depth if p.image_depth is None else p.image_depth
         if not 0 <= depth <= b.depth: raise ValueError(f"image_depth={depth}; {p.clip} has {b.depth} blocks")
-        causal, true_end = (not p.release_compat if x is None else x for x in (p.causal, p.true_end))
-        self.prompts = HybridPrompts(self.text, p.prompts, p.vectors, p.normal_word, p.noun, p.thing, p.text_tokens, p.text_depth, p.alpha, causal, true_end)
+        self.prompts = HybridPrompts(self.text, p.prompts, p.vectors, p.normal_word, p.noun, p.thing, p.text_tokens, p.text_depth, p.alpha, p.causal, p.true_end)
         self.image_tokens = image_tokens(depth, p.image_tokens, b.width, b.patch) if depth and p.image_tokens else None
         self.adapters = nn.ModuleDict({f"tap_{t}": nn.Linear(b.width, b.tower.proj.shape[1]) for t in b.taps})
         self._first_types()

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from ..backbones.backbones import create_backbone
 from ..backbones.prompts import ObjectPrompts
-from ..backbones.text import create_text
 from ..components.dma import DMA, LevelFusion, resize_tokens
 from ..components.dual_path import dual_path, joint, values_to_joint
 from ..components.maps import to_pixels
 from ..components.sap import SAP, image_feature, pool, pooling_weights
 from ..learning.losses import dice, focal
-from .base import Method, ParameterSet, Prediction, Variant, param, register
+from .base import Method, ParameterSet, Prediction, param, register
+from .towers import activation, clip_towers, positions
+from .variants import Variant
 
 # %% ../../nbs/methods/41_dma_sap.ipynb #c0f54fc5
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class DMASAPParameters(ParameterSet):
     dino: str = param("tiny-dino", "ours: the embedded default; Crane: dinov2-vitb14-reg", "second image tower")
     dino_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
     image_size: int|None = param(None, "Crane: 518; stated for the speed: 336; default: the CLIP tower's", "pixels, square")
-    quick_gelu: bool|None = param(None, "ours: as the weights were trained", "activation of the CLIP towers: QuickGELU, or False for the exact GELU; None: the one that the weights were trained with")
-    position_resize: str|None = param(None, "ours: as the table", "how the image tower's positions are resized: bilinear, bicubic (antialiased) or bicubic_plain (not); None: as the backbone table says", ("bilinear", "bicubic", "bicubic_plain"))
+    quick_gelu: bool|None = activation(None, "ours: as the weights were trained")
+    position_resize: str|None = positions(None, "ours: as the table")
     dino_size: int|None = param(None, "Crane: the same 518; default: as many patches as CLIP", "pixels of DINO's input, square")
     clip_taps: tuple|None = param(None, "stated: 8/16/24 of 24; default: thirds of the depth", "1-based blocks, shallow first")
     dino_taps: tuple|None = param(None, "stated: 4/8/12 of 12; default: thirds of the depth", "1-based blocks, one for each of clip_taps")
@@ -91,24 +92,23 @@ class DMASAP(Method):
     studies = {
         "parts": {  # what each part does, and whether the reading or the towers decide it
             "D": {},
-            "learned projections": Variant("DMA's value and output projections learn; their count fits the paper's 312.7 M.", dma_projections="learned"),
-            "raw DINO cosines": Variant("The cosines of DMA are those of DINO's own patches, as in Crane.", project_first=False),
-            "cosine schedule": Variant("The rate falls with a cosine: 'initial learning rate' may mean a schedule.", recipe=dict(schedule="cosine_steps")),
-            "SAP of tokens": Variant("SAP pools patch tokens as they come instead of unit ones, as the paper writes.", sap_input="tokens"),
-            "SAP of probabilities": Variant("SAP's softmax takes probability maps instead of logits.", sap_maps="probabilities"),
-            "attention upsampled": Variant("Where the grids differ the attention is resized instead of the values, as the paper writes.", dma_upsample="attention"),
+            "learned projections": Variant("DMA's value and output projections learn; their count fits the paper's 312.7 M.", effect="a table of its own, `make parts`", dma_projections="learned"),
+            "raw DINO cosines": Variant("The cosines of DMA are those of DINO's own patches, as in Crane.", effect="a table of its own, `make parts`", project_first=False),
+            "cosine schedule": Variant("The rate falls with a cosine: 'initial learning rate' may mean a schedule.", effect="a table of its own, `make parts`", recipe=dict(schedule="cosine_steps")),
+            "SAP of tokens": Variant("SAP pools patch tokens as they come instead of unit ones, as the paper writes.", effect="a table of its own, `make parts`", sap_input="tokens"),
+            "SAP of probabilities": Variant("SAP's softmax takes probability maps instead of logits.", effect="a table of its own, `make parts`", sap_maps="probabilities"),
+            "attention upsampled": Variant("Where the grids differ the attention is resized instead of the values, as the paper writes.", effect="a table of its own, `make parts`", dma_upsample="attention"),
             "A": dict(fusion="deep", dma=False, pooling="map"),
-            "A, DINO silent": Variant("Ablation A with dino_proj frozen at zero: CLIP alone.", fusion="deep", dma=False, pooling="map", dino_frozen=True),
+            "A, DINO silent": Variant("Ablation A with dino_proj frozen at zero: CLIP alone.", effect="a table of its own, `make parts`", fusion="deep", dma=False, pooling="map", dino_frozen=True),
             "B": dict(dma=False, pooling="map"),
-            "B, DINO silent": Variant("Ablation B with dino_proj frozen at zero: CLIP alone.", dma=False, pooling="map", dino_frozen=True),
+            "B, DINO silent": Variant("Ablation B with dino_proj frozen at zero: CLIP alone.", effect="a table of its own, `make parts`", dma=False, pooling="map", dino_frozen=True),
         },
     }
 
     def __init__(self, parameters: DMASAPParameters):
         super().__init__(replace(parameters, **{k: tuple(v) for k, v in vars(parameters).items() if isinstance(v, list)}))  # JSON has lists only
         p = self.p
-        self.clip = create_backbone(p.clip, p.clip_weights, p.image_size, p.clip_taps, p.quick_gelu, p.position_resize)
-        self.text = create_text(p.clip, p.clip_weights, p.quick_gelu)
+        self.clip, self.text = clip_towers(p, p.clip_taps)
         self.dino = create_backbone(p.dino, p.dino_weights, p.dino_size, p.dino_taps)
         for tower, taps in ((self.clip, p.clip_taps), (self.dino, p.dino_taps)):
             if taps is None: tower.taps = thirds(tower.depth)

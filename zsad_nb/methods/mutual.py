@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ..backbones.backbones import create_backbone
 from ..components.maps import to_pixels, top_share_mean
-from ..data.images import batches
+from ..data.method_images import batches_for
 from ..data.index import root_of
 from .base import Method, ParameterSet, Prediction, param, register
+from .towers import activation, positions
 
 # %% ../../nbs/methods/45a_mutual.ipynb #a2c2e2c9
 def neighbourhood(patches: Tensor,  # (B, N, D)
@@ -44,8 +45,8 @@ class MutualParameters(ParameterSet):
     backbone: str = param("tiny-dino", "ours: the embedded default; paper: clip-vitl14-336", "name in the backbone table")
     weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
     image_size: int|None = param(None, "the backbone's; paper: 518", "pixels, square")
-    quick_gelu: bool|None = param(None, "ours: as the weights were trained", "activation of the CLIP towers: QuickGELU, or False for the exact GELU; None: the one that the weights were trained with")
-    position_resize: str|None = param(None, "as the table", "how the image tower's positions are resized: bilinear, bicubic (antialiased) or bicubic_plain (not); None: as the backbone table says", ("bilinear", "bicubic", "bicubic_plain"))
+    quick_gelu: bool|None = activation(None, "ours: as the weights were trained")
+    position_resize: str|None = positions(None, "as the table")
     taps: tuple|None = param(None, "ours: the middle block; paper: the quarters", "1-based blocks whose distances are averaged")
     norm: bool = param(False, "ours", "apply the backbone's final norm to the taps")
     neighbourhoods: tuple = param((1, 3, 5), "paper", "odd sides in patches, whose distances are averaged", "one or more")
@@ -123,7 +124,7 @@ class Mutual(Method):
         key = category, tuple(size), self.device
         if key not in self._banks:
             table = self._tables[category]
-            parts = [self.levels(super(Mutual, self).features(b.to(self.device), self._cache)) for b in batches(table, size, self.p.batch_size)]
+            parts = [self.levels(super(Mutual, self).features(b.to(self.device), self._cache)) for b in batches_for(self, table, size, self.p.batch_size)]
             while len(self._banks) >= self.p.categories: del self._banks[next(iter(self._banks))]    # the oldest goes
             self._banks[key] = list(table["image"]), [torch.cat(level) for level in zip(*parts)]
         return self._banks[key]

@@ -16,15 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backbones.backbones import create_backbone
-from ..backbones.prompts import WINCLIP_STATES, WINCLIP_TEMPLATES, StatePrompts, create_text, ensemble
+from ..backbones.prompts import WINCLIP_STATES, WINCLIP_TEMPLATES, StatePrompts, ensemble
 from ..backbones.words import NAMES, NAMES_HELP
 from ..components.hsvs import HSVS
 from ..components.maps import to_pixels
 from ..components.vcpg import VCPG, scd, stay_close, tir_fg
 from ..components.vtam import VTAM
-from ..data.images import batches
+from ..data.method_images import batches_for
 from ..learning.losses import focal, image_bce
-from .base import Method, ParameterSet, Prediction, Variant, param, register
+from .base import Method, ParameterSet, Prediction, param, register
+from .towers import activation, clip_towers, positions
+from .variants import Variant
 
 # %% ../../nbs/methods/42_ssvp.ipynb #61eb0758
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ class SSVPParameters(ParameterSet):
     dino: str = param("tiny-dino", "ours: the embedded default; stated: dinov3-vitl16", "second image tower")
     dino_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
     image_size: int|None = param(None, "stated: 518; default: the CLIP tower's", "pixels of CLIP's input, square")
-    quick_gelu: bool|None = param(None, "ours: as the weights were trained", "activation of the CLIP towers: QuickGELU, or False for the exact GELU; None: the one that the weights were trained with")
-    position_resize: str|None = param(None, "ours: as the table", "how the image tower's positions are resized: bilinear, bicubic (antialiased) or bicubic_plain (not); None: as the backbone table says", ("bilinear", "bicubic", "bicubic_plain"))
+    quick_gelu: bool|None = activation(None, "ours: as the weights were trained")
+    position_resize: str|None = positions(None, "ours: as the table")
     dino_size: int|None = param(None, "stated: 592; default: as many patches as CLIP", "pixels of DINO's input, square")
     clip_taps: tuple|None = param(None, "stated: 6/12/18/24 of 24; default: quarters of the depth", "1-based blocks, shallow first")
     dino_layers: str = param("paper", "stated: {3, 6, 9, 11}, read as 0-based", "paper: blocks 4/7/10/12 whatever the depth; scaled: quarters of the depth", ("paper", "scaled"))
@@ -100,7 +102,7 @@ class SSVP(Method):
     readings = {"the baseline's values": Variant(
         "What the released Bayes-PFL has where this paper is silent: exact GELU, antialiased positions, states that start "
         "at +-0.5, a rate of 0.01 for the temperature, maps smoothed by 8; warm-up and changed training images.",
-        recipe=dict(warmup=0.1, augment="bayes_pfl"),
+        recipe=dict(warmup=0.1, augment="bayes_pfl"), effect="the table of the baseline's values in the notebook",
         state_mean=0.5, quick_gelu=False, position_resize="bicubic", sigma=8.0, lr_tau=1e-2)}
     ablations = {"A baseline": dict(hsvs="none", vcpg=False, vtam=False), "B naive concatenation": dict(hsvs="concat", vcpg=False, vtam=False),
                  "C ATF": dict(vcpg=False, vtam=False), "D ATF, VCPG": dict(vtam=False), "E full": {}}  # Table 3
@@ -108,8 +110,8 @@ class SSVP(Method):
     def __init__(self, parameters: SSVPParameters):
         super().__init__(replace(parameters, **{k: tuple(v) for k, v in vars(parameters).items() if isinstance(v, list)}))  # JSON has lists only
         p = self.p
-        self.clip, self.text, self.dino = create_backbone(p.clip, p.clip_weights, p.image_size, p.clip_taps, p.quick_gelu, p.position_resize), create_text(p.clip, p.clip_weights, p.quick_gelu), None
-        if getattr(self.clip.tower, "proj", None) is None: raise ValueError(f"{p.clip} has no space shared with text; use a CLIP of the backbone table")
+        self.clip, self.text = clip_towers(p, p.clip_taps)
+        self.dino = None
         self.grid = (self.clip.size // self.clip.patch,) * 2
         if p.hsvs != "none": self.dino = self._second_tower()
         self.prompts = StatePrompts(self.text, p.background, p.state, p.prompts, p.prompt_std, p.shared_background, p.state_mean, p.names)
@@ -213,11 +215,11 @@ READINGS = {"default": {}, "focal on the levels (Sec. 3.4)": dict(seg_on="levels
             "cosine as image term (Alg. 1)": dict(global_score="cosine"), "VAE terms summed (Eq. 9)": dict(vae_scale="sum"), "DINO's quarters (not Sec. 4.2)": dict(dino_layers="scaled")}
 PARTS = {  # what each part does, and whether the reading or the towers decide it
     "default": {},
-    "unit T_init": Variant("T_init has unit length before the gate, so that alpha can move it.", normalise_init=True),
-    "unit T_init, two latents": Variant("The same with two latents in training: W_Q and W_K have a gradient.", normalise_init=True, train_latents=2),
-    "class loss 0.1": Variant("The image loss weighs a tenth: does it overrule the pixels in the fused blocks?", weight_class=0.1),
-    "class loss 0": Variant("No image loss.", weight_class=0.0),
-    "unit T_init, class loss 0.1": Variant("Both.", normalise_init=True, weight_class=0.1),
+    "unit T_init": Variant("T_init has unit length before the gate, so that alpha can move it.", effect="a table of its own, `make parts`", normalise_init=True),
+    "unit T_init, two latents": Variant("The same with two latents in training: W_Q and W_K have a gradient.", effect="a table of its own, `make parts`", normalise_init=True, train_latents=2),
+    "class loss 0.1": Variant("The image loss weighs a tenth: does it overrule the pixels in the fused blocks?", effect="a table of its own, `make parts`", weight_class=0.1),
+    "class loss 0": Variant("No image loss.", effect="a table of its own, `make parts`", weight_class=0.0),
+    "unit T_init, class loss 0.1": Variant("Both.", effect="a table of its own, `make parts`", normalise_init=True, weight_class=0.1),
 }
 SSVP.studies = {"readings": READINGS, "parts": PARTS, "auxiliary": {name: {**PAPER, **changes} for name, changes in AUXILIARY.items()}, **{k: {f"{k} = {v}": {k: v} for v in values} for k, values in SWEEPS.items()}}
 
@@ -244,7 +246,7 @@ def alignment(method: SSVP,
     was, cosines, distances, known = method.training, [], [], {}
     method.eval()
     try:
-        for batch in batches(index[index["split"] == "test"], method.clip.size, batch_size, workers=workers):
+        for batch in batches_for(method, index[index["split"] == "test"], method.clip.size, batch_size, workers=workers):
             batch = batch.to(method.device)
             local, _, _, final, _ = method.condition(method.encode(batch), batch.category)
             for c in set(batch.category) - set(known): known[c] = static_text(method, [c], static)[0]

@@ -19,6 +19,7 @@ from ..components.maps import to_pixels, top_share_mean
 from ..components.visual_tokens import SAF, SCA, init_tokens, token_contrast
 from ..learning.losses import angle_margin, dice, focal, image_bce
 from .base import Method, ParameterSet, Prediction, load_tensors, param, register
+from .towers import activation, positions
 
 # %% ../../nbs/methods/43_visualad.ipynb #dd1b4627
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class VisualADParameters(ParameterSet):
     backbone: str = param("tiny-dino", "ours: the embedded default; paper: clip-vitl14-336", "name in the backbone table")
     weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
     image_size: int|None = param(None, "code: 518 for ViT-L/14; default: the backbone's", "pixels, square")
-    quick_gelu: bool|None = param(None, "code: as the weights were trained", "activation of the CLIP towers: QuickGELU, or False for the exact GELU; None: the one that the weights were trained with")
-    position_resize: str|None = param(None, "as the table", "how the image tower's positions are resized: bilinear, bicubic (antialiased) or bicubic_plain (not); None: as the backbone table says", ("bilinear", "bicubic", "bicubic_plain"))
+    quick_gelu: bool|None = activation(None, "code: as the weights were trained")
+    position_resize: str|None = positions(None, "as the table")
     taps: tuple|None = param(None, "code: 6/12/18/24 of 24 blocks; default: the backbone's", "1-based blocks")
     anchors: int = param(4, "paper, script and checkpoints (class default 8)", "m, queries of SCA", "at least 1")
     sca: bool = param(True, "paper: ablation", "correct the tokens with each tap's patches")
@@ -57,6 +58,7 @@ class VisualADParameters(ParameterSet):
 class VisualAD(Method):
     "Two learned tokens in a frozen ViT, SCA and SAF at every tap (Hou et al., CVPR 2026)."
     name, encodes, Parameters = "visualad", False, VisualADParameters
+    released_towers = dict(backbone="clip-vitl14-336", image_size=518)
     ablations = {"full": {}, "no SCA": dict(sca=False), "no SAF": dict(saf=False), "neither": dict(sca=False, saf=False)}  # paper, ablation table
 
     def __init__(self, parameters: VisualADParameters):

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backbones.backbones import ClipBackbone, create_backbone
+from ..backbones.backbones import ClipBackbone
 from ..backbones.ensembles import ANOMALIB_TEMPLATES, WINCLIP_STATES, WINCLIP_TEMPLATES, ensemble, sentences
-from ..backbones.text import create_text
 from ..backbones.words import NAMES, NAMES_HELP
 from ..components.maps import to_pixels
 from .base import Method, ParameterSet, Prediction, Variant, param, reference_images, register
+from .towers import activation, clip_towers, positions
 
 # %% ../../nbs/methods/50_winclip.ipynb #35b6249e
 def window_patches(grid: tuple,  # (h, w) patches of the image
@@ -74,8 +74,8 @@ class WinCLIPParameters(ParameterSet):
     clip: str = param("tiny-clip", "ours: the embedded default; paper: clip-vitb16-plus-240", "image and text tower, a CLIP of the backbone table")
     clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
     names: str = param("words", "ours; raw: most released codes", NAMES_HELP, NAMES)
-    quick_gelu: bool|None = param(None, "code: exact GELU, as LAION's weights were trained", "activation of the CLIP towers: QuickGELU, or False for the exact GELU; None: the one that the weights were trained with")
-    position_resize: str|None = param(None, "code: bilinear, as the table", "how the image tower's positions are resized: bilinear, bicubic (antialiased) or bicubic_plain (not); None: as the backbone table says", ("bilinear", "bicubic", "bicubic_plain"))
+    quick_gelu: bool|None = activation(None, "code: exact GELU, as LAION's weights were trained")
+    position_resize: str|None = positions(None, "code: bilinear, as the table")
     image_size: int|None = param(None, "paper: 240; default: the CLIP tower's", "pixels, square")
     scales: tuple = param((2, 3), "paper", "sides of the windows, patches; () for the image alone")
     templates: str = param("paper", "paper", "of the sentences: paper (22) or anomalib (21, with a full stop)", tuple(TEMPLATES))
@@ -87,7 +87,7 @@ class WinCLIPParameters(ParameterSet):
     score_size: int = param(400, "caoyunkang", "pixels of the map whose maximum is taken", "at least 1")
     shots: int = param(0, "paper: 0, 1, 2, 4", "reference images; set by `set_references`", "0 or more")
     at_once: int = param(2048, "ours", "windows in one pass: memory against speed, no effect on the result", "at least 1")
-    release_compat: bool = param(False, "anomalib on open_clip >= 2.26.1", "attention across windows instead of within them")
+    across_windows: bool = param(False, "ours: as the paper; anomalib on open_clip >= 2.26.1: True", "attention across windows instead of within them")
 
     def __post_init__(self):
         super().__post_init__()
@@ -99,16 +99,27 @@ class WinCLIPParameters(ParameterSet):
 class WinCLIP(Method):
     "Windows of a frozen CLIP against sentences, and against reference images (Jeong et al., CVPR 2023)."
     name, Parameters = "winclip", WinCLIPParameters
-    readings = {"anomalib": Variant("The 21 sentence frames of anomalib's re-implementation instead of the paper's 22.", **VARIANTS["anomalib"]),
-                "caoyunkang": Variant("Another re-implementation: windows are averaged by how normal they are, no whole image in the map, and the score is the map's maximum.", **VARIANTS["caoyunkang"])}
+    compat = dict(across_windows=True)
+    readings = {
+        "anomalib": Variant(
+            "The 21 sentence frames of anomalib's re-implementation instead of the paper's 22.",
+            effect="re-implementation; the parity tests hold it", **VARIANTS["anomalib"]),
+        "caoyunkang": Variant(
+            "Another re-implementation: windows are averaged by how normal they are, no whole image in the "
+            "map, and the score is the map's maximum.",
+            effect="re-implementation, from its code", **VARIANTS["caoyunkang"]),
+        "anomalib, newer open_clip": Variant(
+            "Attention across windows instead of within them, as anomalib computes with open_clip 2.26.1 "
+            "and later.",
+            effect="re-implementation, a slip; the parity tests hold it", **compat),
+    }
     ablations = {"full": {}, "without 3x3": dict(scales=(2,)), "without 2x2": dict(scales=(3,)), "image alone": dict(scales=()), "class-agnostic": dict(class_agnostic=True)}
     studies = {"codes": VARIANTS}
 
     def __init__(self, parameters: WinCLIPParameters):
         super().__init__(replace(parameters, scales=tuple(parameters.scales)))
         p = self.p
-        self.clip, self.text = create_backbone(p.clip, p.clip_weights, p.image_size, None, p.quick_gelu, p.position_resize), create_text(p.clip, p.clip_weights, p.quick_gelu)
-        if getattr(self.clip.tower, "proj", None) is None: raise ValueError(f"{p.clip} has no space shared with text; use a CLIP of the backbone table")
+        self.clip, self.text = clip_towers(p)
         self.grid, self._said = (self.clip.size // self.clip.patch,) * 2, {}
         for s in p.scales: window_patches(self.grid, s)                                                # a scale that does not fit is refused here
         self._reserve(p.shots)
@@ -120,7 +131,7 @@ class WinCLIP(Method):
         tokens, grid = clip.embed(image)
         last = clip.norm(clip.run(tokens, grid, ())[1])
         return dict(cls=last[:, 0] @ clip.tower.proj, patches=last[:, 1:],
-                    **{f"windows_{s}": window_embeddings(clip, tokens, grid, s, p.at_once, p.release_compat) for s in p.scales})
+                    **{f"windows_{s}": window_embeddings(clip, tokens, grid, s, p.at_once, p.across_windows) for s in p.scales})
 
     def encode(self, batch) -> dict[str, Tensor]:
         "All that is compared with texts and references."
@@ -128,7 +139,7 @@ class WinCLIP(Method):
 
     def encode_key(self) -> dict:
         "What `encode` depends on besides the image."
-        return dict(method=self.name, clip=dict(name=self.p.clip, hash=self.clip.hash, size=self.clip.size, quick_gelu=self.clip.quick_gelu), scales=list(self.p.scales), across=self.p.release_compat)
+        return dict(method=self.name, clip=dict(name=self.p.clip, hash=self.clip.hash, size=self.clip.size, quick_gelu=self.clip.quick_gelu), scales=list(self.p.scales), across=self.p.across_windows)
 
     # ---- references
     def _reserve(self, shots: int):

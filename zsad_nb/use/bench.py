@@ -33,7 +33,7 @@ from ..backbones.engines import Engine, fast_products, products, products_switch
 from ..backbones.graphs import ENGINES, EngineError
 from ..components import maps
 from ..core import require_known
-from ..data.images import batches
+from ..data.method_images import batches_for
 from ..data.synthetic import synthetic_index
 from ..evaluation.evaluate import evaluate
 from ..evaluation.metrics import PixelMetrics
@@ -161,7 +161,7 @@ def measure(method,                  # in evaluation mode, in its engine
     device, was, memory = method.device, method.training, Memory(method.device)
     method.eval()
     method.prepare(index)
-    some = [b for b, _ in zip(batches(index, size, batch), range(2))][-1]
+    some = [b for b, _ in zip(batches_for(method, index, size, batch), range(2))][-1]
     if len(some) < batch: raise ValueError(f"the index has {len(index)} images, too few for a batch of {batch}; give more")
     some, found, spent, drawn, times, held = some.to(device), {}, [], [], {}, {}
     def encode(): found["features"] = method.features(some)
@@ -171,7 +171,7 @@ def measure(method,                  # in evaluation mode, in its engine
         drawn.append(spent.pop())
     def metrics():
         with PixelMetrics() as m: m.update(found["seen"].map, some.mask[:, 0].cpu()).compute()
-    work = dict(decode=lambda: next(iter(batches(index.iloc[:batch], size, batch, workers=0))), encode=encode, head=head, metrics=metrics)
+    work = dict(decode=lambda: next(iter(batches_for(method, index.iloc[:batch], size, batch, workers=0))), encode=encode, head=head, metrics=metrics)
     for stage, f in work.items():
         with memory.stage() as most: f()
         if stage == "head": found["seen"] = found["prediction"].cpu()

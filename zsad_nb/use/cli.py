@@ -174,7 +174,10 @@ def _predict(args) -> int:
     if args.normals is None and (args.defective or args.comparable): raise ValueError("--defective and --comparable go with --normals: thresholds are made from good images")
     asked = {k: args.__dict__[k] for k in ("rate", "sure", "pixel_rate", "miss", "false_alarm", "share") if args.__dict__[k] is not None}
     if asked and args.normals is None: raise ValueError(f"--{' --'.join(k.replace('_', '-') for k in asked)}: thresholds are made from good images; add --normals FOLDER")
-    inspector = Inspector.load(args.model, device=args.device, category=args.category, bits=args.bits, white=args.white, max_side=args.max_side, min_area=args.min_area, batch_size=args.batch, **{k: _value(v) for k, v in _pairs(args.parameter).items()})
+    if args.model is not None and args.released is not None:
+        raise ValueError("give one of --model and --released: each is a method")
+    model = "self_distance" if args.model is None and args.released is None else args.model
+    inspector = Inspector.load(model, released=args.released, device=args.device, category=args.category, bits=args.bits, white=args.white, max_side=args.max_side, min_area=args.min_area, batch_size=args.batch, **{k: _value(v) for k, v in _pairs(args.parameter).items()})
     try:
         if args.normals is not None:
             made = inspector.calibrate(args.normals, args.defective, out=Path(args.out)/"calibration", comparable=args.comparable, **asked)
@@ -317,7 +320,8 @@ def parser() -> argparse.ArgumentParser:
     i = add("predict", _predict, "look at your own images: score, decision, heatmap, regions, defect type")
     i.add_argument("images", nargs="+", help="folders, files or patterns")
     i.add_argument("--out", required=True, help="folder for results.csv and pictures; the same command goes on where it was stopped")
-    i.add_argument("--model", default="self_distance", help="a run's folder, a checkpoint, or a method's name (default: %(default)s, which needs no training; a trained checkpoint is better)")
+    i.add_argument("--model", help="a run's folder, a checkpoint, or a method's name (default: self_distance, which needs no training; a trained checkpoint is better)")
+    i.add_argument("--released", metavar="METHOD=FILE", help="instead of --model: a checkpoint of a method's authors, such as april_gan=epoch_15.pth; -p clip_weights FILE says where its tower's weights are")
     i.add_argument("-p", "--parameter", nargs=2, action="append", metavar=("NAME", "VALUE"), help="a parameter of the method")
     i.add_argument("--normals", nargs="+", help="images assumed normal: thresholds at --rate are made from them")
     i.add_argument("--rate", type=float, help="false-alarm rate: share of good images that may be called defective (default: 0.01)")

@@ -31,7 +31,8 @@ import zsad_nb
 from ..backbones.features import key_hash
 from ..core import write_atomically
 from ..data.images import Batch
-from ..data.pixels import BadImage, file_bytes, read_image, resize
+from ..data.method_images import resize_for
+from ..data.pixels import BadImage, file_bytes, read_image
 from ..data.reading import Reading, reading_of
 from ..data.stored import file_content
 from ..files import write_json
@@ -121,14 +122,15 @@ class Inspector:
         self.use(calibration)
 
     @classmethod
-    def load(cls, what,             # a run's folder, a checkpoint, the name of a method, or a Method
+    def load(cls, what=None,        # a run's folder, a checkpoint, the name of a method, or a Method
              calibration: Calibration|str|Path|None=None,
              device: str|None=None, # cpu or cuda; None: where it is
+             released: str|None=None,  # instead of `what`: METHOD=FILE, a checkpoint of a method's authors
              **options              # of the inspector; all others are parameters of the method
             ) -> "Inspector":
         "An inspector from whatever holds a method."
         own = {k: options.pop(k) for k in list(options) if k in list(inspect.signature(cls).parameters)[2:]}
-        method = method_from(what, **options)
+        method = method_from(what, released, **options)
         return cls(method if device is None else method.to(device), calibration, **own)
 
     # ---- thresholds
@@ -186,7 +188,7 @@ class Inspector:
             if known is not None and (row := known(source, read.content)): read.kept = row; return read
             with _one_at_a_time if isinstance(what, (Path, bytes)) and _pixel_count(what) > HUGE else contextlib.nullcontext():
                 image = read_image(what, self.bits, self.white)
-                read.pixels, read.size = torch.from_numpy(resize(image, self.size).copy()).permute(2, 0, 1), image.size
+                read.pixels, read.size = resize_for(self.method, image, self.size), image.size
                 if keep: read.shown = np.asarray(image if (small := display_size(image.size, self.max_side)) == image.size else image.resize(small, Image.Resampling.BICUBIC, reducing_gap=2.0))
         except BadImage as error: read.bad = error
         except PermissionError: read.bad = BadImage(what, "no permission to read it", "change its permissions")
@@ -258,7 +260,8 @@ class Inspector:
     @property
     def settings(self) -> dict:
         "Everything besides the image and its category that a row depends on."
-        return dict(version=zsad_nb.__version__, reading=self.reading, method=self.identity, thresholds=None if self.calibration is None else self.calibration.hash, max_side=self.max_side, min_area=self.min_area, connectivity=self.connectivity)
+        released = {} if self.method.released is None else dict(released=self.method.released)
+        return dict(version=zsad_nb.__version__, reading=self.reading, method=self.identity, **released, thresholds=None if self.calibration is None else self.calibration.hash, max_side=self.max_side, min_area=self.min_area, connectivity=self.connectivity)
 
     def predict(self, what,                  # a path, array or PIL image; a folder, pattern, Index, or a list of any of these
                 out: str|Path|None=None,     # folder for results.csv and pictures/; is created

@@ -29,6 +29,7 @@ from ..backbones.features import key_hash
 from ..data.datasets import load_dataset
 from ..data.images import batches, defect_names
 from ..data.index import fingerprint, load_index, root_of, save_index
+from ..data.pixels import INTERPOLATIONS
 from ..data.reading import Reading, read_as, reading_of, takes_reading
 from ..data.stored import upright_size
 from ..files import read_json, write_atomically, write_json
@@ -150,7 +151,8 @@ class MapStore:
         return gone
 
     def _batches(self, part, batch_size=1, workers=0, on_bad="skip"):
-        return batches(part, self.size, batch_size, workers=workers, mask_mismatch="resize", on_bad=on_bad, defects=defect_names(self.index))
+        how = dict(workers=workers, mask_mismatch="resize", on_bad=on_bad, defects=defect_names(self.index))
+        return batches(part, self.size, batch_size, interpolation=self.header.get("interpolation", "bicubic"), **how)
 
     def _keep(self, rows: list, prediction, before: dict):
         maps = prediction.map.numpy()
@@ -322,13 +324,14 @@ def make_store(method: Method, index: pd.DataFrame,  # rows with split "test" ar
     method.prepare(test)
     size = size or next(iter(method.backbones().values())).size
     header = dict(method=method.name, hash=identity(method, size)["hash"], index=fingerprint(test), size=size, dtype=dtype, format=FORMAT)
+    unusual = {} if method.interpolation == "bicubic" else dict(interpolation=method.interpolation)
     folder = Path(root)/f"{method.name}-{key_hash(header)[:12]}"
     if not (folder/"store.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         save_index(test, folder/"index.csv")
         for name, length in ((f"maps.{DTYPES[dtype]}", size**2 * np.dtype(dtype).itemsize), ("rows.bin", ROW.itemsize)):
             with open(folder/name, "wb") as file: file.truncate(length * len(test))  # takes no room until it is written
-        header |= dict(rows=len(test), reading=reading_of(test).stated, parameters=dataclasses.asdict(method.p), types=list(getattr(method, "types", ())), trained_on=list(method.trained_on), version=zsad_nb.__version__)
+        header |= unusual | dict(rows=len(test), reading=reading_of(test).stated, parameters=dataclasses.asdict(method.p), types=list(getattr(method, "types", ())), trained_on=list(method.trained_on), version=zsad_nb.__version__)
         MapStore(folder, header, test)._note()
     kept = read_store(folder)
     if other := [k for k in ("method", "hash", "index", "size", "dtype", "rows") if k in header and kept[k] != header[k]]:
@@ -345,6 +348,7 @@ def read_store(folder: str|Path) -> dict:  # what store.json says, checked
     how = "delete the folder, then make_store(method, index).compute() makes it again"
     if not isinstance(header, dict) or header.get("format") != FORMAT: raise ValueError(f"{shown(str(folder))} was made by another version, without a record of the images its maps belong to; {how}")
     wrong = [k for k, kind in KINDS.items() if not isinstance(header.get(k), kind) or isinstance(header.get(k), bool)]
+    wrong += [] if header.get("interpolation", "bicubic") in INTERPOLATIONS else ["interpolation"]
     wrong += [] if wrong or header["dtype"] in DTYPES and 1 <= header["size"] <= SIDE and all(isinstance(t, str) for t in [*header["types"], *header.get("layers", [])]) else ["size, dtype, types or layers"]
     if wrong: raise ValueError(f"store.json of {shown(str(folder))} has another {', '.join(wrong)} than a store of maps; {how}")
     return header

@@ -23,7 +23,8 @@ from ..data.index import root_of
 from ..data.left_out import Unused, grouped, is_note
 from ..data.listing import is_image, is_rubbish, walk
 from ..data.pixels import read_image
-from ..methods.base import METHODS, MODULES, Method, create, load
+from ..methods.base import METHODS, MODULES, Method, create, load, load_released
+from ..methods.released_files import file_record, split_released
 from ..names import same_name, shown
 from .journal import utf8
 from ..files import inside
@@ -223,14 +224,37 @@ def _from_run(folder: Path, changes: dict) -> Method:
         path = Path(found.record.get("cwd", "."), path)
         return _from_run(path, changes) if path.is_dir() else load(path, **({"image_size": p["size"]} if p.get("size") else {}) | changes)
     if "method" not in p: raise ValueError(f"{folder} holds no checkpoint (.safetensors) and no run that names a method")
-    if p.get("released"): raise ValueError(f"the run in {folder} used a released checkpoint ({p['released']}); load it with the method's import_released and pass the method")
+    sized = {"image_size": p["size"]} if p.get("size") else {}
+    if p.get("released"):
+        return _released_in(p, found, {**sized, **p.get("options", {}), **changes})
     seed_everything(p.get("seed", 0))
     return create(p["method"], **{k: p[k] for k in ("backbone", "clip", "dino", "weights") if p.get(k)} | ({"image_size": p["size"]} if p.get("size") else {}) | p.get("options", {}) | changes)
 
-def method_from(what,       # a run's folder, a checkpoint, the name of a method, a Method, or anything that has one as `.method`
+def _released_in(parameters: dict, found, changes: dict) -> Method:
+    "The method of a run that used a file of its authors, if that file is still the same."
+    text = parameters["released"]
+    if text.partition("=")[0] not in MODULES:  # as older versions wrote it
+        text = f"{parameters.get('method')}={text}"
+    name, path = split_released(text)
+    towers = {k: parameters[k] for k in ("backbone", "clip", "dino", "weights") if parameters.get(k)}
+    path = Path(found.record.get("cwd", "."), path)
+    noted, now = found.result.get("released"), file_record(path)
+    if isinstance(noted, dict) and noted.get("sha256") != now["sha256"]:
+        raise ValueError(
+            f"the run in {found.folder} used {noted.get('file')} with the SHA-256 {str(noted.get('sha256'))[:16]}..., "
+            f"{path} has {now['sha256'][:16]}...; restore that file, or give its method yourself"
+        )
+    return load_released(f"{name}={path}", found.result.get("trained_on") or (), **towers, **changes)
+
+def method_from(what=None,  # a run's folder, a checkpoint, the name of a method, a Method, or anything that has one as `.method`
+                released: str|None=None,  # instead: METHOD=FILE, a checkpoint of a method's authors
                 **changes   # parameters of the method
                ) -> Method:
     "A method from whatever holds one."
+    if released is not None:
+        if what is not None:
+            raise TypeError(f"released={released!r} is a method already; leave {shown(str(what))!r} out")
+        return load_released(released, **changes)
     if isinstance(getattr(what, "method", None), Method): what = what.method
     if isinstance(what, Method):
         if changes: raise TypeError(f"{', '.join(changes)}: parameters of a method that is there already cannot be changed; give its name or checkpoint instead")

@@ -235,6 +235,7 @@ def identity(method: Method,
     digest = hashlib.sha256()
     for name, tensor in sorted(method.learned().items()): digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + tensor.detach().cpu().float().contiguous().numpy().tobytes())
     frozen = {role: [b.row.name, b.hash, b.size, list(b.taps)] for role, b in towers.items()}
+    if method.interpolation != "bicubic": more = dict(more, interpolation=method.interpolation)
     key = json.dumps(dict(method=method.name, parameters=dataclasses.asdict(method.p), frozen=frozen, learned=digest.hexdigest(), size=size, more=more), sort_keys=True, default=str)
     return dict(method=method.name, size=size, hash=key_hash(dict(key=key)))
 
