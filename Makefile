@@ -8,7 +8,7 @@ export MPLBACKEND = Agg
 export PYTHONUNBUFFERED = 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help env everything demo test real seeds ablations systems types neu_seg figures pretrain bench bench-cluster memory screenshots notebooks clean lab
+.PHONY: help env everything demo test real seeds ablations systems parts types neu_seg figures pretrain bench bench-cluster memory screenshots notebooks clean lab
 
 help:
 	@echo "make demo      from nothing to pictures of defects in unseen categories (minutes, CPU, offline after install)"
@@ -17,6 +17,7 @@ help:
 	@echo "make seeds     the demo's job under three seeds -> paper_figures/tables/visualad_synthetic.csv"
 	@echo "make pretrain  train the embedded backbones again (about three and a half hours on one core)"
 	@echo "make ablations the ablation tables of DMA+SAP and SSVP, and where SSVP's paper contradicts itself each reading of it; three seeds, on drawn images"
+	@echo "make parts     what each part of DMA+SAP and SSVP does: the readings that could decide it, three seeds, the recipes of the papers (hours)"
 	@echo "make systems   DMA+SAP and SSVP, trained for minutes at 384 px, three seeds, on drawn images"
 	@echo "make types     which defect is it: DAPO and MultiADS, three seeds, on drawn images"
 	@echo "make neu_seg DATA=... WEIGHTS=...  which defect is it, on real steel"
@@ -67,7 +68,7 @@ pretrain: env
 	  -p steps 16000 -p tokens 2048 -p pool 14100 -p held 470 -p target 20 -p warmup 200 -p threads 1 -p state_file "$(CURDIR)/runs/pretrain/tiny_clip.pt" -p output "$(CURDIR)/runs/pretrain/tiny_clip.safetensors"
 
 # Two threads beside anything else on the machine are many times slower than one.
-ablations systems types neu_seg: export OMP_NUM_THREADS = 1
+ablations systems parts types neu_seg: export OMP_NUM_THREADS = 1
 ABLATION = -p images 6 -p size 256 -p epochs 3 -y "seeds: [0, 1, 2]"
 ablations: env
 	@mkdir -p runs/ablation
@@ -84,6 +85,14 @@ systems: env
 	$(call SYSTEMS,dma_sap,D,1.0)
 	$(call SYSTEMS,ssvp,E full,10.0)
 	@for method in dma_sap ssvp; do cp runs/systems/$$method/ablation.csv paper_figures/tables/$${method}_synthetic.csv; done
+
+PARTS = papermill nbs/experiments/ablation.ipynb runs/parts/$(1).ipynb --cwd . --no-progress-bar --log-output -p method $(1) -p table parts -p lr_scale 1.0 \
+	-p images 6 -p size 256 -p epochs 0 -y "seeds: [0, 1, 2]" -p measure False -p each 0 -p output "$(CURDIR)/runs/parts/$(1)"
+parts: env
+	@mkdir -p runs/parts
+	$(call PARTS,dma_sap)
+	$(call PARTS,ssvp)
+	@for method in dma_sap ssvp; do cp runs/parts/$$method/ablation.csv paper_figures/tables/$${method}_parts.csv; done
 
 types: env
 	@mkdir -p runs/types

@@ -217,7 +217,7 @@ PARTS = {  # what each part does, and whether the reading or the towers decide i
     "default": {},
     "unit T_init": Variant("T_init has unit length before the gate, so that alpha can move it.", effect="a table of its own, `make parts`", normalise_init=True),
     "unit T_init, two latents": Variant("The same with two latents in training: W_Q and W_K have a gradient.", effect="a table of its own, `make parts`", normalise_init=True, train_latents=2),
-    "class loss 0.1": Variant("The image loss weighs a tenth: does it overrule the pixels in the fused blocks?", effect="a table of its own, `make parts`", weight_class=0.1),
+    "class loss 0.1": Variant("The image loss weighs a tenth, so that it does not overrule the pixels in the fused blocks.", effect="a table of its own, `make parts`", weight_class=0.1),
     "class loss 0": Variant("No image loss.", effect="a table of its own, `make parts`", weight_class=0.0),
     "unit T_init, class loss 0.1": Variant("Both.", effect="a table of its own, `make parts`", normalise_init=True, weight_class=0.1),
 }
