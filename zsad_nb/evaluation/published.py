@@ -24,7 +24,7 @@ METRIC_NAMES = dict(image_auroc="image AUROC", image_ap="image AP", image_f1max=
                     pixel_aupro="AUPRO", pixel_aupro_200="AUPRO (200 steps)")  # columns of metrics.csv, in the order of tables
 METHOD_NAMES = dict(winclip="WinCLIP", anovl="AnoVL", april_gan="APRIL-GAN", anomalyclip="AnomalyCLIP", adaclip="AdaCLIP", aa_clip="AA-CLIP", vcp_clip="VCP-CLIP", bayes_pfl="Bayes-PFL", crane="Crane", crane_plus="Crane+",
                     multiads="MultiADS", dapo="DAPO", visualad="VisualAD", ssvp="SSVP", dma_sap="DMA+SAP", self_distance="self-distance", mutual="mutual")  # in the order of tables
-DATASET_NAMES = dict(mvtec="MVTec AD", visa="VisA", mpdd="MPDD", btad="BTAD", ksdd="KSDD", ksdd2="KSDD2", rsdd="RSDD", dagm="DAGM", dtd="DTD-Synthetic", headct="HeadCT", brainmri="BrainMRI", br35h="Br35H",
+DATASET_NAMES = dict(mvtec="MVTec AD", visa="VisA", mpdd="MPDD", btad="BTAD", ksdd="KSDD", ksdd2="KSDD2", rsdd="RSDD", mad="MAD", real_iad="Real-IAD", dagm="DAGM", dtd="DTD-Synthetic", headct="HeadCT", brainmri="BrainMRI", br35h="Br35H",
                      covid19="COVID-19", oct17="OCT17", brain_ad="Brain_AD", his="HIS", isic="ISIC", colondb="CVC-ColonDB", clinicdb="CVC-ClinicDB", kvasir="Kvasir", endo="Endo", tn3k="TN3K", mean="mean")
 TRANSDUCTIVE = dict(bayes_pfl="scales scores by the range of the test class", aa_clip="scales scores by the range of the test class",
                     vcp_clip="scales maps by the range of the test class", multiads="scales image scores by the range of the test class")  # the public codes, behind the published numbers: protocol, section 3.4

@@ -16,7 +16,7 @@ import pandas as pd
 
 from .evaluate import MEAN
 from .metrics import ROUNDING
-from .published import METRIC_NAMES
+from .published import METRIC_NAMES, training_set
 from ..names import shown
 from ..records import misfit, read_record, relative_path
 from ..tables import read_table
@@ -234,9 +234,9 @@ def _evaluation(
     table[metrics] = table[metrics].clip(0, 1)
     seen = {name.rpartition("/")[2] for name in _texts(result.get("seen"), "seen")}
     table["seen"] = [c in seen or (c == MEAN and bool(seen)) for c in table["category"]]
-    trained_on = sorted({name.partition("/")[0] for name in _texts(result.get("trained_on"), "trained_on")})
+    _texts(result.get("trained_on"), "trained_on")
     head = dict(method=_name(result, "method"), data=_name(result, "data"), seed=_seed(run.seed), transductive=bool(result.get("transductive", False)),
-                checkpoint=str(result.get("checkpoint") or ""), trained_on="+".join(trained_on), backbones=_towers(result),
+                checkpoint=str(result.get("checkpoint") or ""), trained_on=training_set(result.get("trained_on")), backbones=_towers(result),
                 fingerprint=result.get("fingerprint") or record.get("fingerprint"), experiment=_part(record, "spec").get("experiment", ""), hash=run.hash, path=run.path)
     tail = {}
     if record:
@@ -248,13 +248,13 @@ def _evaluation(
 
 
 def read_runs(folder: str|Path       # searched through all levels
-             ) -> pd.DataFrame:      # one row a run and category (with the mean): method, data, seed, category, metrics (fractions), seen, transductive, backbones, every parameter, hash, path
-    "Every finished evaluation below a folder; `.attrs['skipped']` lists (path, reason) of what is none."
+             ) -> pd.DataFrame:      # one row a run and category (with the mean): method, data, seed, category, metrics (fractions), seen, transductive, trained_on (see `training_set`), backbones, every parameter, hash, path
+    "Every finished evaluation below a folder; `.attrs['skipped']` lists (path, reason) of what is none, `.attrs['folders']` has the folder of every path."
     return evaluations(*finished_runs(folder))
 
 def evaluations(runs: Iterable, skipped: Iterable=()) -> pd.DataFrame:  # of `finished_runs`
     "The evaluations among finished runs, as `read_runs` gives them."
-    parts, skipped = [], list(skipped)
+    parts, skipped, runs = [], list(skipped), list(runs)
     for run in runs:
         try:
             rows = _evaluation(run)
@@ -266,4 +266,5 @@ def evaluations(runs: Iterable, skipped: Iterable=()) -> pd.DataFrame:  # of `fi
     table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*front, "seen", "transductive", "checkpoint", "hash", "path"])
     table = table[[*front, *[c for c in table.columns if c not in front]]]
     table.attrs["skipped"] = sorted(skipped)
+    table.attrs["folders"] = {run.path: str(run.folder) for run in runs}
     return table
