@@ -37,7 +37,7 @@ RESULT = {  # result.json of these
     "notebook": str, "method": str, "methods": [str], "data": str, "test": str, "seed": (int, None), "seeds": [int], "table": str, "variants": [str],
     "size": (int, None), "images": (int, None), "epochs": (int, None), "steps": (int, None),
     "checkpoint": (str, None), "fingerprint": (str, None), "transductive": (bool, None), "seen": ([str], None), "trained_on": ([str], {"*": [str]}, None),
-    "backbones": ({"*": (str, {"*": str})}, None), "frozen": ({"*": (str, {"*": str})}, None), "views": ({"*": relative_path}, None),
+    "backbones": ({"*": (str, {"*": str})}, None), "frozen": ({"*": (str, {"*": str})}, None), "views": ({"*": relative_path}, None), "per_image": ({"*": {"*": relative_path}}, None),
     **dict.fromkeys(METRIC_NAMES, _NUMBER),
 }
 
@@ -243,7 +243,8 @@ def _evaluation(
         tail = {field: _part(record, "code").get(field) for field in ("commit", "dirty", "source")}
         tail |= dict(version=_part(record, "versions").get("zsad_nb"), seconds=record.get("seconds"), peak_memory_mb=record.get("peak_memory_mb"))
     table = table.drop(columns=[c for c in table.columns if c in head or c in tail])
-    own = {f"parameter.{name}" if name in table.columns else name: value for name, value in run.parameters.items() if name not in head and name not in tail}
+    used = {name: result[name] for name in ("size", "batch", "epochs", "lr_scale", "names", "engine", "precision") if result.get(name) is not None}
+    own = {f"parameter.{name}" if name in table.columns else name: value for name, value in {**run.parameters, **used}.items() if name not in head and name not in tail}
     return pd.concat([table, pd.DataFrame({name: _plain(value) for name, value in {**head, **own, **tail}.items()}, index=table.index)], axis=1)
 
 

@@ -190,7 +190,7 @@ def verdict_notes(
         part = f"; {' and '.join(filter(None, [', '.join(odd[:-1]), odd[-1]]))} take no part." if len(odd) > 1 else f"; {odd[0]} takes no part." if odd else "."
         notes.append(f"Bold: the best of its row, where the paired {LEVEL:.0%} interval over test images tells it apart from every other".replace("%", " %") + part)
     if fair["lead"].isna().all():
-        return [*notes, "Nothing is bold: these runs keep no results of single images, or not of the same ones, so nobody can be told apart; evaluate again."]
+        return [*notes, "Nothing is bold: these runs keep no results of single images, not of the same ones, or have one image of a kind, so nobody can be told apart."]
     close = []
     for (row, metric), cells in fair[~fair["told_apart"]].groupby(["row", "metric"], sort=False):
         order = cells.sort_values("mean", ascending=False, kind="stable")["method"]
