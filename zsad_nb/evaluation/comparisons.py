@@ -8,6 +8,7 @@ __all__ = ['KEYS', 'tidy_runs', 'method_name', 'in_order', 'run_draws', 'mean_dr
 
 # %% ../../nbs/evaluation/75b_comparisons.ipynb #4dceebff
 import math
+import warnings
 from collections.abc import Iterable
 
 import numpy as np
@@ -17,6 +18,7 @@ from .evaluate import MEAN
 from .paired import UNKNOWN as NO_INTERVAL
 from .paired import Interval, image_deviation, interval_of, read_draws
 from .published import METHOD_NAMES, METRIC_NAMES, NOTHING, NOT_COMPARABLE, UNKNOWN, reference, trained_alike, training_name
+from ..names import shown
 
 # %% ../../nbs/evaluation/75b_comparisons.ipynb #067c987e
 KEYS = ["method", "data", "trained_on", "seed", "category"]  # what makes a run and category one thing
@@ -94,9 +96,13 @@ def in_order(
 def run_draws(
     folders: dict,  # path of a run -> its folder, as `runs.attrs["folders"]`
     path: str,
-):  # `Draws`, or None where the run keeps no results of single images
-    "Draws of one run."
-    return read_draws(folders[path]) if path in folders else None
+):  # `Draws`, or None where the run keeps no results of single images that could be read
+    "Draws of one run; what is wrong with its files is warned of, and costs the deviation over images alone."
+    try:
+        return read_draws(folders[path]) if path in folders else None
+    except ValueError as error:
+        warnings.warn(f"{shown(path)}: {error}; no deviation over its test images", stacklevel=4)
+        return None
 
 
 def mean_draws(
