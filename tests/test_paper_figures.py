@@ -286,7 +286,7 @@ def test_a_method_on_two_backbones(tmp_path):
     assert set(runs.evaluations["method"]) == {"visualad", "visualad (dinov2-vitl14)"}
     items = {i.name: i for i in plan(runs)}
     table, used = items["visualad_image"].draw(runs)
-    assert len(used) == 2 and ("visualad (dinov2-vitl14)", "ours") in table.columns and ("VisualAD", "published") in table.columns
+    assert len(used) == 2 and ("VisualAD (dinov2-vitl14)", "ours") in table.columns and ("VisualAD", "published") in table.columns
     assert len(items["visualad_loss"].draw(runs)[1]) == 1
 
 
