@@ -75,7 +75,7 @@ class Folder:
         bad = np.arange(8) >= 4
         images = pd.concat([pd.DataFrame(dict(image=[f"{c}/{k}.png" for k in range(8)], category=c, anomalous=bad, score=np.arange(8) % 5 + bad + self.rng.normal(size=8))) for c in CATEGORIES])
         found = Evaluation(table.assign(normal=2, anomalous=2), images, pd.DataFrame(columns=["category", "metric", "reason"]), [])
-        return self.leave("evaluate", found.save, dict(method=method, data=self.data, seed=seed, **more), dict(seed=seed, epochs=6) if trained else None, method=method, data=self.data, seed=seed, seen=[], trained_on=[self.train] if trained else [], backbones=dict(clip="tiny-clip"), **table.loc["mean"])
+        return self.leave("evaluate", found.save, dict(method=method, data=self.data, seed=seed, **more), dict(seed=seed, epochs=6, train_data=self.train) if trained else None, method=method, data=self.data, seed=seed, seen=[], trained_on=[self.train] if trained else [], backbones=dict(clip="tiny-clip"), **table.loc["mean"])
 
     def views(self, method, seed=0, data=None):
         return self.leave("qualitative", lambda f: looked(5 + len(method), method == "dapo").save(f / "views" / method), dict(method=method, data=data or self.data, seed=seed, each=1), methods=[method], data=data or self.data, seed=seed, images=3, views={method: f"views/{method}"},
@@ -288,6 +288,27 @@ def test_a_method_on_two_backbones(tmp_path):
     table, used = items["visualad_image"].draw(runs)
     assert len(used) == 2 and ("VisualAD (dinov2-vitl14)", "ours") in table.columns and ("VisualAD", "published") in table.columns
     assert len(items["visualad_loss"].draw(runs)[1]) == 1
+
+
+def test_each_paper_takes_the_training_of_its_printed_number(tmp_path):
+    "One peer after MVTec AD and after VisA: DMA+SAP's table has the first, SSVP's the second, the table of all methods both; nothing is an error."
+    folder = Folder(tmp_path / "runs", "btad", "mvtec", 518)
+    folder.evaluation("anomalyclip", 0), folder.evaluation("dma_sap", 0)
+    folder.train = "visa"
+    folder.evaluation("anomalyclip", 0), folder.evaluation("ssvp", 0)
+    runs = Runs(tmp_path / "runs")
+    items = {i.name: i for i in plan(runs)}
+    for paper, train in (("dma_sap", "mvtec"), ("ssvp", "visa")):
+        table, used = items[f"{paper}_image"].draw(runs)
+        line = table.numbers[(table.numbers["method"] == "anomalyclip") & (table.numbers["metric"] == "image_auroc")].iloc[0]
+        assert line["trained_on"] == line["published_trained_on"] == train and not table.numbers["unlike_published"].any() and not table.numbers["unlike_row"].any() and len(used) == 2
+    both, used = items["all_methods_table"].draw(runs)
+    assert len(used) == 4 and {"AnomalyCLIP (trained on MVTec AD)", "AnomalyCLIP (trained on VisA)"} <= {name.rstrip("‖") for name in both.rows}
+    done = build(tmp_path / "runs", tmp_path / "out", only=["all_methods_table", "overview_methods"], dpi=COARSE)
+    assert len(done.made) == 2
+    for end in ("md", "tex", "csv"):
+        text = (tmp_path / "out" / "tables" / f"all_methods_table.{end}").read_text()
+        assert "trained on VisA)" in text and ("‖" in text or r"\Vert" in text)
 
 
 def test_a_damaged_run_takes_no_figure_with_it(tmp_path, capsys):

@@ -139,6 +139,9 @@ def run_notebook(path: str, given: dict, root: Path):
     if values.get("categories"): values["categories"] = ["candle", "pcb1"]
     if path.endswith("ablation.ipynb") and not values.get("sweep"): values["variants"] = ["A baseline", "C ATF"] if values.get("method") == "ssvp" else []
     if path.endswith("ablation.ipynb"): values |= dict(values=values.get("values", [])[:2], measure=False, each=0)
+    if path.endswith("defect_types.ipynb"): values["methods"] = ["dapo"]
+    for half, name in (("train", "visa"), ("test", "mvtec")):  # eight pictures instead of a drawn set
+        if {f"{half}_data", f"{half}_root"} <= set(known) and not values.get(f"{half}_root"): values |= {f"{half}_data": name, f"{half}_root": f"DATA/{name}"}
     if values.get("size") and values.get("checkpoint"): values["size"] = 0  # the checkpoint's own
     space = {"__name__": "notebook"}
     for cell in book["cells"]:
