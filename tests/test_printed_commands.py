@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shlex
+import time
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -35,7 +36,9 @@ NOT_RUN = {  # beginning of a command -> why it is not run here, and what is loo
     "voila ": "a server; its notebook must be there",
     "zsad demo": "minutes; make test runs it",
 }
-CHECKED = {  # what is expanded to its runs, whose parameters are checked one by one, but not executed: why
+THE_PLAN = "the plan of the figures"
+CHECKED = {  # whose parameters are checked one by one, against their notebooks, but which are not executed: why
+    THE_PLAN: "the notebooks that the README's and the notebooks' own lines execute, with other values",
     "sweep": "dozens to hundreds of runs; each is checked, the notebooks are executed below, sweeping is tested in tests/test_runs.py",
 }
 TOY = dict(clip="tiny-clip", dino="tiny-dino", backbone="tiny-dino", device="cpu", size=64, epochs=1, images=1, targets=0, seeds=[0], shards=1, scheduler="")  # instead of what a command gives or leaves to the paper
@@ -68,7 +71,7 @@ def printed() -> dict[str, str]:  # command -> where it stands
         for command in commands(text): found.setdefault(command, name)
     for real in (False, True):
         for item in plan(type("", (), dict(real=real, found=[]))()):
-            for command in filter(None, item.command.split("; ")): found.setdefault(command.replace("RUNS", "runs").replace("FOLDER", "DATA"), "the plan of the figures")
+            for command in filter(None, item.command.split("; ")): found.setdefault(command.replace("RUNS", "runs").replace("FOLDER", "DATA"), THE_PLAN)
     return found
 
 
@@ -137,7 +140,7 @@ def run_notebook(path: str, given: dict, root: Path):
     if values.get("root", "").endswith("real_iad"): values |= dict(data="mvtec", root="DATA/mvtec")
     if values.get("checkpoint") == "CHECKPOINT": values["checkpoint"] = "CHECKPOINT.safetensors"
     if values.get("categories"): values["categories"] = ["candle", "pcb1"]
-    if path.endswith("ablation.ipynb") and not values.get("sweep"): values["variants"] = ["A baseline", "C ATF"] if values.get("method") == "ssvp" else []
+    if path.endswith("ablation.ipynb") and not values.get("sweep"): values["variants"] = ["A baseline"]  # of SSVP, whose line it is
     if path.endswith("ablation.ipynb"): values |= dict(values=values.get("values", [])[:2], measure=False, each=0)
     if path.endswith("defect_types.ipynb"): values["methods"] = ["dapo"]
     for half, name in (("train", "visa"), ("test", "mvtec")):  # eight pictures instead of a drawn set
@@ -159,8 +162,7 @@ def run_zsad(words: list[str], root: Path) -> str:
     words = [dict(FILE="nbs/experiments/sweeps/synthetic.yaml", CHECKPOINT="CHECKPOINT.safetensors", DIR="exported", FOLDER="DATA/mvtec").get(w, "DATA/mvtec" if w == "DATA" else w) for w in words]
     args = parser().parse_args(words)
     if args.command == "sweep":
-        given = {k: yaml.safe_load(v) for k, _, v in (t.partition("=") for t in args.set)}
-        assert all(s.values is not None for s in expand(args.file, {k: str(v) if k == "DATA" else v for k, v in given.items()}))
+        expand_all(args)
         return "checked"
     if args.command == "run":
         book = read_notebook(args.notebook)
@@ -170,6 +172,24 @@ def run_zsad(words: list[str], root: Path) -> str:
     if args.command == "bench": words = ["bench", "--methods", *(args.methods or ["visualad"])[:2], "--size", "64", "--seconds", "0.01", "--images", "2", "--out", "bench"]
     assert main(words) in (0, 1), words  # 1: something is wrong with the data, or a figure lacks its runs, as it is in a toy folder
     return "executed"
+
+
+def check(command: str) -> str:
+    "A command of the plan: it parses, its files are there, and its values fit the notebook or expand to runs that do."
+    args = parser().parse_args(shlex.split(command)[1:])
+    if args.command == "run":
+        book = read_notebook(args.notebook)
+        known = parameters_of(book)
+        check_parameters(book, {k: known[k].parse(v) for k, v in args.parameter})
+    elif args.command == "sweep": expand_all(args)
+    else: assert args.command == "bench" and args.methods
+    return "checked"
+
+
+def expand_all(args):
+    "Every run of a sweep, its parameters held against its notebook."
+    given = {k: v if k == "DATA" else yaml.safe_load(v) for k, _, v in (t.partition("=") for t in args.set)}
+    assert all(s.values is not None for s in expand(args.file, given))
 
 
 def treat(command: str, root: Path) -> str:
@@ -192,34 +212,25 @@ def treat(command: str, root: Path) -> str:
     return run_zsad(words[1:], root)
 
 
-PLANNED = ("ablation", "defect_types")  # of the plan's commands one a notebook is executed; the others differ in values, which are checked
-
-
 def test_every_printed_command(world, monkeypatch, capfd):
     monkeypatch.chdir(world)
     monkeypatch.setenv("TQDM_DISABLE", "1")
-    everything, counts, wrong, planned = printed(), Counter(), [], set()
+    everything, counts, wrong, took = printed(), Counter(), [], []
     assert len(everything) > 70
     for command, where in everything.items():
-        if where.startswith("the plan") and command.startswith(("zsad run", "zsad bench")):
-            kind = (command.split()[2], "ablation" in command and "-p table" not in command and "-p sweep" not in command)
-            if kind[0] in planned or command.startswith("zsad bench"):  # the same notebook with other values
-                args = parser().parse_args(shlex.split(command)[1:])
-                if args.command == "run":
-                    book = read_notebook(args.notebook)
-                    check_parameters(book, {k: parameters_of(book)[k].parse(v) for k, v in args.parameter})
-                counts["checked"] += 1
-                continue
-            planned.add(kind[0])
+        begun = time.process_time()
         try:
             with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
                 warnings.simplefilter("ignore")
-                counts[treat(command, world)] += 1
+                how = check(command) if where == THE_PLAN else treat(command, world)
+            counts[how] += 1
+            took.append((time.process_time() - begun, how, command))
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt): raise
             wrong.append(f"{where}: {command}\n    {type(error).__name__}: {str(error)[:300]}")
     with capfd.disabled():
         print(f"\nprinted commands: {len(everything)}; executed {counts['executed']}, expanded and checked {counts['checked']}, only named {counts['named']}, not run {counts['not run']}")
+        for seconds, how, command in sorted(took, reverse=True)[:3]: print(f"  {seconds:.1f} s of CPU: {command[:100]}")
     assert not wrong, "\n".join(wrong)
     assert counts["executed"] >= 20 and sum(counts.values()) == len(everything)
 
