@@ -88,7 +88,7 @@ class Folder:
         def fill(folder):
             pd.DataFrame(rows).to_csv(folder / "ablation.csv", index=False)
             for k, v in enumerate(variants): looked(3 + 4 * k).save(folder / "runs" / str(k))
-        return self.leave("ablation", fill, dict(method=method, table=table, epochs=1), method=method, table=table, variants=variants, seeds=[0, 1], data=self.data, train_data=self.train, views={v: f"runs/{k}" for k, v in enumerate(variants)}, backbones=dict(clip="tiny-clip"))
+        return self.leave("ablation", fill, dict(method=method, table=table, epochs=1, train_data=self.train, test_data=self.data), method=method, table=table, variants=variants, seeds=[0, 1], data=self.data, train_data=self.train, views={v: f"runs/{k}" for k, v in enumerate(variants)}, backbones=dict(clip="tiny-clip"))
 
     def types(self):
         states = ["normal", *TYPES]
@@ -200,6 +200,24 @@ def test_real_runs_make_real_figures(tmp_path):
     assert "82.3" in (tmp_path / "out" / "tables" / "visualad_table_ablation.md").read_text() and "0.4425" in (tmp_path / "out" / "tables" / "ssvp_table4_alignment.md").read_text()
     assert remark(runs.found) == "" and remark(Runs(Folder(tmp_path / "drawn").views("crane").parent).found).startswith("Synthetic benchmark (drawn images of 64 px; tiny-clip; seed 0)")
     assert not any("synthetic" in item.command for item in plan(runs))
+
+
+def test_an_ablation_on_two_data_sets(tmp_path):
+    "DMA+SAP's Table 7 and Figs 10-12: MVTec AD, BTAD and their average, each trained as in the paper, beside what is printed."
+    for k, (data, train) in enumerate((("mvtec", "visa"), ("btad", "mvtec"))):
+        folder = Folder(tmp_path / "runs", data, train, 518)
+        folder.count = 50 * k
+        folder.study(*STUDIES[0])
+    runs = Runs(tmp_path / "runs")
+    items = {i.name: i for i in plan(runs)}
+    table, used = items["dma_sap_table7_ablation"].draw(runs)
+    assert [r["data"] for r in used] == ["mvtec", "btad"] and list(dict.fromkeys(h for h, _ in table.columns)) == [f"{d}, {m}, %" for d in ("MVTec AD", "BTAD", "Average") for m in ("image AUROC", "image AP")]
+    at = table.numbers.set_index(["method", "metric"])
+    assert at.loc[("C", "mvtec image_auroc"), "published"] == 94.4 and at.loc[("C", "Average image_auroc"), "published"] == pytest.approx((94.4 + 96.1) / 2, abs=1e-9) and not table.numbers["unlike_published"].any()
+    figure, used = items["dma_sap_fig10_ablation_ab"].draw(runs)
+    labels = [t.get_text() for f in figure.subfigs for ax in f.axes for t in ax.get_xticklabels()]
+    titles = [ax.get_title() for f in figure.subfigs for ax in f.axes]
+    assert len(used) == 2 and {"MVTec AD\nAUROC", "BTAD\nAP", "Average\nAUROC"} <= set(labels) and {"MVTec AD", "BTAD"} <= {t.split("\n")[0] for t in titles}
 
 
 # ------------------------------------------------------------------------------------------------------------------------- what is missing
