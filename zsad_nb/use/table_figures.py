@@ -77,7 +77,7 @@ def draw_on(ax, numbers: pd.DataFrame,  # of a table, one row of it: method, met
     handles += deviation_handles(numbers)
     ax.set(ylim=(bottom, bottom + (100 - bottom) * 1.16), yticks=np.linspace(bottom, 100, 6), xticks=range(len(metrics)), xlim=(-0.52, len(metrics) - 0.48))
     one = len({m.split("_")[0] for m in metrics}) == 1
-    if names: ax.set_xticklabels(["\n".join(map(letters, names.get(m, m).split("\n"))) for m in metrics])
+    if names: ax.set_xticklabels(["\n".join(map(letters, names.get(m, m).split("\n"))) for m in metrics], fontsize=5)
     else: ax.set_xticklabels([letters(SHORT.get(m, m)) if one else letters(METRIC_NAMES.get(m, m)).replace(" ", "\n", 1) for m in metrics])
     ax.set_ylabel("%" if bottom == 0 else f"%, axis starts at {bottom:g}")
     ax.tick_params(axis="x", length=0); ax.grid(axis="y")
