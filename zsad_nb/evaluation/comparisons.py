@@ -176,6 +176,14 @@ def mark_training(
     return numbers.assign(row_training=aims, unlike_row=there & known & (numbers["trained_on"] != aims), unlike_published=there & numbers["published"].notna() & pd.Series(unlike, numbers.index))
 
 # %% ../../nbs/evaluation/75b_comparisons.ipynb #7a5d8c11
+def _independent(
+    draws: np.ndarray,  # (resamples + 1,) of one data set
+    number: int,  # of the data set, the same for every method
+) -> np.ndarray:
+    "The resamples in another order: sets whose images have the same names must not be drawn together."
+    return np.concatenate([draws[:1], np.roll(draws[1:], 101 * number)])
+
+
 def mean_row(
     numbers: pd.DataFrame,  # of `mark_training`, rows are data sets
 ) -> pd.DataFrame:  # one row a method and metric
@@ -190,7 +198,7 @@ def mean_row(
         each = pd.Series({s: sum(v[s] for v in cells["per_seed"]) / len(cells) for s in sorted(seeds)}, dtype=float)
         fair = cells[cells["comparable"] & ~cells["unlike_published"]]
         kept = whole and all(d is not None for d in cells["draws"])
-        draws = np.mean(cells["draws"].tolist(), axis=0) if kept else None
+        draws = np.mean([_independent(d, k) for k, d in enumerate(cells["draws"])], axis=0) if kept else None
         out.append(dict(
             row=MEAN, method=method, base=cells["base"].iloc[0] if len(cells) else method, metric=metric, mean=cells["mean"].mean() if whole else math.nan,
             std=each.std(), seeds=len(each) if whole else 0, runs=int(whole), per_seed=each.to_dict(), image_std=math.nan if draws is None else image_deviation(draws),
