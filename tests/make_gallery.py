@@ -33,15 +33,20 @@ ROWS = {  # notebook -> what you learn; where the picture is from: the number of
 }
 
 
+SMALL = {  # the defaults of these are the papers'
+    "experiments/train": dict(size=64, epochs=1), "experiments/evaluate": dict(size=64), "experiments/ablation": dict(size=64, epochs=1), "experiments/qualitative": dict(size=64),
+}
+
+
 def execute(name: str) -> float:  # seconds of processor time
-    "Run a notebook with its default parameters, on one thread."
+    "Run a notebook with its default parameters, or small ones where those are the papers', on one thread."
     import papermill
     os.environ.update(PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", MPLBACKEND="module://matplotlib_inline.backend_inline", OMP_NUM_THREADS="1", TQDM_DISABLE="1")
     out = ROOM / name
     out.mkdir(parents=True, exist_ok=True)
     def used(): return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     before, start = used(), time.time()
-    papermill.execute_notebook(ROOT / "nbs" / f"{name}.ipynb", ROOM / f"{name}.ipynb", cwd=str(out), progress_bar=False, kernel_name="python3")
+    papermill.execute_notebook(ROOT / "nbs" / f"{name}.ipynb", ROOM / f"{name}.ipynb", SMALL.get(name), cwd=str(out), progress_bar=False, kernel_name="python3")
     print(f"{name}: {used() - before:.0f} s of processor time, {time.time() - start:.0f} s on the clock", flush=True)
     return used() - before
 

@@ -433,3 +433,12 @@ def test_killed_while_writing(method, saved, tmp_path):
     for path in (old, new):
         save(method, path)
         assert torch.equal(load(path).tokens, method.tokens)
+
+
+def test_a_checkpoint_keeps_its_engine_and_its_training(tmp_path):
+    "What the frozen features were computed with, and what the learned part was fitted with, are of the checkpoint; a caller's word counts."
+    model = create("visualad", weights="random:0", image_size=64, engine="torch", precision="bf16")
+    model.fitted = dict(seed=7, size=64, precision="fp32")
+    path = save(model, tmp_path / "a.safetensors")
+    assert load(path).engine.precision == "bf16" and load(path).fitted == model.fitted and read_header(path)["engine"] == dict(engine="torch", precision="bf16")
+    assert load(path, engine="torch").engine is None and load(save(load(path, engine="torch"), tmp_path / "b.safetensors")).engine is None

@@ -480,7 +480,7 @@ def test_the_notebook_takes_shards(index, tmp_path):
     for shards in (1, 2):
         space = {}
         for cell in (parameters, imports): exec(cell, space)
-        space.update(weights="random:0", shards=shards, method="self_distance", options=dict(tap=1), batch=2, out=tmp_path / str(shards), load_dataset=lambda *_, **__: index)
+        space.update(weights="random:0", shards=shards, method="self_distance", size=64, options=dict(tap=1), batch=2, out=tmp_path / str(shards), load_dataset=lambda *_, **__: index)
         with ThreadPoolExecutor(1) as pool:
             space["evaluate_shards"] = functools.partial(evaluate_shards, executor=pool)
             for cell in (data, metrics): exec(cell, space)

@@ -187,7 +187,8 @@ def test_every_method_bounds_its_whole_numbers(name):
 
 
 HEADERS = {"a list": [], "no method": {}, "method is a list": dict(method=[1]), "parameters are a list": dict(parameters=[1]), "backbones are a text": dict(backbones="x"), "a backbone is a text": dict(backbones=dict(a="x")),
-           "trained on a number": dict(trained_on=[1]), "trained on a text": dict(trained_on="x"), "tensors are a list": dict(tensors=[1]), "a tensor is a text": dict(tensors=dict(weight="x"))}
+           "trained on a number": dict(trained_on=[1]), "trained on a text": dict(trained_on="x"), "tensors are a list": dict(tensors=[1]), "a tensor is a text": dict(tensors=dict(weight="x")),
+           "fitted is a list": dict(fitted=[1]), "engine is a text": dict(engine="torch"), "engine is a number": dict(engine=dict(engine=1, precision="fp32")), "an engine without precision": dict(engine=dict(engine="torch"))}
 
 
 @pytest.mark.parametrize("what", HEADERS)

@@ -91,7 +91,7 @@ def every_figure(names):
     yield "types", type_figure([dict(image=picture, truth=labels, said=labels, left=letters(few[0]))], names[:6], few[0])
     yield "confusion", confusion_figure(pd.DataFrame(np.eye(len(few), dtype=int), index=few, columns=few), few[0], few[1])
     yield "grid", grid_figure([dict(column, data=few[0]) for column in side_by_side({few[0]: views, few[1]: views})], remark=few[0])
-    yield "ablation", ablation_figure({few[0]: views, few[1]: views}, numbers[numbers["method"].isin(few[:2])], remark=few[0])
+    yield "ablation", ablation_figure(side_by_side({few[0]: views, few[1]: views}, 5), numbers[numbers["method"].isin(few[:2])], remark=few[0])
     yield "samples", samples_figure({few[0]: views, few[1]: views}, remark=few[0])
     yield "loss", loss_figure({few[0]: [history], few[1]: [history]}, {few[2]: few[3]}, remark=few[0])
     yield "sweep", sweep_figure(numbers, {name: float(k) for k, name in enumerate(few)}, few[0], metrics=("image_auroc",), names=dict(image_auroc=few[1]))

@@ -18,7 +18,8 @@ from zsad_nb.evaluation.metrics import pixel_metrics
 from zsad_nb.evaluation.multi_type import TypeEvaluation
 from zsad_nb.evaluation.results import read_runs
 from zsad_nb.evaluation.study import ordering, summary
-from zsad_nb.evaluation.tables import Cell, Table, html_text, markdown_text, results_table, tex, variants_table
+from zsad_nb.evaluation.tables import Cell, Table, html_text, markdown_text, results_table, tex
+from zsad_nb.evaluation.variants_table import variants_table
 from zsad_nb.evaluation.views import Views
 from zsad_nb.tables import read_table, table_text, write_table
 from zsad_nb.use.cli import main

@@ -48,7 +48,7 @@ def test_same_seed_same_checkpoint(trained, tmp_path):
 
 
 def test_evaluate_writes_tables_and_figures(trained, tmp_path):
-    run("evaluate", tmp_path, checkpoint=str(trained / "checkpoint.safetensors"), images=2, size=64, output=str(tmp_path))
+    run("evaluate", tmp_path, checkpoint=str(trained / "checkpoint.safetensors"), images=2, output=str(tmp_path))
     metrics, scores = pd.read_csv(tmp_path / "metrics.csv", index_col=0), pd.read_csv(tmp_path / "scores.csv")
     assert list(metrics.index)[-1] == "mean" and len(metrics) == 9 and len(scores) == 8 * 4
     for column in ("image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "pixel_f1max", "pixel_aupro", "pixel_aupro_200"):
@@ -56,7 +56,14 @@ def test_evaluate_writes_tables_and_figures(trained, tmp_path):
         assert metrics.loc["mean", column] == pytest.approx(metrics[column].iloc[:-1].mean(), abs=1e-12)
     figures = {p.stem for p in (tmp_path / "figures").glob("*.png")}
     assert figures == {"overview"} | set(metrics.index[:-1])
-    assert json.loads((tmp_path / "result.json").read_text())["seen"] == []
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["seen"] == [] and len(result["trained_on"]) == 19
+    assert (result["size"], result["seed"], result["epochs"], result["lr_scale"], result["engine"], result["precision"], result["options"]) == (64, 3, 2, 1.0, "torch", "fp32", {}), "not the checkpoint's"
+    assert result["values"]["weights"] == "random:0" and result["fitted"]["size"] == 64 and (tmp_path / "pixels.npz").is_file()
+
+
+def test_a_released_file_must_say_what_it_was_trained_on(tmp_path):
+    with pytest.raises(papermill.PapermillExecutionError, match="does not say what it was trained on"): run("evaluate", tmp_path, released="CLIP.pth", size=64, output=str(tmp_path))
 
 
 def test_what_was_trained_on_is_marked(trained, tmp_path):

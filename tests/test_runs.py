@@ -391,7 +391,7 @@ def test_rerun_says_what_came_out_the_same(tmp_path):
 
 def test_train_and_evaluate_leave_what_tables_need(tmp_path):
     small = dict(size=64, images=1)
-    learnt = Spec(EXPERIMENTS / "train.ipynb", dict(small, weights="random:0", seed=5, options=dict(sigma=2.0)), "e")
+    learnt = Spec(EXPERIMENTS / "train.ipynb", dict(small, weights="random:0", epochs=1, seed=5, options=dict(sigma=2.0)), "e")
     tested = Spec(EXPERIMENTS / "evaluate.ipynb", dict(small, checkpoint="{train}/checkpoint.safetensors"), "e", dict(train=learnt))
     done, said = quiet([learnt, tested], tmp_path / "runs")
     assert done.ok, said

@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from zsad_nb.evaluation.evaluate import evaluate
-from zsad_nb.evaluation.published import METRIC_NAMES, published
+from zsad_nb.evaluation.published import METRIC_NAMES, PROTOCOLS, published
 from zsad_nb.evaluation.results import read_runs
 from zsad_nb.evaluation.tables import DASH, Cell, Table, results_table, tex
 from zsad_nb.tables import read_table
@@ -26,8 +26,24 @@ from zsad_nb.use.table_figures import bar_figure, draw_bars
 METRICS = [m for m in METRIC_NAMES]
 
 
-def leave(folder: Path, method="winclip", data="mvtec", seed=0, values=(0.9, 0.8), seen=(), **more):
-    "A run's folder as `evaluate` leaves it; `values` is every metric of the classes a, b, ..."
+def training_of(method, data):
+    "What the papers train a method on before they test it on a data set."
+    if method in ("winclip", "anovl", "self_distance"): return []
+    first, second = PROTOCOLS.get(method, PROTOCOLS["dma_sap"])
+    return [second if data == first else first]
+
+
+def leave_scores(folder: Path, classes: str, seed: int, noise: float = 0.0):
+    "Results of twelve images a class, equally hard for every run but for `noise`: without it any two different means are told apart."
+    bad, rows = np.arange(12) >= 6, []
+    for name in classes:
+        hard = np.random.default_rng(ord(name)).normal(size=12) + bad
+        rows.append(pd.DataFrame(dict(image=[f"{name}/{k:02}.png" for k in range(12)], category=name, anomalous=bad, score=hard + noise * np.random.default_rng([seed, ord(name)]).normal(size=12))))
+    pd.concat(rows).to_csv(folder / "scores.csv", index=False)
+
+
+def leave(folder: Path, method="winclip", data="mvtec", seed=0, values=(0.9, 0.8), seen=(), noise=0.0, **more):
+    "A run's folder as `evaluate` leaves it; `values` is every metric of the classes a, b, ...; noise=None leaves no results of single images"
     table = pd.DataFrame({m: values for m in METRICS}, index=pd.Index([chr(97 + i) for i in range(len(values))], name="category"), dtype=float)
     table.loc["mean"] = table.mean()
     table.insert(0, "anomalous", 3.0)
@@ -35,6 +51,8 @@ def leave(folder: Path, method="winclip", data="mvtec", seed=0, values=(0.9, 0.8
     folder.mkdir(parents=True)
     table.to_csv(folder / "metrics.csv")
     mean = {m: v for m, v in table.loc["mean", METRICS].items() if v == v}
+    if noise is not None: leave_scores(folder, "abcdefgh"[:len(values)], len(str(folder)) + seed, noise)
+    more = dict(dict(trained_on=training_of(method, data)), **more)
     (folder / "result.json").write_text(json.dumps(dict(notebook="evaluate", method=method, checkpoint="", data=data, seed=seed, seen=list(seen), frozen={}, **mean, **more)))
     return folder
 
@@ -131,7 +149,7 @@ def test_means_and_sample_deviations(sweep):
     values = [100 * ((0.91 + 0.03 * s) + 0.88) / 2 for s in range(3)]
     cell = at(table, "mvtec", "dma_sap")
     assert cell["mean"] == pytest.approx(statistics.mean(values), abs=1e-9) and cell["std"] == pytest.approx(statistics.stdev(values), abs=1e-9)
-    assert table.frame.loc["MVTec AD", "DMA+SAP"] == f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+    assert table.frame.loc["MVTec AD", "DMA+SAP"] == f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} ({cell['image_std']:.1f})"
     assert "±" not in table.frame.loc["MVTec AD", "WinCLIP"] and np.isnan(at(table, "mvtec", "winclip")["std"])
     assert legend(table, "Mean ± standard deviation (n - 1) over 3 seeds; fewer: WinCLIP 1, DMA+SAP on VisA 2")
 
@@ -164,7 +182,7 @@ def test_undefined_is_not_missing(tmp_path):
     del result["image_auroc"]
     (tmp_path / "a" / "result.json").write_text(json.dumps(result))
     table = results_table(read_runs(tmp_path), ["image_auroc", "pixel_auroc"])
-    assert table.frame.loc["ISIC", "WinCLIP"] == "n/a / 90.0" and table.frame.loc["mean", "WinCLIP"] == "70.0 / 80.0"
+    assert table.frame.loc["ISIC", "WinCLIP"] == "n/a / 90.0" and re.fullmatch(r"70\.0 \(\d+\.\d\) / 80\.0", table.frame.loc["mean", "WinCLIP"])  # no pixel digests: no deviation of pixel metrics
     assert "image AUROC is undefined on ISIC" in legend(table, "n/a") and legend(table, DASH) is None
 
 
@@ -173,11 +191,67 @@ def test_undefined_is_not_missing(tmp_path):
 def test_bold_is_the_best_zero_shot_value(sweep):
     table = results_table(read_runs(sweep), "image_auroc")
     bold = {(r.row, r.method) for r in table.numbers[table.numbers["best"]].itertuples()}
-    assert bold == {("mvtec", "dma_sap"), ("visa", "dma_sap"), ("btad", "dma_sap")}           # in the mean it has no competitor: one is missing a row, one has seen a class
+    assert bold == {("mvtec", "dma_sap"), ("visa", "dma_sap")}                               # on BTAD and in the mean it has no competitor: WinCLIP is missing, VisualAD was trained on another set or has seen a class
     lines = table.markdown().splitlines()
-    assert sum(line.count("**") for line in lines if line.startswith("|")) == 2 * 3
+    assert sum(line.count("**") for line in lines if line.startswith("|")) == 2 * 2
     for line in lines[2:]:
-        if line.startswith("| MVTec"): assert re.fullmatch(r"\*\*\d\d\.\d ± \d\.\d\*\*", line.split("|")[4].strip())
+        if line.startswith("| MVTec"): assert re.fullmatch(r"\*\*\d\d\.\d ± \d\.\d \(\d+\.\d\)\*\*", line.split("|")[4].strip())
+
+
+def test_bold_only_where_the_best_is_told_apart(tmp_path):
+    "The same means: once all methods agree on every image, once they differ more than their means do, once nothing is known of single images."
+    def table(noise):
+        folder = tmp_path / str(noise)
+        for method, level in (("winclip", 0.80), ("crane", 0.83), ("dma_sap", 0.84)):
+            for seed in range(2): leave(folder / f"{method}{seed}", method, "visa", seed, (level, level), noise=noise)
+        return results_table(read_runs(folder), "image_auroc")
+    alike, apart, unknown = table(0.0), table(2.0), table(None)
+    assert alike.numbers.query("best")["method"].tolist() == ["dma_sap"] and legend(alike, "Not told apart") is None and at(alike, "visa", "dma_sap")["lead_low"] == pytest.approx(1.0, abs=1e-9)
+    assert not apart.numbers["best"].any() and legend(apart, "Not told apart from the best (95 %, paired, over test images): DMA+SAP, Crane")
+    line = at(apart, "visa", "dma_sap")
+    assert line["against"] == "crane" and line["lead_low"] < 0 < line["lead_high"] and line["lead"] == pytest.approx(1.0, abs=1e-9)
+    assert not unknown.numbers["best"].any() and unknown.numbers["image_std"].isna().all() and legend(unknown, "Nothing is bold")
+    assert "**8" not in apart.markdown() and r"\textbf" not in apart.latex() and "<b>" not in apart._repr_html_()
+
+
+def test_pixel_metrics_are_told_apart_from_their_digests(tmp_path):
+    "The same pixels: a difference that is the exact metrics' alone; one image more in one run: no pair."
+    from zsad_nb.evaluation.pixel_digests import pixel_digest, save_digests
+    mask = np.zeros((9, 9), bool)
+    mask[2:5, 3:7] = True
+    for k, method in enumerate(("crane", "dma_sap")):
+        home = leave(tmp_path / method, method, "visa", 0, (0.8 + 0.1 * k, 0.8 + 0.1 * k))
+        maps = np.random.default_rng(0).normal(size=(24, 9, 9))
+        save_digests([pixel_digest(m + mask, mask & (i % 12 >= 6)) for i, m in enumerate(maps)], home / "pixels.npz")
+    table = results_table(read_runs(tmp_path), ["pixel_auroc", "pixel_aupro", "pixel_aupro_200"])
+    assert table.numbers.query("best")["metric"].tolist() == ["pixel_auroc", "pixel_aupro"]    # the 200 steps are not of ranks alone
+    assert at(table, "visa", "crane", "pixel_auroc")["image_std"] > 0
+    scores = pd.read_csv(tmp_path / "crane" / "scores.csv")
+    scores.assign(image=scores["image"].str.replace("a/00", "a/99")).to_csv(tmp_path / "crane" / "scores.csv", index=False)
+    assert not results_table(read_runs(tmp_path), ["pixel_auroc"]).numbers["best"].any()
+
+
+def test_two_trainings_of_a_method_are_two_columns(tmp_path):
+    "BTAD after VisA and after MVTec AD: both are shown, named by what they were trained on; what differs from the row or the published number is marked in every format."
+    leave(tmp_path / "a", "crane", "btad", values=(0.9, 0.9), trained_on=["mvtec"])
+    leave(tmp_path / "b", "crane", "btad", values=(0.95, 0.95), trained_on=["visa"])
+    leave(tmp_path / "c", "dma_sap", "btad", values=(0.97, 0.97), trained_on=["mvtec"])
+    leave(tmp_path / "d", "winclip", "btad", values=(0.7, 0.7))
+    leave(tmp_path / "e", "adaclip", "btad", values=(0.8, 0.8), trained_on=["mvtec"])
+    table = results_table(read_runs(tmp_path), "image_auroc", published="dma_sap", methods=["winclip", "adaclip", "crane", "dma_sap"])
+    assert [m for m, what in table.columns if what == "ours"] == ["WinCLIP", "AdaCLIP", "Crane (trained on MVTec AD)", "Crane (trained on VisA)", "DMA+SAP"]
+    assert table.frame.loc["BTAD", "Crane (trained on VisA) ours"].endswith("‖") and at(table, "btad", "dma_sap")["best"]
+    assert table.frame.loc["BTAD", "AdaCLIP published"] == "88.6¶" and table.frame.loc["BTAD", "AdaCLIP difference"] == DASH        # printed: trained on two sets
+    assert table.frame.loc["BTAD", "DMA+SAP published"] == "96.4" and table.frame.loc["BTAD", "DMA+SAP difference"] == "+0.6"
+    assert legend(table, "¶").endswith("AdaCLIP on BTAD (here MVTec AD, published MVTec AD and CVC-ColonDB).") and legend(table, "‖").endswith("Crane (trained on VisA) on BTAD (VisA).")
+    for text, mark in ((table.markdown(), "¶"), (table.latex(), r"\textsuperscript{\P}"), (table._repr_html_(), "<sup>¶</sup>"), (table.frame.to_csv(), "88.6¶")): assert mark in text
+    well_formed(table.latex())
+    assert results_table(read_runs(tmp_path), "image_auroc", published=True, methods=["adaclip"]).frame.loc["BTAD", "AdaCLIP published"] == "88.6"   # its Table 6, of the same training
+    assert {t.get_text() for t in bar_figure(table, row="btad").legends[0].get_texts()} >= {"Crane (trained on VisA)‖", "AdaCLIP"}
+    whole = json.loads((tmp_path / "c" / "result.json").read_text())
+    (tmp_path / "c" / "result.json").write_text(json.dumps({k: v for k, v in whole.items() if k != "trained_on"}))
+    unknown = results_table(read_runs(tmp_path), "image_auroc", published="dma_sap", methods=["dma_sap"])
+    assert unknown.frame.loc["BTAD", "DMA+SAP published"] == "96.4¶" and "here an unknown set" in legend(unknown, "¶")
 
 
 def test_what_is_seen_takes_no_part(tmp_path):
@@ -187,7 +261,7 @@ def test_what_is_seen_takes_no_part(tmp_path):
     assert legend(table, "†").endswith("VisualAD on VisA.")
     classes = results_table(read_runs(tmp_path), "image_auroc", rows="category", data="visa")
     assert [line[2].marks for line in classes.cells] == ["†", "", "†"] and classes.rows == ["a", "b", "mean"]   # class b was not trained on; the mean holds a
-    assert classes.cells[1][2].parts == [("99.0", True)]
+    assert classes.cells[1][2].parts[0][1] and classes.cells[1][2].parts[0][0].startswith("99.0 (")
 
 
 def test_transductive_runs_are_marked_and_take_no_part(tmp_path):
@@ -200,11 +274,10 @@ def test_transductive_runs_are_marked_and_take_no_part(tmp_path):
     assert not at(results_table(read_runs(tmp_path), "image_auroc", data="btad"), "btad", "bayes_pfl")["transductive"]
 
 
-def test_ties_are_all_bold_and_one_method_is_never(tmp_path):
-    for method, level in (("winclip", 0.90004), ("crane", 0.90001), ("anovl", 0.5)): leave(tmp_path / method, method, "mvtec", 0, (level,))
+def test_ties_are_never_bold_nor_is_one_method(tmp_path):
+    for method, level in (("winclip", 0.9), ("crane", 0.9), ("anovl", 0.5)): leave(tmp_path / method, method, "mvtec", 0, (level,))
     runs = read_runs(tmp_path)
-    assert set(results_table(runs, "image_auroc").numbers.query("best")["method"]) == {"winclip", "crane"}
-    assert set(results_table(runs, "image_auroc", digits=3).numbers.query("best")["method"]) == {"winclip"}
+    assert not results_table(runs, "image_auroc").numbers["best"].any()
     assert not results_table(runs, methods=["winclip"]).numbers["best"].any()
 
 
@@ -325,7 +398,7 @@ def paper():
     "The rows of the DMA+SAP paper as runs."
     rows = published("dma_sap")
     rows = rows[(rows["table"] == "1-6") & (rows["dataset"] != "mean")]
-    table = rows.pivot(index=["method", "dataset"], columns="metric", values="value").div(100).reset_index().rename(columns={"dataset": "data"})
+    table = rows.pivot(index=["method", "dataset", "trained_on"], columns="metric", values="value").div(100).reset_index().rename(columns={"dataset": "data"})
     return table.assign(seed=0, category="mean")
 
 
@@ -369,7 +442,7 @@ def test_bars_of_one_set_and_refusals(sweep, tmp_path):
     runs = read_runs(sweep)
     assert len(draw_bars(runs, tmp_path, data="btad", methods=["visualad", "dma_sap"], published=True)) == 4
     figure = bar_figure(results_table(runs, "image_auroc"))
-    assert {t.get_text() for t in figure.legends[0].get_texts()} == {"WinCLIP (runs missing)", "VisualAD†", "DMA+SAP"}
+    assert {t.get_text() for t in figure.legends[0].get_texts()} == {"WinCLIP (runs missing)", "VisualAD†‖", "DMA+SAP", "± over seeds", "± over test images"}
     table = results_table(runs, "image_auroc", methods=["winclip"])
     with pytest.raises(ValueError, match="no method has a value .* Missing runs: WinCLIP on BTAD"): bar_figure(table)
     with pytest.raises(ValueError, match="no row 'mpdd'"): bar_figure(table, row="mpdd")

@@ -319,7 +319,7 @@ def test_train_notebook_on_two_devices(tmp_path):
     "From a kernel under papermill: the same losses as on one, and what it cost in result.json."
     papermill = pytest.importorskip("papermill")
     options = dict(clip_weights="random:0", dino_weights="random:0")
-    values = dict(method="dma_sap", options=options, devices=2, epochs=2, output=str(tmp_path), cache=str(tmp_path / "cache"), cache_dtype="float16", cache_gb=1.0)
+    values = dict(method="dma_sap", options=options, devices=2, size=SIZE, epochs=2, batch=8, lr_scale=5.0, seed=0, output=str(tmp_path), cache=str(tmp_path / "cache"), cache_dtype="float16", cache_gb=1.0)
     papermill.execute_notebook(str(Path(__file__).parent.parent / "nbs/experiments/train.ipynb"), str(tmp_path / "train.ipynb"), values, cwd=str(tmp_path), progress_bar=False)
     cost = json.loads((tmp_path / "result.json").read_text())["speed"]
     assert cost["devices"] == 2 and [(e["hits"], e["misses"]) for e in cost["epochs"]] == [(0, 38), (38, 0)] and cost["step_seconds"] > 0 and cost["peak_memory"] > 1e7

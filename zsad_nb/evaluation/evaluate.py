@@ -21,6 +21,7 @@ from ..data.method_images import batches_for
 from ..data.reading import read_as, reading_of, takes_reading
 from .binned import BinnedPixelMetrics
 from .metrics import Metrics, PixelMetrics, image_metrics, mean_over_classes
+from .pixel_digests import PixelDigest, pixel_digest, save_digests
 from ..methods.base import Method
 from ..names import shown
 from ..tables import write_table
@@ -36,6 +37,7 @@ class Evaluation:
     reasons: pd.DataFrame    # category, metric, reason: every number that is missing or not exact
     seen: list[str]          # "dataset/category" of this index whose data set was trained on: not zero-shot
     reading: dict = field(default_factory=dict)  # how images and masks were read: the fields of `Reading`
+    digests: list[PixelDigest] = field(default_factory=list)  # of the rows of per_image: the pixels, for deviations over images
 
     @property
     def mean(self) -> pd.Series:
@@ -49,11 +51,20 @@ class Evaluation:
 
     def save(self, folder: str|Path  # is created
             ) -> Path:
-        "metrics.csv, scores.csv and reasons.csv, each whole or absent."
+        "metrics.csv, reasons.csv and what `save_images` writes, each whole or absent."
         folder = Path(folder)
-        write_table(self.per_image, folder/"scores.csv")
+        self.save_images(folder)
         write_table(self.reasons, folder/"reasons.csv")
         return write_table(self.per_class, folder/"metrics.csv", index=True)
+
+    def save_images(self, folder: str|Path  # is created
+                   ) -> Path:
+        "scores.csv and, where there are digests, pixels.npz: what a bootstrap over the images needs."
+        folder = Path(folder)
+        write_table(self.per_image, folder/"scores.csv")
+        if self.digests:
+            save_digests(self.digests, folder/"pixels.npz")
+        return folder
 
 # %% ../../nbs/evaluation/71_evaluate.ipynb #d6ff0e99
 def require_categories(
@@ -91,7 +102,7 @@ def predict_images(method: Method, part: pd.DataFrame, pixels: PixelMetrics,  # 
                    size: int, batch_size: int=8, workers: int=2, cache: FeatureCache|None=None,  # as of `evaluate`
                    defects: list[str]|None=None,  # as of `batches`
                    bar=None,
-                  ) -> list[dict]:  # image, score, map_low, map_high, pixel_ap
+                  ) -> list[dict]:  # image, score, map_low, map_high, pixel_ap, digest
     "One row an image; the maps go into the pixel metrics and are forgotten."
     rows = []
     for batch in batches_for(method, part, size, batch_size, workers=workers, defects=defects):
@@ -99,7 +110,8 @@ def predict_images(method: Method, part: pd.DataFrame, pixels: PixelMetrics,  # 
         pixels.update(prediction.map.numpy(), batch.mask[:, 0].numpy(), batch.has_mask.numpy())
         for i, (m, y) in enumerate(zip(prediction.map.numpy(), batch.mask[:, 0].numpy())):
             rows.append(dict(image=batch.path[i], score=prediction.score[i].item(), map_low=float(m.min()), map_high=float(m.max()),
-                             pixel_ap=image_metrics(m.ravel(), y.ravel())["image_ap"] if y.any() else float("nan")))
+                             pixel_ap=image_metrics(m.ravel(), y.ravel())["image_ap"] if y.any() else float("nan"),
+                             digest=pixel_digest(m, y, bool(batch.has_mask[i]))))
         if bar is not None: bar.update(len(batch))
     return rows
 
@@ -109,19 +121,22 @@ def put_together(test: pd.DataFrame,  # of `target_set`
                 ) -> Evaluation:
     "Image metrics, the mean over classes, and why a number is missing."
     classes, images, reasons, columns = {}, [], [], ["image", "category", "anomalous", "defect"]
+    digests = []
     for category, (rows, pixel) in found.items():
         rows = pd.DataFrame(rows).merge(test[test["category"] == category].reset_index(names="position")[["position", *columns]], on="image", validate="1:1")
         image = image_metrics(rows["score"].to_numpy(), rows["anomalous"].to_numpy())
         classes[category] = dict(normal=int((~rows["anomalous"]).sum()), anomalous=int(rows["anomalous"].sum()), **image, **pixel)
         reasons += [dict(category=category, metric=k, reason=v) for m in (image, pixel) for k, v in m.reasons.items()]
         reasons += [dict(category=category, metric=k, reason=f"counted in bins: at most {v:.1e} from the exact value") for k, v in getattr(pixel, "bounds", {}).items()]
+        if "digest" in rows:
+            digests += rows.pop("digest").tolist()
         images.append(rows)
     table = pd.DataFrame.from_dict(classes, orient="index").rename_axis("category")
     mean = mean_over_classes(table.filter(regex="^(image|pixel)_"))
     reasons += [dict(category=MEAN, metric=k, reason=f"mean of {int(r['averaged'])} classes, without {r['left_out']}") for k, r in mean.iterrows() if r["left_out"]]
     table.loc[MEAN] = {"normal": table["normal"].sum(), "anomalous": table["anomalous"].sum(), **mean["mean"].to_dict()}
     return Evaluation(table, pd.concat(images, ignore_index=True)[["position", *columns, "score", "pixel_ap", "map_low", "map_high"]],
-                      pd.DataFrame(reasons, columns=["category", "metric", "reason"]), seen, asdict(reading_of(test)))
+                      pd.DataFrame(reasons, columns=["category", "metric", "reason"]), seen, asdict(reading_of(test)), digests)
 
 # %% ../../nbs/evaluation/71_evaluate.ipynb #98ddf9b8
 def seen_in_training(method: Method,

@@ -16,7 +16,7 @@ import pandas as pd
 
 from .evaluate import MEAN
 from .metrics import ROUNDING
-from .published import METRIC_NAMES
+from .published import METRIC_NAMES, training_set
 from ..names import shown
 from ..records import misfit, read_record, relative_path
 from ..tables import read_table
@@ -38,7 +38,7 @@ RESULT = {  # result.json of these
     "size": (int, None), "images": (int, None), "epochs": (int, None), "steps": (int, None),
     "names": (str, {"*": (str, None)}, None), "released": ({"*": (str, {"*": str}, None)}, None),
     "checkpoint": (str, None), "fingerprint": (str, None), "transductive": (bool, None), "seen": ([str], None), "trained_on": ([str], {"*": [str]}, None),
-    "backbones": ({"*": (str, {"*": str})}, None), "frozen": ({"*": (str, {"*": str})}, None), "views": ({"*": relative_path}, None),
+    "backbones": ({"*": (str, {"*": str})}, None), "frozen": ({"*": (str, {"*": str})}, None), "views": ({"*": relative_path}, None), "per_image": ({"*": {"*": relative_path}}, None),
     **dict.fromkeys(METRIC_NAMES, _NUMBER),
 }
 
@@ -235,27 +235,28 @@ def _evaluation(
     table[metrics] = table[metrics].clip(0, 1)
     seen = {name.rpartition("/")[2] for name in _texts(result.get("seen"), "seen")}
     table["seen"] = [c in seen or (c == MEAN and bool(seen)) for c in table["category"]]
-    trained_on = sorted({name.partition("/")[0] for name in _texts(result.get("trained_on"), "trained_on")})
+    _texts(result.get("trained_on"), "trained_on")
     head = dict(method=_name(result, "method"), data=_name(result, "data"), seed=_seed(run.seed), transductive=bool(result.get("transductive", False)),
-                checkpoint=str(result.get("checkpoint") or ""), trained_on="+".join(trained_on), backbones=_towers(result),
+                checkpoint=str(result.get("checkpoint") or ""), trained_on=training_set(result.get("trained_on")), backbones=_towers(result),
                 fingerprint=result.get("fingerprint") or record.get("fingerprint"), experiment=_part(record, "spec").get("experiment", ""), hash=run.hash, path=run.path)
     tail = {}
     if record:
         tail = {field: _part(record, "code").get(field) for field in ("commit", "dirty", "source")}
         tail |= dict(version=_part(record, "versions").get("zsad_nb"), seconds=record.get("seconds"), peak_memory_mb=record.get("peak_memory_mb"))
     table = table.drop(columns=[c for c in table.columns if c in head or c in tail])
-    own = {f"parameter.{name}" if name in table.columns else name: value for name, value in run.parameters.items() if name not in head and name not in tail}
+    used = {name: result[name] for name in ("size", "batch", "epochs", "lr_scale", "names", "engine", "precision") if result.get(name) is not None}
+    own = {f"parameter.{name}" if name in table.columns else name: value for name, value in {**run.parameters, **used}.items() if name not in head and name not in tail}
     return pd.concat([table, pd.DataFrame({name: _plain(value) for name, value in {**head, **own, **tail}.items()}, index=table.index)], axis=1)
 
 
 def read_runs(folder: str|Path       # searched through all levels
-             ) -> pd.DataFrame:      # one row a run and category (with the mean): method, data, seed, category, metrics (fractions), seen, transductive, backbones, every parameter, hash, path
-    "Every finished evaluation below a folder; `.attrs['skipped']` lists (path, reason) of what is none."
+             ) -> pd.DataFrame:      # one row a run and category (with the mean): method, data, seed, category, metrics (fractions), seen, transductive, trained_on (see `training_set`), backbones, every parameter, hash, path
+    "Every finished evaluation below a folder; `.attrs['skipped']` lists (path, reason) of what is none, `.attrs['folders']` has the folder of every path."
     return evaluations(*finished_runs(folder))
 
 def evaluations(runs: Iterable, skipped: Iterable=()) -> pd.DataFrame:  # of `finished_runs`
     "The evaluations among finished runs, as `read_runs` gives them."
-    parts, skipped = [], list(skipped)
+    parts, skipped, runs = [], list(skipped), list(runs)
     for run in runs:
         try:
             rows = _evaluation(run)
@@ -267,4 +268,5 @@ def evaluations(runs: Iterable, skipped: Iterable=()) -> pd.DataFrame:  # of `fi
     table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*front, "seen", "transductive", "checkpoint", "hash", "path"])
     table = table[[*front, *[c for c in table.columns if c not in front]]]
     table.attrs["skipped"] = sorted(skipped)
+    table.attrs["folders"] = {run.path: str(run.folder) for run in runs}
     return table

@@ -155,7 +155,9 @@ def fit(method: Method,          # changed in place
     if several:
         method.eval()
         for name in ("hits", "misses") if cache is not None else (): cache.counts[name] += sum(e[name] for e in history.attrs["epochs"])
-    if not history["skipped"].all(): method.trained_on = trained_on
+    if not history["skipped"].all():
+        method.trained_on = trained_on
+        method.fitted = dict(dataclasses.asdict(recipe), size=size or next(iter(method.backbones().values())).size, precision=precision)
     state = history.attrs.pop("state")
     if state and not keep_state: remove_state(state)
     elif state: history.attrs["state"] = state

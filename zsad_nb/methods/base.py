@@ -137,6 +137,7 @@ class Method(nn.Module):
         self.transductive = self.depends_on_others(dataclasses.asdict(parameters))
         self.trained_on: list[str] = []  # "dataset/category" of every image used for training; [] for none
         self.released: dict|None = None  # the file of its authors that it began with: file, sha256
+        self.fitted: dict = {}  # recipe, size and precision of the last training, as `fit` leaves them
 
     def encode(self, batch) -> dict[str, Tensor]|Features|None:
         "Frozen features of a batch, image first in every tensor; None where the learned part acts inside the backbone."
@@ -295,7 +296,9 @@ def save(method: Method, path: str|Path  # ends in .safetensors
     tensors = {n: p.detach().cpu().contiguous().clone() for n, p in method.learned().items()}  # in memory of its own each
     header = dict(method=method.name, version=zsad_nb.__version__, parameters=dataclasses.asdict(method.p), trained_on=sorted(method.trained_on),
                   backbones={role: dict(name=b.row.name, weights=b.weights, hash=b.hash, size=b.size, taps=b.taps) for role, b in method.backbones().items()},
-                  tensors={n: tensor_digest(t) for n, t in tensors.items()}, **({} if method.released is None else dict(released=method.released)))
+                  tensors={n: tensor_digest(t) for n, t in tensors.items()}, fitted=method.fitted,
+                  engine=dict(engine="torch", precision="fp32") if method.engine is None else dict(engine=method.engine.engine, precision=method.engine.precision),
+                  **({} if method.released is None else dict(released=method.released)))
     # bytes written by Python: a full disk is then an OSError like any other
     return write_atomically(path, lambda p: p.write_bytes(to_bytes(tensors, {"zsad_nb": to_json(header, None)})))
 
@@ -341,7 +344,8 @@ def _built(header: dict, changes: dict, path: Path) -> Method:
         parameters = cls.from_older(header["parameters"])
         _check_paths(parameters, changes, path)
         _check_texts(cls, parameters, changes, path)
-        return create(header["method"], **{**parameters, **changes})
+        engine = {} if "engine" in changes else header.get("engine", {})
+        return create(header["method"], **{**engine, **parameters, **changes})
     except TypeError as error: raise TypeError(f"{path.name}: {error}") from error
     except (ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError, AssertionError, MemoryError) as error:
         said = str(error) if isinstance(error, ValueError) else f"{shown(str(header['method']))[:80]} cannot be built from its header ({type(error).__name__}: {str(error)[:200]})"
@@ -349,7 +353,7 @@ def _built(header: dict, changes: dict, path: Path) -> Method:
 
 @usual_defaults(gradients=True, blocks=True)
 def load(path: str|Path,  # written by `save`
-         **changes        # parameters to change, such as weights=PATH where the backbone's file moved; engine and precision as in `create`
+         **changes        # parameters to change, such as weights=PATH where the backbone's file moved; engine and precision, else those of the file
         ) -> Method:      # on the CPU
     "Rebuild a method from its checkpoint; the backbone's weights must be the ones it was trained with, the learned tensors those that were saved."
     path = Path(path)
@@ -367,7 +371,7 @@ def load(path: str|Path,  # written by `save`
     fitted(method.learned(), tensors, f"{path.name} does not fit {method.name}")
     _verify(tensors, header, path)
     load_tensors(method, tensors, path.name)
-    method.trained_on, method.released = header["trained_on"], header.get("released")
+    method.trained_on, method.fitted, method.released = header["trained_on"], header.get("fitted", {}), header.get("released")
     return method
 
 # %% ../../nbs/methods/40_base.ipynb #7c1f0a32

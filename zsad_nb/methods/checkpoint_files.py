@@ -35,7 +35,7 @@ def require_learned(tensors: dict,  # name -> tensor
     if odd: raise WeightsError(f"{where} cannot be a checkpoint: {listed(odd)}; learned tensors are floating point numbers, one or more")
     require_finite(tensors, where)
 
-HEADER_KINDS = dict(method=str, version=str, parameters=dict, backbones=dict, trained_on=list, tensors=dict, released=dict)  # of a checkpoint's header
+HEADER_KINDS = dict(method=str, version=str, parameters=dict, backbones=dict, trained_on=list, tensors=dict, released=dict, fitted=dict, engine=dict)  # of a checkpoint's header
 
 def _no_number(word: str): raise ValueError(f"it holds {word}")
 
@@ -52,6 +52,9 @@ def parsed_header(text: str|None, path: Path) -> dict:
     if not all(isinstance(t, str) for t in header["trained_on"]): wrong.append("trained_on")
     wrong += [f"released.{name}" for name, value in header.get("released", {}).items() if not isinstance(value, str)] if not wrong else []
     if wrong: raise WeightsError(f"the header of {path.name} has {listed(map(shown, wrong))} of another kind; the file was changed after it was written")
+    engine = header.get("engine", {})
+    if engine and (set(engine) != {"engine", "precision"} or not all(isinstance(word, str) for word in engine.values())):
+        raise WeightsError(f"the header of {path.name} names its engine in another way than save does; the file was changed after it was written")
     missing = [f"backbones.{role}.hash" for role, b in header["backbones"].items() if not isinstance(b.get("hash"), str)]
     if missing: raise WeightsError(f"the header of {path.name} lacks {', '.join(missing)}; the file was changed after it was written")
     return header
@@ -73,7 +76,7 @@ def checkpoint_content(path: Path, tensors: bool) -> tuple:  # safetensors' own 
         raise WeightsError(f"{path.name} is not a safetensors checkpoint ({type(error).__name__}: {str(error)[:200]}); "
                            "a checkpoint of a paper's authors loads as load_released(\"METHOD=FILE\")") from error
 
-def read_header(path: str|Path) -> dict:  # method, version, parameters, backbones, trained_on, tensors
+def read_header(path: str|Path) -> dict:  # method, version, parameters, backbones, trained_on, tensors, fitted, engine
     "What a checkpoint says of itself, without loading it."
     head, _ = checkpoint_content(Path(path), False)
     return parsed_header(head.get("__metadata__", {}).get("zsad_nb"), Path(path))

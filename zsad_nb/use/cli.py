@@ -135,7 +135,7 @@ def _figures(args) -> int:
     where = dict(text.partition("=")[::2] for text in args.where)
     done = build(args.runs, args.out, where, args.only, args.peer, args.dpi, say)
     print(f"{len(done.made)} made in {args.out}" + ("" if args.only else f"; index: {Path(args.out)/'README.md'}"))
-    for m in done.missing: print(f"\nmissing  {m['name']}  ({m['shows']})\n  {m['why']}\n  {m['command']}")
+    for m in done.missing: print(f"\nmissing  {m['name']}  ({m['shows']})\n  {m['why']}" + (f"\n  {m['command']}" if m["command"] else ""))
     return 0 if done.made and not any(m["wrong"] for m in done.missing) else 1
 
 def _bench(args) -> int:

@@ -11,8 +11,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..evaluation.published import METHOD_NAMES, METRIC_NAMES
+from ..evaluation.comparisons import method_name
+from ..evaluation.published import METRIC_NAMES
 from .paper_style import COLUMN, PAGE, legend_above, letters, line_looks, note, style
+from .table_figures import deviation_handles, figure_marks
 
 # %% ../../nbs/use/81f_curve_figures.ipynb #59d565fd
 NOT_LOSSES = ("step", "epoch", "seconds", "lr", "skipped")
@@ -69,7 +71,10 @@ def sweep_figure(numbers: pd.DataFrame,   # of `variants_table`: method (the var
     place = dict(zip(order, ticks if even else range(len(order))))
     for metric, look in zip(metrics, line_looks(len(metrics))):
         rows = numbers[numbers["metric"] == metric].set_index("method").reindex(order)
+        if "image_std" in rows and rows["image_std"].notna().any():  # over test images: wide and pale, behind the thin ones over seeds
+            ax.errorbar([place[v] for v in order], rows["mean"], rows["image_std"], fmt="none", ecolor=look["color"], elinewidth=2.4, alpha=0.3, zorder=1)
         handles.append(ax.errorbar([place[v] for v in order], rows["mean"], rows["std"].where(rows["seeds"] > 1).fillna(0), **look, capsize=2, capthick=0.6, elinewidth=0.6, label={**METRIC_NAMES, **(names or {})}.get(metric, metric)))
+    handles += deviation_handles(numbers)
     at = chosen if even or chosen is None else next((place[v] for v in order if values[v] == chosen), None)
     if at is not None: handles.append(ax.axvline(at, color="0.4", linestyle=":", linewidth=0.9, zorder=1, label="published setting"))
     ax.set_xticks(list(place.values()), [f"{t:g}" for t in ticks]); ax.grid(axis="y"); ax.set(xlabel=letters(name), ylabel="%"); ax.margins(y=0.12); ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
@@ -93,11 +98,16 @@ def overview_figure(numbers: pd.DataFrame,  # of `results_table`, one row of it
         for y, method in enumerate(methods):
             cell = at.loc[(method, metric)]
             if cell["mean"] != cell["mean"]: continue
+            images = cell.get("image_std", float("nan"))
+            if images == images:  # over test images: wide and grey, behind the thin one over seeds
+                ax.errorbar(cell["mean"], y, xerr=images, fmt="none", ecolor="0.45", elinewidth=2.2, alpha=0.5, zorder=1)
             ax.errorbar(cell["mean"], y, xerr=cell["std"] if cell["seeds"] > 1 else None, fmt=look["marker"], color=look["color"], capsize=1.5, elinewidth=0.7, capthick=0.6)
             ax.annotate(f"{cell['mean']:.1f}", (1, y), xycoords=("axes fraction", "data"), xytext=(2, 0), textcoords="offset points", va="center", fontsize=5.6)
         ax.set(xlabel=f"{letters(METRIC_NAMES.get(metric, metric))}, %", ylim=(len(methods) - 0.4, -0.6)); ax.grid(axis="both"); ax.tick_params(axis="y", length=0)
-    marks = {m: "†" * bool(numbers.loc[numbers["method"] == m, "seen"].any()) + "‡" * bool(numbers.loc[numbers["method"] == m, "transductive"].any()) for m in methods}
-    axes[0].set_yticks(range(len(methods)), [letters(METHOD_NAMES.get(m, m)) + marks[m] for m in methods])
-    for label, method in zip(axes[0].get_yticklabels(), methods): label.set_fontweight("bold" if method in own else "normal")
+    marks = {m: figure_marks([cell for _, cell in numbers[numbers["method"] == m].iterrows()]) for m in methods}
+    axes[0].set_yticks(range(len(methods)), [letters(method_name(m)) + marks[m] for m in methods])
+    if handles := deviation_handles(numbers):
+        legend_above(figure, handles)
+    for label, method in zip(axes[0].get_yticklabels(), methods): label.set_fontweight("bold" if method.partition(" (")[0] in own else "normal")
     note(figure, remark)
     return figure

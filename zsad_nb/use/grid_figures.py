@@ -85,21 +85,21 @@ def grid_figure(columns: list,       # of `side_by_side`, of one data set or sev
 
 # %% ../../nbs/use/81e_grid_figures.ipynb #5caf25dd
 @style()
-def ablation_figure(views: dict[str, Views],  # variant -> views
+def ablation_figure(columns: list,            # of `side_by_side`, a map a variant
                     numbers: pd.DataFrame,    # of `variants_table`, these variants
-                    count: int=5,             # images
                     width: float=PAGE, published: bool=False,
+                    names: dict|None=None,    # metric -> what stands below its bars, where it is none of the usual
                     remark: str="",           # small, below everything
                    ) -> Figure:
     "Heatmaps of every variant, and its metrics as bars."
-    columns = side_by_side(views, count)
-    share = 0.6 if len(views) < 4 else 0.55
+    variants = len(columns[0]["maps"])
+    share = 0.6 if variants < 4 else 0.55
     cell = (width * share - 0.35) / len(columns)
-    figure = Figure(figsize=(width, max(1.9, cell * (1 + len(views)) + 0.4)), layout="constrained")
+    figure = Figure(figsize=(width, max(1.9, cell * (1 + variants) + 0.4)), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[share, 1 - share])
     draw_grid(left, columns, mask_row=False)
     ax = right.subplots()
-    handles = draw_on(ax, numbers, published, width=width * (1 - share))
+    handles = draw_on(ax, numbers, published, width=width * (1 - share), names=names)
     legend_above(right, handles)
     note(figure, remark)
     return figure

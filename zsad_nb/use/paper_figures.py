@@ -118,8 +118,8 @@ def write_index(done: Built) -> Path:
     for m in done.made:
         if m not in pictures: lines += ["", f"**{_cell(m['shows'])}**", "", re.sub(r"^\*\*.*\*\*\n\n", "", next(f for f in m["files"] if f.suffix == ".md").read_text(encoding="utf-8")).strip()]
     if done.missing:
-        lines += ["", "## Not made", "", "Nothing stands in for them; each line has the command that makes the runs. A file of that name that lies here is of an earlier call.", "", "| figure | shows | why not | command |", "|---|---|---|---|"]
-        lines += ["| " + " | ".join([m["name"], _cell(m["shows"]), _cell(m["why"]), _code(m["command"])]) + " |" for m in done.missing]
+        lines += ["", "## Not made", "", "Nothing stands in for them; each line has the command that makes the runs, if any does. A file of that name that lies here is of an earlier call.", "", "| figure | shows | why not | command |", "|---|---|---|---|"]
+        lines += ["| " + " | ".join([m["name"], _cell(m["shows"]), _cell(m["why"]), _code(m["command"]) if m["command"] else "–"]) + " |" for m in done.missing]
     if done.skipped: lines += ["", "Folders that are no finished runs: " + _cell("; ".join(f"{p} ({r})" for p, r in done.skipped)) + "."]
     lines += ["", END]
     readme, text = out/"README.md", "\n".join(lines)
