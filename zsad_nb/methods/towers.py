@@ -31,7 +31,8 @@ def clip_towers(p,                 # parameters: clip, clip_weights, image_size,
                 interpolation: str="bicubic",  # how images are brought to the image tower's size
                ) -> tuple:         # ClipBackbone, TextTower
     "Both towers of a CLIP; one without a space for both raises."
+    text = create_text(p.clip, p.clip_weights, p.quick_gelu)  # first: it names the towers that have one
     image = create_backbone(p.clip, p.clip_weights, p.image_size, taps, p.quick_gelu, p.position_resize, interpolation)
     if getattr(image.tower, "proj", None) is None:
         raise ValueError(f"{p.clip} has no space shared with text; use a CLIP of the backbone table")
-    return image, create_text(p.clip, p.clip_weights, p.quick_gelu)
+    return image, text
