@@ -1,13 +1,17 @@
 "One word for a method's named parameter sets; a CLIP tower's activation and positions as parameters of every method that has one."
 import dataclasses
+import json
 
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from small_sets import bright_squares
 
 from zsad_nb.backbones.backbones import BACKBONES, create_backbone, resize_positions
 from zsad_nb.backbones.text import create_text
 from zsad_nb.backbones.weights import WeightsError
+from zsad_nb.evaluation import study
 from zsad_nb.methods.base import MODULES, Variant, create, describe, import_released, load, method_class, save
 
 CLIPS = ["anomalyclip", "crane", "crane_plus", "dapo", "dma_sap", "ssvp", "winclip", "anovl", "adaclip", "april_gan", "multiads", "bayes_pfl"]
@@ -128,3 +132,21 @@ def test_settings_are_saved(tmp_path):
     model = small("dapo", quick_gelu=False, position_resize="bicubic_plain")
     back = load(save(model, tmp_path / "dapo.safetensors"))
     assert back.p == model.p and back.clip.quick_gelu is False and back.clip.row.positions == "bicubic_plain"
+
+
+def test_a_variant_brings_its_training(monkeypatch, tmp_path):
+    "Its recipe trains it, but for what was asked of all, and belongs to what a finished pair is known by."
+    recipes = []
+
+    def one(method, parameters, auxiliary, target, seed, recipe, *rest):
+        recipes.append(recipe)
+        return pd.DataFrame([dict(category="mean", stage="trained", **dict.fromkeys(study.METRICS, 0.5), seconds=0.1)])
+
+    monkeypatch.setattr(study, "_one", one)
+    rows = {"plain": {}, "cosine": Variant("Another schedule.", recipe=dict(schedule="cosine_steps", epochs=7))}
+    index = bright_squares(tmp_path / "images", 2)
+    towers = dict(clip_weights="random:0", dino_weights="random:0", image_size=48)
+    study.study("dma_sap", rows, index, index, seeds=(0,), recipe=dict(epochs=2), options=towers, out=tmp_path / "out", progress=False)
+    assert recipes == [dict(epochs=2), dict(schedule="cosine_steps", epochs=2)]
+    keys = [json.loads(file.read_text()) for file in (tmp_path / "out").glob("*.json")]
+    assert {key["variant"]: (key["recipe"]["schedule"], key["recipe"]["epochs"]) for key in keys} == {"plain": ("constant", 2), "cosine": ("cosine_steps", 2)}

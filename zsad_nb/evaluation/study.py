@@ -34,7 +34,7 @@ METRICS = ["image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", 
 
 @takes_reading
 def study(method: str,                 # a registered method
-          variants: dict[str, dict],   # name -> parameters of the method that differ
+          variants: dict[str, dict],   # name -> parameters of the method that differ; a `Variant` brings its training
           auxiliary: pd.DataFrame,     # Index trained on
           target: pd.DataFrame,        # Index evaluated on, rows with split "test"
           seeds: tuple=(0, 1, 2),      # each is the seed of initialisation, order and dropout
@@ -55,19 +55,20 @@ def study(method: str,                 # a registered method
     shown = None if shown is None else read_as(shown, **reading)
     if isinstance(cache, (str, Path)): cache = FeatureCache(cache)
     if shown is not None and out is None: raise ValueError("the maps of `shown` are kept in files: pass out=FOLDER")
-    common = dict(method=method, options=options, recipe=dataclasses.asdict(recipe_of(method, **recipe)), auxiliary=fingerprint(auxiliary), target=fingerprint(target), untrained=untrained)
+    common = dict(method=method, options=options, auxiliary=fingerprint(auxiliary), target=fingerprint(target), untrained=untrained)
     if more is not None: common["more"] = getattr(more, "__name__", str(more))
     parts, views, images = [], {}, {}
     for name, changes in variants.items():
+        own = {**getattr(changes, "recipe", {}), **recipe}  # a variant's training, but for what was asked of all
         weights = {role: b.hash for role, b in create(method, **options, **changes).backbones().items()}  # other weights are another study
         for seed in tqdm(seeds, desc=name, disable=not progress):
             kept = shown if seed == seeds[0] else None
-            key = dict(common, variant=name, changes=changes, seed=seed, weights=weights, **({} if kept is None else dict(shown=fingerprint(kept))))
+            key = dict(common, recipe=dataclasses.asdict(recipe_of(method, **own)), variant=name, changes=changes, seed=seed, weights=weights, **({} if kept is None else dict(shown=fingerprint(kept))))
             file = None if out is None else Path(out)/f"{key_hash(key)}.csv"
             home = None if file is None else file.with_suffix(".images")
             if file is not None and file.is_file(): rows = read_table(file, numbers="rest", text=("variant", "category", "stage"))
             else:
-                rows = _one(method, {**options, **changes}, auxiliary, target, seed, recipe, cache, untrained, device, more, None if kept is None else (kept, file.with_suffix("")), home)
+                rows = _one(method, {**options, **changes}, auxiliary, target, seed, own, cache, untrained, device, more, None if kept is None else (kept, file.with_suffix("")), home)
                 rows.insert(0, "seed", seed); rows.insert(0, "variant", name)
                 if file is not None:
                     write_json(file.with_suffix(".json"), key)
