@@ -129,8 +129,11 @@ def _jobs(which: str, normal: int, defective: int, train_normal: int, seed: int,
         counts = dict.fromkeys(kinds, 0)
         for i in range(defective):     # every defect in turn, each category starting at another; the strengths in turn, too
             kind = kinds[(i + c * 5) % len(kinds)]
-            yield name, "test", kind, counts[kind], base + 250_000 + i, powers[i % len(powers)]
-            counts[kind] += 1
+            if version == 1:
+                yield name, "test", kind, counts[kind], base + 250_000 + i, "middle"
+                counts[kind] += 1
+            else:                      # the scene of flawless image i
+                yield name, "test", kind, i, base + i, powers[i % len(powers)]
 
 
 def _save(array: np.ndarray, path: Path):

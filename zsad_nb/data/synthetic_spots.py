@@ -144,7 +144,7 @@ class Strength:
     contrast: float  # weight of its colours and shadows, on [0, 1]
 
 
-STRENGTHS = dict(weak=Strength(.75, .45), middle=Strength(1, .65), strong=Strength(1.25, 1))
+STRENGTHS = dict(weak=Strength(1, .6), middle=Strength(1.3, .85), strong=Strength(1.7, 1))
 
 
 @dataclass(frozen=True)
