@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from ..data.reading import read_as
 from .evaluate import by_category, predict_images, seen_in_training, target_set
-from .published import published
+from .published import reference
 
 # %% ../../nbs/evaluation/77_power.ipynb #0ffbb60d
 def contributions(
@@ -129,9 +129,11 @@ def agreement(
     datasets: Iterable = ("mvtec", "visa"),
 ) -> pd.DataFrame:            # a row a method: found, published (mean over the data sets); attrs["correlation"]
     "What was found beside what is published, and how far the order agrees"
-    table = published(dataset=datasets, metric=metric)
-    table = table[(table["category"] == "mean") & (table["variant"] == "") & table["method"].isin(list(found))]
-    printed = table.groupby(["method", "dataset"])["value"].median().unstack().dropna().mean(axis=1)
-    rows = pd.DataFrame([dict(method=m, found=v, published=printed[m]) for m, v in found.items() if m in printed.index])
+    rows = []
+    for method, value in found.items():
+        printed = [reference(method, dataset, metric) for dataset in datasets]
+        if all(printed):
+            rows.append(dict(method=method, found=value, published=sum(r.value for r in printed) / len(printed)))
+    rows = pd.DataFrame(rows, columns=["method", "found", "published"])
     rows.attrs["correlation"] = rank_correlation(rows["found"], rows["published"]) if len(rows) > 2 else float("nan")
     return rows
