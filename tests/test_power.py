@@ -24,7 +24,7 @@ def test_many_pixels_are_binned_closely():
     auroc, parts = contributions(maps, masks)
     exact, whole = contributions(maps, masks, bins=maps.size)
     assert exact == pytest.approx(roc_auc_score(masks.ravel(), maps.ravel()), abs=1e-12)
-    assert auroc == pytest.approx(exact, abs=1e-6) and np.abs(parts - whole).max() < 1e-5
+    assert auroc == pytest.approx(exact, abs=1e-5) and np.abs(parts - whole).max() < 1e-5     # a thousandth of a point
 
 
 def test_delong_by_hand():
