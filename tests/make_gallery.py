@@ -26,6 +26,7 @@ ROWS = {  # notebook -> what you learn; where the picture is from: the number of
     "experiments/qualitative": ("the same images through two methods, chosen before anybody has seen a map", -1),
     "experiments/defect_types": ("DAPO beside MultiADS, on defect types that training saw and on others", ("tutorials/which_defect", 7)),
     "experiments/tables": ("from a folder of evaluations to the papers' tables and charts", "tables/visualad_synthetic.csv"),
+    "experiments/benchmark": ("methods on the second version of the drawn benchmark: how sure their differences are, and whether their order is that of real data", 0),
     "experiments/pretrain_tiny": ("how the embedded image tower was taught, on drawn things that occur in no benchmark set", [None]),
     "experiments/pretrain_tiny_clip": ("how the embedded image-text pair was taught, with captions that name material, pattern, object and defect", [None, "scratch", "hole", "stain", "crack"]),
     "experiments/real_images": ("VisualAD on steel, roads and boards with a real small ViT; needs the images and the weights", "tables/visualad_real.csv"),

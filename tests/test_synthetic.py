@@ -12,18 +12,20 @@ from PIL import Image
 
 from zsad_nb.data import synthetic
 from zsad_nb.data.index import COLUMNS
-from zsad_nb.data.synthetic import CATEGORIES, SETS, categories, defects, draw, draw_batch, synthetic_index
+from zsad_nb.data.synthetic import CATEGORIES, SETS, STRENGTHS, categories, defects, draw, draw_batch, synthetic_index
 
 HASHES = Path(__file__).parent / "synthetic_hashes.json"
 PAIRS = [(c.name, d) for c in CATEGORIES.values() for d in ["good"] + defects(c.set)]
+GRADED = [(categories(which, version=2)[(k * 5) % len(categories(which, version=2))], d) for which in ("auxiliary", "target") for k, d in enumerate(defects(which, 2))]
 
 
 def digests(size: int = 48, seed: int = 5) -> dict[str, str]:
-    "sha256 of image and mask of one sample per category and defect"
+    "sha256 of image and mask of one sample per category and defect of version 1, and per defect and strength of version 2"
     out = {}
-    for name, defect in PAIRS:
-        s = draw(name, seed, size, defect)
-        out[f"{name}/{defect}"] = hashlib.sha256(s.image.tobytes() + np.packbits(s.mask).tobytes()).hexdigest()[:16]
+    for name, defect, strength in [(n, d, "") for n, d in PAIRS] + [(n, d, s) for n, d in GRADED for s in STRENGTHS]:
+        s = draw(name, seed, size, defect, strength or "middle")
+        key = f"{name}/{defect}" + (f"/{strength}" if strength else "")
+        out[key] = hashlib.sha256(s.image.tobytes() + np.packbits(s.mask).tobytes()).hexdigest()[:16]
     return out
 
 

@@ -11,17 +11,18 @@ from pathlib import Path
 import pandas as pd
 
 from .readers import read
-from .synthetic import SETS, synthetic_index
+from .synthetic import SYNTHETIC_SETS, synthetic_index
 
 # %% ../../nbs/data/14_datasets.ipynb #7e466a61
-def load_dataset(name: str,        # a name of READERS, or "synthetic-" and one of pretrain, auxiliary, target
+def load_dataset(name: str,        # a name of READERS or of SYNTHETIC_SETS
                  root: str|Path,   # the data set's folder; a synthetic set is drawn into it
                  **options         # of the reader, or of `synthetic_index` (size, normal, defective, seed)
                 ) -> pd.DataFrame: # an Index
     "The Index of a data set, drawn first when it is a synthetic one."
-    kind, _, which = name.partition("-")
-    if kind == "synthetic":
-        if which not in SETS: raise ValueError(f"unknown synthetic set {which!r} in {name!r}; known: {', '.join(f'synthetic-{s}' for s in SETS)}")
-        return synthetic_index(root, which, **options)
+    if name in SYNTHETIC_SETS:
+        row = SYNTHETIC_SETS[name]
+        return synthetic_index(root, row.which, version=row.version, strength=row.strength, **options)
+    if name.startswith("synthetic"):
+        raise ValueError(f"there is no synthetic set {name!r}; the sets are {', '.join(SYNTHETIC_SETS)}")
     if str(root) == "": raise ValueError(f"{name} needs its folder: pass root=FOLDER (only the synthetic sets are drawn here)")
     return read(name, root, **options)

@@ -24,7 +24,7 @@ from ..tables import write_table
 from .figures import draw_cases
 
 # %% ../../nbs/use/84_demo.ipynb #62feb296
-SETTINGS = dict(size=320, normal=11, defective=18, target_normal=14, target_defective=22,  # pixels; images a category
+SETTINGS = dict(version=1, size=320, normal=11, defective=18, target_normal=14, target_defective=22,  # of the benchmark; pixels; images a category
                 epochs=3, batch_size=8, lr_scale=8.0, sigma=8.0)  # paper: 518 px, 1-2 epochs, 8, 1, 4 px
 
 def _say(text: str): print(text, file=sys.stderr, flush=True)
@@ -43,9 +43,9 @@ def demo(out: str|Path="runs/demo",  # folder for results; is created
     def stage(n, text): _say(f"[{n}/5] {time.perf_counter() - start:5.0f} s  {text}")
 
     stage(1, "drawing the benchmark")
-    tag = f"{s['size']}-{s['normal']}-{s['defective']}-{s['target_normal']}-{s['target_defective']}"
-    auxiliary = synthetic_index(out/"data"/tag/"auxiliary", "auxiliary", s["size"], s["normal"], s["defective"])
-    target = synthetic_index(out/"data"/tag/"target", "target", s["size"], s["target_normal"], s["target_defective"])
+    tag = f"{s['version']}-{s['size']}-{s['normal']}-{s['defective']}-{s['target_normal']}-{s['target_defective']}"
+    auxiliary = synthetic_index(out/"data"/tag/"auxiliary", "auxiliary", s["size"], s["normal"], s["defective"], version=s["version"])
+    target = synthetic_index(out/"data"/tag/"target", "target", s["size"], s["target_normal"], s["target_defective"], version=s["version"])
     new = sorted(set(target.defect) - set(auxiliary.defect))
     stage(2, f"before training: {target.category.nunique()} categories, {len(target)} images, defects never trained on: {', '.join(new)}")
     seed_everything(seed)
