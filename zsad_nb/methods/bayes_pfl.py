@@ -303,7 +303,7 @@ class BayesPFL(Method):
         "Forget the draws of another test set; the released score is measured against the index."
         self._seeds = {}
         if self.p.image_score == "test set" and index is not None and not training:
-            self._ranges.prepare(index)
+            self._ranges.prepare(index, self.interpolation)
         return super().prepare(index, training)
 
     def features(self, batch, cache=None) -> dict[str, Tensor]:
