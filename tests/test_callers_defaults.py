@@ -12,7 +12,7 @@ from small_sets import bright_squares
 from zsad_nb.backbones.backbones import create_backbone
 from zsad_nb.backbones.text import create_text
 from zsad_nb.core import seed_everything, usual_defaults
-from zsad_nb.data.images import batches
+from zsad_nb.data.method_images import batches_for
 from zsad_nb.evaluation.evaluate import evaluate
 from zsad_nb.learning.training import fit, recipe_of
 from zsad_nb.methods.base import MODULES, create, load, save
@@ -72,14 +72,14 @@ def job(name: str, index, out=None) -> dict:
     seed_everything(0)
     method, found = create(name, image_size=SIZE), {}
     method.prepare(index)
-    if hasattr(method, "set_references"): method.set_references(next(iter(batches(index[~index["anomalous"]], SIZE, 4))))
+    if hasattr(method, "set_references"): method.set_references(next(iter(batches_for(method, index[~index["anomalous"]], SIZE, 4))))
     if method.param_groups():
         history = fit(method, index, recipe_of(method, epochs=1, batch_size=4), size=SIZE, progress=False, workers=0)
         found = {f"loss {c}": torch.tensor(history[c].to_numpy(), dtype=torch.float64, device="cpu") for c in history if c not in ("seconds", "skipped")}
         found |= {n: p.detach() for n, p in method.learned().items()}
         if out is not None: method = load(save(method, out / "checkpoint.safetensors"))
         method.prepare(index)
-    prediction = method.predict(next(iter(batches(index, SIZE, 4))))
+    prediction = method.predict(next(iter(batches_for(method, index, SIZE, 4))))
     metrics = evaluate(method, index, size=SIZE, progress=False, workers=0, allow_seen="toy").per_image.select_dtypes("number")
     return found | dict(map=prediction.map, score=prediction.score, metrics=torch.tensor(metrics.to_numpy(), dtype=torch.float64, device="cpu"))
 

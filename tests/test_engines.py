@@ -193,8 +193,9 @@ def test_copies_and_checkpoints(method, batch, folder, tmp_path, tower_file):
     try:
         expected, other = method.predict(batch), copy.deepcopy(method)
         assert other.engine is not method.engine and other.engine.folder == folder and not other.engine._kept and far(other.predict(batch), expected) == 0
-        loaded = load(save(method, tmp_path / "a.safetensors"))
-        assert loaded.engine is None and far(loaded.predict(batch), expected) < SAME, "an engine is no part of a checkpoint"
+        loaded = load(save(method, tmp_path / "a.safetensors"), engine="torch")
+        assert loaded.engine is None and far(loaded.predict(batch), expected) < SAME, "asked for PyTorch, it is PyTorch"
+        assert repr(load(tmp_path / "a.safetensors").engine) == "Engine(onnxruntime, fp32)", "not asked: the one that it was saved with"
         assert repr(load(tmp_path / "a.safetensors", engine="torch", precision="bf16").engine) == "Engine(torch, bf16)"
     finally: method.use_engine()
 
@@ -227,6 +228,7 @@ def test_choices():
 
 @pytest.mark.parametrize("how", [ModuleNotFoundError("No module named 'onnx'"), AttributeError("partially initialized module 'onnx'"), OSError("libprotobuf.so: cannot open shared object file")])
 def test_a_missing_or_broken_package_names_the_extra(monkeypatch, how, tmp_path):
+    saved = save(create("visualad", image_size=SIZE).use_engine("onnxruntime"), tmp_path / "with_engine.safetensors")
     real = importlib.import_module
     def broken(name, *a):
         if name == "onnx": raise how
@@ -234,6 +236,8 @@ def test_a_missing_or_broken_package_names_the_extra(monkeypatch, how, tmp_path)
     monkeypatch.setattr(importlib, "import_module", broken)
     for ask in (lambda: create("visualad", image_size=SIZE, engine="onnxruntime"), lambda: write_onnx(None, tmp_path / "x.onnx", {}), lambda: need("this", "onnx")):
         with pytest.raises(EngineError, match=r"pip install zsad_nb\[engines\]"): ask()
+    with pytest.raises(ValueError, match=r"pip install zsad_nb\[engines\].*load\('with_engine.safetensors', engine='torch'\)"): load(saved)
+    assert load(saved, engine="torch").engine is None
     assert not available("openvino") and available("torch")
 
 

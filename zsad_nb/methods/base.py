@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import zsad_nb
 from ..backbones.backbones import BACKBONES, Features, Frozen
-from ..backbones.engines import Engine, fast_products
+from ..backbones.engines import Engine, EngineError, fast_products
 from ..backbones.ensembles import spelling
 from ..backbones.features import FeatureCache, one_by_one
 from ..backbones.weights import WeightsError, fitted, listed
@@ -348,6 +348,7 @@ def _built(header: dict, changes: dict, path: Path) -> Method:
         return create(header["method"], **{**engine, **parameters, **changes})
     except TypeError as error: raise TypeError(f"{path.name}: {error}") from error
     except (ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError, AssertionError, MemoryError) as error:
+        if isinstance(error, EngineError) and "engine" not in changes: error = ValueError(f"{error}; load({path.name!r}, engine='torch') needs no other package")
         said = str(error) if isinstance(error, ValueError) else f"{shown(str(header['method']))[:80]} cannot be built from its header ({type(error).__name__}: {str(error)[:200]})"
         raise WeightsError(said if path.name in said else f"{path.name}: {said}") from error
 
