@@ -28,7 +28,7 @@ def drawn(folder: Path, size: int, images: int):
     import numpy as np
     from PIL import Image
     from zsad_nb.data.index import make_index
-    from zsad_nb.data.synthetic import categories
+    from zsad_nb.synthetic.versions import categories
     rows, category = [], categories("auxiliary")[0]
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
@@ -47,8 +47,8 @@ def one(method: str, kind: str, images: int, dtype: str, folder: Path, profile: 
     "Two epochs with a cache that is empty at first, and the same two without: seconds (wall, CPU) and losses of each."
     import torch
     from zsad_nb.backbones.features import FeatureCache
-    from zsad_nb.core import seed_everything
-    from zsad_nb.learning.training import fit, recipe_of
+    from zsad_nb.core.settings import seed_everything
+    from zsad_nb.training.fit import fit, recipe_of
     from zsad_nb.methods.base import create
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     size, options = SIZES[kind][0], SIZES[kind][1][method]

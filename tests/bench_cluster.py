@@ -16,8 +16,8 @@ from pathlib import Path
 from distributed import Client
 from test_runs import WRITE, notebook
 
-from zsad_nb.use.runs import Spec
-from zsad_nb.use.sweeps import sweep
+from zsad_nb.runs.run import Spec
+from zsad_nb.runs.sweeps import sweep
 
 BUSY = "import time\nend, x = time.process_time() + seconds, 0\nwhile time.process_time() < end: x = sum(i * i for i in range(10_000))"  # CPU seconds: a core that is shared takes longer
 

@@ -18,12 +18,13 @@ import torch
 
 from zsad_nb.backbones.engines import onednn_pays
 from zsad_nb.backbones.graphs import EngineError
-from zsad_nb.core import seed_everything, write_atomically
-from zsad_nb.data.synthetic import synthetic_index
+from zsad_nb.core.settings import seed_everything
+from zsad_nb.core.files import write_atomically
+from zsad_nb.synthetic.benchmark import synthetic_index
 from zsad_nb.evaluation.evaluate import evaluate
-from zsad_nb.learning.training import fit, recipe_of
+from zsad_nb.training.fit import fit, recipe_of
 from zsad_nb.methods.base import create
-from zsad_nb.use.bench import machine
+from zsad_nb.deploy.bench import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("visualad", "dapo", "dma_sap", "ssvp")

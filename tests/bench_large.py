@@ -19,11 +19,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from zsad_nb.data.synthetic import synthetic_index
-from zsad_nb.learning.training import fit, recipe_of
+from zsad_nb.synthetic.benchmark import synthetic_index
+from zsad_nb.training.fit import fit, recipe_of
 from zsad_nb.methods.base import create, method_class
-from zsad_nb.use.bench import bench, bench_cases, bench_figure, bench_table
-from zsad_nb.use.paper_style import save_figure
+from zsad_nb.deploy.bench import bench, bench_cases, bench_figure, bench_table
+from zsad_nb.figures.style import save_figure
 
 METHODS = ("visualad", "dapo", "ssvp", "dma_sap")
 CLIP, DINO = "clip-vitl14-336", dict(dma_sap=dict(dino="dinov2-vitb14-reg"), ssvp=dict(dino="dinov3-vitl16", dino_size=592))

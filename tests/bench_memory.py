@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 def linked(folder: Path, count: int, size: int, drawn: int = 50):
     "An index of `count` distinct files of one category"
     import pandas as pd
-    from zsad_nb.data.synthetic import synthetic_index
+    from zsad_nb.synthetic.benchmark import synthetic_index
     base = synthetic_index(folder / "drawn", "target", size, 4, 3).iloc[:drawn].assign(category="everything")
     rows = []
     for i in range(count):

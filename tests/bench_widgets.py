@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from zsad_nb.data.index import make_index
-from zsad_nb.data.synthetic import draw
+from zsad_nb.synthetic.benchmark import draw
 from zsad_nb.methods.base import create
-from zsad_nb.use.maps_store import CLIPS, DONE, ROW, make_store
-from zsad_nb.use.widgets import HeatmapExplorer
+from zsad_nb.explore.maps_store import CLIPS, DONE, ROW, make_store
+from zsad_nb.explore.explorer import HeatmapExplorer
 
 LIMIT = 50  # ms an event
 

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 from zsad_nb.data.images import Batch
-from zsad_nb.data.synthetic import draw
+from zsad_nb.synthetic.benchmark import draw
 from zsad_nb.methods.base import create, method_class
 
 FIVE = ("adaclip", "april_gan", "anovl", "multiads", "bayes_pfl")

@@ -5,9 +5,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from zsad_nb.backbones.backbones import OPENAI
+from zsad_nb.backbones.towers import OPENAI
 from zsad_nb.data.images import Batch
-from zsad_nb.data.pixels import resize, resize_mask
+from zsad_nb.data.pixels import resize
+from zsad_nb.data.masks import resize_mask
 
 INPUTS = ("clip.", "clip_sparse.", "ckpt.", "in.", "visa.in.")  # these prefixes and the 8-bit picture and mask; everything else in a fixture is a result
 PICTURES = ("pre.image", "pre.mask")

@@ -10,22 +10,22 @@ from PIL import Image
 from sklearn.cluster import MiniBatchKMeans
 from test_browser import CHROMIUM, Hand, expect, page_of, run_all, serving, sync_api
 
-from zsad_nb.core import seed_everything
-from zsad_nb.data.datasets import load_dataset
-from zsad_nb.data.synthetic import draw
-from zsad_nb.learning.training import fit, recipe_of
+from zsad_nb.core.settings import seed_everything
+from zsad_nb.synthetic.datasets import load_dataset
+from zsad_nb.synthetic.benchmark import draw
+from zsad_nb.training.fit import fit, recipe_of
 from zsad_nb.methods.base import create, save
 
 ROOT = Path(__file__).parent.parent
 SIZE = 192
-NOTEBOOK = {"explorer": '''from zsad_nb.data.datasets import load_dataset
-from zsad_nb.use.widgets import HeatmapExplorer
+NOTEBOOK = {"explorer": '''from zsad_nb.synthetic.datasets import load_dataset
+from zsad_nb.explore.explorer import HeatmapExplorer
 
 index = load_dataset("synthetic-target", "target", size=SIZE, normal=14, defective=22)
 HeatmapExplorer({"VisualAD": "visualad.safetensors", "DAPO": "dapo.safetensors"}, index, progress=False)
-''', "upload": '''from zsad_nb.data.datasets import load_dataset
-from zsad_nb.use.inspector import Inspector
-from zsad_nb.use.upload import Upload
+''', "upload": '''from zsad_nb.synthetic.datasets import load_dataset
+from zsad_nb.inspection.inspector import Inspector
+from zsad_nb.explore.upload import Upload
 
 inspector = Inspector.load("dapo.safetensors", category="leather")
 normal = load_dataset("synthetic-target", "target", size=SIZE, normal=14, defective=22).query("not anomalous and category == 'leather'")

@@ -11,14 +11,15 @@ from scipy.ndimage import gaussian_filter
 
 from zsad_nb.backbones.ensembles import ADACLIP_TEMPLATES, PHOTO_TEMPLATES
 from zsad_nb.backbones.features import FeatureCache
-from zsad_nb.core import seed_everything
+from zsad_nb.core.settings import seed_everything
 from zsad_nb.data.images import Batch
-from zsad_nb.data.synthetic import synthetic_index
+from zsad_nb.synthetic.benchmark import synthetic_index
 from zsad_nb.evaluation.evaluate import evaluate
-from zsad_nb.learning.training import fit, recipe_of
+from zsad_nb.training.fit import fit, recipe_of
 from zsad_nb.methods import adaclip, april_gan  # noqa: F401 (they register their methods)
 from zsad_nb.methods.adaclip import fuse, kmeans
-from zsad_nb.methods.base import create, describe, load, read_header, save
+from zsad_nb.methods.base import create, describe, load, save
+from zsad_nb.methods.checkpoint_files import read_header
 
 SIZE, SAME, BOTH = 64, 1e-5, ["adaclip", "april_gan"]
 NORMAL = ["{}", "flawless {}", "perfect {}", "unblemished {}", "{} without flaw", "{} without defect", "{} without damage"]

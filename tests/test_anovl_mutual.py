@@ -13,14 +13,15 @@ from PIL import Image
 
 from zsad_nb.backbones.ensembles import ANOVL_STATES, WINCLIP_TEMPLATES, macaroni
 from zsad_nb.backbones.features import FeatureCache
-from zsad_nb.core import seed_everything
+from zsad_nb.core.settings import seed_everything
 from zsad_nb.data.images import Batch, batches
 from zsad_nb.data.index import make_index
 from zsad_nb.evaluation.evaluate import evaluate
-from zsad_nb.learning.training import fit
+from zsad_nb.training.fit import fit
 from zsad_nb.methods import anovl, mutual  # noqa: F401 (they register their methods)
 from zsad_nb.methods.anovl import adaptation_loss, adapted, contrast, kind_of, moved, squares, state_sentences, views
-from zsad_nb.methods.base import METHODS, create, describe, load, read_header, save
+from zsad_nb.methods.base import METHODS, create, describe, load, save
+from zsad_nb.methods.checkpoint_files import read_header
 from zsad_nb.methods.mutual import mutual_distance, neighbourhood
 
 SIZE, SAME = 64, 1e-5

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from zsad_nb.backbones import backbones as module
-from zsad_nb.backbones.backbones import BACKBONES, ClipBackbone, create_backbone
+from zsad_nb.backbones import towers as module
+from zsad_nb.backbones.towers import BACKBONES, ClipBackbone, create_backbone
 from zsad_nb.backbones.weights import WeightsError, flat_state, import_vision_libraries, read_state
 
 timm, open_clip = import_vision_libraries()
@@ -414,7 +414,7 @@ def test_missing_weights_offline(tmp_path, environment):
     "Within seconds, and with the ways out."
     said = python("""
         import socket, time
-        from zsad_nb.backbones.backbones import create_backbone
+        from zsad_nb.backbones.towers import create_backbone
         from zsad_nb.backbones.weights import WeightsError
         real = socket.getaddrinfo
         def no_names(host, *rest, **options):

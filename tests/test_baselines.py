@@ -9,21 +9,22 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from zsad_nb.backbones.backbones import create_backbone
+from zsad_nb.backbones.towers import create_backbone
 from zsad_nb.backbones.ensembles import ANOMALIB_TEMPLATES, WINCLIP_STATES, WINCLIP_TEMPLATES
 from zsad_nb.backbones.features import FeatureCache
 from zsad_nb.backbones.text import END, START, UNKNOWN, create_text
 from zsad_nb.backbones.weights import WeightsError, import_vision_libraries, read_state
 from zsad_nb.components.maps import to_pixels
-from zsad_nb.core import seed_everything
+from zsad_nb.core.settings import seed_everything
 from zsad_nb.data.images import Batch
-from zsad_nb.data.synthetic import synthetic_index
+from zsad_nb.synthetic.benchmark import synthetic_index
 from zsad_nb.evaluation.evaluate import evaluate
-from zsad_nb.learning.losses import dice, focal
-from zsad_nb.learning.training import fit, recipe_of
+from zsad_nb.components.losses import dice, focal
+from zsad_nb.training.fit import fit, recipe_of
 from zsad_nb.methods import anomalyclip, crane, winclip  # noqa: F401 (they register their methods)
 from zsad_nb.methods.anomalyclip import import_released
-from zsad_nb.methods.base import METHODS, create, describe, load, read_header, save
+from zsad_nb.methods.base import METHODS, create, describe, load, save
+from zsad_nb.methods.checkpoint_files import read_header
 from zsad_nb.methods.winclip import association, harmonic, spread, window_embeddings, window_patches
 
 SIZE, SAME = 64, 1e-5

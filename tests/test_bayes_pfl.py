@@ -11,15 +11,16 @@ from zsad_nb.backbones.features import FeatureCache
 from zsad_nb.backbones.weights import WeightsError
 from zsad_nb.components.prompt_flow import STATES, PromptFlows, density_gap, fixed_noise, invertible_direction, planar
 from zsad_nb.components.text_attention import RCA
-from zsad_nb.core import seed_everything
+from zsad_nb.core.settings import seed_everything
 from zsad_nb.data.images import Batch, batches
 from zsad_nb.data.index import make_index
-from zsad_nb.data.synthetic import synthetic_index
+from zsad_nb.synthetic.benchmark import synthetic_index
 from zsad_nb.evaluation.evaluate import evaluate
-from zsad_nb.learning.losses import balanced_focal
-from zsad_nb.learning.stages import BestEpoch, fit_stages
-from zsad_nb.learning.training import fit, recipe_of
-from zsad_nb.methods.base import create, describe, load, read_header, save
+from zsad_nb.components.losses import balanced_focal
+from zsad_nb.training.stages import BestEpoch, fit_stages
+from zsad_nb.training.fit import fit, recipe_of
+from zsad_nb.methods.base import create, describe, load, save
+from zsad_nb.methods.checkpoint_files import read_header
 from zsad_nb.methods.bayes_pfl import BayesPFL
 
 SIZE, SAME = 48, 1e-5

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from conftest import multiplies_bf16
 
 from zsad_nb.components import maps
-from zsad_nb.data.synthetic import synthetic_index
+from zsad_nb.synthetic.benchmark import synthetic_index
 from zsad_nb.methods import dma_sap
 from zsad_nb.methods.base import MODULES, create
-from zsad_nb.use import bench as module
-from zsad_nb.use.bench import CASE, STAGES, bench_cases, bench_figure, bench_table, machine, measure
-from zsad_nb.use.cli import main
+from zsad_nb.deploy import bench as module
+from zsad_nb.deploy.bench import CASE, STAGES, bench_cases, bench_figure, bench_table, machine, measure
+from zsad_nb.cli.commands import main
 
 SIZE = 64
 LOWER = "bf16" if multiplies_bf16() else "fp32"  # where it is emulated, a product takes minutes

@@ -16,21 +16,22 @@ from zsad_nb.backbones.features import FeatureCache
 from zsad_nb.data.crops import cut_crops, cut_ksdd
 from zsad_nb.data.images import Batch, batches, check
 from zsad_nb.data.index import concat_indices, fingerprint, make_index, root_of
-from zsad_nb.data.pixels import BadImage, load_image, load_pair, read_image
+from zsad_nb.data.stored import BadImage
+from zsad_nb.data.pixels import load_image, load_pair, read_image
 from zsad_nb.data.reading import Reading, read_as, reading_of
 from zsad_nb.data.stored import open_stored
 from zsad_nb.evaluation.evaluate import evaluate
 from zsad_nb.evaluation.multi_type import evaluate_types
 from zsad_nb.evaluation.study import study
 from zsad_nb.evaluation.views import choose, map_ranges, view
-from zsad_nb.learning.training import fit, recipe_of
+from zsad_nb.training.fit import fit, recipe_of
 from zsad_nb.methods.base import create
-from zsad_nb.use import maps_store
-from zsad_nb.use.cli import main
-from zsad_nb.use.figures import draw_cases
-from zsad_nb.use.inspector import Inspector
-from zsad_nb.use.maps_store import make_store, open_store
-from zsad_nb.use.shards import evaluate_shards
+from zsad_nb.explore import maps_store
+from zsad_nb.cli.commands import main
+from zsad_nb.figures.heatmaps import draw_cases
+from zsad_nb.inspection.inspector import Inspector
+from zsad_nb.explore.maps_store import make_store, open_store
+from zsad_nb.runs.shards import evaluate_shards
 
 RNG = np.random.default_rng(0)
 

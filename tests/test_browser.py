@@ -21,16 +21,16 @@ if CHROMIUM is None: pytest.skip("no Chromium here (apt-get install chromium, or
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser: pip install playwright")
 expect = sync_api.expect
 
-from zsad_nb.data.synthetic import draw, synthetic_index
+from zsad_nb.synthetic.benchmark import draw, synthetic_index
 from zsad_nb.methods.base import create
-from zsad_nb.use.maps_store import make_store
+from zsad_nb.explore.maps_store import make_store
 
 PATIENCE = 180_000  # ms: the machine may be busy
-EXPLORER = '''from zsad_nb.use.widgets import HeatmapExplorer
+EXPLORER = '''from zsad_nb.explore.explorer import HeatmapExplorer
 HeatmapExplorer({"one": STORES[0], "two": STORES[1]})
 '''
 UPLOAD = '''from zsad_nb.methods.base import create
-from zsad_nb.use.upload import Upload
+from zsad_nb.explore.upload import Upload
 Upload(create("visualad", weights="random:0", image_size=64))
 '''
 

@@ -15,9 +15,9 @@ from small_sets import bright_squares
 
 from zsad_nb.backbones import features as module
 from zsad_nb.backbones.features import MARK, FeatureCache, entry_hash, one_by_one
-from zsad_nb.core import seed_everything
+from zsad_nb.core.settings import seed_everything
 from zsad_nb.data.images import Batch
-from zsad_nb.learning.training import fit, recipe_of
+from zsad_nb.training.fit import fit, recipe_of
 from zsad_nb.methods.base import create, save as save_method
 
 SIZE, KEY = 32, dict(tower="toy")
@@ -132,7 +132,7 @@ def test_what_else_decides_the_bits_is_in_the_key(change, tmp_path, monkeypatch)
     cache, batch, key = FeatureCache(tmp_path), batch_of(images(2)), KEY
     cache(KEY, batch, encode)
     if change == "threads": monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
-    if change == "processor": monkeypatch.setattr("zsad_nb.core.processor", lambda: "another")
+    if change == "processor": monkeypatch.setattr("zsad_nb.core.settings.processor", lambda: "another")
     if change == "torch": monkeypatch.setattr(torch, "__version__", "99.0")
     if change == "code": monkeypatch.setattr(module, "code_hash", lambda *rooms: "other")
     if change == "float64 images": batch = batch_of(batch.image.double())

@@ -9,12 +9,12 @@ import pytest
 import torch
 from small_sets import bright_squares
 
-from zsad_nb.backbones.backbones import create_backbone
+from zsad_nb.backbones.towers import create_backbone
 from zsad_nb.backbones.text import create_text
-from zsad_nb.core import seed_everything, usual_defaults
+from zsad_nb.core.settings import seed_everything, usual_defaults
 from zsad_nb.data.method_images import batches_for
 from zsad_nb.evaluation.evaluate import evaluate
-from zsad_nb.learning.training import fit, recipe_of
+from zsad_nb.training.fit import fit, recipe_of
 from zsad_nb.methods.base import MODULES, create, load, save
 
 SIZE = 48

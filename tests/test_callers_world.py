@@ -43,7 +43,7 @@ SCRIPT = textwrap.dedent('''
             sys.exit(f"importing {module.name} changed {changed(before, now)}")
         count += 1
     from zsad_nb.methods.base import create
-    from zsad_nb.use.inspector import Inspector
+    from zsad_nb.inspection.inspector import Inspector
     image = Image.new("RGB", (64, 64), (90, 120, 150))
     for name in ("self_distance", "winclip"):
         method = create(name)

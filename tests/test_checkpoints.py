@@ -14,10 +14,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from zsad_nb.backbones.backbones import create_backbone
+from zsad_nb.backbones.towers import create_backbone
 from zsad_nb.backbones.weights import WeightsError
-from zsad_nb.core import write_atomically
-from zsad_nb.methods.base import create, load, read_header, save
+from zsad_nb.core.files import write_atomically
+from zsad_nb.methods.base import create, load, save
+from zsad_nb.methods.checkpoint_files import read_header
 from zsad_nb.methods.visualad import VisualAD, export_released, import_released
 
 ROOT = Path(__file__).parent.parent
@@ -404,7 +405,7 @@ def test_killed_while_writing(method, saved, tmp_path):
     process = python("""
         import sys, threading, time
         from zsad_nb.methods import base
-        from zsad_nb.core import write_atomically
+        from zsad_nb.core.files import write_atomically
         from zsad_nb.methods import visualad
         def slowly(path, write):
             def half(temporary):

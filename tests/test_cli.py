@@ -5,9 +5,9 @@ import nbformat
 import pandas as pd
 import pytest
 
-from zsad_nb.data.synthetic import synthetic_index
-from zsad_nb.use.cli import main
-from zsad_nb.use.demo import demo
+from zsad_nb.synthetic.benchmark import synthetic_index
+from zsad_nb.cli.commands import main
+from zsad_nb.cli.demo import demo
 
 SMALL = dict(size=64, normal=1, defective=2, target_normal=1, target_defective=2, epochs=1, progress=False)
 

@@ -27,12 +27,12 @@ from zsad_nb.data.index import make_index
 from zsad_nb.evaluation.evaluate import evaluate
 from zsad_nb.evaluation.metrics import PixelMetrics
 from zsad_nb.methods.base import create, save
-from zsad_nb.use.cli import main
-from zsad_nb.use.cluster import DaskExecutor, connect
-from zsad_nb.use.executors import LostWorker, Unusable, open_executor
-from zsad_nb.use.runs import Spec, look
-from zsad_nb.use.shards import evaluate_shards, split
-from zsad_nb.use.sweeps import expand, sweep
+from zsad_nb.cli.commands import main
+from zsad_nb.runs.cluster import DaskExecutor, connect
+from zsad_nb.runs.executors import LostWorker, Unusable, open_executor
+from zsad_nb.runs.run import Spec, look
+from zsad_nb.runs.shards import evaluate_shards, split
+from zsad_nb.runs.sweeps import expand, sweep
 
 GATED = "import time\nopen(f'{output}/pids', 'w').write(f'{os.getpid()} {os.getppid()}')\nwhile gate and not os.path.exists(gate): time.sleep(0.1)"
 
@@ -212,7 +212,7 @@ def test_a_stopped_sweep_leaves_nothing_running(cluster, tmp_path, executor):
 
 def test_a_killed_sweep_is_noticed(cluster, tmp_path):
     "The process of the sweep dies without a word: its runs are ended, so that they can be begun again."
-    code = f"import time\nfrom distributed import Client\nfrom zsad_nb.use.cluster import DaskExecutor\ne = DaskExecutor(Client({cluster.address!r}), {str(tmp_path)!r})\nt = e.submit(time.sleep, 300)\nwhile not t.running(): time.sleep(0.1)\nprint('begun', flush=True)\ntime.sleep(300)"
+    code = f"import time\nfrom distributed import Client\nfrom zsad_nb.runs.cluster import DaskExecutor\ne = DaskExecutor(Client({cluster.address!r}), {str(tmp_path)!r})\nt = e.submit(time.sleep, 300)\nwhile not t.running(): time.sleep(0.1)\nprint('begun', flush=True)\ntime.sleep(300)"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "begun\n"
     child = wait_for(lambda: [c for p in cluster.made[1:] for c in psutil.Process(p.pid).children()])[0]
@@ -233,7 +233,7 @@ def test_a_task_that_dask_repeats_is_not_run_twice(cluster, executor, tmp_path):
     "As Dask does when the worker that held it died: the second worker sees that it was taken."
     task = executor.submit(operator.add, 1, 1)
     assert task.result() == 2
-    from zsad_nb.use.cluster import _on_worker
+    from zsad_nb.runs.cluster import _on_worker
     task.ticket.with_name(task.ticket.name + ".begun").write_text("worker a (tcp://x) on y")
     cluster.client.submit(_on_worker, str(task.ticket), os.getcwd(), pickle.dumps((os.mkdir, (str(tmp_path / "twice"),))), {}, [], pure=False).result()
     with pytest.raises(LostWorker, match=r"worker a \(tcp://x\) on y is gone"): task.result()
@@ -262,7 +262,7 @@ def test_a_worker_that_sees_another_file_system(cluster, tmp_path):
         assert not list(runs.iterdir())
         workers = cluster.client.scheduler_info()["workers"]
         address = next(a for a, w in workers.items() if w["name"] == "blind")
-        from zsad_nb.use.cluster import _on_worker
+        from zsad_nb.runs.cluster import _on_worker
         (ticket := late.place / "t").touch()
         task = cluster.client.submit(_on_worker, str(ticket), os.getcwd(), b"", {}, [], workers=[address], pure=False)
         with pytest.raises(Unusable, match="worker blind .* does not see "): task.result()
@@ -309,7 +309,7 @@ def test_without_dask(tmp_path, gated, capsys, monkeypatch):
 
 def test_the_module_is_light():
     "A worker of a cluster imports it: no torch for that."
-    code = "import sys, zsad_nb.use.cluster; print([m for m in ('torch', 'pandas', 'distributed', 'matplotlib') if m in sys.modules])"
+    code = "import sys, zsad_nb.runs.cluster; print([m for m in ('torch', 'pandas', 'distributed', 'matplotlib') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 

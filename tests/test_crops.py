@@ -10,8 +10,9 @@ from PIL import Image
 from zsad_nb.data.crops import cut_crops, cut_ksdd, defective_spots, normal_spots, window_counts
 from zsad_nb.data.images import check
 from zsad_nb.data.index import apply_split, load_index, make_index, root_of
-from zsad_nb.data.layouts import LayoutError, read_mvtec
-from zsad_nb.data.pixels import load_mask
+from zsad_nb.data.listing import LayoutError
+from zsad_nb.data.layouts import read_mvtec
+from zsad_nb.data.masks import load_mask
 from zsad_nb.data.sets import read_ksdd
 
 

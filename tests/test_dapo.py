@@ -6,20 +6,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from zsad_nb.backbones.backbones import create_backbone
+from zsad_nb.backbones.towers import create_backbone
 from zsad_nb.backbones.features import FeatureCache
 from zsad_nb.backbones.text import create_text
 from zsad_nb.backbones.weights import WeightsError
 from zsad_nb.components.dapo_prompts import HybridPrompts, enlarge, focal_types, prototypes, true_and_normal
 from zsad_nb.components.deep_tokens import deep_blocks, image_tokens, read_deep, see_deep, word_like
-from zsad_nb.core import seed_everything
+from zsad_nb.core.settings import seed_everything
 from zsad_nb.data.images import Batch, batches
 from zsad_nb.data.index import GOOD, make_index
-from zsad_nb.data.synthetic import synthetic_index
+from zsad_nb.synthetic.benchmark import synthetic_index
 from zsad_nb.data.taxonomy import type_words
 from zsad_nb.evaluation.evaluate import evaluate
-from zsad_nb.learning.losses import dice
-from zsad_nb.learning.training import fit, recipe_of
+from zsad_nb.components.losses import dice
+from zsad_nb.training.fit import fit, recipe_of
 from zsad_nb.methods import dapo, multiads  # noqa: F401 (registered by their import)
 from zsad_nb.methods.base import create, describe, load, save
 from zsad_nb.methods.dapo import import_released, released_names, segment

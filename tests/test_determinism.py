@@ -10,12 +10,12 @@ import pandas as pd
 import pytest
 import torch
 
-from zsad_nb.core import seed_everything
+from zsad_nb.core.settings import seed_everything
 from zsad_nb.data.images import batches
 from zsad_nb.data.index import make_index
-from zsad_nb.data.synthetic import synthetic_index
+from zsad_nb.synthetic.benchmark import synthetic_index
 from zsad_nb.evaluation.evaluate import evaluate
-from zsad_nb.learning.training import Recipe, fit
+from zsad_nb.training.fit import Recipe, fit
 from zsad_nb.methods import controls, visualad  # noqa: F401 (registered by their import)
 from zsad_nb.methods.base import create, load, save
 

@@ -10,9 +10,9 @@ from zsad_nb.components.dma import DMA, LevelFusion, resize_tokens, similarity_a
 from zsad_nb.components.dual_path import dual_path, joint, values_to_joint
 from zsad_nb.components.maps import to_pixels
 from zsad_nb.components.sap import SAP, image_feature, pool, pooling_weights
-from zsad_nb.core import seed_everything
+from zsad_nb.core.settings import seed_everything
 from zsad_nb.data.images import Batch
-from zsad_nb.learning.losses import dice, focal
+from zsad_nb.components.losses import dice, focal
 from zsad_nb.methods.base import METHODS, create, describe, load, save
 from zsad_nb.methods.dma_sap import DMASAP, thirds
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from zsad_nb.backbones import engines
-from zsad_nb.backbones.backbones import create_backbone
+from zsad_nb.backbones.towers import create_backbone
 from zsad_nb.backbones.engines import Engine, engine_folder, fast_products, onednn_pays, probe_matmul
 from zsad_nb.backbones.features import FeatureCache
 from zsad_nb.backbones.graphs import ENGINES, EngineError, Session, available, constants, resize_matrix, drawn_images, need, trace, write_onnx
-from zsad_nb.core import seed_everything
+from zsad_nb.core.settings import seed_everything
 from zsad_nb.data.images import Batch, batches
 from zsad_nb.methods.base import create, load, save
 
@@ -336,8 +336,8 @@ def test_products_take_the_fast_route_where_it_is_exact(switch, monkeypatch, ven
 
 def test_prediction_and_training_use_it(switch, monkeypatch, tmp_path):
     "The switch is on inside the method's own code, and a prediction is the same either way."
-    from zsad_nb.data.synthetic import synthetic_index
-    from zsad_nb.learning.training import fit, recipe_of
+    from zsad_nb.synthetic.benchmark import synthetic_index
+    from zsad_nb.training.fit import fit, recipe_of
     if not onednn_pays(): pytest.skip("this processor multiplies fast as it is")
     method, seen = create("dma_sap", clip_weights="random:0", dino_weights="random:0", image_size=SIZE), []
     real = method.forward

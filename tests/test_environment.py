@@ -15,9 +15,9 @@ from PIL import Image
 from zsad_nb.backbones.engines import engine_folder
 from zsad_nb.backbones.graphs import EngineError
 from zsad_nb.methods.base import create
-from zsad_nb.use.cli import main
-from zsad_nb.use.console import READER_LEFT, locale_hint, some_home
-from zsad_nb.use.runs import Spec, run
+from zsad_nb.cli.commands import main
+from zsad_nb.cli.console import READER_LEFT, locale_hint, some_home
+from zsad_nb.runs.run import Spec, run
 
 ROOT = Path(__file__).parent.parent
 
@@ -109,7 +109,7 @@ def test_graphs_that_are_there_are_used_from_a_read_only_disk(tmp_path, monkeypa
 
 COMMAND = textwrap.dedent('''
     import sys
-    from zsad_nb.use.console import on_any_console
+    from zsad_nb.cli.console import on_any_console
 
     @on_any_console
     def main():

@@ -9,11 +9,11 @@ from PIL import Image
 
 from zsad_nb.backbones.engines import flat
 from zsad_nb.backbones.graphs import EngineError, available, drawn_images
-from zsad_nb.core import seed_everything
+from zsad_nb.core.settings import seed_everything
 from zsad_nb.data.images import Batch
 from zsad_nb.methods.base import create, save
-from zsad_nb.use.cli import main
-from zsad_nb.use.export import export, load_exported
+from zsad_nb.cli.commands import main
+from zsad_nb.deploy.export import export, load_exported
 
 SIZE, SAME = 64, 1e-4  # the tolerance
 SYSTEMS = dict(visualad={}, dapo=dict(types=("scratch", "dent")), dma_sap={}, ssvp={})  # with the embedded pair

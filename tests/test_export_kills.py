@@ -12,8 +12,8 @@ import torch
 from zsad_nb.backbones.graphs import drawn_images
 from zsad_nb.backbones.programs import file_hash
 from zsad_nb.methods.base import create
-from zsad_nb.use import export as module
-from zsad_nb.use.export import export, load_exported, read_description
+from zsad_nb.deploy import export as module
+from zsad_nb.deploy.export import export, load_exported, read_description
 
 ROOT, SIZE = Path(__file__).parent.parent, 32
 KILLS = int(os.environ.get("ZSAD_KILLS", 2))
@@ -55,7 +55,7 @@ CHILD = """
     import os, random, signal, sys, time, traceback
     import torch
     from zsad_nb.methods.base import create
-    from zsad_nb.use import export as module
+    from zsad_nb.deploy import export as module
 
     torch.set_num_threads(1)  # and none was started: a process may be forked
     folders, ways, times, kill = sys.argv[1].split(os.pathsep), sys.argv[2].split(","), int(sys.argv[3]), sys.argv[4] == "kill"

@@ -18,9 +18,9 @@ from small_sets import bright_squares
 
 from zsad_nb.backbones import features as module
 from zsad_nb.backbones.features import FeatureCache, image_keys
-from zsad_nb.core import seed_everything
+from zsad_nb.core.settings import seed_everything
 from zsad_nb.data.images import Batch
-from zsad_nb.learning.training import fit, recipe_of
+from zsad_nb.training.fit import fit, recipe_of
 from zsad_nb.methods.base import create
 
 SIZE, KEY = 64, dict(tower="toy", taps=(1, 2))

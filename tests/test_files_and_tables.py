@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zsad_nb.files import FileNames, inside, open_lock, owned_only, private_folder, read_json, safe_name, to_json, write_atomically, write_json
-from zsad_nb.names import require_utf8, same_name, shown
-from zsad_nb.tables import read_table, spreadsheet_safe, spreadsheet_text, table_text, write_table
+from zsad_nb.core.files import FileNames, inside, open_lock, owned_only, private_folder, read_json, safe_name, to_json, write_atomically, write_json
+from zsad_nb.core.names import require_utf8, same_name, shown
+from zsad_nb.core.tables import read_table, spreadsheet_safe, spreadsheet_text, table_text, write_table
 
 NAMES = ["NA", "None", "null", "nan", "NaN", "007", "1e5", "-inf", "True", "", " ", "=1+1", "'=1", "''@x", "+", "-", "\t", "a\rb", "a\r\nb", 'a"b', "a;b", "$x$",
          "<b>", "\\", "瓶", "Pru\u0308fling", "\u202egnp", "../../x", "/etc", "con", "a" * 500, ".", "..", "~", "-rf", "a\x00b", "pr\udcfcf"]

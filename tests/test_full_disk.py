@@ -14,26 +14,28 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from zsad_nb import files as files_module
+from zsad_nb.core.settings import files as files_module
 from zsad_nb.backbones.features import FeatureCache
-from zsad_nb.core import write_atomically
+from zsad_nb.core.files import write_atomically
 from zsad_nb.data.crops import cut_crops
 from zsad_nb.data.index import load_index, make_index, save_index, save_split
 from zsad_nb.data.meta import read_meta, write_meta
 from zsad_nb.data.pixels import load_image
-from zsad_nb.data.synthetic import synthetic_index
+from zsad_nb.synthetic.benchmark import synthetic_index
 from zsad_nb.evaluation.evaluate import evaluate
-from zsad_nb.evaluation.metrics import PixelMetrics, RankCounts
-from zsad_nb.files import write_json
-from zsad_nb.learning.training import Recipe, fit
-from zsad_nb.methods.base import create, load, read_header, save
-from zsad_nb.tables import read_table, write_table
-from zsad_nb.use.inspector import Inspector
-from zsad_nb.use.journal import Journal
-from zsad_nb.use.maps_store import make_store
-from zsad_nb.use.paper_style import save_figure
-from zsad_nb.use.runs import Spec, run
-from zsad_nb.use.shards import evaluate_shards
+from zsad_nb.evaluation.metrics import PixelMetrics
+from zsad_nb.evaluation.rank_counts import RankCounts
+from zsad_nb.core.files import write_json
+from zsad_nb.training.fit import Recipe, fit
+from zsad_nb.methods.base import create, load, save
+from zsad_nb.methods.checkpoint_files import read_header
+from zsad_nb.core.tables import read_table, write_table
+from zsad_nb.inspection.inspector import Inspector
+from zsad_nb.inspection.journal import Journal
+from zsad_nb.explore.maps_store import make_store
+from zsad_nb.figures.style import save_figure
+from zsad_nb.runs.run import Spec, run
+from zsad_nb.runs.shards import evaluate_shards
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ def test_parameter_counts(name):
 def test_one_image_at_full_size(name):
     code = f"""
         import json, resource, time, torch
-        from zsad_nb.core import seed_everything
+        from zsad_nb.core.settings import seed_everything
         from zsad_nb.data.images import Batch
         from zsad_nb.methods.base import create
         seed_everything(0)

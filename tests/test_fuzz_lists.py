@@ -13,7 +13,7 @@ from zsad_nb.data.folder import read_csv
 from zsad_nb.data.index import apply_split, load_index, make_index, relative_path, save_index, save_split
 from zsad_nb.data.left_out import grouped, unused
 from zsad_nb.data.meta import read_meta, write_meta
-from zsad_nb.names import same_name
+from zsad_nb.core.names import same_name
 
 WORDS = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1, max_size=20)
 FILES = WORDS.filter(lambda word: "/" not in word and "\\" not in word and ":" not in word and word not in (".", "..") and len(word.encode()) < 250)

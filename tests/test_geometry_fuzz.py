@@ -14,8 +14,8 @@ from zsad_nb.data.crops import cut_crops, defective_spots, normal_spots, window_
 from zsad_nb.data.images import check
 from zsad_nb.data.index import GOOD, load_index, make_index
 from zsad_nb.data.mosaic import Mosaic, join, quarters
-from zsad_nb.data.pixels import load_mask
-from zsad_nb.use.regions import STRUCTURES, at_size, display_size, edge, find_regions
+from zsad_nb.data.masks import load_mask
+from zsad_nb.inspection.regions import STRUCTURES, at_size, display_size, edge, find_regions
 
 SIDES = st.integers(1, 17)
 

@@ -16,7 +16,9 @@ from torch import nn
 
 from zsad_nb.backbones.weights import HEADER_MB, WeightsError, bare_names, fitted, flat_state, read_state, released_state, require_finite, require_plain, vit_shapes
 from zsad_nb.methods.april_gan import released_names
-from zsad_nb.methods.base import METHODS, Method, ParameterSet, create, import_released, load, method_class, param, read_header, register, save
+from zsad_nb.methods.base import METHODS, Method, create, import_released, load, method_class, register, save
+from zsad_nb.methods.parameters import ParameterSet, param
+from zsad_nb.methods.checkpoint_files import read_header
 from zsad_nb.methods.parameters import ENTRIES
 
 

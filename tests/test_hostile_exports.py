@@ -13,7 +13,7 @@ import torch
 from zsad_nb.backbones.graphs import EngineError, available, drawn_images
 from zsad_nb.backbones.programs import OPERATORS, file_hash, onnx_session, read_onnx, read_program
 from zsad_nb.methods.base import create
-from zsad_nb.use.export import export, load_exported, read_description
+from zsad_nb.deploy.export import export, load_exported, read_description
 
 SIZE = 32
 

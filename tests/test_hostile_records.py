@@ -10,15 +10,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from zsad_nb.data.synthetic import synthetic_index
+from zsad_nb.synthetic.benchmark import synthetic_index
 from zsad_nb.evaluation.results import PLAN, RESULT, RUN, finished_runs, read_runs
-from zsad_nb.records import misfit, read_record, relative_path
-from zsad_nb.use.chosen_runs import Runs
-from zsad_nb.use.cli import main
-from zsad_nb.use.inspector import Inspector
-from zsad_nb.use.rerun import compare, rerun
-from zsad_nb.use.runs import collect, look, run_folders, status
-from zsad_nb.use.thresholds import FORMAT, Calibration
+from zsad_nb.core.records import misfit, read_record, relative_path
+from zsad_nb.figures.chosen_runs import Runs
+from zsad_nb.cli.commands import main
+from zsad_nb.inspection.inspector import Inspector
+from zsad_nb.runs.rerun import compare, rerun
+from zsad_nb.runs.run import collect, look, run_folders, status
+from zsad_nb.inspection.thresholds import FORMAT, Calibration
 
 FEW = 25 if settings().max_examples <= 40 else settings().max_examples  # each reads whole folders
 METRICS = "category,normal,anomalous,image_auroc\nbottle,1,1,0.5\nmean,1,1,0.5\n"

@@ -11,7 +11,9 @@ from PIL import Image, ImageOps
 
 from zsad_nb.data.images import Batch, batches, check, defect_names
 from zsad_nb.data.index import make_index
-from zsad_nb.data.pixels import BadImage, load_image, load_mask, load_pair, open_image, resize, resize_mask
+from zsad_nb.data.stored import BadImage, open_image
+from zsad_nb.data.pixels import load_image, load_pair, resize
+from zsad_nb.data.masks import load_mask, resize_mask
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (40, 60, 3)).astype("uint8")

@@ -21,19 +21,19 @@ from conftest import ROOT
 from PIL import Image
 from scipy import ndimage
 
-from zsad_nb.data.pixels import BadImage
-from zsad_nb.data.synthetic import draw, synthetic_index
+from zsad_nb.data.stored import BadImage
+from zsad_nb.synthetic.benchmark import draw, synthetic_index
 from zsad_nb.evaluation.evaluate import evaluate
 from zsad_nb.methods.base import METHODS, Method, Prediction, create, save
 from zsad_nb.methods.controls import SelfDistance, SelfDistanceParameters
-from zsad_nb.use import inspector as module
-from zsad_nb.use.cli import main
-from zsad_nb.use.inspection import Inspection, exit_code
-from zsad_nb.use.inspector import Inspector
-from zsad_nb.use.journal import Journal
-from zsad_nb.use.regions import at_size, find_regions
-from zsad_nb.use.runs import Busy, lock
-from zsad_nb.use.sources import from_array, method_from, sources
+from zsad_nb.inspection import inspector as module
+from zsad_nb.cli.commands import main
+from zsad_nb.inspection.verdicts import Inspection, exit_code
+from zsad_nb.inspection.inspector import Inspector
+from zsad_nb.inspection.journal import Journal
+from zsad_nb.inspection.regions import at_size, find_regions
+from zsad_nb.core.locks import Busy, lock
+from zsad_nb.inspection.sources import from_array, method_from, sources
 
 PHOTO = draw("leather", 250_001, 96, "scratch").image
 
@@ -138,9 +138,9 @@ def test_one_that_cannot_be_used_raises_when_it_is_the_only_one(inspector, tmp_p
 PEAK = """
 import sys
 from pathlib import Path
-from zsad_nb.use.cli import main
+from zsad_nb.cli.commands import main
 import numpy as np
-from zsad_nb.use.inspector import Inspector
+from zsad_nb.inspection.inspector import Inspector
 Inspector.load("self_distance", image_size=64).predict(np.zeros((64, 64), "uint8"))
 def peak():  # kB; ru_maxrss would begin with what the parent had
     try: return next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
@@ -375,8 +375,8 @@ def test_bad_ones_are_tried_again_and_others_rows_stay(inspector, tmp_path):
 
 SLOW = """
 import sys, time
-import zsad_nb.use.inspector as module
-from zsad_nb.use.inspector import Inspector
+import zsad_nb.inspection.inspector as module
+from zsad_nb.inspection.inspector import Inspector
 inspector = Inspector.load("self_distance", image_size=64, sigma=2.0, batch_size=2)
 inspector.use_values(0.1, 0.05)
 before = inspector.method.forward
@@ -423,7 +423,7 @@ def test_a_full_disk_keeps_the_rows(inspector, tmp_path, monkeypatch):
         if len(calls) < 4: return real(handle, data)
         if len(calls) == 4: return real(handle, data[:20])
         raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr("zsad_nb.use.journal.os.write", full)
+    monkeypatch.setattr("zsad_nb.inspection.journal.os.write", full)
     with pytest.raises(OSError, match="3 rows are kept. Free some space"): look(inspector, tmp_path / "in", out=tmp_path / "out", pictures="none")
     monkeypatch.undo()
     assert len(pd.read_csv(tmp_path / "out" / "results.csv")) == 3

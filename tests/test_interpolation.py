@@ -12,22 +12,22 @@ import torch
 from PIL import Image
 
 import zsad_nb
-from zsad_nb.backbones.backbones import create_backbone
+from zsad_nb.backbones.towers import create_backbone
 from zsad_nb.backbones.features import FeatureCache
 from zsad_nb.backbones.graphs import constants
 from zsad_nb.data.images import Batch, batches
 from zsad_nb.data.method_images import batches_for, resize_for
-from zsad_nb.data.synthetic import synthetic_index
+from zsad_nb.synthetic.benchmark import synthetic_index
 from zsad_nb.evaluation.evaluate import evaluate
 from zsad_nb.evaluation.multi_type import evaluate_types
 from zsad_nb.evaluation.views import map_ranges, view
-from zsad_nb.learning.training import fit, recipe_of
+from zsad_nb.training.fit import fit, recipe_of
 from zsad_nb.methods.base import create, load, save
-from zsad_nb.use import bench
-from zsad_nb.use.export import Exported, describe_export
-from zsad_nb.use.inspector import Inspector
-from zsad_nb.use.maps_store import make_store, open_store
-from zsad_nb.use.thresholds import identity
+from zsad_nb.deploy import bench
+from zsad_nb.deploy.export import Exported, describe_export
+from zsad_nb.inspection.inspector import Inspector
+from zsad_nb.explore.maps_store import make_store, open_store
+from zsad_nb.inspection.thresholds import identity
 
 SIDE, DRAWN = 32, 80  # pixels a method sees, and of the files
 SAME = 1e-6

@@ -13,11 +13,11 @@ import psutil
 import pytest
 from PIL import Image
 
-from zsad_nb.data.synthetic import synthetic_index
-from zsad_nb.use import cli
+from zsad_nb.synthetic.benchmark import synthetic_index
+from zsad_nb.cli import commands as cli
 
 TIMES = int(os.environ.get("ZSAD_KILLS", 2))
-ZSAD = [sys.executable, "-c", "import sys; from zsad_nb.use.entry import zsad; sys.exit(zsad())"]
+ZSAD = [sys.executable, "-c", "import sys; from zsad_nb.cli.entry import zsad; sys.exit(zsad())"]
 
 
 def with_usual_signals():
@@ -112,7 +112,7 @@ def test_every_help_lists_the_exit_statuses(capsys):
 
 def test_the_grammar_is_light():
     "What is imported before anything is asked for."
-    done = subprocess.run([sys.executable, "-c", "import sys, zsad_nb.use.entry, zsad_nb.use.cli as c; c.parser(); print([m for m in ('torch', 'pandas', 'numpy', 'yaml') if m in sys.modules])"],
+    done = subprocess.run([sys.executable, "-c", "import sys, zsad_nb.cli.entry, zsad_nb.cli.commands as c; c.parser(); print([m for m in ('torch', 'pandas', 'numpy', 'yaml') if m in sys.modules])"],
                           capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

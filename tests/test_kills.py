@@ -18,14 +18,14 @@ import pytest
 from PIL import Image
 from test_runs import WRITE, notebook
 
-from zsad_nb.data.synthetic import synthetic_index
+from zsad_nb.synthetic.benchmark import synthetic_index
 from zsad_nb.evaluation.evaluate import evaluate
 from zsad_nb.methods.base import create
-from zsad_nb.use.executors import LocalExecutor, LostWorker
-from zsad_nb.use.inspector import Inspector
-from zsad_nb.use.runs import Spec, look, run
-from zsad_nb.use.shards import evaluate_shards
-from zsad_nb.use.sweeps import sweep
+from zsad_nb.runs.executors import LocalExecutor, LostWorker
+from zsad_nb.inspection.inspector import Inspector
+from zsad_nb.runs.run import Spec, look, run
+from zsad_nb.runs.shards import evaluate_shards
+from zsad_nb.runs.sweeps import sweep
 
 TIMES = int(os.environ.get("ZSAD_KILLS", 2))
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that can be forked and killed")

@@ -13,11 +13,14 @@ from test_readers import CASES, READERS, E, I, M, build, quiet
 from zsad_nb.data.crops import cut_crops
 from zsad_nb.data.images import batches, check
 from zsad_nb.data.index import concat_indices, fingerprint, load_index, root_of, save_index
-from zsad_nb.data.layouts import LayoutError, read_mvtec
+from zsad_nb.data.listing import LayoutError
+from zsad_nb.data.layouts import read_mvtec
 from zsad_nb.data.meta import read_meta, write_meta
-from zsad_nb.data.pixels import BadImage, load_mask, load_pair
+from zsad_nb.data.stored import BadImage
+from zsad_nb.data.masks import load_mask
+from zsad_nb.data.pixels import load_pair
 from zsad_nb.data.readers import detect, read
-from zsad_nb.use.cli import main
+from zsad_nb.cli.commands import main
 
 # readers whose layout has masks, and what a mask's path looks like in the generated tree
 WITH_MASKS = [case for case, (name, tree, *_) in CASES.items() if READERS[name].masks and M in [w for w in tree.values() if isinstance(w, str)]

@@ -11,15 +11,16 @@ from PIL import Image
 
 from zsad_nb.data.images import batches, check
 from zsad_nb.data.index import concat_indices, fingerprint, load_index, make_index, root_of, save_index
-from zsad_nb.data.layouts import LayoutError, files, find, read_mvtec
+from zsad_nb.data.listing import LayoutError
+from zsad_nb.data.layouts import files, find, read_mvtec
 from zsad_nb.data.left_out import left_out
 from zsad_nb.data.listing import IMAGE_SUFFIXES, Record, image_suffixes, walk
 from zsad_nb.data.meta import read_meta, write_meta
-from zsad_nb.data.pixels import BadImage
+from zsad_nb.data.stored import BadImage
 from zsad_nb.data.readers import read
-from zsad_nb.use.cli import main
-from zsad_nb.use.inspector import Inspector
-from zsad_nb.use.sources import sources
+from zsad_nb.cli.commands import main
+from zsad_nb.inspection.inspector import Inspector
+from zsad_nb.inspection.sources import sources
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (16, 16, 3)).astype("uint8")
 MASK = np.zeros((16, 16), "uint8")

@@ -10,7 +10,7 @@ from zsad_nb.data.crops import cut_crops
 from zsad_nb.data.images import Batch, batches, check
 from zsad_nb.data.index import make_index
 from zsad_nb.data.masks import load_mask, marks_anything
-from zsad_nb.data.pixels import BadImage
+from zsad_nb.data.stored import BadImage
 from zsad_nb.data.readers import read
 from zsad_nb.evaluation.evaluate import evaluate
 from zsad_nb.methods.base import create

@@ -11,15 +11,15 @@ import torch
 from PIL import Image
 
 from zsad_nb.components.maps import to_pixels
-from zsad_nb.core import seed_everything
+from zsad_nb.core.settings import seed_everything
 from zsad_nb.data.images import Batch, batches
 from zsad_nb.data.index import make_index
-from zsad_nb.data.synthetic import synthetic_index
+from zsad_nb.synthetic.benchmark import synthetic_index
 from zsad_nb.evaluation.evaluate import MEAN, cases, evaluate
-from zsad_nb.learning.training import Recipe, cosine_rate, fit
+from zsad_nb.training.fit import Recipe, cosine_rate, fit
 from zsad_nb.methods import controls, visualad  # noqa: F401 (registered by their import)
 from zsad_nb.methods.base import MODULES, create, describe, load, method_class, save
-from zsad_nb.use.figures import draw_cases
+from zsad_nb.figures.heatmaps import draw_cases
 
 SIZE, SMALL = 64, dict(weights="random:0", image_size=64)
 PIXEL = ["pixel_auroc", "pixel_ap", "pixel_f1max", "pixel_aupro", "pixel_aupro_200"]
@@ -515,7 +515,7 @@ def test_figures(full, model, tmp_path, kind):
 
 def test_figures_show_the_image_they_name(full, model, tmp_path, monkeypatch):
     "Views are joined to cases by position: the map shown is the map of that image."
-    from zsad_nb.use import figures
+    from zsad_nb.figures import heatmaps as figures
     caught = {}
     def class_figure(chosen, views, scale, heading):
         caught.update({row.image: (row.score, views[row.position]) for row in chosen.itertuples()})

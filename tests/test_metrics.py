@@ -372,7 +372,7 @@ def test_binned_metrics_stay_within_their_bounds(kind, bits):
 
 
 def test_evaluation_in_bins_says_how_far_it_is_off(tmp_path):
-    from zsad_nb.data.synthetic import synthetic_index
+    from zsad_nb.synthetic.benchmark import synthetic_index
     from zsad_nb.evaluation.evaluate import evaluate
     from zsad_nb.methods.base import create
     index = synthetic_index(tmp_path, "target", 64, 1, 1)

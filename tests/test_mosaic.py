@@ -11,9 +11,11 @@ from zsad_nb.data.augment import AUGMENTATIONS, Augmentation
 from zsad_nb.data.images import Batch, batches
 from zsad_nb.data.index import GOOD, concat_indices, make_index
 from zsad_nb.data.mosaic import Mosaic, join, quarters
-from zsad_nb.data.pixels import BadImage, load_mask, resize, resize_mask
+from zsad_nb.data.stored import BadImage
+from zsad_nb.data.masks import load_mask, resize_mask
+from zsad_nb.data.pixels import resize
 from zsad_nb.data.readers import read as read_set
-from zsad_nb.learning.training import fit, recipe_of
+from zsad_nb.training.fit import fit, recipe_of
 from zsad_nb.methods.base import create
 
 SIDE = 24

@@ -8,17 +8,17 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, confusion_matrix, f1_score, roc_auc_score
 
-from zsad_nb.backbones.backbones import create_backbone
+from zsad_nb.backbones.towers import create_backbone
 from zsad_nb.backbones.text import create_text
 from zsad_nb.data.index import GOOD, concat_indices
-from zsad_nb.data.synthetic import synthetic_index
+from zsad_nb.synthetic.benchmark import synthetic_index
 from zsad_nb.data.taxonomy import type_words
 from zsad_nb.evaluation.multi_type import CHOICES, TypeMetrics, distinct, evaluate_types, macro
 from zsad_nb.evaluation.rank_counts import RankCounts
 from zsad_nb.methods import controls, dapo  # noqa: F401 (registered by their import)
 from zsad_nb.methods.base import Prediction, create
 from zsad_nb.methods.dapo import DAPOParameters, TypeMethod
-from zsad_nb.use.type_figures import confusion_figure, draw_types, paint_types, type_colours, type_figure
+from zsad_nb.figures.types import confusion_figure, draw_types, paint_types, type_colours, type_figure
 
 SIZE = 64
 

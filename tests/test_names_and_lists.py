@@ -11,14 +11,15 @@ from test_readers import quiet
 
 from zsad_nb.data.folder import read_csv
 from zsad_nb.data.images import check
-from zsad_nb.data.index import (apply_split, concat_indices, fingerprint, load_index, make_index, relative_path, root_of, save_index, save_split)
-from zsad_nb.data.layouts import LayoutError, find, pair, read_mvtec
+from zsad_nb.data.index import apply_split, concat_indices, fingerprint, load_index, make_index, relative_path, root_of, save_index, save_split
+from zsad_nb.data.listing import LayoutError
+from zsad_nb.data.layouts import find, pair, read_mvtec
 from zsad_nb.data.medical import read_headct
 from zsad_nb.data.meta import read_meta, write_meta
 from zsad_nb.data.readers import read
 from zsad_nb.data.taxonomy import plain, type_of
-from zsad_nb.use.cli import main
-from zsad_nb.use.inspector import Inspector
+from zsad_nb.cli.commands import main
+from zsad_nb.inspection.inspector import Inspector
 
 NFC, NFD = (unicodedata.normalize(form, "prüfling é ガ") for form in ("NFC", "NFD"))
 BYTES = os.fsdecode(b"pr\xfcf.png")  # Latin-1

@@ -22,21 +22,21 @@ from zsad_nb.evaluation.evaluate import evaluate
 from zsad_nb.evaluation.tables import results_table
 from zsad_nb.evaluation.views import Views
 from zsad_nb.methods.base import create
-from zsad_nb.names import same_name, shown
-from zsad_nb.use import paper_style
-from zsad_nb.use.blending import sheet
-from zsad_nb.use.controls import bars, message, numbers_html, verdict
-from zsad_nb.use.curve_figures import loss_figure, overview_figure, sweep_figure
-from zsad_nb.use.figures import draw_cases
-from zsad_nb.use.gallery import Gallery
-from zsad_nb.use.grid_figures import ablation_figure, grid_figure, samples_figure, side_by_side
-from zsad_nb.use.inspection import NO_THRESHOLD, Inspection
-from zsad_nb.use.paper_figures import _cell, _code
-from zsad_nb.use.paper_style import letters, save_figure, style
-from zsad_nb.use.table_figures import bar_figure, draw_bars
-from zsad_nb.use.type_figures import confusion_figure, draw_types, type_figure
-from zsad_nb.use.upload import Upload
-from zsad_nb.use.widgets import HeatmapExplorer, _slug
+from zsad_nb.core.names import same_name, shown
+from zsad_nb.figures import style as paper_style
+from zsad_nb.figures.blending import sheet
+from zsad_nb.explore.controls import bars, message, numbers_html, verdict
+from zsad_nb.figures.curves import loss_figure, overview_figure, sweep_figure
+from zsad_nb.figures.heatmaps import draw_cases
+from zsad_nb.explore.gallery import Gallery
+from zsad_nb.figures.grids import ablation_figure, grid_figure, samples_figure, side_by_side
+from zsad_nb.inspection.verdicts import NO_THRESHOLD, Inspection
+from zsad_nb.figures.paper_figures import _cell, _code
+from zsad_nb.figures.style import letters, save_figure, style
+from zsad_nb.figures.bars import bar_figure, draw_bars
+from zsad_nb.figures.types import confusion_figure, draw_types, type_figure
+from zsad_nb.explore.upload import Upload
+from zsad_nb.explore.explorer import HeatmapExplorer, _slug
 
 NAMES = [r"$\foo$", "$a$", "$$", r"C:\new", "a_b", "a^b", "#1 50%", "a&b", "{a}", "~", "<b>x</b>", "a|b", "`a`", "a\nb", "a\r\tb", 'a"b', "\u202egnp", "_dent", "e\u0301", "NA", "=1", " x ", "x" * 60,
          "Ελληνικά", "Кириллица", "a\x00b"]

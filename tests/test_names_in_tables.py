@@ -21,11 +21,11 @@ from zsad_nb.evaluation.study import ordering, summary
 from zsad_nb.evaluation.tables import Cell, Table, html_text, markdown_text, results_table, tex
 from zsad_nb.evaluation.variants_table import variants_table
 from zsad_nb.evaluation.views import Views
-from zsad_nb.tables import read_table, table_text, write_table
-from zsad_nb.use.cli import main
-from zsad_nb.use.inspection import COLUMNS, COUNTS, NUMBERS, table_of
-from zsad_nb.use.journal import Journal, _seal, save_parquet
-from zsad_nb.use.runs import collect, save_table
+from zsad_nb.core.tables import read_table, table_text, write_table
+from zsad_nb.cli.commands import main
+from zsad_nb.inspection.verdicts import COLUMNS, COUNTS, NUMBERS, table_of
+from zsad_nb.inspection.journal import Journal, _seal, save_parquet
+from zsad_nb.runs.run import collect, save_table
 
 WORDS = ["NA", "None", "null", "nan", "NaN", "N/A", "inf", "True", "007", "1e5", "-1", "+1", "0.10", " x ", " ", "category", "Mean", "MEAN", "seed"]
 FORMULAS = ["=1+1", '=HYPERLINK("http://x","y")', "+1+1", "-1+1", "@SUM(A1)", "'=1", "''=1", "\t=1", "\r=1", "-", "\uff1d1"]
@@ -375,7 +375,7 @@ def test_html_shows_names_and_runs_none(name):
 
 
 def html_seen(name: str) -> str:
-    from zsad_nb.names import shown
+    from zsad_nb.core.names import shown
     return shown(name)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from zsad_nb.evaluation.metrics import PixelMetrics
 from zsad_nb.evaluation.views import Views
-from zsad_nb.use.thresholds import Calibration, calibration
+from zsad_nb.inspection.thresholds import Calibration, calibration
 
 METHOD = dict(method="m", size=32, hash="abc")
 

@@ -10,12 +10,13 @@ from PIL import Image, ImageOps
 from zsad_nb.data.images import Batch, batches, check
 from zsad_nb.data.index import make_index
 from zsad_nb.data.masks import placed, told_by_shape, turned
-from zsad_nb.data.pixels import BadImage, load_image, load_pair, read_image, resize
+from zsad_nb.data.stored import BadImage
+from zsad_nb.data.pixels import load_image, load_pair, read_image, resize
 from zsad_nb.data.stored import open_stored, upright_size
 from zsad_nb.methods.base import create
-from zsad_nb.use.export import Exported
-from zsad_nb.use.inspector import Inspector
-from zsad_nb.use.sources import from_array, is_single, sources
+from zsad_nb.deploy.export import Exported
+from zsad_nb.inspection.inspector import Inspector
+from zsad_nb.inspection.sources import from_array, is_single, sources
 
 RNG = np.random.default_rng(1)
 PHOTO = RNG.integers(0, 256, (20, 32, 3)).astype("uint8")

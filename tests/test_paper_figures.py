@@ -15,14 +15,15 @@ from zsad_nb.evaluation.multi_type import TypeEvaluation
 from zsad_nb.evaluation.results import read_runs
 from zsad_nb.evaluation.views import Views
 from zsad_nb.methods.base import method_class
-from zsad_nb.use import paper_figures
-from zsad_nb.use.chosen_runs import Runs, remark
-from zsad_nb.use.cli import main, parser
-from zsad_nb.use.paper_figures import BEGIN, END, build, write_index
-from zsad_nb.use.paper_plan import SPEED, SYSTEMS, UNMADE, commands, drawn_like, plan
-from zsad_nb.use.paper_style import COLUMN, NOTE, PAGE
-from zsad_nb.use.parameters import check_parameters, parameters_of, read_notebook
-from zsad_nb.use.sweeps import expand
+from zsad_nb.figures import paper_figures
+from zsad_nb.figures.chosen_runs import Runs, remark
+from zsad_nb.cli.commands import main, parser
+from zsad_nb.figures.paper_figures import BEGIN, END, build, write_index
+from zsad_nb.figures.paper_plan import SPEED, UNMADE, commands, drawn_like, plan
+from zsad_nb.evaluation.methods_table import SYSTEMS
+from zsad_nb.figures.style import COLUMN, NOTE, PAGE
+from zsad_nb.runs.parameters import check_parameters, parameters_of, read_notebook
+from zsad_nb.runs.sweeps import expand
 
 METRICS = ("image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "pixel_f1max", "pixel_aupro", "pixel_aupro_200")
 DPI, COARSE = 100, 40  # where letters are as wide as in print; where nobody looks
@@ -364,7 +365,7 @@ def test_the_index_says_what_made_what(drawn, whole, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------- one reader of runs
 
 def test_collect_is_read_runs(whole):
-    from zsad_nb.use.runs import collect
+    from zsad_nb.runs.run import collect
     pd.testing.assert_frame_equal(collect(whole), read_runs(whole))
     table = read_runs(whole)
     assert len(table) == 11 * 4 and table["size"].unique().tolist() == [64] and set(table["hash"]) == {p.split("/")[-1] for p in table["path"]}

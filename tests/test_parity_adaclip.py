@@ -9,7 +9,7 @@ from sklearn.cluster import KMeans
 from zsad_nb.backbones.ensembles import ADACLIP_STATES, blank_for_dash, sentences
 from zsad_nb.backbones.weights import WeightsError
 from zsad_nb.components.dapo_prompts import enlarge
-from zsad_nb.learning.training import recipe_of
+from zsad_nb.training.fit import recipe_of
 from zsad_nb.methods import adaclip
 from zsad_nb.methods.adaclip import read_prompted, released_names, see_prompted
 from zsad_nb.methods.base import create, describe, import_released

@@ -7,7 +7,7 @@ from parity_tools import Fixture, gradients, trained
 from zsad_nb.backbones.ensembles import APRIL_GAN_STATES, WINCLIP_TEMPLATES
 from zsad_nb.backbones.weights import WeightsError
 from zsad_nb.components.dapo_prompts import enlarge
-from zsad_nb.learning.training import recipe_of
+from zsad_nb.training.fit import recipe_of
 from zsad_nb.methods.april_gan import released_names
 from zsad_nb.methods.base import create, describe, import_released
 

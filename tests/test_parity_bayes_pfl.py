@@ -8,7 +8,7 @@ from parity_tools import Fixture, gradients
 from zsad_nb.backbones.weights import WeightsError
 from zsad_nb.components.maps import to_pixels
 from zsad_nb.components.prompt_flow import STATES
-from zsad_nb.learning.training import rate, recipe_of
+from zsad_nb.training.fit import rate, recipe_of
 from zsad_nb.methods.base import create, describe, import_released
 from zsad_nb.methods.bayes_pfl import released_names
 from zsad_nb.methods.class_range import stretch

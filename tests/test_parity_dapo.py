@@ -8,7 +8,7 @@ from zsad_nb.components.dapo_prompts import enlarge, focal_types, true_and_norma
 from zsad_nb.components.deep_tokens import see_deep
 from zsad_nb.data.images import Batch, defect_names
 from zsad_nb.data.index import GOOD, make_index
-from zsad_nb.learning.losses import dice
+from zsad_nb.components.losses import dice
 from zsad_nb.methods.base import create
 from zsad_nb.methods.dapo import DAPO, import_released, released_names
 

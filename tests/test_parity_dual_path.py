@@ -4,14 +4,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from zsad_nb.backbones.backbones import IMAGENET, create_backbone
+from zsad_nb.backbones.towers import IMAGENET, create_backbone
 from zsad_nb.backbones.prompts import import_prompts
 from zsad_nb.components.dma import similarity_attention
 from zsad_nb.components.dual_path import dual_path, joint, values_to_joint
 from zsad_nb.components.maps import to_pixels
 from zsad_nb.components.sap import image_feature, pool, pooling_weights
 from zsad_nb.data.images import Batch
-from zsad_nb.learning.losses import dice, focal
+from zsad_nb.components.losses import dice, focal
 from zsad_nb.methods import dma_sap  # noqa: F401 (registered by its import)
 from zsad_nb.methods.base import create
 

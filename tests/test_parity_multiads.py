@@ -8,7 +8,7 @@ from zsad_nb.backbones.ensembles import as_spelt, sentences
 from zsad_nb.backbones.weights import WeightsError
 from zsad_nb.components.dapo_prompts import enlarge
 from zsad_nb.data.index import GOOD, make_index
-from zsad_nb.learning.training import recipe_of
+from zsad_nb.training.fit import recipe_of
 from zsad_nb.methods.base import create, describe, import_released
 from zsad_nb.methods.class_range import ClassRange, stretch
 from zsad_nb.methods.dapo import segment

@@ -9,12 +9,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zsad_nb.plain_yaml import DEPTH, LENGTH, VALUES, plain_value, read_yaml, require_bounded
-from zsad_nb.use import sweeps
-from zsad_nb.use.cli import main
-from zsad_nb.use.parameters import Parameter, check_parameters, read_notebook, typed_value
-from zsad_nb.use.runs import Spec
-from zsad_nb.use.sweeps import LIMIT, STAGES, expand, sweep
+from zsad_nb.core.plain_yaml import DEPTH, LENGTH, VALUES, plain_value, read_yaml, require_bounded
+from zsad_nb.runs import sweeps
+from zsad_nb.cli.commands import main
+from zsad_nb.runs.parameters import Parameter, check_parameters, read_notebook, typed_value
+from zsad_nb.runs.run import Spec
+from zsad_nb.runs.sweeps import LIMIT, STAGES, expand, sweep
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_nan_and_long_numbers():
 
 @pytest.mark.parametrize(("name", "typed", "value"), [("seed", "010", 10), ("rate", "010", 10), ("word", "010", "010"), ("word", "yes", "yes"), ("flag", "true", True), ("more", "[1, 1:30]", [1, "1:30"])])
 def test_parameters_as_typed(book, name, typed, value):
-    from zsad_nb.use.parameters import parameters_of
+    from zsad_nb.runs.parameters import parameters_of
     parameter = parameters_of(read_notebook(book))[name]
     assert parameter.parse(typed) == value and type(parameter.parse(typed)) is type(value)
 

@@ -14,13 +14,14 @@ import psutil
 import pytest
 import torch
 
-from zsad_nb.data.synthetic import synthetic_index
-from zsad_nb.learning import devices
+from zsad_nb.synthetic.benchmark import synthetic_index
+from zsad_nb.training import devices
 from zsad_nb.methods.base import create
-from zsad_nb.use import runs as runs_module
-from zsad_nb.use.executors import LocalExecutor
-from zsad_nb.use.runs import Busy, Spec, lock, look, run
-from zsad_nb.use.shards import evaluate_shard, evaluate_shards
+from zsad_nb.runs import run as runs_module
+from zsad_nb.runs.executors import LocalExecutor
+from zsad_nb.core.locks import Busy, lock
+from zsad_nb.runs.run import Spec, look, run
+from zsad_nb.runs.shards import evaluate_shard, evaluate_shards
 
 
 def listening(pids=None):
@@ -59,7 +60,7 @@ class Watch(threading.Thread):
 
 def test_a_local_cluster_listens_on_loopback(tmp_path):
     pytest.importorskip("distributed")
-    from zsad_nb.use.cluster import DaskExecutor, connect
+    from zsad_nb.runs.cluster import DaskExecutor, connect
     with Watch() as watch, connect("local", 2) as client:
         executor = DaskExecutor(client, tmp_path)
         assert executor._link.startswith("; http://127.0.0.1:"), executor._link  # where it can be opened
@@ -102,7 +103,7 @@ def test_a_sweep_over_tls(tmp_path, capsys):
     if not any((Path(p) / "openssl").is_file() for p in os.environ["PATH"].split(os.pathsep)): pytest.skip("needs openssl")
     from test_cluster import free_port
 
-    from zsad_nb.use.cli import main
+    from zsad_nb.cli.commands import main
     tls, port = authority(tmp_path), free_port()
     options = [word for name, path in tls.items() for word in (f"--tls-{name}" + ("-file" if name == "ca" else ""), str(path))]
     made = [subprocess.Popen([sys.executable, "-m", "dask", *words, *options], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -180,7 +181,7 @@ def test_a_planted_answer_is_not_run(tmp_path):
     pytest.importorskip("distributed")
     from types import SimpleNamespace
 
-    from zsad_nb.use.cluster import Ticket
+    from zsad_nb.runs.cluster import Ticket
     class Runs:
         def __reduce__(self): return os.mkdir, (str(tmp_path / "ran"),)
     (tmp_path / "t.answer").write_bytes(pickle.dumps(("value", Runs())))

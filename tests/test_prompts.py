@@ -15,15 +15,19 @@ from safetensors.torch import save_file
 from torch import nn
 
 from zsad_nb.backbones import text as module
-from zsad_nb.backbones.backbones import BACKBONES, BackboneRow, create_backbone
-from zsad_nb.backbones.prompts import (ADACLIP_STATES, ADACLIP_TEMPLATES, ANOMALIB_TEMPLATES, WINCLIP_STATES, WINCLIP_TEMPLATES, ObjectPrompts, StatePrompts,
-                                       TextTower, create_text, ensemble, import_prompts, rewrite, sentences, vocabulary)
+from zsad_nb.backbones.towers import BACKBONES, BackboneRow, create_backbone
+from zsad_nb.backbones.ensembles import ADACLIP_STATES, ADACLIP_TEMPLATES, ANOMALIB_TEMPLATES, WINCLIP_STATES, WINCLIP_TEMPLATES, ensemble, sentences
+from zsad_nb.backbones.prompts import ObjectPrompts, StatePrompts, import_prompts
+from zsad_nb.backbones.text import TextTower, create_text, vocabulary
+from zsad_nb.backbones.words import rewrite
 from zsad_nb.backbones.text import END, START, TOKENS, UNKNOWN, tokenizer
 from zsad_nb.backbones.weights import WeightsError, import_vision_libraries, read_state
 from zsad_nb.components.dual_path import dual_path, joint
-from zsad_nb.data.synthetic import categories, defects, draw
+from zsad_nb.synthetic.versions import categories, defects
+from zsad_nb.synthetic.benchmark import draw
 from zsad_nb.evaluation.metrics import image_metrics
-from zsad_nb.methods.base import Method, read_header, save
+from zsad_nb.methods.base import Method, save
+from zsad_nb.methods.checkpoint_files import read_header
 
 _, open_clip = import_vision_libraries()
 ROOT = Path(__file__).parent.parent

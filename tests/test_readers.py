@@ -13,9 +13,10 @@ from PIL import Image
 from zsad_nb.data.folder import read_csv, read_folder
 from zsad_nb.data.images import check
 from zsad_nb.data.index import COLUMNS, root_of
-from zsad_nb.data.layouts import LayoutError, pair, read_mvtec
+from zsad_nb.data.listing import LayoutError
+from zsad_nb.data.layouts import pair, read_mvtec
 from zsad_nb.data.medical import read_headct
-from zsad_nb.data.pixels import load_mask
+from zsad_nb.data.masks import load_mask
 from zsad_nb.data.readers import READERS, detect, read, reader_name
 from zsad_nb.data.sets import read_ksdd2
 

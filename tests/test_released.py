@@ -8,15 +8,16 @@ import torch
 from PIL import Image
 
 from zsad_nb.backbones.weights import WeightsError
-from zsad_nb.data.synthetic import synthetic_index
-from zsad_nb.learning.training import recipe_of
+from zsad_nb.synthetic.benchmark import synthetic_index
+from zsad_nb.training.fit import recipe_of
 from zsad_nb.methods import adaclip, april_gan, multiads, visualad
-from zsad_nb.methods.base import MODULES, create, describe, load, load_released, method_class, read_header, save
+from zsad_nb.methods.base import MODULES, create, describe, load, load_released, method_class, save
+from zsad_nb.methods.checkpoint_files import read_header
 from zsad_nb.methods.released_files import file_record
 from zsad_nb.methods.variants import Variant
-from zsad_nb.use.cli import main
-from zsad_nb.use.inspector import Inspector
-from zsad_nb.use.sources import method_from
+from zsad_nb.cli.commands import main
+from zsad_nb.inspection.inspector import Inspector
+from zsad_nb.inspection.sources import method_from
 
 SIDE = 48
 TOWER = dict(clip="tiny-clip", clip_weights="random:0", image_size=SIDE)
@@ -147,9 +148,9 @@ def execute(name: str, **parameters) -> dict:
 @pytest.mark.filterwarnings("ignore")
 def test_evaluate_with_a_released_file(linear, target, tmp_path, monkeypatch):
     method, towers, file = linear
-    monkeypatch.setattr("zsad_nb.use.figures.draw_cases", lambda *_, **__: [])
+    monkeypatch.setattr("zsad_nb.figures.heatmaps.draw_cases", lambda *_, **__: [])
     few = target.groupby("category").head(2).head(4)
-    monkeypatch.setattr("zsad_nb.data.datasets.load_dataset", lambda *_, **__: few.copy().pipe(lambda t: t.__class__(t).pipe(_rooted, target)))
+    monkeypatch.setattr("zsad_nb.synthetic.datasets.load_dataset", lambda *_, **__: few.copy().pipe(lambda t: t.__class__(t).pipe(_rooted, target)))
     settings = dict(size=SIDE, clip="tiny-clip", options=dict(clip_weights="random:0"))
     result = execute("evaluate", released=f"april_gan={file}", trained_on=["visa"], output=str(tmp_path), **settings)
     assert result["method"] == "april_gan" and result["released"] == file_record(file) and result["trained_on"] == ["visa/*"] and result["names"] == "released"

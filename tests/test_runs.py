@@ -18,12 +18,13 @@ import yaml
 from conftest import ROOT
 
 from zsad_nb.methods.base import MODULES
-from zsad_nb.use import runs as runs_module
-from zsad_nb.use.executors import LocalExecutor, LostWorker
-from zsad_nb.use.parameters import Parameter
-from zsad_nb.use.rerun import rerun
-from zsad_nb.use.runs import Busy, Spec, collect, lock, look, run, save_table, status
-from zsad_nb.use.sweeps import Progress, Task, expand, sweep
+from zsad_nb.runs import run as runs_module
+from zsad_nb.runs.executors import LocalExecutor, LostWorker
+from zsad_nb.runs.parameters import Parameter
+from zsad_nb.runs.rerun import rerun
+from zsad_nb.core.locks import Busy, lock
+from zsad_nb.runs.run import Spec, collect, look, run, save_table, status
+from zsad_nb.runs.sweeps import Progress, Task, expand, sweep
 
 EXPERIMENTS = ROOT / "nbs" / "experiments"
 SWEEPS = sorted((EXPERIMENTS / "sweeps").glob("*.yaml"))
@@ -183,7 +184,7 @@ def start_sweep(tmp_path):
 
     def start(plan):
         (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
-        begun.append(subprocess.Popen([sys.executable, "-c", "import sys; from zsad_nb.use.cli import main; sys.exit(main())", "sweep", str(tmp_path / "plan.yaml"), "--root", str(tmp_path / "runs")],
+        begun.append(subprocess.Popen([sys.executable, "-c", "import sys; from zsad_nb.cli.commands import main; sys.exit(main())", "sweep", str(tmp_path / "plan.yaml"), "--root", str(tmp_path / "runs")],
                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path))
         return begun[-1]
     yield start

@@ -15,11 +15,11 @@ from zsad_nb.backbones.features import FeatureCache
 from zsad_nb.components.hsvs import ATF, HSVS, head_count
 from zsad_nb.components.vcpg import VAE, VCPG, scd, stay_close, tir_fg
 from zsad_nb.components.vtam import VTAM
-from zsad_nb.core import seed_everything
+from zsad_nb.core.settings import seed_everything
 from zsad_nb.data.images import Batch
-from zsad_nb.data.synthetic import synthetic_index
-from zsad_nb.learning.losses import focal
-from zsad_nb.learning.training import fit, recipe_of
+from zsad_nb.synthetic.benchmark import synthetic_index
+from zsad_nb.components.losses import focal
+from zsad_nb.training.fit import fit, recipe_of
 from zsad_nb.methods.base import create, describe, load, method_class, save
 from zsad_nb.methods.ssvp import AUXILIARY, PAPER, SSVP, SWEEPS, SSVPParameters, alignment, paper_taps, static_text
 

@@ -13,8 +13,8 @@ from zsad_nb.backbones import engines
 from zsad_nb.backbones.engines import Engine
 from zsad_nb.data.index import make_index
 from zsad_nb.methods.base import create
-from zsad_nb.use import maps_store
-from zsad_nb.use.maps_store import DONE, ROW, UNREADABLE, MapStore, make_store, open_store
+from zsad_nb.explore import maps_store
+from zsad_nb.explore.maps_store import DONE, ROW, UNREADABLE, MapStore, make_store, open_store
 
 COUNT, SIZE = 4, 32
 

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from zsad_nb.data import synthetic
+from zsad_nb.synthetic import benchmark as synthetic
 from zsad_nb.data.index import COLUMNS
-from zsad_nb.data.synthetic import CATEGORIES, SETS, STRENGTHS, categories, defects, draw, draw_batch, synthetic_index
+from zsad_nb.synthetic.categories import CATEGORIES, SETS
+from zsad_nb.synthetic.spots import STRENGTHS
+from zsad_nb.synthetic.versions import categories, defects
+from zsad_nb.synthetic.benchmark import draw, draw_batch, synthetic_index
 
 HASHES = Path(__file__).parent / "synthetic_hashes.json"
 PAIRS = [(c.name, d) for c in CATEGORIES.values() for d in ["good"] + defects(c.set)]

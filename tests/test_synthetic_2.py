@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from zsad_nb.data.datasets import load_dataset
-from zsad_nb.data.synthetic import CATEGORIES, DEFECTS, RENDERERS, SETS, STRENGTHS, SYNTHETIC_SETS, categories, defects, draw, synthetic_index
-from zsad_nb.data.synthetic_versions import synthetic_name
+from zsad_nb.synthetic.datasets import load_dataset
+from zsad_nb.synthetic.categories import CATEGORIES, SETS
+from zsad_nb.synthetic.defects_pretraining import DEFECTS
+from zsad_nb.synthetic.versions import RENDERERS, SYNTHETIC_SETS, categories, defects
+from zsad_nb.synthetic.spots import STRENGTHS
+from zsad_nb.synthetic.benchmark import draw, synthetic_index
+from zsad_nb.synthetic.versions import synthetic_name
 from zsad_nb.data.taxonomy import novel_types, type_words
 
 EXPERIMENTS = Path(__file__).parents[1] / "nbs" / "experiments"
@@ -88,7 +92,7 @@ def test_pairs_on_disk(tmp_path):
 
 
 def test_the_auxiliary_set_shows_all_strengths(tmp_path, monkeypatch):
-    from zsad_nb.data import synthetic
+    from zsad_nb.synthetic import benchmark as synthetic
     asked = []
     monkeypatch.setattr(synthetic, "draw", lambda name, seed, size, kind, power: asked.append((kind, power)) or draw(name, seed, 32, kind, power))
     synthetic_index(tmp_path, "auxiliary", 32, normal=0, defective=6, version=2)

@@ -19,9 +19,9 @@ from zsad_nb.evaluation.evaluate import evaluate
 from zsad_nb.evaluation.published import METRIC_NAMES, PROTOCOLS, published
 from zsad_nb.evaluation.results import read_runs
 from zsad_nb.evaluation.tables import DASH, Cell, Table, results_table, tex
-from zsad_nb.tables import read_table
-from zsad_nb.use.paper_style import COLUMN, bar_colours
-from zsad_nb.use.table_figures import bar_figure, draw_bars
+from zsad_nb.core.tables import read_table
+from zsad_nb.figures.style import COLUMN, bar_colours
+from zsad_nb.figures.bars import bar_figure, draw_bars
 
 METRICS = [m for m in METRIC_NAMES]
 
@@ -67,7 +67,7 @@ def legend(table, start): return next((n for n in table.notes if n.startswith(st
 
 def test_reads_what_evaluate_leaves(tmp_path):
     "The real thing, not an imitation of its files."
-    from zsad_nb.data.synthetic import synthetic_index
+    from zsad_nb.synthetic.benchmark import synthetic_index
     from zsad_nb.methods.base import create
     index = synthetic_index(tmp_path / "data", "target", 64, 1, 1)
     index = index.loc[index["category"].isin(sorted(index["category"].unique())[:2])]

@@ -6,9 +6,11 @@ import pandas as pd
 import pytest
 
 from zsad_nb.data.index import GOOD, make_index
-from zsad_nb.data.synthetic import DEFECTS, SETS, defects, synthetic_index
-from zsad_nb.data.taxonomy import (USES, binary_words, check_types, concepts, index_types, label_types, novel_types, plain, product_types, taxonomy, type_of,
-                                   type_words, typed)
+from zsad_nb.synthetic.defects_pretraining import DEFECTS
+from zsad_nb.synthetic.categories import SETS
+from zsad_nb.synthetic.versions import defects
+from zsad_nb.synthetic.benchmark import synthetic_index
+from zsad_nb.data.taxonomy import USES, binary_words, check_types, concepts, index_types, label_types, novel_types, plain, product_types, taxonomy, type_of, type_words, typed
 
 # the folders of MVTec AD, product by product
 MVTEC = {

@@ -9,11 +9,10 @@ import pandas as pd
 import pytest
 from scipy.stats import beta, betabinom, binomtest, ks_1samp
 
-from zsad_nb.data.synthetic import synthetic_index
+from zsad_nb.synthetic.benchmark import synthetic_index
 from zsad_nb.methods.base import create, load, save
-from zsad_nb.use.inspector import Inspector
-from zsad_nb.use.thresholds import (Calibration, Threshold, _thresholds, calibration, clopper_pearson, compare_with, from_labels, from_normals, given, identity, needed, rank,
-                                    realised)
+from zsad_nb.inspection.inspector import Inspector
+from zsad_nb.inspection.thresholds import Calibration, Threshold, _thresholds, calibration, clopper_pearson, compare_with, from_labels, from_normals, given, identity, needed, rank, realised
 
 KEY = dict(method="m", size=64, hash="0" * 16)
 

@@ -19,15 +19,15 @@ from PIL import Image
 from torch import nn
 
 from zsad_nb.backbones.features import FeatureCache
-from zsad_nb.core import seed_everything
+from zsad_nb.core.settings import seed_everything
 from zsad_nb.data import images as reading
 from zsad_nb.data.index import make_index
-from zsad_nb.data.pixels import BadImage
-from zsad_nb.data.synthetic import synthetic_index
-from zsad_nb.learning import devices
-from zsad_nb.learning.devices import SameDraws, Shares, share
-from zsad_nb.learning.precision import checkpointed, frozen_blocks
-from zsad_nb.learning.training import fit, recipe_of
+from zsad_nb.data.stored import BadImage
+from zsad_nb.synthetic.benchmark import synthetic_index
+from zsad_nb.training import devices
+from zsad_nb.training.devices import SameDraws, Shares, share
+from zsad_nb.training.precision import checkpointed, frozen_blocks
+from zsad_nb.training.fit import fit, recipe_of
 from zsad_nb.methods.base import create, load
 
 SIZE, DEFECTS = 64, ("scratch", "crack", "hole")
@@ -151,7 +151,7 @@ def test_an_error_in_one_process_is_the_error(index, tmp_path):
     (tmp_path / "set" / "2.png").write_bytes((tmp_path / "set" / "2.png").read_bytes()[:200])
     with pytest.raises(BadImage, match="2.png") as caught: fit(made("visualad"), broken, short("visualad"), progress=False, devices=2)
     assert "of 2, counted from 0" in caught.value.__notes__[0] and "Traceback" in caught.value.__notes__[0]
-    assert not [p for p in psutil.Process().children(recursive=True) if "zsad_nb.learning.devices" in " ".join(p.cmdline())], "the other process was stopped"
+    assert not [p for p in psutil.Process().children(recursive=True) if "zsad_nb.training.devices" in " ".join(p.cmdline())], "the other process was stopped"
 
 
 def test_a_killed_process(index, monkeypatch, tmp_path):
@@ -170,7 +170,7 @@ def test_a_killed_process(index, monkeypatch, tmp_path):
 
 def test_a_process_ends_with_the_one_that_started_it(tmp_path):
     "It waits for another that never comes, until nobody holds its standard input any more."
-    code = "import os, sys, threading, time\nfrom unittest import mock\nimport zsad_nb.learning.devices as d\nprint('here', flush=True)\nwith mock.patch.object(d, 'import_vision_libraries', lambda: time.sleep(100)): d._work()"
+    code = "import os, sys, threading, time\nfrom unittest import mock\nimport zsad_nb.training.devices as d\nprint('here', flush=True)\nwith mock.patch.object(d, 'import_vision_libraries', lambda: time.sleep(100)): d._work()"
     child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=dict(os.environ, RANK="0"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert child.stdout.readline().strip() == "here"
     time.sleep(0.5)

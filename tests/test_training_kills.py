@@ -13,8 +13,8 @@ CHILD = """
     from pathlib import Path
     import torch
     from small_sets import bright_squares
-    from zsad_nb.core import seed_everything
-    from zsad_nb.learning.training import fit, recipe_of
+    from zsad_nb.core.settings import seed_everything
+    from zsad_nb.training.fit import fit, recipe_of
     from zsad_nb.methods.base import create, save
 
     torch.set_num_threads(1)  # and none was started: a process may be forked

@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from small_sets import bright_squares
 
 from zsad_nb.backbones.features import FeatureCache
-from zsad_nb.core import seed_everything
-from zsad_nb.data.pixels import BadImage
-from zsad_nb.learning import resume as module
-from zsad_nb.learning import training
-from zsad_nb.learning.resume import trained_state
-from zsad_nb.learning.training import Recipe, fit, recipe_of
+from zsad_nb.core.settings import seed_everything
+from zsad_nb.data.stored import BadImage
+from zsad_nb.training import resume as module
+from zsad_nb.training import fit as training
+from zsad_nb.training.resume import trained_state
+from zsad_nb.training.fit import Recipe, fit, recipe_of
 from zsad_nb.methods.base import create
-from zsad_nb.use.runs import _clear, look
+from zsad_nb.runs.run import _clear, look
 
 SIZE, NAN, INF = 32, math.nan, math.inf
 

@@ -14,15 +14,15 @@ from PIL import Image
 from sklearn.metrics import precision_recall_fscore_support
 
 from zsad_nb.data.index import make_index
-from zsad_nb.data.synthetic import synthetic_index
+from zsad_nb.synthetic.benchmark import synthetic_index
 from zsad_nb.methods.base import METHODS, Prediction, create, save
 from zsad_nb.methods.controls import SelfDistance, SelfDistanceParameters
-from zsad_nb.use.blending import ORDER, Drawing, View, decode, encode
-from zsad_nb.use.controls import from_to
-from zsad_nb.use.inspector import Inspector
-from zsad_nb.use.maps_store import make_store, open_store, snapshot
-from zsad_nb.use.upload import Upload
-from zsad_nb.use.widgets import HeatmapExplorer
+from zsad_nb.figures.blending import ORDER, Drawing, View, decode, encode
+from zsad_nb.explore.controls import from_to
+from zsad_nb.inspection.inspector import Inspector
+from zsad_nb.explore.maps_store import make_store, open_store, snapshot
+from zsad_nb.explore.upload import Upload
+from zsad_nb.explore.explorer import HeatmapExplorer
 
 SIZE = 64
 

@@ -14,8 +14,9 @@ from zsad_nb.backbones.words import NAMES, rewrite
 from zsad_nb.data.images import Batch
 from zsad_nb.data.index import make_index
 from zsad_nb.data.readers import READERS
-from zsad_nb.methods.base import MODULES, create, describe, load, method_class, read_header, save
-from zsad_nb.use.inspector import Inspector
+from zsad_nb.methods.base import MODULES, create, describe, load, method_class, save
+from zsad_nb.methods.checkpoint_files import read_header
+from zsad_nb.inspection.inspector import Inspector
 
 READ_NAMES = {"winclip": dict(image_size=64), "april_gan": dict(image_size=64), "adaclip": dict(image_size=64, clusters=4), "anovl": dict(image_size=64, augment=False, crops=1),
               "multiads": dict(image_size=64, types=["scratch"]), "ssvp": {}, "bayes_pfl": dict(image_size=64)}
