@@ -28,9 +28,10 @@ from zsad_nb.evaluation.evaluate import evaluate
 from zsad_nb.evaluation.metrics import PixelMetrics
 from zsad_nb.methods.base import create, save
 from zsad_nb.cli.commands import main
-from zsad_nb.runs.cluster import DaskExecutor, connect
-from zsad_nb.runs.executors import LostWorker, Unusable, open_executor
-from zsad_nb.runs.run import Spec, look
+from zsad_nb.runs.cluster import DaskExecutor, connect, open_executor
+from zsad_nb.runs.executors import LostWorker, Unusable
+from zsad_nb.evaluation.run_state import result_of
+from zsad_nb.runs.run import Spec
 from zsad_nb.runs.shards import evaluate_shards, split
 from zsad_nb.runs.sweeps import expand, sweep
 
@@ -135,14 +136,14 @@ def test_a_worker_killed_in_mid_sweep(new_cluster, tmp_path, gated):
     assert worker.pid in [p.pid for p in new_cluster.made] and (folder / "result.json").exists()
     worker.kill()
     wait_for(lambda: gone(kernel) and gone(child), 30)
-    assert not look(folder).ok  # interrupted, or begun again
+    assert not result_of(folder).ok  # interrupted, or begun again
     gate.touch()
     background.join(200)
     said = background.said.getvalue()
     assert background.done.ok and background.done.table.attempts.tolist() == [1, 2], said
     assert "retry    gated n=2" in said and "is gone" in said and "2 workers on 127.0.0.1 (2), 2 runs at a time" in said and "1 worker on 127.0.0.1, 1 run at a time" in said
-    assert log.read_text().split() == ["1", "2", "2"] and all(look(s.folder(runs), s.hash).ok for s in (first, slow))
-    record = look(folder).record
+    assert log.read_text().split() == ["1", "2", "2"] and all(result_of(s.folder(runs), s.hash).ok for s in (first, slow))
+    record = result_of(folder).record
     assert record["attempt"] == 2 and record["took_over"].startswith(f"process {child} on ") and record["cwd"] == os.getcwd()
     assert not list(runs.glob(".cluster-*")) and background.done.summary.exists()
 
@@ -168,12 +169,12 @@ def test_a_scheduler_killed_in_mid_sweep(new_cluster, tmp_path, gated, capsys):
     assert "1 done, 1 interrupted" in said and "summary.md" in said and "does not answer; trying to reach it again" in said, said
     for pid in pids: wait_for(lambda pid=pid: gone(pid), 60)  # the worker ends the run nobody waits for
     worker.wait(60)
-    assert look(one.folder(runs)).ok and look(two.folder(runs)).status == "interrupted"
+    assert result_of(one.folder(runs)).ok and result_of(two.folder(runs)).status == "interrupted"
     new_cluster.scheduler()
     new_cluster.worker("b")
     gate.touch()
     assert main(["sweep", str(tmp_path / "s.yaml"), "--root", str(runs), "--scheduler", new_cluster.address]) == 0, capsys.readouterr().err
-    assert (one.folder(runs) / "run.json").stat().st_mtime_ns == before and look(two.folder(runs)).ok and log.read_text().split() == ["2", "2"]
+    assert (one.folder(runs) / "run.json").stat().st_mtime_ns == before and result_of(two.folder(runs)).ok and log.read_text().split() == ["2", "2"]
     assert "it was interrupted; it is run again" in capsys.readouterr().err
 
 

@@ -17,7 +17,8 @@ from zsad_nb.figures.chosen_runs import Runs
 from zsad_nb.cli.commands import main
 from zsad_nb.inspection.inspector import Inspector
 from zsad_nb.runs.rerun import compare, rerun
-from zsad_nb.runs.run import collect, look, run_folders, status
+from zsad_nb.evaluation.run_state import result_of
+from zsad_nb.runs.run import collect, run_folders, status
 from zsad_nb.inspection.thresholds import FORMAT, Calibration
 
 FEW = 25 if settings().max_examples <= 40 else settings().max_examples  # each reads whole folders
@@ -52,7 +53,7 @@ def everything(folder, good="e/good"):
         assert good in {run.path for run in Runs(folder).found}
         assert Runs(folder).evaluations is not None
         for run in finished_runs(folder)[0]: assert isinstance(run.notebook, str) and isinstance(run.parameters, dict), run.seed
-        for path in run_folders(folder): assert look(path).status in ("absent", "running", "interrupted", "damaged", "failed", "done")
+        for path in run_folders(folder): assert result_of(path).status in ("absent", "running", "interrupted", "damaged", "failed", "done")
     return table, collected
 
 

@@ -23,7 +23,8 @@ from zsad_nb.evaluation.evaluate import evaluate
 from zsad_nb.methods.base import create
 from zsad_nb.runs.executors import LocalExecutor, LostWorker
 from zsad_nb.inspection.inspector import Inspector
-from zsad_nb.runs.run import Spec, look, run
+from zsad_nb.evaluation.run_state import result_of
+from zsad_nb.runs.run import Spec, run
 from zsad_nb.runs.shards import evaluate_shards
 from zsad_nb.runs.sweeps import sweep
 
@@ -92,12 +93,12 @@ def test_sweep(tmp_path):
     for turn in range(5 * TIMES):
         if killed == TIMES: break
         root = tmp_path / f"runs{turn // 3}"
-        done = {s.hash: (s.folder(root) / "run.json").stat().st_mtime_ns for s in specs if look(s.folder(root), s.hash).ok}
+        done = {s.hash: (s.folder(root) / "run.json").stat().st_mtime_ns for s in specs if result_of(s.folder(root), s.hash).ok}
         begun = time.monotonic()
         if killed_after(moments.uniform(0, took), lambda root=root: sweep(specs, root, executor=ThreadPoolExecutor(1), stream=log)) is None: killed += 1
         elif not done: took = min(took, time.monotonic() - begun)
         assert all((s.folder(root) / "run.json").stat().st_mtime_ns == done[s.hash] for s in specs if s.hash in done), "what is done is not repeated"
-        finished.append(sum(look(s.folder(root), s.hash).ok for s in specs))
+        finished.append(sum(result_of(s.folder(root), s.hash).ok for s in specs))
     assert killed == TIMES
     for root in sorted(tmp_path.glob("runs*")):
         assert sweep(specs, root, executor=ThreadPoolExecutor(1), stream=log).ok

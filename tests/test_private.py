@@ -20,7 +20,8 @@ from zsad_nb.methods.base import create
 from zsad_nb.runs import run as runs_module
 from zsad_nb.runs.executors import LocalExecutor
 from zsad_nb.core.locks import Busy, lock
-from zsad_nb.runs.run import Spec, look, run
+from zsad_nb.evaluation.run_state import result_of
+from zsad_nb.runs.run import Spec, run
 from zsad_nb.runs.shards import evaluate_shard, evaluate_shards
 
 
@@ -221,7 +222,7 @@ def test_a_run_records_what_executed_it(tmp_path, monkeypatch):
     assert found.record["versions"]["torch"] == torch.__version__.partition("+")[0] or found.record["versions"]["torch"] == torch.__version__
     monkeypatch.setattr(runs_module, "package_folder", lambda: Path("/another/environment"))
     other = run(Spec(book, dict(n=2)), tmp_path / "runs")
-    assert other.status == "failed" and "another environment executed the notebook" in other.error and look(other.folder).status == "failed"
+    assert other.status == "failed" and "another environment executed the notebook" in other.error and result_of(other.folder).status == "failed"
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------- locks
@@ -279,8 +280,8 @@ def test_a_folder_of_someone_else_is_looked_at(tmp_path, permissions_hold):
     folder = tmp_path / "run"
     with lock(folder):
         folder.chmod(0o555), (folder / ".lock").chmod(0o444)
-        assert look(folder).status == "running"
-    try: assert look(folder).status == "absent"
+        assert result_of(folder).status == "running"
+    try: assert result_of(folder).status == "absent"
     finally: folder.chmod(0o755)
     (tmp_path / "closed").mkdir(mode=0o555)
     with pytest.raises(OSError): lock(tmp_path / "closed").__enter__()

@@ -23,7 +23,8 @@ from zsad_nb.runs.executors import LocalExecutor, LostWorker
 from zsad_nb.runs.parameters import Parameter
 from zsad_nb.runs.rerun import rerun
 from zsad_nb.core.locks import Busy, lock
-from zsad_nb.runs.run import Spec, collect, look, run, save_table, status
+from zsad_nb.evaluation.run_state import result_of
+from zsad_nb.runs.run import Spec, collect, run, save_table, status
 from zsad_nb.runs.sweeps import Progress, Task, expand, sweep
 
 EXPERIMENTS = ROOT / "nbs" / "experiments"
@@ -137,10 +138,10 @@ def test_a_killed_kernel_is_not_believed_and_tried_again(tmp_path):
     path = notebook(tmp_path / "dies.ipynb", "once: str = ''", WRITE.format("dict(a=1)"), "import os, signal\nif not os.path.exists(once): open(once, 'w').close(); os.kill(os.getpid(), signal.SIGKILL)")
     spec = Spec(path, dict(once=str(tmp_path / "once")))
     r = run(spec, tmp_path / "runs")
-    assert (r.status, r.kind) == ("failed", "dead kernel") and (r.folder / "result.json").exists() and not look(r.folder).ok and (r.folder / "failed.ipynb").exists()
+    assert (r.status, r.kind) == ("failed", "dead kernel") and (r.folder / "result.json").exists() and not result_of(r.folder).ok and (r.folder / "failed.ipynb").exists()
     (tmp_path / "once").unlink()
     done, said = quiet([spec], tmp_path / "runs")
-    assert done.ok and done.table.attempts.tolist() == [2] and "retry" in said and look(r.folder).record["attempt"] == 2
+    assert done.ok and done.table.attempts.tolist() == [2] and "retry" in said and result_of(r.folder).record["attempt"] == 2
     assert "failed the kernel died" in (r.folder / "run.log").read_text()  # the log keeps every attempt
 
 
@@ -168,7 +169,7 @@ def test_hung_raising_and_silent_specs_stop_nobody_else(tmp_path, twice):
     assert done.table.status.tolist().count("skipped") == 2 and done.table.attempts.tolist().count(2) == 0 and not done.ok
     assert "KeyError: 'such' (cell 3)" in table.error["raises"] and "longer than 2 s" in table.error["hangs"] and "no result.json" in table.error["silent"]
     assert all("it comes after" in e for e in done.table.error[done.table.status == "skipped"])
-    assert look(follows.folder(tmp_path / "runs")).result == dict(twice=2)
+    assert result_of(follows.folder(tmp_path / "runs")).result == dict(twice=2)
     text = done.summary.read_text()
     assert "failed.ipynb" in text and "notebook.ipynb" in text and text.count("run.log") == 5 and "KeyError" in text
     assert "KeyError" in (bad.folder(tmp_path / "runs") / "run.log").read_text()
@@ -208,18 +209,18 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path, start_sweep):
     folders = {s.values["n"]: s.folder(tmp_path / "runs") for s in expand(plan, base=tmp_path)}
     wait_for(lambda: (folders[2] / "result.json").exists())
     worker = json.loads((folders[2] / "run.json").read_text())["process"]
-    assert look(folders[2]).status == "running" and status(tmp_path / "runs").status.value_counts().to_dict() == dict(done=2, running=1, absent=1)
+    assert result_of(folders[2]).status == "running" and status(tmp_path / "runs").status.value_counts().to_dict() == dict(done=2, running=1, absent=1)
     process.kill()
     process.wait()
     wait_for(lambda: not Path(f"/proc/{worker}").exists() or Path(f"/proc/{worker}/stat").read_text().split()[2] == "Z", 60)  # it notices, and ends with its kernel
-    wait_for(lambda: look(folders[2]).status == "interrupted", 60)
+    wait_for(lambda: result_of(folders[2]).status == "interrupted", 60)
     before = {n: (folders[n] / "run.json").stat().st_mtime_ns for n in (0, 1)}
     (tmp_path / "gate").touch()
     again = start_sweep(plan)
     said, _ = again.communicate(timeout=300)
     assert again.returncode == 0, said
     assert "was interrupted" in said or "ended without saying how" in said
-    assert {n: (folders[n] / "run.json").stat().st_mtime_ns for n in (0, 1)} == before and all(look(f).ok for f in folders.values())
+    assert {n: (folders[n] / "run.json").stat().st_mtime_ns for n in (0, 1)} == before and all(result_of(f).ok for f in folders.values())
     assert sorted(log.read_text().split()) == ["0", "1", "2", "2", "3"]
     assert slow.exists()
 
@@ -250,12 +251,12 @@ def test_a_result_that_was_cut_short(tmp_path, twice, content):
     spec = Spec(twice)
     folder = run(spec, tmp_path / "runs").folder if content == "" else made_up(spec, tmp_path / "runs")
     (folder / "result.json").write_text(content)
-    assert look(folder).status == "damaged" and not status(tmp_path / "runs").status.eq("done").any()
+    assert result_of(folder).status == "damaged" and not status(tmp_path / "runs").status.eq("done").any()
     with pytest.warns(UserWarning, match="run.json says done, but result.json"): assert len(collect(tmp_path / "runs")) == 0
     if content: return  # the rest takes a kernel
     done, said = quiet([spec], tmp_path / "runs")
     assert done.ok and "run.json says done, but result.json cannot be read" in said and "it is run again" in said
-    assert look(folder).result == dict(twice=2) and (folder / "result.json.unreadable").read_text() == content
+    assert result_of(folder).result == dict(twice=2) and (folder / "result.json.unreadable").read_text() == content
 
 
 def made_up(spec, root, **record):
@@ -269,10 +270,10 @@ def made_up(spec, root, **record):
 
 def test_a_result_nobody_vouches_for(tmp_path, twice):
     folder = made_up(Spec(twice), tmp_path / "runs")
-    assert look(folder, Spec(twice).hash).ok
-    assert "not " + Spec(twice, dict(n=2)).hash in look(folder, Spec(twice, dict(n=2)).hash).error  # another spec's
+    assert result_of(folder, Spec(twice).hash).ok
+    assert "not " + Spec(twice, dict(n=2)).hash in result_of(folder, Spec(twice, dict(n=2)).hash).error  # another spec's
     (folder / "run.json").unlink()
-    assert look(folder).status == "damaged" and "its result is not believed" in look(folder).error
+    assert result_of(folder).status == "damaged" and "its result is not believed" in result_of(folder).error
     other = tmp_path / "runs" / "twice" / Spec(twice, dict(n=5)).hash
     other.mkdir()
     (other / "mine.txt").write_text("precious")
@@ -299,7 +300,7 @@ def test_full_disk(small_disk, tmp_path, twice):
     big = notebook(tmp_path / "big.ipynb", "", "import pathlib\nout = pathlib.Path(output)\ntry: (out / 'data.bin').write_bytes(bytes(3_000_000))\nexcept OSError: pass", WRITE.format("dict(a=1)"))
     done, said = quiet([Spec(big), Spec(twice)], small_disk / "runs", retries=0)
     assert done.table.status.tolist() == ["failed", "done"] and "space" in done.table.error[0] and not done.ok and "space" in said
-    assert not look(Spec(big).folder(small_disk / "runs")).ok and look(first.folder).result == dict(twice=2)  # nothing invented, nothing lost
+    assert not result_of(Spec(big).folder(small_disk / "runs")).ok and result_of(first.folder).result == dict(twice=2)  # nothing invented, nothing lost
     with contextlib.suppress(OSError): (Spec(big).folder(small_disk / "runs") / "data.bin").unlink()
     small = run(Spec(twice, dict(n=3)), small_disk / "runs")
     assert small.ok  # there is room again
@@ -314,7 +315,7 @@ def test_disk_full_at_the_very_end(tmp_path, twice, monkeypatch):
         return write(path, *rest)
     monkeypatch.setattr(runs_module, "write_atomically", full)
     r = run(Spec(twice), tmp_path / "runs")
-    assert (r.status, r.kind) == ("failed", "disk") and "No space left" in r.error and not look(r.folder).ok and (r.folder / "result.json").exists()
+    assert (r.status, r.kind) == ("failed", "disk") and "No space left" in r.error and not result_of(r.folder).ok and (r.folder / "result.json").exists()
     monkeypatch.undo()
     assert run(Spec(twice), tmp_path / "runs").fresh
 
@@ -396,7 +397,7 @@ def test_train_and_evaluate_leave_what_tables_need(tmp_path):
     tested = Spec(EXPERIMENTS / "evaluate.ipynb", dict(small, checkpoint="{train}/checkpoint.safetensors"), "e", dict(train=learnt))
     done, said = quiet([learnt, tested], tmp_path / "runs")
     assert done.ok, said
-    result, record = look(tested.folder(tmp_path / "runs")).result, look(tested.folder(tmp_path / "runs")).record
+    result, record = result_of(tested.folder(tmp_path / "runs")).result, result_of(tested.folder(tmp_path / "runs")).record
     assert len(result["trained_on"]) == 19 and result["transductive"] is False and result["backbones"] == dict(backbone="tiny-dino") and result["versions"]["torch"]
     assert record["fingerprint"] == result["fingerprint"] and record["weights"] == result["frozen"] and record["data"] == "synthetic-target"
     table = collect(tmp_path / "runs")

@@ -27,7 +27,7 @@ from zsad_nb.synthetic.benchmark import synthetic_index
 from zsad_nb.training import devices
 from zsad_nb.training.devices import SameDraws, Shares, share
 from zsad_nb.training.precision import checkpointed, frozen_blocks
-from zsad_nb.training.fit import fit, recipe_of
+from zsad_nb.training.fit import fit, recipe_of, train_here
 from zsad_nb.methods.base import create, load
 
 SIZE, DEFECTS = 64, ("scratch", "crack", "hole")
@@ -159,13 +159,13 @@ def test_a_killed_process(index, monkeypatch, tmp_path):
     method = made("visualad")
     before = {k: p.detach().clone() for k, p in method.learned().items()}
     monkeypatch.setattr(devices, "_START", f"import os, signal, time; rank = os.environ['RANK']; open({str(tmp_path)!r} + '/' + rank, 'w').write(str(os.getpid())); time.sleep(100) if rank == '0' else os.kill(os.getpid(), signal.SIGKILL)")
-    with pytest.raises(RuntimeError, match="process 1 of 2, counted from 0, ended with signal 9 .killed"): devices.launch(method, 2, {})
+    with pytest.raises(RuntimeError, match="process 1 of 2, counted from 0, ended with signal 9 .killed"): devices.launch(method, 2, train_here, {})
     if (tmp_path / "0").exists(): assert not psutil.pid_exists(int((tmp_path / "0").read_text())), "the other one was stopped"
     assert all(torch.equal(before[k], p) for k, p in method.learned().items()), "nothing half-learned"
     monkeypatch.setattr(devices, "_START", "import sys; print('said before the end', flush=True); sys.exit(3)")
-    with pytest.raises(RuntimeError, match="exit code 3; nothing was learned\nsaid before the end"): devices.launch(method, 2, {})
+    with pytest.raises(RuntimeError, match="exit code 3; nothing was learned\nsaid before the end"): devices.launch(method, 2, train_here, {})
     method.backbone.register_forward_hook(lambda *a: None)
-    with pytest.raises(ValueError, match="this visualad cannot be sent to other processes"): devices.launch(method, 2, {})
+    with pytest.raises(ValueError, match="this visualad cannot be sent to other processes"): devices.launch(method, 2, train_here, {})
 
 
 def test_a_process_ends_with_the_one_that_started_it(tmp_path):

@@ -21,7 +21,8 @@ from zsad_nb.training import fit as training
 from zsad_nb.training.resume import trained_state
 from zsad_nb.training.fit import Recipe, fit, recipe_of
 from zsad_nb.methods.base import create
-from zsad_nb.runs.run import _clear, look
+from zsad_nb.evaluation.run_state import result_of
+from zsad_nb.runs.run import _clear
 
 SIZE, NAN, INF = 32, math.nan, math.inf
 
@@ -295,5 +296,5 @@ def test_a_retried_run_keeps_the_state(tmp_path):
     for name in (".resume/training-1.safetensors", "data/1.png", "run.json", ".half", "checkpoint.safetensors"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
-    _clear(tmp_path, look(tmp_path))
+    _clear(tmp_path, result_of(tmp_path))
     assert [p.name for p in tmp_path.iterdir() if p.name != "run.json.unreadable"] == [".resume"] and (tmp_path / ".resume" / "training-1.safetensors").exists()

@@ -35,8 +35,8 @@ def _load():
     from zsad_nb.methods.checkpoint_files import read_header
     from zsad_nb.core.names import shown
     from zsad_nb.core.tables import table_text, write_table
-    from zsad_nb.deploy.bench import bench, bench_cases, bench_table, demo_evaluation
-    from zsad_nb.cli.demo import demo
+    from zsad_nb.deploy.bench import bench, bench_cases, bench_table
+    from zsad_nb.cli.demo import demo, demo_evaluation
     from zsad_nb.deploy.export import export
     from zsad_nb.inspection.verdicts import exit_code
     from zsad_nb.inspection.inspector import Inspector

@@ -25,8 +25,8 @@ from .index import root_of
 from .left_out import index_findings
 from .masks import mask_remarks, read_mask, require_own, told_by_shape
 from .mosaic import Mosaic
-from .stored import BadImage, open_image
-from .pixels import load_image, load_pair, resize, to_rgb
+from .stored import BadImage
+from .pixels import resize
 from .masks import load_mask, resize_mask  # noqa: F401 (one door to images)
 from .pixels import fit_mask, read_pair, require_interpolation, rgb_of
 from .reading import Reading, reading_of, takes_reading

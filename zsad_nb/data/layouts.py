@@ -17,7 +17,7 @@ import pandas as pd
 
 from .index import GOOD, make_index
 from .left_out import grouped, is_mask, is_note, odd_labels, unused
-from .listing import DEFECTIVE_NAMES, IMAGE_SUFFIXES, MASK_NAMES, NORMAL_NAMES, LayoutError, Record, image_suffixes, is_image, is_rubbish, kind_of
+from .listing import MASK_NAMES, NORMAL_NAMES, LayoutError, Record, image_suffixes, is_image, is_rubbish, kind_of
 from ..core.names import same_name, shown
 
 # %% ../../nbs/data/09_layouts.ipynb #ad9e4e74

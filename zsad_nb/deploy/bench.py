@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'CASE', 'clocks', 'clock', 'Memory', 'matmul_rate', 'tower_flops', 'pixel_work', 'measure', 'bench_cases',
-           'run_case', 'machine', 'bench', 'say', 'bench_table', 'bench_figure', 'demo_evaluation']
+           'run_case', 'machine', 'bench', 'say', 'bench_table', 'bench_figure']
 
 # %% ../../nbs/deploy/02_bench.ipynb #43f4f4fd
 import contextlib
@@ -35,13 +35,11 @@ from ..components import maps
 from ..core.settings import require_known
 from ..data.method_images import batches_for
 from ..synthetic.benchmark import synthetic_index
-from ..evaluation.evaluate import evaluate
 from ..evaluation.metrics import PixelMetrics
 from ..core.files import write_json
 from ..training.precision import peak_memory
 from ..methods.base import MODULES, create, method_class
 from ..core.tables import write_table
-from ..cli.demo import SETTINGS
 from ..figures.style import PAGE, SERIES, letters, save_figure, style
 from ..runs.run import hardware
 from ..runs.kernel import versions
@@ -324,20 +322,3 @@ def bench_figure(table: pd.DataFrame  # of `bench`
     ax.set(yticks=range(len(rows)), yticklabels=[letters(name) for name in names], xlabel="milliseconds an image", ylim=(len(rows) - 0.4, -0.6))
     figure.legend(loc="outside upper center", ncols=6)
     return figure
-
-# %% ../../nbs/deploy/02_bench.ipynb #ed73c9d1
-def demo_evaluation(threads: int=0,      # 0: PyTorch's choice
-                    device: str="cpu",
-                    **settings           # `zsad_nb.cli.demo.SETTINGS` to change
-                   ) -> dict:
-    "Seconds of evaluating VisualAD on the demo's target set; the set is drawn before."
-    require_known(settings, SETTINGS, "setting of the demo")
-    s = {**SETTINGS, **settings}
-    if threads: torch.set_num_threads(threads)
-    with tempfile.TemporaryDirectory(prefix="zsad_bench_") as room:
-        index = synthetic_index(room, "target", s["size"], s["target_normal"], s["target_defective"])
-        method = create("visualad", image_size=s["size"], sigma=s["sigma"]).to(device)
-        start, busy = time.perf_counter(), time.process_time()
-        evaluate(method, index, progress=False)
-        wall, cpu = time.perf_counter() - start, time.process_time() - busy
-    return dict(images=len(index), size=s["size"], seconds=wall, cpu_s=cpu, images_per_s=len(index) / wall, peak_mb=peak_memory(method.device) / 1e6, threads=torch.get_num_threads())

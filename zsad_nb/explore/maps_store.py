@@ -38,7 +38,7 @@ from ..methods.base import Method
 from ..core.names import shown
 from ..figures.blending import ORDER, Drawing, View, colours, enlarge, ring, sheet, similarity, to_levels, wipe
 from .inside import Inside, image_patches, look_inside
-from ..runs.run import look
+from ..evaluation.run_state import result_of
 from ..inspection.thresholds import identity
 
 # %% ../../nbs/explore/06_maps_store.ipynb #cad300da
@@ -412,7 +412,7 @@ def snapshot(store: MapStore, image: str|int,  # a path of the index, or a row
 # %% ../../nbs/explore/06_maps_store.ipynb #bd3d7b86
 def data_of(folder: str|Path) -> pd.DataFrame|None:  # an Index; None where the run does not say
     "What a run evaluated."
-    given = look(folder).record.get("spec", {}).get("parameters", {})
+    given = result_of(folder).record.get("spec", {}).get("parameters", {})
     if not given.get("data"): return None
     drawn = dict(size=given["size"], normal=given["images"], defective=given["images"]) if given["data"].startswith("synthetic-") else {}
     reading = {field.name: given[field.name] for field in dataclasses.fields(Reading) if given.get(field.name) is not None}

@@ -29,7 +29,7 @@ from ..core.names import same_name, shown
 from .journal import utf8
 from ..core.files import inside
 from ..core.records import misfit
-from ..runs.run import look
+from ..evaluation.run_state import result_of
 
 # %% ../../nbs/inspection/04_sources.ipynb #6775e671
 def from_array(array,                  # an array, a tensor, an opened image, the bytes of a file or an open one
@@ -212,7 +212,7 @@ _GIVEN = dict.fromkeys(("checkpoint", "method", "backbone", "clip", "dino", "wei
 
 def _from_run(folder: Path, changes: dict) -> Method:
     "The method of a run: its checkpoint, or that of the training it evaluated, or the untrained method it names."
-    found = look(folder)
+    found = result_of(folder)
     if found.status not in ("done", "absent"): raise ValueError(f"the run in {folder} is {found.status}{f' ({found.error})' if found.error else ''}; its method is not used")
     files = [folder/"checkpoint.safetensors"] if (folder/"checkpoint.safetensors").is_file() else sorted(folder.glob("*.safetensors"))
     if len(files) == 1: return load(files[0], **changes)

@@ -210,6 +210,7 @@ def _store() -> "torch.distributed.TCPStore":
 
 def launch(method: Method,   # changed in place
            devices: int,     # processes
+           train: Callable,  # what each of them runs, an importable function of a method and `arguments`
            arguments: dict,  # further arguments of `fit`
           ) -> pd.DataFrame:  # what `fit` returns in the first process
     "Run `fit` in several processes."
@@ -222,7 +223,7 @@ def launch(method: Method,   # changed in place
                 write_atomically(folder / "method.pt", lambda part: torch.save(method, part))
                 os.chmod(folder / "method.pt", 0o600)
             except (pickle.PicklingError, AttributeError, TypeError) as error: raise ValueError(f"this {method.name} cannot be sent to other processes ({error}); remove hooks and functions that were put on it") from error
-            _write_private(folder / "arguments.pkl", pickle.dumps((dict(arguments, devices=devices), home.type)))
+            _write_private(folder / "arguments.pkl", pickle.dumps((train, dict(arguments, devices=devices), home.type)))
             store = _store()
             env = dict(os.environ, WORLD_SIZE=str(devices), LOCAL_WORLD_SIZE=str(devices), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True",
                        PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
@@ -267,12 +268,11 @@ def _work():
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
     try:
-        from zsad_nb.training.fit import train_here
         import_vision_libraries()
         method = torch.load(owned_only(folder / "method.pt"), map_location="cpu", mmap=True, weights_only=False)  # the frozen weights are shared pages
-        arguments, kind = pickle.loads(owned_only(folder / "arguments.pkl").read_bytes())
+        train, arguments, kind = pickle.loads(owned_only(folder / "arguments.pkl").read_bytes())
         if kind == "cuda": method.to(f"cuda:{rank}")
-        history = train_here(method, **dict(arguments, progress=arguments["progress"] and rank == 0))
+        history = train(method, **dict(arguments, progress=arguments["progress"] and rank == 0))
         if rank == 0:
             frozen = tuple(f"{role}." for role in method.backbones())
             state = {k: v.detach().cpu() for k, v in (*method.named_parameters(), *method.named_buffers()) if not k.startswith(frozen)}

@@ -143,7 +143,7 @@ def fit(method: Method,          # changed in place
                      checkpointing=checkpointing, compile=compile, resume=resume, watch=watch)
     several = devices > 1 and not inside(devices)
     trained_on = sorted({*method.trained_on, *(index["dataset"] + "/" + index["category"])})
-    try: history = launch(method, devices, arguments) if several else train_here(method, **arguments)
+    try: history = launch(method, devices, train_here, arguments) if several else train_here(method, **arguments)
     except BaseException as error:
         done = 0 if several else getattr(error, "finished_epochs", 0)  # other processes leave this one's method alone
         if done: method.trained_on = trained_on
