@@ -5,6 +5,7 @@
 
 Prints one line a sweep and the ratio of the times; at most 0.6 is the aim. Exit status 1 if it is missed.
 """
+
 import argparse
 import io
 import subprocess
@@ -19,28 +20,73 @@ from test_runs import WRITE, notebook
 from zsad_nb.runs.run import Spec
 from zsad_nb.runs.sweeps import sweep
 
-BUSY = "import time\nend, x = time.process_time() + seconds, 0\nwhile time.process_time() < end: x = sum(i * i for i in range(10_000))"  # CPU seconds: a core that is shared takes longer
+BUSY = (  # CPU seconds: a core that is shared takes longer
+    "import time\nend, x = time.process_time() + seconds, 0\nwhile time.process_time() < end: x = sum(i * i for i in"
+    " range(10_000))"
+)
 
 
 def timed(workers: int, specs: list, place: Path) -> float:
     "Seconds of a sweep on a fresh cluster of so many workers with one thread each."
     file = place / "scheduler.json"
-    processes = [subprocess.Popen([sys.executable, "-m", "dask", "scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(file)], stderr=subprocess.DEVNULL)]
+    processes = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "dask",
+                "scheduler",
+                "--host",
+                "127.0.0.1",
+                "--port",
+                "0",
+                "--no-dashboard",
+                "--scheduler-file",
+                str(file),
+            ],
+            stderr=subprocess.DEVNULL,
+        )
+    ]
     try:
-        while not file.exists(): time.sleep(0.1)
-        processes += [subprocess.Popen([sys.executable, "-m", "dask", "worker", "--scheduler-file", str(file), "--nthreads", "1", "--no-nanny", "--no-dashboard", "--memory-limit", "0"],
-                                       stderr=subprocess.DEVNULL) for _ in range(workers)]
+        while not file.exists():
+            time.sleep(0.1)
+        processes += [
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "dask",
+                    "worker",
+                    "--scheduler-file",
+                    str(file),
+                    "--nthreads",
+                    "1",
+                    "--no-nanny",
+                    "--no-dashboard",
+                    "--memory-limit",
+                    "0",
+                ],
+                stderr=subprocess.DEVNULL,
+            )
+            for _ in range(workers)
+        ]
         with Client(scheduler_file=str(file)) as client:
             client.wait_for_workers(workers, 120)
             start = time.perf_counter()
             done = sweep(specs, place / "runs", client=client, cores=1, stream=io.StringIO())
             took = time.perf_counter() - start
         assert done.ok and len(done.table) == len(specs) and done.table["attempts"].eq(1).all(), done.table.to_string()
-        print(f"{workers} worker{'s' * (workers > 1)}: {len(specs)} runs in {took:.1f} s; a run {done.table['seconds'].mean():.1f} s in the mean", flush=True)
+        print(
+            f"{workers} worker{'s' * (workers > 1)}: {len(specs)} runs in {took:.1f} s; a run"
+            f" {done.table['seconds'].mean():.1f} s in the mean",
+            flush=True,
+        )
         return took
     finally:
-        for p in processes: p.kill()
-        for p in processes: p.wait()
+        for p in processes:
+            p.kill()
+        for p in processes:
+            p.wait()
 
 
 if __name__ == "__main__":
@@ -49,7 +95,9 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=15.0, help="CPU seconds of each")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        path = notebook(Path(folder) / "busy.ipynb", "n: int = 0\nseconds: float = 1.0", BUSY, WRITE.format("dict(n=n)"))
+        path = notebook(
+            Path(folder) / "busy.ipynb", "n: int = 0\nseconds: float = 1.0", BUSY, WRITE.format("dict(n=n)")
+        )
         specs, times = [Spec(path, dict(n=n, seconds=args.seconds)) for n in range(args.runs)], {}
         for workers in (1, 2):
             (place := Path(folder) / str(workers)).mkdir()

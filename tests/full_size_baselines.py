@@ -9,6 +9,7 @@ Seeded random weights ("random:0") cost what trained ones cost; what they say me
 it resizes the image of 518 px. The first call reads a class's sentences, the second finds them kept: what an image costs. Parameters: those that training moves, beside the count of the
 paper or of the released files' layout, where the specification has one.
 """
+
 import argparse
 import dataclasses
 import time
@@ -18,8 +19,8 @@ import pandas as pd
 import torch
 
 from zsad_nb.data.images import Batch
-from zsad_nb.synthetic.benchmark import draw
 from zsad_nb.methods.base import create, method_class
+from zsad_nb.synthetic.benchmark import draw
 
 FIVE = ("adaclip", "april_gan", "anovl", "multiads", "bayes_pfl")
 LARGE = dict(clip="clip-vitl14-336", image_size=518)
@@ -79,15 +80,28 @@ def measure(name: str, small: bool, frames: int = 0) -> dict:
     if not small and expected is not None and learned != expected:
         raise AssertionError(f"{name} learns {learned:,} values, {source} gives {expected:,}")
     shapes = dict(map="x".join(map(str, said.map.shape)), score="x".join(map(str, said.score.shape)))
-    return dict(method=name, tower=method.p.clip, px=next(iter(method.backbones().values())).size, build_s=built, first_s=seconds[0], image_s=seconds[1], **shapes,
-                learned=f"{learned:,}", expected="" if small or expected is None else f"{expected:,}", source=source, frozen=f"{frozen:,}")
+    return dict(
+        method=name,
+        tower=method.p.clip,
+        px=next(iter(method.backbones().values())).size,
+        build_s=built,
+        first_s=seconds[0],
+        image_s=seconds[1],
+        **shapes,
+        learned=f"{learned:,}",
+        expected="" if small or expected is None else f"{expected:,}",
+        source=source,
+        frozen=f"{frozen:,}",
+    )
 
 
 def main(arguments: list[str] | None = None) -> pd.DataFrame:
     "The table, printed row by row as it is measured."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=FIVE, choices=FIVE)
-    parser.add_argument("--frames", type=int, default=0, help="sentence frames, where a method has a list of them (default: all)")
+    parser.add_argument(
+        "--frames", type=int, default=0, help="sentence frames, where a method has a list of them (default: all)"
+    )
     parser.add_argument("--small", action="store_true", help="the embedded tower: does the script work at all")
     options = parser.parse_args(arguments)
     rows = []
@@ -95,7 +109,9 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a small text tower has not read every word
             rows.append(measure(name, options.small, options.frames))
-        print(", ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()), flush=True)
+        print(
+            ", ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()), flush=True
+        )
     return pd.DataFrame(rows)
 
 

@@ -1,4 +1,5 @@
 "Importing and using the package leaves the process as it was: warning filters, environment, torch, numpy, matplotlib, logging, signals, paths, locale and random states."
+
 import os
 import subprocess
 import sys
@@ -7,9 +8,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
-THIRD_PARTIES = "numpy pandas torch matplotlib.pyplot scipy.stats scipy.sparse scipy.ndimage seaborn PIL.Image tqdm.auto yaml ipywidgets IPython.display safetensors.torch".split()  # what they change is theirs
+THIRD_PARTIES = (
+    "numpy pandas torch matplotlib.pyplot scipy.stats scipy.sparse scipy.ndimage seaborn PIL.Image tqdm.auto yaml"
+    " ipywidgets IPython.display safetensors.torch".split()
+)  # what they change is theirs
 
-SCRIPT = textwrap.dedent('''
+SCRIPT = textwrap.dedent("""
     import importlib, locale, logging, os, pkgutil, random, signal, sys, threading, warnings
     for name in sys.argv[1].split():
         importlib.import_module(name)
@@ -52,12 +56,22 @@ SCRIPT = textwrap.dedent('''
         if changed(before, now):
             sys.exit(f"{name} changed {changed(before, now)}")
     print(count, "modules")
-''')
+""")
 
 
 def test_the_world_is_left_as_it_was(tmp_path):
-    environment = {k: v for k, v in os.environ.items() if k not in ("TOKENIZERS_PARALLELISM", "TORCHINDUCTOR_CACHE_DIR", "HF_HUB_OFFLINE")} | dict(PYTHONPATH=str(ROOT), MPLBACKEND="Agg")
-    done = subprocess.run([sys.executable, "-c", SCRIPT, " ".join(THIRD_PARTIES)], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    environment = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("TOKENIZERS_PARALLELISM", "TORCHINDUCTOR_CACHE_DIR", "HF_HUB_OFFLINE")
+    } | dict(PYTHONPATH=str(ROOT), MPLBACKEND="Agg")
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, " ".join(THIRD_PARTIES)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout.split()[0]) >= 90, done.stdout
     assert os.listdir(tmp_path) == []

@@ -1,13 +1,14 @@
 "The command line and the demo, in small."
+
 import json
 
 import nbformat
 import pandas as pd
 import pytest
 
-from zsad_nb.synthetic.benchmark import synthetic_index
 from zsad_nb.cli.commands import main
 from zsad_nb.cli.demo import demo
+from zsad_nb.synthetic.benchmark import synthetic_index
 
 SMALL = dict(size=64, normal=1, defective=2, target_normal=1, target_defective=2, epochs=1, progress=False)
 
@@ -16,8 +17,19 @@ def test_demo_writes_everything_and_says_each_stage(tmp_path, capsys):
     table = demo(tmp_path, **SMALL)
     said = capsys.readouterr().err
     assert [line[:5] for line in said.splitlines() if line.startswith("[")] == [f"[{i}/5]" for i in range(1, 6)]
-    assert set(table.columns.get_level_values(0)) == {"trained", "untrained", "control"} and table.index[-1] == "mean" and len(table) == 9
-    for name in ("metrics.csv", "scores.csv", "comparison.csv", "history.csv", "visualad.safetensors", "figures/overview.png"):
+    assert (
+        set(table.columns.get_level_values(0)) == {"trained", "untrained", "control"}
+        and table.index[-1] == "mean"
+        and len(table) == 9
+    )
+    for name in (
+        "metrics.csv",
+        "scores.csv",
+        "comparison.csv",
+        "history.csv",
+        "visualad.safetensors",
+        "figures/overview.png",
+    ):
         assert (tmp_path / name).stat().st_size > 0, name
     assert json.loads((tmp_path / "settings.json").read_text())["seed"] == 0
 
@@ -29,7 +41,8 @@ def test_demo_repeats_itself(tmp_path):
 
 
 def test_demo_refuses_unknown_settings(tmp_path):
-    with pytest.raises(TypeError, match="did you mean epochs"): demo(tmp_path, epoch=1)
+    with pytest.raises(TypeError, match="did you mean epochs"):
+        demo(tmp_path, epoch=1)
 
 
 def test_check_reports_and_exits(tmp_path, capsys):
@@ -54,7 +67,14 @@ def test_show_prints_the_header(tmp_path, capsys):
 
 
 def small_notebook(path):
-    cells = [nbformat.v4.new_code_cell(c) for c in ("n: float = 1.0  # a number\nmore: list = []\noutput: str = ''", "assert n < 9, 'too large'", "import json; json.dump(dict(twice=2 * n, more=more), open(f'{output}/result.json', 'w'))")]
+    cells = [
+        nbformat.v4.new_code_cell(c)
+        for c in (
+            "n: float = 1.0  # a number\nmore: list = []\noutput: str = ''",
+            "assert n < 9, 'too large'",
+            "import json; json.dump(dict(twice=2 * n, more=more), open(f'{output}/result.json', 'w'))",
+        )
+    ]
     cells[0].metadata["tags"] = ["parameters"]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
     return str(path)
@@ -88,10 +108,19 @@ def test_sweep_from_the_command_line(tmp_path, capsys):
     assert "too large" in capsys.readouterr().err and (tmp_path / "runs" / "s" / "summary.md").exists()
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["run", "BOOK", "-p", "m", "1"], "unknown parameter of small.ipynb 'm'"), (["run", "BOOK", "-p", "n", "many"], "it must be float"), (["run", "none.ipynb"], "no notebook at none.ipynb"),
-    (["sweep", "none.yaml"], "no sweep at none.yaml"), (["sweep", "SWEEP", "--set", "M=1"], "unknown variable of the sweep 'M'"), (["status", "nowhere"], "no folder nowhere"),
-    (["collect", "nowhere"], "no folder nowhere"), (["rerun", "nowhere"], "is absent")])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "BOOK", "-p", "m", "1"], "unknown parameter of small.ipynb 'm'"),
+        (["run", "BOOK", "-p", "n", "many"], "it must be float"),
+        (["run", "none.ipynb"], "no notebook at none.ipynb"),
+        (["sweep", "none.yaml"], "no sweep at none.yaml"),
+        (["sweep", "SWEEP", "--set", "M=1"], "unknown variable of the sweep 'M'"),
+        (["status", "nowhere"], "no folder nowhere"),
+        (["collect", "nowhere"], "no folder nowhere"),
+        (["rerun", "nowhere"], "is absent"),
+    ],
+)
 def test_expected_errors_are_one_line(tmp_path, capsys, arguments, message):
     book = small_notebook(tmp_path / "small.ipynb")
     (tmp_path / "s.yaml").write_text("notebook: small.ipynb\n")

@@ -1,4 +1,5 @@
 "Sweeps and evaluations on a Dask cluster whose workers and schedulers die, and shards whose sum is the whole."
+
 import contextlib
 import functools
 import io
@@ -23,19 +24,22 @@ from conftest import ROOT
 from PIL import Image
 from test_runs import COUNT, WRITE, made_up, notebook, wait_for
 
+from zsad_nb.cli.commands import main
 from zsad_nb.data.index import make_index
 from zsad_nb.evaluation.evaluate import evaluate
 from zsad_nb.evaluation.metrics import PixelMetrics
+from zsad_nb.evaluation.run_state import result_of
 from zsad_nb.methods.base import create, save
-from zsad_nb.cli.commands import main
 from zsad_nb.runs.cluster import DaskExecutor, connect, open_executor
 from zsad_nb.runs.executors import LostWorker, Unusable
-from zsad_nb.evaluation.run_state import result_of
 from zsad_nb.runs.run import Spec
 from zsad_nb.runs.shards import evaluate_shards, split
 from zsad_nb.runs.sweeps import expand, sweep
 
-GATED = "import time\nopen(f'{output}/pids', 'w').write(f'{os.getpid()} {os.getppid()}')\nwhile gate and not os.path.exists(gate): time.sleep(0.1)"
+GATED = (
+    "import time\nopen(f'{output}/pids', 'w').write(f'{os.getpid()} {os.getppid()}')\nwhile gate and not"
+    " os.path.exists(gate): time.sleep(0.1)"
+)
 
 
 def free_port():
@@ -46,34 +50,69 @@ def free_port():
 
 class Cluster:
     "A scheduler and workers, each a process of its own."
-    def __init__(self, place): self.place, self.port, self.made = place, free_port(), []
+
+    def __init__(self, place):
+        self.place, self.port, self.made = place, free_port(), []
 
     @property
-    def address(self): return f"tcp://127.0.0.1:{self.port}"
+    def address(self):
+        return f"tcp://127.0.0.1:{self.port}"
 
     def start(self, *command):
-        with open(self.place / "cluster.log", "a") as log: self.made.append(subprocess.Popen([*map(str, command)], stdout=log, stderr=log, cwd=self.place))
+        with open(self.place / "cluster.log", "a") as log:
+            self.made.append(subprocess.Popen([*map(str, command)], stdout=log, stderr=log, cwd=self.place))
         return self.made[-1]
 
     def scheduler(self, *options):
-        made = self.start(sys.executable, "-m", "dask", "scheduler", "--host", "127.0.0.1", "--port", self.port, "--no-dashboard", *options)
+        made = self.start(
+            sys.executable,
+            "-m",
+            "dask",
+            "scheduler",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            self.port,
+            "--no-dashboard",
+            *options,
+        )
         wait_for(self.answers, 120)
         return made
 
     def answers(self):
-        with socket.socket() as s: return s.connect_ex(("127.0.0.1", self.port)) == 0
+        with socket.socket() as s:
+            return s.connect_ex(("127.0.0.1", self.port)) == 0
 
-    def worker(self, name, before=()): return self.start(*before, sys.executable, "-m", "dask", "worker", self.address, "--nthreads", 1, "--no-nanny", "--no-dashboard", "--name", name, "--memory-limit", 0)
+    def worker(self, name, before=()):
+        return self.start(
+            *before,
+            sys.executable,
+            "-m",
+            "dask",
+            "worker",
+            self.address,
+            "--nthreads",
+            1,
+            "--no-nanny",
+            "--no-dashboard",
+            "--name",
+            name,
+            "--memory-limit",
+            0,
+        )
 
     def close(self):
-        for p in self.made: p.kill()
-        for p in self.made: p.wait()
+        for p in self.made:
+            p.kill()
+        for p in self.made:
+            p.wait()
 
 
 @pytest.fixture
 def new_cluster(tmp_path):
     pytest.importorskip("distributed")
-    with contextlib.closing(Cluster(tmp_path)) as cluster: yield cluster
+    with contextlib.closing(Cluster(tmp_path)) as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +121,8 @@ def cluster(tmp_path_factory):
     distributed = pytest.importorskip("distributed")
     with contextlib.closing(Cluster(tmp_path_factory.mktemp("cluster"))) as cluster:
         cluster.scheduler("--scheduler-file", cluster.place / "scheduler.json")
-        for name in ("a", "b"): cluster.worker(name)
+        for name in ("a", "b"):
+            cluster.worker(name)
         with distributed.Client(cluster.address, timeout=60) as client:
             client.wait_for_workers(2, 60)
             cluster.client = client
@@ -97,12 +137,14 @@ def executor(cluster, tmp_path):
 
 
 def gone(pid):
-    with contextlib.suppress(psutil.NoSuchProcess): return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     return True
 
 
 class Background(threading.Thread):
     "A sweep in a thread, with what it said."
+
     def __init__(self, *arguments, **options):
         super().__init__(daemon=True)
         self.said, self.done, self.error = io.StringIO(), None, None
@@ -110,16 +152,25 @@ class Background(threading.Thread):
         self.start()
 
     def run(self):
-        try: self.done = self.call()
-        except Exception as error: self.error = error
+        try:
+            self.done = self.call()
+        except Exception as error:
+            self.error = error
 
 
 # --------------------------------------------------------------------------------------------------------------------------------- sweeps
 
+
 @pytest.fixture
 def gated(tmp_path):
     "A run that waits for a file when it is told of one, and its log."
-    return notebook(tmp_path / "gated.ipynb", "n: int = 0\ngate: str = ''\nlog: str = ''\nof: str = ''", COUNT, WRITE.format("dict(n=n)"), GATED)
+    return notebook(
+        tmp_path / "gated.ipynb",
+        "n: int = 0\ngate: str = ''\nlog: str = ''\nof: str = ''",
+        COUNT,
+        WRITE.format("dict(n=n)"),
+        GATED,
+    )
 
 
 def test_a_worker_killed_in_mid_sweep(new_cluster, tmp_path, gated):
@@ -128,10 +179,13 @@ def test_a_worker_killed_in_mid_sweep(new_cluster, tmp_path, gated):
     first = Spec(gated, dict(n=1, log=str(log)))
     slow = Spec(gated, dict(n=2, log=str(log), gate=str(gate), of="{first}/result.json"), after=dict(first=first))
     new_cluster.scheduler()
-    for name in "ab": new_cluster.worker(name)
+    for name in "ab":
+        new_cluster.worker(name)
     background = Background([slow], runs, client=new_cluster.address)
     folder = slow.folder(runs)
-    kernel, child = map(int, wait_for(lambda: background.error or (folder / "pids").exists() and (folder / "pids").read_text().split()))
+    kernel, child = map(
+        int, wait_for(lambda: background.error or (folder / "pids").exists() and (folder / "pids").read_text().split())
+    )
     worker = psutil.Process(child).parent()
     assert worker.pid in [p.pid for p in new_cluster.made] and (folder / "result.json").exists()
     worker.kill()
@@ -141,10 +195,21 @@ def test_a_worker_killed_in_mid_sweep(new_cluster, tmp_path, gated):
     background.join(200)
     said = background.said.getvalue()
     assert background.done.ok and background.done.table.attempts.tolist() == [1, 2], said
-    assert "retry    gated n=2" in said and "is gone" in said and "2 workers on 127.0.0.1 (2), 2 runs at a time" in said and "1 worker on 127.0.0.1, 1 run at a time" in said
-    assert log.read_text().split() == ["1", "2", "2"] and all(result_of(s.folder(runs), s.hash).ok for s in (first, slow))
+    assert (
+        "retry    gated n=2" in said
+        and "is gone" in said
+        and "2 workers on 127.0.0.1 (2), 2 runs at a time" in said
+        and "1 worker on 127.0.0.1, 1 run at a time" in said
+    )
+    assert log.read_text().split() == ["1", "2", "2"] and all(
+        result_of(s.folder(runs), s.hash).ok for s in (first, slow)
+    )
     record = result_of(folder).record
-    assert record["attempt"] == 2 and record["took_over"].startswith(f"process {child} on ") and record["cwd"] == os.getcwd()
+    assert (
+        record["attempt"] == 2
+        and record["took_over"].startswith(f"process {child} on ")
+        and record["cwd"] == os.getcwd()
+    )
     assert not list(runs.glob(".cluster-*")) and background.done.summary.exists()
 
 
@@ -152,7 +217,9 @@ def test_a_scheduler_killed_in_mid_sweep(new_cluster, tmp_path, gated, capsys):
     "The sweep ends and says what to do; the same command on a new scheduler goes on from there."
     distributed = pytest.importorskip("distributed")
     gate, log, runs = tmp_path / "gate", tmp_path / "log", tmp_path / "runs"
-    plan = dict(name="s", notebook="gated.ipynb", parameters=dict(log=str(log)), list=[dict(n=1), dict(n=2, gate=str(gate))])
+    plan = dict(
+        name="s", notebook="gated.ipynb", parameters=dict(log=str(log)), list=[dict(n=1), dict(n=2, gate=str(gate))]
+    )
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(plan))
     one, two = expand(tmp_path / "s.yaml")
     made_up(one, runs)
@@ -160,21 +227,43 @@ def test_a_scheduler_killed_in_mid_sweep(new_cluster, tmp_path, gated, capsys):
     with distributed.Client(new_cluster.address, timeout=60) as client:
         client._timeout = 1  # how long it tries to come back
         background = Background([one, two], runs, client=client)
-        pids = map(int, wait_for(lambda: background.error or (two.folder(runs) / "pids").exists() and (two.folder(runs) / "pids").read_text().split()))
+        pids = map(
+            int,
+            wait_for(
+                lambda: (
+                    background.error
+                    or (two.folder(runs) / "pids").exists()
+                    and (two.folder(runs) / "pids").read_text().split()
+                )
+            ),
+        )
         before = (one.folder(runs) / "run.json").stat().st_mtime_ns
         scheduler.kill()
         background.join(60)
-        assert isinstance(background.error, Unusable) and "is gone. What was done is kept" in str(background.error) and "the same sweep again" in str(background.error)
+        assert (
+            isinstance(background.error, Unusable)
+            and "is gone. What was done is kept" in str(background.error)
+            and "the same sweep again" in str(background.error)
+        )
     said = background.said.getvalue()
-    assert "1 done, 1 interrupted" in said and "summary.md" in said and "does not answer; trying to reach it again" in said, said
-    for pid in pids: wait_for(lambda pid=pid: gone(pid), 60)  # the worker ends the run nobody waits for
+    assert (
+        "1 done, 1 interrupted" in said and "summary.md" in said and "does not answer; trying to reach it again" in said
+    ), said
+    for pid in pids:
+        wait_for(lambda pid=pid: gone(pid), 60)  # the worker ends the run nobody waits for
     worker.wait(60)
     assert result_of(one.folder(runs)).ok and result_of(two.folder(runs)).status == "interrupted"
     new_cluster.scheduler()
     new_cluster.worker("b")
     gate.touch()
-    assert main(["sweep", str(tmp_path / "s.yaml"), "--root", str(runs), "--scheduler", new_cluster.address]) == 0, capsys.readouterr().err
-    assert (one.folder(runs) / "run.json").stat().st_mtime_ns == before and result_of(two.folder(runs)).ok and log.read_text().split() == ["2", "2"]
+    assert main(["sweep", str(tmp_path / "s.yaml"), "--root", str(runs), "--scheduler", new_cluster.address]) == 0, (
+        capsys.readouterr().err
+    )
+    assert (
+        (one.folder(runs) / "run.json").stat().st_mtime_ns == before
+        and result_of(two.folder(runs)).ok
+        and log.read_text().split() == ["2", "2"]
+    )
     assert "it was interrupted; it is run again" in capsys.readouterr().err
 
 
@@ -192,7 +281,8 @@ def test_a_scheduler_that_comes_back(new_cluster, tmp_path):
         wait_for(lambda: "does not answer" in executor.check())
         assert not task.done()
         new_cluster.scheduler()
-        with pytest.raises(LostWorker, match="connection to the scheduler at .* was lost while it ran"): task.result()
+        with pytest.raises(LostWorker, match="connection to the scheduler at .* was lost while it ran"):
+            task.result()
         wait_for(lambda: gone(child.pid), 60)
         again = executor.submit(operator.add, 1, 2)
         wait_for(lambda: "no worker is connected" in executor.check(), 30)
@@ -207,13 +297,18 @@ def test_a_stopped_sweep_leaves_nothing_running(cluster, tmp_path, executor):
     children = wait_for(lambda: [c for p in cluster.made[1:] for c in psutil.Process(p.pid).children()])
     assert len(children) == 2 and executor.check() == "" or "2 runs at a time" in executor._said
     executor.shutdown()
-    for child in children: wait_for(lambda pid=child.pid: gone(pid), 30)
+    for child in children:
+        wait_for(lambda pid=child.pid: gone(pid), 30)
     assert not executor.place.exists() and not list(tmp_path.glob(".cluster-*"))
 
 
 def test_a_killed_sweep_is_noticed(cluster, tmp_path):
     "The process of the sweep dies without a word: its runs are ended, so that they can be begun again."
-    code = f"import time\nfrom distributed import Client\nfrom zsad_nb.runs.cluster import DaskExecutor\ne = DaskExecutor(Client({cluster.address!r}), {str(tmp_path)!r})\nt = e.submit(time.sleep, 300)\nwhile not t.running(): time.sleep(0.1)\nprint('begun', flush=True)\ntime.sleep(300)"
+    code = (
+        "import time\nfrom distributed import Client\nfrom zsad_nb.runs.cluster import DaskExecutor\ne ="
+        f" DaskExecutor(Client({cluster.address!r}), {str(tmp_path)!r})\nt = e.submit(time.sleep, 300)\nwhile not"
+        " t.running(): time.sleep(0.1)\nprint('begun', flush=True)\ntime.sleep(300)"
+    )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "begun\n"
     child = wait_for(lambda: [c for p in cluster.made[1:] for c in psutil.Process(p.pid).children()])[0]
@@ -223,11 +318,19 @@ def test_a_killed_sweep_is_noticed(cluster, tmp_path):
 
 
 def test_what_a_call_may_do(cluster, executor, tmp_path):
-    asked = [executor.submit(operator.truediv, 1, 0), executor.submit(os.kill, 0, signal.SIGKILL), executor.submit(os.getcwd), executor.submit(os.getenv, "ZSAD_SCHEDULER")]
-    with pytest.raises(ZeroDivisionError): asked[0].result()
-    with pytest.raises(LostWorker, match=r"worker [ab] \(tcp://.* on .*: its process ended with SIGKILL"): asked[1].result()
+    asked = [
+        executor.submit(operator.truediv, 1, 0),
+        executor.submit(os.kill, 0, signal.SIGKILL),
+        executor.submit(os.getcwd),
+        executor.submit(os.getenv, "ZSAD_SCHEDULER"),
+    ]
+    with pytest.raises(ZeroDivisionError):
+        asked[0].result()
+    with pytest.raises(LostWorker, match=r"worker [ab] \(tcp://.* on .*: its process ended with SIGKILL"):
+        asked[1].result()
     assert [t.result() for t in asked[2:]] == [os.getcwd(), cluster.address]
-    with open_executor(tmp_path, cluster.client, cores=3) as three: assert three.submit(os.getenv, "OMP_NUM_THREADS").result() == "3"
+    with open_executor(tmp_path, cluster.client, cores=3) as three:
+        assert three.submit(os.getenv, "OMP_NUM_THREADS").result() == "3"
 
 
 def test_a_task_that_dask_repeats_is_not_run_twice(cluster, executor, tmp_path):
@@ -235,19 +338,36 @@ def test_a_task_that_dask_repeats_is_not_run_twice(cluster, executor, tmp_path):
     task = executor.submit(operator.add, 1, 1)
     assert task.result() == 2
     from zsad_nb.runs.cluster import _on_worker
+
     task.ticket.with_name(task.ticket.name + ".begun").write_text("worker a (tcp://x) on y")
-    cluster.client.submit(_on_worker, str(task.ticket), os.getcwd(), pickle.dumps((os.mkdir, (str(tmp_path / "twice"),))), {}, [], pure=False).result()
-    with pytest.raises(LostWorker, match=r"worker a \(tcp://x\) on y is gone"): task.result()
+    cluster.client.submit(
+        _on_worker,
+        str(task.ticket),
+        os.getcwd(),
+        pickle.dumps((os.mkdir, (str(tmp_path / "twice"),))),
+        {},
+        [],
+        pure=False,
+    ).result()
+    with pytest.raises(LostWorker, match=r"worker a \(tcp://x\) on y is gone"):
+        task.result()
     assert not (tmp_path / "twice").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------------------- what is refused
 
+
 def unshared():
     "How to start a process that sees another file system."
     for command in (["unshare", "-m"], ["unshare", "-r", "-m"]):
         with contextlib.suppress(OSError):
-            if subprocess.run([*command, "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, check=False).returncode == 0: return command
+            if (
+                subprocess.run(
+                    [*command, "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, check=False
+                ).returncode
+                == 0
+            ):
+                return command
     pytest.skip("no process can be given another file system here; the notebook tests the words")
 
 
@@ -255,18 +375,27 @@ def test_a_worker_that_sees_another_file_system(cluster, tmp_path):
     "Before anything starts, and when it comes later."
     runs, late = tmp_path / "runs", DaskExecutor(cluster.client, tmp_path / "late")
     runs.mkdir()
-    before = [*unshared(), "sh", "-c", f"mount -t tmpfs none {tmp_path} && cd / && exec \"$@\"", "sh"]
+    before = [*unshared(), "sh", "-c", f'mount -t tmpfs none {tmp_path} && cd / && exec "$@"', "sh"]
     blind = cluster.worker("blind", before)
     try:
         cluster.client.wait_for_workers(3, 60)
-        with pytest.raises(Unusable, match=f"worker tcp://.* does not see {runs}.*must be on a file system that all machines mount.*Nothing was started"): DaskExecutor(cluster.client, runs)
+        with pytest.raises(
+            Unusable,
+            match=(
+                f"worker tcp://.* does not see {runs}.*must be on a file system that all machines mount.*Nothing was"
+                " started"
+            ),
+        ):
+            DaskExecutor(cluster.client, runs)
         assert not list(runs.iterdir())
         workers = cluster.client.scheduler_info()["workers"]
         address = next(a for a, w in workers.items() if w["name"] == "blind")
         from zsad_nb.runs.cluster import _on_worker
+
         (ticket := late.place / "t").touch()
         task = cluster.client.submit(_on_worker, str(ticket), os.getcwd(), b"", {}, [], workers=[address], pure=False)
-        with pytest.raises(Unusable, match="worker blind .* does not see "): task.result()
+        with pytest.raises(Unusable, match="worker blind .* does not see "):
+            task.result()
         assert ticket.exists()  # not taken
     finally:
         late.shutdown()
@@ -276,28 +405,76 @@ def test_a_worker_that_sees_another_file_system(cluster, tmp_path):
 
 class Refusing:
     "An executor all of whose workers are blind."
-    def submit(self, *_): return self
-    def done(self): return True
-    def running(self): return True
-    def result(self): raise Unusable("worker x does not see y")
+
+    def submit(self, *_):
+        return self
+
+    def done(self):
+        return True
+
+    def running(self):
+        return True
+
+    def result(self):
+        raise Unusable("worker x does not see y")
 
 
 def test_a_sweep_ends_when_its_executor_cannot_go_on(tmp_path, gated):
     said = io.StringIO()
-    with pytest.raises(Unusable, match="worker x does not see y"): sweep([Spec(gated), Spec(gated, dict(n=4))], tmp_path / "runs", executor=Refusing(), stream=said)
+    with pytest.raises(Unusable, match="worker x does not see y"):
+        sweep([Spec(gated), Spec(gated, dict(n=4))], tmp_path / "runs", executor=Refusing(), stream=said)
     assert "1 interrupted, 1 waiting" in said.getvalue() and (tmp_path / "runs" / "gated" / "summary.md").exists()
 
 
-@pytest.mark.parametrize(("scheduler", "message"), [("tcp://127.0.0.1:{port}", "no scheduler answers at tcp://127.0.0.1:{port} (Connection refused); start one there with `dask scheduler --port {port}`"),
-                                                    ("127.0.0.1", "'127.0.0.1' is no scheduler; give tcp://HOST:PORT"), ("tcp://host", "'tcp://host' is no scheduler"), ("none.json", "no scheduler file at none.json")])
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (
+            "tcp://127.0.0.1:{port}",
+            (
+                "no scheduler answers at tcp://127.0.0.1:{port} (Connection refused); start one there with `dask"
+                " scheduler --port {port}`"
+            ),
+        ),
+        ("127.0.0.1", "'127.0.0.1' is no scheduler; give tcp://HOST:PORT"),
+        ("tcp://host", "'tcp://host' is no scheduler"),
+        ("none.json", "no scheduler file at none.json"),
+    ],
+)
 def test_wrong_addresses(tmp_path, gated, capsys, scheduler, message):
     pytest.importorskip("distributed")
     port = free_port()
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(dict(notebook="gated.ipynb")))
     start = time.monotonic()
-    assert main(["sweep", str(tmp_path / "s.yaml"), "--root", str(tmp_path / "runs"), "--scheduler", scheduler.format(port=port)]) == 2
+    assert (
+        main(
+            [
+                "sweep",
+                str(tmp_path / "s.yaml"),
+                "--root",
+                str(tmp_path / "runs"),
+                "--scheduler",
+                scheduler.format(port=port),
+            ]
+        )
+        == 2
+    )
     assert message.format(port=port) in capsys.readouterr().err and time.monotonic() - start < 20
-    assert main(["sweep", str(tmp_path / "s.yaml"), "--root", str(tmp_path / "runs"), "--scheduler", "tcp://127.0.0.1:1", "--workers", "2"]) == 2
+    assert (
+        main(
+            [
+                "sweep",
+                str(tmp_path / "s.yaml"),
+                "--root",
+                str(tmp_path / "runs"),
+                "--scheduler",
+                "tcp://127.0.0.1:1",
+                "--workers",
+                "2",
+            ]
+        )
+        == 2
+    )
     assert "workers=2 are of this machine" in capsys.readouterr().err
 
 
@@ -310,16 +487,26 @@ def test_without_dask(tmp_path, gated, capsys, monkeypatch):
 
 def test_the_module_is_light():
     "A worker of a cluster imports it: no torch for that."
-    code = "import sys, zsad_nb.runs.cluster; print([m for m in ('torch', 'pandas', 'distributed', 'matplotlib') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = (
+        "import sys, zsad_nb.runs.cluster; print([m for m in ('torch', 'pandas', 'distributed', 'matplotlib') if m in"
+        " sys.modules])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 def test_a_run_does_not_wait_for_its_own_cluster(cluster, monkeypatch):
     monkeypatch.setenv("ZSAD_SCHEDULER", cluster.address)
-    with pytest.raises(ValueError, match="has this very run among its tasks"), connect(cluster.place / "scheduler.json"): pass
+    with (
+        pytest.raises(ValueError, match="has this very run among its tasks"),
+        connect(cluster.place / "scheduler.json"),
+    ):
+        pass
 
 
 # --------------------------------------------------------------------------------------------------------------------------------- shards
+
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory):
@@ -331,10 +518,20 @@ def index(tmp_path_factory):
             image, mask = rng.integers(90, 140, (64, 64, 3), dtype=np.uint8), np.zeros((64, 64), np.uint8)
             if bad:
                 y, x = rng.integers(0, 40, 2)
-                image[y:y + 20, x:x + 20], mask[y:y + 20, x:x + 20] = 200 + i, 255
+                image[y : y + 20, x : x + 20], mask[y : y + 20, x : x + 20] = 200 + i, 255
             Image.fromarray(image).save(root / f"{name}.png")
             Image.fromarray(mask).save(root / f"{name}_mask.png")
-            rows.append(dict(dataset="toy", category=category, split="test", image=f"{name}.png", mask=f"{name}_mask.png" if bad and masked else "", anomalous=bad, defect=f"spot {i % 3}" if bad else "good"))
+            rows.append(
+                dict(
+                    dataset="toy",
+                    category=category,
+                    split="test",
+                    image=f"{name}.png",
+                    mask=f"{name}_mask.png" if bad and masked else "",
+                    anomalous=bad,
+                    defect=f"spot {i % 3}" if bad else "good",
+                )
+            )
     return make_index([rows[i] for i in rng.permutation(len(rows))], root)
 
 
@@ -343,21 +540,28 @@ def equal(a, b):
     for name in ("per_class", "per_image", "reasons"):
         x, y = getattr(a, name), getattr(b, name)
         pd.testing.assert_frame_equal(x, y, check_exact=True)
-        for column in x.select_dtypes("float"): assert x[column].to_numpy().tobytes() == y[column].to_numpy().tobytes(), (name, column)
+        for column in x.select_dtypes("float"):
+            assert x[column].to_numpy().tobytes() == y[column].to_numpy().tobytes(), (name, column)
     assert a.seen == b.seen
 
 
 @pytest.fixture(scope="module")
-def method(): return create("visualad", backbone="tiny-dino", weights="random:0", image_size=64)
+def method():
+    return create("visualad", backbone="tiny-dino", weights="random:0", image_size=64)
 
 
 @pytest.fixture(scope="module")
-def whole(method, index): return evaluate(method, index, batch_size=3, limits=(0.3, 0.05), progress=False)
+def whole(method, index):
+    return evaluate(method, index, batch_size=3, limits=(0.3, 0.05), progress=False)
 
 
 @pytest.mark.parametrize("shards", [1, 2, 5, 40])
 def test_shards_are_the_whole(method, index, whole, shards):
-    with ThreadPoolExecutor(1) as pool: equal(evaluate_shards(method, index, shards, executor=pool, batch_size=3, limits=(0.3, 0.05), progress=False), whole)
+    with ThreadPoolExecutor(1) as pool:
+        equal(
+            evaluate_shards(method, index, shards, executor=pool, batch_size=3, limits=(0.3, 0.05), progress=False),
+            whole,
+        )
     assert whole.reasons["metric"].tolist() and whole.per_class["image_auroc"].isna().sum() == 1
 
 
@@ -369,10 +573,12 @@ def test_batches_are_those_of_one_process(index, monkeypatch):
     def peek(self, batch, cache=None):
         seen.append((batch.path, batch.defect.tolist(), batch.category))
         return predict(self, batch, cache)
+
     monkeypatch.setattr(type(plain), "predict", peek)
     evaluate(plain, index, batch_size=3, progress=False)
     whole, seen[:] = list(seen), []
-    with ThreadPoolExecutor(1) as pool: evaluate_shards(plain, index, 6, executor=pool, batch_size=3, progress=False)
+    with ThreadPoolExecutor(1) as pool:
+        evaluate_shards(plain, index, 6, executor=pool, batch_size=3, progress=False)
     assert seen == whole and len(seen) == 12 and max(max(d) for _, d, _ in seen) >= 2
 
 
@@ -389,30 +595,47 @@ def test_shards_are_whole_batches(index):
         assert {c: list(range(n)) for c, n in sizes.items()} == covered and len(found) <= shards
         numbers = [sum(b - a for _, a, b in part) for part in found]
         assert max(numbers) - min(numbers) <= 2 * size
-    with pytest.raises(ValueError, match="shards=0: at least 1"): split(test, 0)
+    with pytest.raises(ValueError, match="shards=0: at least 1"):
+        split(test, 0)
 
 
 def test_transductive_methods_are_divided_between_categories_only(index):
     mutual = create("mutual", weights="random:0", image_size=64, references=4)
     test = index[index["split"] == "test"]
-    assert all(stop - start == (test["category"] == c).sum() for part in split(test, 9, 3, whole=True) for c, start, stop in part) and len(split(test, 9, 3, whole=True)) == 4
+    assert (
+        all(
+            stop - start == (test["category"] == c).sum()
+            for part in split(test, 9, 3, whole=True)
+            for c, start, stop in part
+        )
+        and len(split(test, 9, 3, whole=True)) == 4
+    )
     calls = []
 
     class Pool(ThreadPoolExecutor):
         def submit(self, function, *arguments):
             calls.append(arguments[-1])
             return super().submit(function, *arguments)
-    with Pool(1) as pool: equal(evaluate_shards(mutual, index, 9, executor=pool, batch_size=3, progress=False), evaluate(mutual, index, batch_size=3, progress=False))
+
+    with Pool(1) as pool:
+        equal(
+            evaluate_shards(mutual, index, 9, executor=pool, batch_size=3, progress=False),
+            evaluate(mutual, index, batch_size=3, progress=False),
+        )
     assert [[c for c, _, _ in part] for part in calls] == [[c] for c in sorted(test["category"].unique())]
 
 
 def test_what_was_seen_is_refused_and_marked(method, index, monkeypatch):
     monkeypatch.setattr(method, "trained_on", ["toy/zz"])
-    with pytest.raises(ValueError, match="would not be zero-shot"): evaluate_shards(method, index, executor=None)
+    with pytest.raises(ValueError, match="would not be zero-shot"):
+        evaluate_shards(method, index, executor=None)
     with pytest.warns(UserWarning, match="are not zero-shot"), ThreadPoolExecutor(1) as pool:
-        merged = evaluate_shards(method, index, 2, executor=pool, batch_size=3, limits=(0.3, 0.05), progress=False, allow_seen="toy")
+        merged = evaluate_shards(
+            method, index, 2, executor=pool, batch_size=3, limits=(0.3, 0.05), progress=False, allow_seen="toy"
+        )
     assert merged.seen == sorted("toy/" + index["category"].unique())
-    with pytest.warns(UserWarning, match="are not zero-shot"): equal(merged, evaluate(method, index, batch_size=3, limits=(0.3, 0.05), progress=False, allow_seen="toy"))
+    with pytest.warns(UserWarning, match="are not zero-shot"):
+        equal(merged, evaluate(method, index, batch_size=3, limits=(0.3, 0.05), progress=False, allow_seen="toy"))
 
 
 def test_shards_in_processes_and_on_a_cluster(cluster, method, index, whole, tmp_path):
@@ -420,31 +643,51 @@ def test_shards_in_processes_and_on_a_cluster(cluster, method, index, whole, tmp
     how = dict(batch_size=3, limits=(0.3, 0.05), progress=False)
     equal(evaluate_shards(method, index, 1, **how), whole)
     path = save(method, tmp_path / "method.safetensors")
-    equal(evaluate_shards(path, index, 2, client=cluster.client, folder=tmp_path / "counts", changes=dict(image_size=64), **how), whole)
+    equal(
+        evaluate_shards(
+            path, index, 2, client=cluster.client, folder=tmp_path / "counts", changes=dict(image_size=64), **how
+        ),
+        whole,
+    )
     assert not list((tmp_path / "counts").iterdir())
 
 
 def test_a_shard_that_dies_and_one_that_fails(method, index, whole):
     class Dying:
         "Loses the first tries."
-        def __init__(self, losses): self.losses = losses
+
+        def __init__(self, losses):
+            self.losses = losses
+
         def submit(self, function, *arguments):
             future, self.losses = Future(), self.losses - 1
-            if self.losses >= 0: future.set_exception(LostWorker("its process ended with SIGKILL"))
-            else: future.set_result(function(*arguments))
+            if self.losses >= 0:
+                future.set_exception(LostWorker("its process ended with SIGKILL"))
+            else:
+                future.set_result(function(*arguments))
             return future
+
     equal(evaluate_shards(method, index, 2, executor=Dying(1), batch_size=3, limits=(0.3, 0.05), progress=False), whole)
-    with pytest.raises(LostWorker, match="shard . of 2, after 2 tries: its process ended with SIGKILL"): evaluate_shards(method, index, 2, executor=Dying(4), batch_size=3, progress=False)
+    with pytest.raises(LostWorker, match="shard . of 2, after 2 tries: its process ended with SIGKILL"):
+        evaluate_shards(method, index, 2, executor=Dying(4), batch_size=3, progress=False)
     bad = index.copy()
     bad.attrs = index.attrs
     bad.loc[bad.index[-1], "image"] = "none.png"
-    with pytest.raises(Exception, match="none.png"), ThreadPoolExecutor(1) as pool: evaluate_shards(method, bad, 2, executor=pool, progress=False)
+    with pytest.raises(Exception, match="none.png"), ThreadPoolExecutor(1) as pool:
+        evaluate_shards(method, bad, 2, executor=pool, progress=False)
     unsent = create("self_distance", weights="random:0", image_size=64, tap=1)
     unsent.handle = open(os.devnull)
-    with pytest.raises(ValueError, match="self_distance cannot be sent to other processes .* pass the checkpoint's path"), unsent.handle: evaluate_shards(unsent, index, 2)
+    with (
+        pytest.raises(
+            ValueError, match="self_distance cannot be sent to other processes .* pass the checkpoint's path"
+        ),
+        unsent.handle,
+    ):
+        evaluate_shards(unsent, index, 2)
 
 
 # ------------------------------------------------------------------------------------------------------------------------- metrics in files
+
 
 def test_metrics_kept_in_files(tmp_path):
     "Blocks of several sizes, on disk and in memory, ties, an image without a mask: loaded and merged they are one."
@@ -456,21 +699,33 @@ def test_metrics_kept_in_files(tmp_path):
     for options in (dict(), dict(block=64), dict(block=64, memory_limit=0, spill=tmp_path)):
         total = PixelMetrics((0.3, 0.1), **options)
         for i in range(4):
-            with PixelMetrics((0.3, 0.1), **options) as part: file = part.update(maps[i::4], masks[i::4], has[i::4]).save(tmp_path / f"{i}.pixels")
+            with PixelMetrics((0.3, 0.1), **options) as part:
+                file = part.update(maps[i::4], masks[i::4], has[i::4]).save(tmp_path / f"{i}.pixels")
             with PixelMetrics.load(file, **options) as part:
                 assert part.limits == (0.3, 0.1)
                 total.merge(part)
             file.unlink()  # mapped blocks stay
-        assert total.compute() == want.compute() and (total.images, total.excluded, total.regions) == (9, 1, want.regions)
+        assert total.compute() == want.compute() and (total.images, total.excluded, total.regions) == (
+            9,
+            1,
+            want.regions,
+        )
         total.update(maps[:1], masks[:1])  # it goes on
-        assert total.compute() == PixelMetrics((0.3, 0.1)).update(maps, masks, has).update(maps[:1], masks[:1]).compute()
+        assert (
+            total.compute() == PixelMetrics((0.3, 0.1)).update(maps, masks, has).update(maps[:1], masks[:1]).compute()
+        )
         total.close()
     empty = PixelMetrics.load(PixelMetrics().save(tmp_path / "empty"))
     assert empty.merge(want).compute()["pixel_auroc"] == want.compute()["pixel_auroc"]
     content = want.save(tmp_path / "cut").read_bytes()
-    for n, message in ((len(content) - 1, "is cut short"), (12, "holds no pixel metrics"), (0, "holds no pixel metrics")):
+    for n, message in (
+        (len(content) - 1, "is cut short"),
+        (12, "holds no pixel metrics"),
+        (0, "holds no pixel metrics"),
+    ):
         (tmp_path / "cut").write_bytes(content[:n])
-        with pytest.raises(ValueError, match=message): PixelMetrics.load(tmp_path / "cut")
+        with pytest.raises(ValueError, match=message):
+            PixelMetrics.load(tmp_path / "cut")
 
 
 def test_the_notebook_takes_shards(index, tmp_path):
@@ -480,11 +735,22 @@ def test_the_notebook_takes_shards(index, tmp_path):
     found = []
     for shards in (1, 2):
         space = {}
-        for cell in (parameters, imports): exec(cell, space)
-        space.update(weights="random:0", shards=shards, method="self_distance", size=64, options=dict(tap=1), batch=2, out=tmp_path / str(shards), load_dataset=lambda *_, **__: index)
+        for cell in (parameters, imports):
+            exec(cell, space)
+        space.update(
+            weights="random:0",
+            shards=shards,
+            method="self_distance",
+            size=64,
+            options=dict(tap=1),
+            batch=2,
+            out=tmp_path / str(shards),
+            load_dataset=lambda *_, **__: index,
+        )
         with ThreadPoolExecutor(1) as pool:
             space["evaluate_shards"] = functools.partial(evaluate_shards, executor=pool)
-            for cell in (data, metrics): exec(cell, space)
+            for cell in (data, metrics):
+                exec(cell, space)
         found.append(space["evaluation"])
     equal(*found)
     assert (tmp_path / "1" / "metrics.csv").read_bytes() == (tmp_path / "2" / "metrics.csv").read_bytes()

@@ -1,4 +1,5 @@
 "DMA, SAP and their method: shapes at any grid, independence of batch mates, blank images, gradients, equations by hand, ablations, checkpoints, errors."
+
 import copy
 import json
 
@@ -8,11 +9,11 @@ import torch.nn.functional as F
 
 from zsad_nb.components.dma import DMA, LevelFusion, resize_tokens, similarity_attention
 from zsad_nb.components.dual_path import dual_path, joint, values_to_joint
+from zsad_nb.components.losses import dice, focal
 from zsad_nb.components.maps import to_pixels
 from zsad_nb.components.sap import SAP, image_feature, pool, pooling_weights
 from zsad_nb.core.settings import seed_everything
 from zsad_nb.data.images import Batch
-from zsad_nb.components.losses import dice, focal
 from zsad_nb.methods.base import METHODS, create, describe, load, save
 from zsad_nb.methods.dma_sap import DMASAP, thirds
 
@@ -32,9 +33,12 @@ def shaken(**changes) -> DMASAP:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, q in model.learned().items():
-            if name.endswith(("theta", "gate")): q.fill_(0.4)
-            elif name == "levels.weights": q.mul_(torch.tensor([1.3, 0.7, 0.9]))
-            elif name.startswith("prompts"): q.add_(0.1 * torch.randn(q.shape, generator=generator))
+            if name.endswith(("theta", "gate")):
+                q.fill_(0.4)
+            elif name == "levels.weights":
+                q.mul_(torch.tensor([1.3, 0.7, 0.9]))
+            elif name.startswith("prompts"):
+                q.add_(0.1 * torch.randn(q.shape, generator=generator))
     return model
 
 
@@ -42,33 +46,61 @@ def batch_of(image: torch.Tensor) -> Batch:
     n, mask = len(image), torch.zeros(len(image), 1, *image.shape[-2:], dtype=torch.bool)
     mask[::2, :, 8:24, 16:40] = True
     bad = mask.flatten(1).any(1)
-    return Batch(image, mask, bad, bad.long(), ["c"] * n, [f"{i}.png" for i in range(n)], torch.ones(n, dtype=torch.bool))
+    return Batch(
+        image, mask, bad, bad.long(), ["c"] * n, [f"{i}.png" for i in range(n)], torch.ones(n, dtype=torch.bool)
+    )
 
 
 @pytest.fixture(scope="module")
-def batch() -> Batch: return batch_of(torch.rand(4, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)))
+def batch() -> Batch:
+    return batch_of(torch.rand(4, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)))
 
 
 @pytest.fixture(scope="module")
-def model() -> DMASAP: return shaken()
+def model() -> DMASAP:
+    return shaken()
 
 
 # ------------------------------------------------------------------------------------------------------------------------------ shapes
 
-@pytest.mark.parametrize("image_size,dino_size,shape,grids", [
-    (64, None, (64, 64), (4, 4)), (64, 96, (64, 64), (4, 6)), (96, 48, (100, 72), (6, 3)), (32, 144, (31, 57), (2, 9)), (16, 16, (16, 40), (1, 1))])
+
+@pytest.mark.parametrize(
+    "image_size,dino_size,shape,grids",
+    [
+        (64, None, (64, 64), (4, 4)),
+        (64, 96, (64, 64), (4, 6)),
+        (96, 48, (100, 72), (6, 3)),
+        (32, 144, (31, 57), (2, 9)),
+        (16, 16, (16, 40), (1, 1)),
+    ],
+)
 def test_shapes_at_any_grid(image_size, dino_size, shape, grids):
     "CLIP and DINO on different grids, images of other sizes than the towers'."
     model, batch = shaken(image_size=image_size, dino_size=dino_size), batch_of(torch.rand(2, 3, *shape))
     features = model.encode(batch)
     assert {len(v) for v in features.values()} == {2} and not any(v.requires_grad for v in features.values())
-    assert features["clip_0"].shape == (2, grids[0] ** 2, model.clip.width) and features["dino_0"].shape == (2, grids[1] ** 2, model.dino.width)
+    assert features["clip_0"].shape == (2, grids[0] ** 2, model.clip.width) and features["dino_0"].shape == (
+        2,
+        grids[1] ** 2,
+        model.dino.width,
+    )
     assert features["self"].shape == (2, grids[0] ** 2, 128) and features["cls"].shape == (2, 128)
     prediction = model.predict(batch)
-    assert prediction.map.shape == (2, *shape) and prediction.score.shape == (2,) and prediction.map.isfinite().all() and prediction.score.isfinite().all()
-    assert prediction.layers["fusion"].shape == (2, grids[1], grids[1]) and prediction.layers["self"].shape == (2, grids[0], grids[0])
+    assert (
+        prediction.map.shape == (2, *shape)
+        and prediction.score.shape == (2,)
+        and prediction.map.isfinite().all()
+        and prediction.score.isfinite().all()
+    )
+    assert prediction.layers["fusion"].shape == (2, grids[1], grids[1]) and prediction.layers["self"].shape == (
+        2,
+        grids[0],
+        grids[0],
+    )
     assert prediction.layers["weights"].shape == (2, grids[1], grids[1]) and prediction.layers["image"].shape == (2, 2)
-    assert ((prediction.map > 0) & (prediction.map < 1)).all() and ((prediction.score > 0) & (prediction.score < 1)).all()
+    assert ((prediction.map > 0) & (prediction.map < 1)).all() and (
+        (prediction.score > 0) & (prediction.score < 1)
+    ).all()
     model.train()
     losses = model.loss(model(features, batch), batch)
     assert all(v.ndim == 0 and v.isfinite() for v in losses.values())
@@ -77,37 +109,93 @@ def test_shapes_at_any_grid(image_size, dino_size, shape, grids):
 def test_default_depths():
     assert [thirds(d) for d in (24, 12, 6, 5)] == [(8, 16, 24), (4, 8, 12), (2, 4, 6), (2, 4, 5)]
     model = small()
-    assert (model.clip.taps, model.dino.taps, model.dual_blocks, model.pairs) == ((2, 4, 5), (2, 4, 6), 4, [(2, 2), (4, 4), (5, 6)])
+    assert (model.clip.taps, model.dino.taps, model.dual_blocks, model.pairs) == (
+        (2, 4, 5),
+        (2, 4, 6),
+        4,
+        [(2, 2), (4, 4), (5, 6)],
+    )
     assert small(image_size=80).dino.size == 80, "DINO gets as many patches as CLIP"
-    assert set(METHODS["dma_sap"].recipe) <= {"epochs", "batch_size", "optimiser", "weight_decay", "betas", "schedule", "warmup", "eta_min", "lr_scale", "seed"}
+    assert set(METHODS["dma_sap"].recipe) <= {
+        "epochs",
+        "batch_size",
+        "optimiser",
+        "weight_decay",
+        "betas",
+        "schedule",
+        "warmup",
+        "eta_min",
+        "lr_scale",
+        "seed",
+    }
 
 
 def test_full_size_counts():
     "The paper's 436 M: CLIP ViT-L/14@336 with its text tower and 8.4 M new; DINO left out. Nothing is allocated."
     counts = {}
     for row, changes in DMASAP.ablations.items():
-        with torch.device("meta"): model = create("dma_sap", clip="clip-vitl14-336", clip_weights="random:0", dino="dinov2-vitb14-reg", dino_weights="random:0", **changes)
+        with torch.device("meta"):
+            model = create(
+                "dma_sap",
+                clip="clip-vitl14-336",
+                clip_weights="random:0",
+                dino="dinov2-vitb14-reg",
+                dino_weights="random:0",
+                **changes,
+            )
         counts[row] = sum(q.numel() for q in model.learned().values())
     parts = model.parameter_counts()
-    print("\nlearned:", counts, "\nparts:", parts, f"\ntotal without DINO: {(parts['clip'] + parts['text'] + counts['D']) / 1e6:.1f} M")
-    assert (model.clip.taps, model.dino.taps, model.dual_blocks, model.grid, model.dino_grid) == ((8, 16, 24), (4, 8, 12), 19, (37, 37), (37, 37))
+    print(
+        "\nlearned:",
+        counts,
+        "\nparts:",
+        parts,
+        f"\ntotal without DINO: {(parts['clip'] + parts['text'] + counts['D']) / 1e6:.1f} M",
+    )
+    assert (model.clip.taps, model.dino.taps, model.dual_blocks, model.grid, model.dino_grid) == (
+        (8, 16, 24),
+        (4, 8, 12),
+        19,
+        (37, 37),
+        (37, 37),
+    )
     assert parts["clip"] + parts["text"] == 427_944_192 and parts["dino"] == 86_582_016  # without CLIP's logit scale
-    prompts, dma, sap = 2 * 12 * 768 + 8 * 4 * 768, 3 * ((768 + 1) * 1024 + (768 + 1) * 1024 + (1024 + 1) * 1024 + 1), (768 + 1) * 768 + 1
-    assert (parts["prompts"], parts["fuse"], parts["levels"], parts["sap"]) == (prompts, dma, 3, sap) and counts["D"] == prompts + dma + 3 + sap
+    prompts, dma, sap = (
+        2 * 12 * 768 + 8 * 4 * 768,
+        3 * ((768 + 1) * 1024 + (768 + 1) * 1024 + (1024 + 1) * 1024 + 1),
+        (768 + 1) * 768 + 1,
+    )
+    assert (parts["prompts"], parts["fuse"], parts["levels"], parts["sap"]) == (prompts, dma, 3, sap) and counts[
+        "D"
+    ] == prompts + dma + 3 + sap
     assert round((parts["clip"] + parts["text"] + counts["D"]) / 1e6) == 436
     assert counts["A"] < counts["B"] < counts["C"] < counts["D"]
 
 
 # --------------------------------------------------------------------------------------------------------------- what must not matter
 
-@pytest.mark.parametrize("changes", [{}, dict(query="cls"), dict(centre=False), dict(threshold=False), dict(sap_weights="class"), dict(dma=False, pooling="map"), dict(dino_size=96)],
-                         ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()) or "default")
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(query="cls"),
+        dict(centre=False),
+        dict(threshold=False),
+        dict(sap_weights="class"),
+        dict(dma=False, pooling="map"),
+        dict(dino_size=96),
+    ],
+    ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()) or "default",
+)
 def test_batch_mates_do_not_matter(batch, changes):
     model = shaken(**changes)
     together = model.predict(batch)
     for i in range(len(batch)):
-        alone = model.predict(batch[i:i + 1])
-        assert (alone.map - together.map[i:i + 1]).abs().max() < SAME and (alone.score - together.score[i:i + 1]).abs().max() < SAME
+        alone = model.predict(batch[i : i + 1])
+        assert (alone.map - together.map[i : i + 1]).abs().max() < SAME and (
+            alone.score - together.score[i : i + 1]
+        ).abs().max() < SAME
     strangers = Batch.cat([batch[1:2], batch_of(torch.zeros(3, 3, SIZE, SIZE))])
     assert (model.predict(strangers).map[:1] - together.map[1:2]).abs().max() < SAME
 
@@ -132,10 +220,21 @@ def test_blank_images(centre, value):
     model.train()
     losses = model.loss(model(model.encode(batch), batch), batch)
     losses["total"].backward()
-    assert losses["total"].isfinite() and all(q.grad.isfinite().all() for q in model.learned().values() if q.grad is not None)
+    assert losses["total"].isfinite() and all(
+        q.grad.isfinite().all() for q in model.learned().values() if q.grad is not None
+    )
 
 
-@pytest.mark.parametrize("patches", [torch.zeros(1, 12, 8), torch.ones(1, 12, 8), -torch.ones(1, 12, 8), torch.eye(12, 8)[None], torch.full((1, 12, 8), 1e-30)])
+@pytest.mark.parametrize(
+    "patches",
+    [
+        torch.zeros(1, 12, 8),
+        torch.ones(1, 12, 8),
+        -torch.ones(1, 12, 8),
+        torch.eye(12, 8)[None],
+        torch.full((1, 12, 8), 1e-30),
+    ],
+)
 @pytest.mark.parametrize("options", [{}, dict(threshold=False), dict(centre=True)])
 def test_similarity_attention_is_always_an_attention(patches, options):
     a = similarity_attention(patches, **options)
@@ -144,9 +243,25 @@ def test_similarity_attention_is_always_an_attention(patches, options):
 
 # --------------------------------------------------------------------------------------------------------------------------- gradients
 
-@pytest.mark.parametrize("changes", [{}, dict(query="cls"), dict(project_first=False), dict(threshold=False), dict(sap_weights="class"), dict(loss_maps="mean", upsampling="bilinear"),
-                                     dict(fusion="deep"), dict(pooling="map"), dict(dma=False, pooling="map"), dict(fusion="deep", dma=False, pooling="map"), dict(self_map=False), dict(soft_mean=True)],
-                         ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()) or "default")
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(query="cls"),
+        dict(project_first=False),
+        dict(threshold=False),
+        dict(sap_weights="class"),
+        dict(loss_maps="mean", upsampling="bilinear"),
+        dict(fusion="deep"),
+        dict(pooling="map"),
+        dict(dma=False, pooling="map"),
+        dict(fusion="deep", dma=False, pooling="map"),
+        dict(self_map=False),
+        dict(soft_mean=True),
+    ],
+    ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()) or "default",
+)
 def test_gradient_reaches_every_parameter(batch, changes):
     "All but `key.bias`: it adds the same number to every logit of A_clip, and a softmax does not see that."
     model = shaken(**changes).train()
@@ -155,7 +270,9 @@ def test_gradient_reaches_every_parameter(batch, changes):
     dead = {n for n, q in model.learned().items() if q.grad is None or q.grad.abs().max() == 0}
     assert not {n for n in dead if not n.endswith("key.bias")}, dead
     largest = {n: q.grad.abs().max().item() for n, q in model.learned().items() if q.grad is not None}
-    assert all(g < 1e-3 * max(largest.values()) for n, g in largest.items() if n.endswith("key.bias")), "key.bias should be silent"
+    assert all(g < 1e-3 * max(largest.values()) for n, g in largest.items() if n.endswith("key.bias")), (
+        "key.bias should be silent"
+    )
     assert all(q.grad is None for b in model.backbones().values() for q in b.parameters())
     assert not any(b.training for b in model.backbones().values())
 
@@ -170,14 +287,19 @@ def test_who_waits_at_the_start(batch):
         model.loss(model(model.encode(batch), batch), batch)["total"].backward()
         waiting.append({n for n, q in model.learned().items() if q.grad is None or q.grad.abs().max() == 0})
         optimiser.step()
-    assert waiting[0] == {f"fuse.{i}.{part}" for i in range(3) for part in ("query.weight", "query.bias", "key.weight", "key.bias")}
+    assert waiting[0] == {
+        f"fuse.{i}.{part}" for i in range(3) for part in ("query.weight", "query.bias", "key.weight", "key.bias")
+    }
     assert not {n for n in waiting[1] if not n.endswith("key.bias")}
     raw = small(project_first=False).train()
     raw.loss(raw(raw.encode(batch), batch), batch)["total"].backward()
-    assert raw.fuse[0].dino_proj.weight.grad.abs().max() == 0, "the raw cosines leave the projection to the text branch alone"
+    assert raw.fuse[0].dino_proj.weight.grad.abs().max() == 0, (
+        "the raw cosines leave the projection to the text branch alone"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------ equations by hand
+
 
 def test_literal_formula(batch):
     "theta = 0, threshold off: F_fusion is softmax(3 cos) V through the frozen projections, summed with the level weights."
@@ -190,10 +312,17 @@ def test_literal_formula(batch):
         weights = torch.exp(3.0 * (cosine - 1.2 * cosine.mean((1, 2), keepdim=True)))
         mixed = weights / weights.sum(-1, keepdim=True) @ features[f"clip_{i}"]
         block, tower = model.clip.tower.transformer.resblocks[tap - 1], model.clip.tower
-        by_hand = by_hand + weight * (tower.ln_post(mixed @ block.attn.out_proj.weight.T + block.attn.out_proj.bias) @ tower.proj)
+        by_hand = by_hand + weight * (
+            tower.ln_post(mixed @ block.attn.out_proj.weight.T + block.attn.out_proj.bias) @ tower.proj
+        )
     assert (model.fused(features, text) - F.normalize(by_hand, dim=-1)).abs().max() < 1e-5
-    assert (model.fused(features, text) - small(project_first=False, centre=False, shift=0.9).fused(features, text)).abs().max() > 1e-3
-    assert torch.equal(model.fused(features, text), small(threshold=False, project_first=False, centre=False, theta=0.0, query="cls").fused(features, text)), "no theta, no query"
+    assert (
+        model.fused(features, text) - small(project_first=False, centre=False, shift=0.9).fused(features, text)
+    ).abs().max() > 1e-3
+    assert torch.equal(
+        model.fused(features, text),
+        small(threshold=False, project_first=False, centre=False, theta=0.0, query="cls").fused(features, text),
+    ), "no theta, no query"
 
 
 def test_text_term(batch):
@@ -202,8 +331,14 @@ def test_text_term(batch):
     dma, f, v, g = DMA(24, 32, 16, theta=0.6), torch.randn(2, 20, 24), torch.randn(2, 20, 32), torch.randn(2, 16)
     dino, clip = dma.attend(f, g)
     projected = f @ dma.dino_proj.weight.T + dma.dino_proj.bias
-    logits = (g @ dma.query.weight.T + dma.query.bias)[:, None] @ (projected @ dma.key.weight.T + dma.key.bias).transpose(1, 2) / 32 ** 0.5
-    assert (clip - logits.softmax(-1)).abs().max() < 1e-6 and (dino - similarity_attention(projected)).abs().max() < 1e-6
+    logits = (
+        (g @ dma.query.weight.T + dma.query.bias)[:, None]
+        @ (projected @ dma.key.weight.T + dma.key.bias).transpose(1, 2)
+        / 32**0.5
+    )
+    assert (clip - logits.softmax(-1)).abs().max() < 1e-6 and (
+        dino - similarity_attention(projected)
+    ).abs().max() < 1e-6
     assert (dma(f, (4, 5), v, (4, 5), g, lambda x: x) - (dino + 0.6 * clip) @ v).abs().max() < 1e-5
     assert (clip[0] - dma.attend(f[:1], g[1])[1][0]).abs().max() > 1e-4, "another query, another attention"
 
@@ -224,12 +359,20 @@ def test_threshold_by_hand():
 def test_resized_values():
     v = torch.arange(12.0).view(1, 12, 1)
     grid = F.interpolate(v.view(1, 1, 3, 4), (5, 2), mode="bilinear", align_corners=False)
-    assert torch.equal(resize_tokens(v, (3, 4), (5, 2)).flatten(), grid.flatten()) and resize_tokens(v, (3, 4), (3, 4)) is v
+    assert (
+        torch.equal(resize_tokens(v, (3, 4), (5, 2)).flatten(), grid.flatten())
+        and resize_tokens(v, (3, 4), (3, 4)) is v
+    )
 
 
 def test_sap_by_hand(batch):
     torch.manual_seed(0)
-    sap, p, d, cls = SAP(16, gate=0.7), F.normalize(torch.randn(2, 9, 16), dim=-1), torch.randn(2, 9), torch.randn(2, 16)
+    sap, p, d, cls = (
+        SAP(16, gate=0.7),
+        F.normalize(torch.randn(2, 9, 16), dim=-1),
+        torch.randn(2, 9),
+        torch.randn(2, 16),
+    )
     for b in range(2):
         w = torch.exp(d[b]) / torch.exp(d[b]).sum()
         base = sum(w[i] * p[b, i] for i in range(9))
@@ -251,10 +394,18 @@ def test_prediction_by_hand(batch):
     local = [model.fused(features, text), features["self"]]
     logits = [(f @ text.T / tau).transpose(1, 2).unflatten(2, (4, 4)) for f in local]
     prediction = model.predict(batch)
-    by_hand = torch.stack([F.interpolate(m, SIZE, mode="bilinear", align_corners=False) for m in logits]).mean(0).softmax(1)[:, 1]
+    by_hand = (
+        torch.stack([F.interpolate(m, SIZE, mode="bilinear", align_corners=False) for m in logits])
+        .mean(0)
+        .softmax(1)[:, 1]
+    )
     assert (prediction.map - by_hand).abs().max() < 1e-5
-    soft = torch.stack([F.interpolate(m.softmax(1), SIZE, mode="bilinear", align_corners=False) for m in logits]).mean(0)[:, 1]
-    assert (shaken(sigma=0.0, soft_mean=True).predict(batch).map - soft).abs().max() < 1e-5 and (soft - by_hand).abs().max() > 1e-4
+    soft = torch.stack([F.interpolate(m.softmax(1), SIZE, mode="bilinear", align_corners=False) for m in logits]).mean(
+        0
+    )[:, 1]
+    assert (shaken(sigma=0.0, soft_mean=True).predict(batch).map - soft).abs().max() < 1e-5 and (
+        soft - by_hand
+    ).abs().max() > 1e-4
     mean = torch.stack([m.flatten(2) for m in logits]).mean(0)
     pooled = model.sap(torch.stack(local).mean(0), mean[:, 1] - mean[:, 0])
     score = (F.normalize(0.5 * pooled + 0.5 * features["cls"], dim=-1) @ text.T / tau).softmax(-1)[:, 1]
@@ -269,13 +420,28 @@ def test_losses_by_hand(batch, upsampling):
     model = shaken(upsampling=upsampling, weight_focal=2.0, weight_dice=3.0, weight_ce=0.2).train()
     prediction = model(model.encode(batch), batch)
     losses, mask = model.loss(prediction, batch), batch.mask[:, 0]
-    maps = [F.interpolate(prediction.layers[k][:, None], SIZE, mode=upsampling, **({} if upsampling == "nearest" else dict(align_corners=False)))[:, 0].sigmoid() for k in ("fusion", "self")]
-    assert (losses["focal"] - sum(focal(m, mask) for m in maps)).abs() < 1e-5 and (losses["dice"] - sum(dice(m, mask) for m in maps)).abs() < 1e-5
+    maps = [
+        F.interpolate(
+            prediction.layers[k][:, None],
+            SIZE,
+            mode=upsampling,
+            **({} if upsampling == "nearest" else dict(align_corners=False)),
+        )[:, 0].sigmoid()
+        for k in ("fusion", "self")
+    ]
+    assert (losses["focal"] - sum(focal(m, mask) for m in maps)).abs() < 1e-5 and (
+        losses["dice"] - sum(dice(m, mask) for m in maps)
+    ).abs() < 1e-5
     log = (prediction.layers["image"] / 0.01).log_softmax(-1)
     assert (losses["ce"] + log[torch.arange(4), batch.anomalous.long()].mean()).abs() < 1e-4
-    assert (losses["total"] - (2 * losses["focal"] + 3 * losses["dice"] + 0.2 * losses["ce"])).abs() < 1e-4 and set(losses) == {"total", "focal", "dice", "ce"}
+    assert (losses["total"] - (2 * losses["focal"] + 3 * losses["dice"] + 0.2 * losses["ce"])).abs() < 1e-4 and set(
+        losses
+    ) == {"total", "focal", "dice", "ce"}
     fused = shaken(upsampling=upsampling, loss_maps="mean", sigma=0.0).train()
-    assert (fused.loss(fused(fused.encode(batch), batch), batch)["dice"] - dice(sum(m.logit() for m in maps).div(2).sigmoid(), mask)).abs() < 1e-5
+    assert (
+        fused.loss(fused(fused.encode(batch), batch), batch)["dice"]
+        - dice(sum(m.logit() for m in maps).div(2).sigmoid(), mask)
+    ).abs() < 1e-5
 
 
 def test_encode_is_the_frozen_part(batch, model):
@@ -284,59 +450,119 @@ def test_encode_is_the_frozen_part(batch, model):
     with torch.no_grad():
         seen = dual_path(model.clip, batch.image, (5,), 4, "qkv", (2, 4, 5))
         assert all(torch.equal(features[f"clip_{i}"], seen.values[t]) for i, t in enumerate((2, 4, 5)))
-        assert torch.equal(features["self"], F.normalize(joint(model.clip, seen.layers[0][:, 1:]), dim=-1)) and torch.equal(features["cls"], F.normalize(joint(model.clip, seen.cls), dim=-1))
+        assert torch.equal(
+            features["self"], F.normalize(joint(model.clip, seen.layers[0][:, 1:]), dim=-1)
+        ) and torch.equal(features["cls"], F.normalize(joint(model.clip, seen.cls), dim=-1))
         assert torch.equal(features["dino_1"], model.dino(batch.image, (4,), norm=True).patches[0])
         assert values_to_joint(model.clip, seen.values[2], 2).shape == (4, 16, 128)
     other = copy.deepcopy(model)
     with torch.no_grad():
-        for q in other.learned().values(): q.normal_()
+        for q in other.learned().values():
+            q.normal_()
     assert all(torch.equal(v, features[k]) for k, v in other.encode(batch).items())
     summed = shaken(dma=False, pooling="map").encode(batch)
-    assert (summed["clip_2"] - model.clip(batch.image, (5,)).patches[0]).abs().max() < 1e-5 and summed.keys() == features.keys()
+    assert (
+        summed["clip_2"] - model.clip(batch.image, (5,)).patches[0]
+    ).abs().max() < 1e-5 and summed.keys() == features.keys()
 
 
 def test_encode_key(model):
     "Features of two settings may be shared exactly when their keys are equal."
     key = lambda **changes: json.dumps(small(**changes).encode_key())
     base = key()
-    for changes in (dict(clip_weights="random:1"), dict(dino_weights="random:0"), dict(image_size=80), dict(dino_size=96), dict(clip_taps=(1, 2, 5)), dict(dino_taps=(1, 2, 6)), dict(dino_norm=False),
-                    dict(dual_blocks=2), dict(attention="vv"), dict(value_from="attended"), dict(dma=False), dict(fusion="deep"), dict(self_map=False)):
+    for changes in (
+        dict(clip_weights="random:1"),
+        dict(dino_weights="random:0"),
+        dict(image_size=80),
+        dict(dino_size=96),
+        dict(clip_taps=(1, 2, 5)),
+        dict(dino_taps=(1, 2, 6)),
+        dict(dino_norm=False),
+        dict(dual_blocks=2),
+        dict(attention="vv"),
+        dict(value_from="attended"),
+        dict(dma=False),
+        dict(fusion="deep"),
+        dict(self_map=False),
+    ):
         assert key(**changes) != base, changes
-    for changes in (dict(pooling="map"), dict(theta=0.5), dict(prompt_count=3), dict(tau=0.1), dict(threshold=False), dict(sigma=0.0)): assert key(**changes) == base, changes
+    for changes in (
+        dict(pooling="map"),
+        dict(theta=0.5),
+        dict(prompt_count=3),
+        dict(tau=0.1),
+        dict(threshold=False),
+        dict(sigma=0.0),
+    ):
+        assert key(**changes) == base, changes
 
 
 # ---------------------------------------------------------------------------------------------------------------- parameters that act
 
+
 def test_level_weights(batch):
     model = shaken()
     before = model.predict(batch).map
-    with torch.no_grad(): model.levels.weights.mul_(3.0)
-    assert (model.predict(batch).map - before).abs().max() < SAME, "a common factor has no effect: features are compared by their direction"
+    with torch.no_grad():
+        model.levels.weights.mul_(3.0)
+    assert (model.predict(batch).map - before).abs().max() < SAME, (
+        "a common factor has no effect: features are compared by their direction"
+    )
     changed = []
     for i in range(3):
         other = shaken()
-        with torch.no_grad(): other.levels.weights[i] = 0.0
+        with torch.no_grad():
+            other.levels.weights[i] = 0.0
         changed.append(other.predict(batch).map)
         assert (changed[-1] - before).abs().max() > 1e-4, i
     assert (changed[0] - changed[2]).abs().max() > 1e-4
-    with pytest.raises(ValueError, match="2 depths for 3 level weights"): LevelFusion()([torch.zeros(1, 2, 3)] * 2)
+    with pytest.raises(ValueError, match="2 depths for 3 level weights"):
+        LevelFusion()([torch.zeros(1, 2, 3)] * 2)
 
 
 def test_every_option_acts(batch):
     "Each option changes the prediction of the same learned values, or the loss where it belongs to training."
     base = shaken()
     reference, features = base.predict(batch), base.encode(batch)
-    for changes in (dict(clip_taps=(1, 3, 5)), dict(dino_taps=(1, 3, 5)), dict(dino_norm=False), dict(dual_blocks=1), dict(attention="vv"), dict(value_from="attended"), dict(self_map=False), dict(scale=5.0),
-                    dict(shift=-5.0), dict(threshold=False), dict(centre=False), dict(query="cls"), dict(sap_weights="class"), dict(cls_weight=0.2), dict(tau=0.1), dict(soft_mean=True), dict(sigma=1.0), dict(pooling="map"),
-                    dict(pooling="cls"), dict(normal_words="thing."), dict(abnormal_words="broken object.")):
+    for changes in (
+        dict(clip_taps=(1, 3, 5)),
+        dict(dino_taps=(1, 3, 5)),
+        dict(dino_norm=False),
+        dict(dual_blocks=1),
+        dict(attention="vv"),
+        dict(value_from="attended"),
+        dict(self_map=False),
+        dict(scale=5.0),
+        dict(shift=-5.0),
+        dict(threshold=False),
+        dict(centre=False),
+        dict(query="cls"),
+        dict(sap_weights="class"),
+        dict(cls_weight=0.2),
+        dict(tau=0.1),
+        dict(soft_mean=True),
+        dict(sigma=1.0),
+        dict(pooling="map"),
+        dict(pooling="cls"),
+        dict(normal_words="thing."),
+        dict(abnormal_words="broken object."),
+    ):
         other = shaken(**changes)
         with torch.no_grad():
-            for n, q in other.learned().items(): q.copy_(base.learned()[n])
+            for n, q in other.learned().items():
+                q.copy_(base.learned()[n])
         found = other.predict(batch)
         assert max((found.map - reference.map).abs().max(), (found.score - reference.score).abs().max()) > 1e-6, changes
     base.train()
     total = base.loss(base(features, batch), batch)["total"].item()
-    for changes in (dict(tau_train=0.07), dict(loss_maps="mean"), dict(upsampling="bilinear"), dict(weight_focal=2.0), dict(weight_dice=2.0), dict(weight_ce=1.0)):
+    for changes in (
+        dict(tau_train=0.07),
+        dict(loss_maps="mean"),
+        dict(upsampling="bilinear"),
+        dict(weight_focal=2.0),
+        dict(weight_dice=2.0),
+        dict(weight_ce=1.0),
+    ):
         other = shaken(**changes).train()
         assert abs(other.loss(other(features, batch), batch)["total"].item() - total) > 1e-5, changes
 
@@ -346,7 +572,8 @@ def test_projection_keeps_or_ignores_the_raw_cosines(batch):
     first, raw = small(), small(project_first=False)
     assert (first.predict(batch).map - raw.predict(batch).map).abs().max() < SAME
     with torch.no_grad():
-        for m in (first, raw): m.fuse[2].dino_proj.weight.mul_(torch.linspace(0, 3, 192)[:, None])
+        for m in (first, raw):
+            m.fuse[2].dino_proj.weight.mul_(torch.linspace(0, 3, 192)[:, None])
     assert (first.predict(batch).map - raw.predict(batch).map).abs().max() > 1e-4
     assert (raw.predict(batch).map - small(project_first=False).predict(batch).map).abs().max() < SAME
 
@@ -358,16 +585,27 @@ def test_ablations(batch):
         model = shaken(**changes)
         if not model.p.dma:
             with torch.no_grad():
-                for f in model.fuse: f.weight.add_(0.1)
+                for f in model.fuse:
+                    f.weight.add_(0.1)
         found, learned[row] = model.predict(batch), set(model.learned())
         maps[row] = found
         assert found.map.isfinite().all() and found.map.shape == (4, SIZE, SIZE)
-    for a, b in ("AB", "BC", "AC"): assert (maps[a].map - maps[b].map).abs().max() > 1e-4, (a, b)
-    assert (maps["C"].map - maps["D"].map).abs().max() < SAME and (maps["C"].score - maps["D"].score).abs().max() > 1e-4, "SAP changes the score alone"
-    assert "levels.weights" in learned["B"] - learned["A"] and any("theta" in n for n in learned["C"] - learned["B"]) and learned["D"] - learned["C"] == {"sap.query.weight", "sap.query.bias", "sap.gate"}
+    for a, b in ("AB", "BC", "AC"):
+        assert (maps[a].map - maps[b].map).abs().max() > 1e-4, (a, b)
+    assert (maps["C"].map - maps["D"].map).abs().max() < SAME and (
+        maps["C"].score - maps["D"].score
+    ).abs().max() > 1e-4, "SAP changes the score alone"
+    assert (
+        "levels.weights" in learned["B"] - learned["A"]
+        and any("theta" in n for n in learned["C"] - learned["B"])
+        and learned["D"] - learned["C"] == {"sap.query.weight", "sap.query.bias", "sap.gate"}
+    )
     untrained = small(**DMASAP.ablations["A"])
     features = untrained.encode(batch)
-    assert (untrained.fused(features, untrained.text_features()) - F.normalize(joint(untrained.clip, features["clip_0"]), dim=-1)).abs().max() < 1e-6, "untrained, the sum is CLIP alone"
+    assert (
+        untrained.fused(features, untrained.text_features())
+        - F.normalize(joint(untrained.clip, features["clip_0"]), dim=-1)
+    ).abs().max() < 1e-6, "untrained, the sum is CLIP alone"
 
 
 def test_evaluation_after_training_after_evaluation(batch):
@@ -390,30 +628,56 @@ def test_evaluation_after_training_after_evaluation(batch):
 
 # ------------------------------------------------------------------------------------------------------------------ checkpoints, errors
 
+
 def test_save_and_load(batch, tmp_path):
     model = shaken(clip_taps=(1, 3, 5), levels=(0.2, 0.3, 1.0))
     model.trained_on = ["set/a"]
     back = load(save(model, tmp_path / "m.safetensors")).eval()
     one, two = model.predict(batch), back.predict(batch)
     assert torch.equal(one.map, two.map) and torch.equal(one.score, two.score)
-    assert (back.clip.taps, back.p.levels, back.trained_on) == ((1, 3, 5), (0.2, 0.3, 1.0), ["set/a"]) and set(back.backbones()) == {"clip", "text", "dino"}
+    assert (back.clip.taps, back.p.levels, back.trained_on) == ((1, 3, 5), (0.2, 0.3, 1.0), ["set/a"]) and set(
+        back.backbones()
+    ) == {"clip", "text", "dino"}
     assert all(torch.equal(q, back.learned()[n]) for n, q in model.learned().items())
-    with pytest.raises(ValueError, match="was trained on tiny-clip weights"): load(tmp_path / "m.safetensors", clip_weights="random:1")
+    with pytest.raises(ValueError, match="was trained on tiny-clip weights"):
+        load(tmp_path / "m.safetensors", clip_weights="random:1")
 
 
-@pytest.mark.parametrize("changes,message", [
-    (dict(fusion="late"), "fusion='late'; use hierarchical or deep"), (dict(query="image"), "use text or cls"), (dict(pooling="mean"), "use sap, map or cls"), (dict(attention="qk"), "use qkv or vv"),
-    (dict(value_from="output"), "use input or attended"), (dict(sap_weights="pixels"), "use spatial or class"), (dict(upsampling="cubic"), "use nearest or bilinear"), (dict(loss_maps="all"), "use each or mean"),
-    (dict(tau=0.0), "tau=0.0; it must be above 0"), (dict(sigma=-1.0), "sigma=-1.0"), (dict(cls_weight=1.5), "from 0 to 1"), (dict(prompt_count=0), "prompt_count=0"), (dict(dual_blocks=0), "at least 1"),
-    (dict(dual_blocks=6), "tiny-clip has 5 blocks"), (dict(clip_taps=(2, 5)), "pairs of depths"), (dict(clip_taps=(2, 5), dino_taps=(3, 6)), "give one weight a depth"), (dict(levels=(1, 1)), "for 3 depths"),
-    (dict(clip_taps=(0, 3, 5)), "outside 1..5"), (dict(image_size=70), "not a multiple"), (dict(dino_size=70), "not a multiple"), (dict(clip="tiny-dino"), "shared with text|no text tower"),
-    (dict(prompt_count=60), "shorten")])
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        (dict(fusion="late"), "fusion='late'; use hierarchical or deep"),
+        (dict(query="image"), "use text or cls"),
+        (dict(pooling="mean"), "use sap, map or cls"),
+        (dict(attention="qk"), "use qkv or vv"),
+        (dict(value_from="output"), "use input or attended"),
+        (dict(sap_weights="pixels"), "use spatial or class"),
+        (dict(upsampling="cubic"), "use nearest or bilinear"),
+        (dict(loss_maps="all"), "use each or mean"),
+        (dict(tau=0.0), "tau=0.0; it must be above 0"),
+        (dict(sigma=-1.0), "sigma=-1.0"),
+        (dict(cls_weight=1.5), "from 0 to 1"),
+        (dict(prompt_count=0), "prompt_count=0"),
+        (dict(dual_blocks=0), "at least 1"),
+        (dict(dual_blocks=6), "tiny-clip has 5 blocks"),
+        (dict(clip_taps=(2, 5)), "pairs of depths"),
+        (dict(clip_taps=(2, 5), dino_taps=(3, 6)), "give one weight a depth"),
+        (dict(levels=(1, 1)), "for 3 depths"),
+        (dict(clip_taps=(0, 3, 5)), "outside 1..5"),
+        (dict(image_size=70), "not a multiple"),
+        (dict(dino_size=70), "not a multiple"),
+        (dict(clip="tiny-dino"), "shared with text|no text tower"),
+        (dict(prompt_count=60), "shorten"),
+    ],
+)
 def test_wrong_parameters(changes, message):
-    with pytest.raises(ValueError, match=message): small(**changes)
+    with pytest.raises(ValueError, match=message):
+        small(**changes)
 
 
 def test_unknown_parameter_and_descriptions():
-    with pytest.raises(TypeError, match="did you mean theta"): small(thetta=1.0)
+    with pytest.raises(TypeError, match="did you mean theta"):
+        small(thetta=1.0)
     table = describe("dma_sap")
     assert table["source"].ne("").all() and table["help"].ne("").all() and table["parameter"].is_unique
 
@@ -439,10 +703,21 @@ def test_upsampled_attention_by_hand():
     same = DMA(24, 32, 16)
     same.load_state_dict(dma.state_dict())
     square = torch.randn(2, 6, 32)
-    assert torch.equal(same(patches, (2, 3), square, (2, 3), query, lambda x: x), dma(patches, (2, 3), square, (2, 3), query, lambda x: x)), "one grid, nothing to resize"
+    assert torch.equal(
+        same(patches, (2, 3), square, (2, 3), query, lambda x: x),
+        dma(patches, (2, 3), square, (2, 3), query, lambda x: x),
+    ), "one grid, nothing to resize"
 
 
-@pytest.mark.parametrize("changes", [dict(dma_projections="learned"), dict(sap_input="tokens"), dict(sap_maps="probabilities"), dict(dma_upsample="attention")])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(dma_projections="learned"),
+        dict(sap_input="tokens"),
+        dict(sap_maps="probabilities"),
+        dict(dma_upsample="attention"),
+    ],
+)
 def test_a_reading_changes_what_it_names(changes, batch):
     "Learned projections start as nothing; the others change score or map where their part has a say."
     usual, other = shaken(), small(**changes)

@@ -1,4 +1,5 @@
 "Processes in poor surroundings: no home, no UTF-8, a closed or full standard output, a reader that leaves, caches that cannot be written."
+
 import io
 import json
 import os
@@ -14,9 +15,9 @@ from PIL import Image
 
 from zsad_nb.backbones.engines import engine_folder
 from zsad_nb.backbones.graphs import EngineError
-from zsad_nb.methods.base import create
 from zsad_nb.cli.commands import main
 from zsad_nb.cli.console import READER_LEFT, locale_hint, some_home
+from zsad_nb.methods.base import create
 from zsad_nb.runs.run import Spec, run
 
 ROOT = Path(__file__).parent.parent
@@ -26,7 +27,10 @@ ROOT = Path(__file__).parent.parent
 def homeless(monkeypatch):
     "A user whom the system does not know, without HOME: a container started with a bare number."
     pwd = pytest.importorskip("pwd")
-    def unknown(number): raise KeyError(number)
+
+    def unknown(number):
+        raise KeyError(number)
+
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     with pytest.raises(RuntimeError):
@@ -47,9 +51,21 @@ def test_some_home(homeless):
 
 def test_a_run_without_a_home(homeless, tmp_path, own_kernel):
     "Jupyter asks for a home; the notebook gets one that is gone afterwards."
-    source = "from pathlib import Path\nimport json\nPath(output, 'result.json').write_text(json.dumps(dict(home=str(Path.home()))))"
-    cells = [dict(cell_type="code", id="aaaaaaaa", metadata=dict(tags=["parameters"]), source="output: str = ''\n", outputs=[], execution_count=None),
-             dict(cell_type="code", id="bbbbbbbb", metadata={}, source=source, outputs=[], execution_count=None)]
+    source = (
+        "from pathlib import Path\nimport json\nPath(output,"
+        " 'result.json').write_text(json.dumps(dict(home=str(Path.home()))))"
+    )
+    cells = [
+        dict(
+            cell_type="code",
+            id="aaaaaaaa",
+            metadata=dict(tags=["parameters"]),
+            source="output: str = ''\n",
+            outputs=[],
+            execution_count=None,
+        ),
+        dict(cell_type="code", id="bbbbbbbb", metadata={}, source=source, outputs=[], execution_count=None),
+    ]
     (tmp_path / "note.ipynb").write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)))
     found = run(Spec(tmp_path / "note.ipynb", {}), tmp_path / "runs")
     assert found.ok, found.error
@@ -107,7 +123,7 @@ def test_graphs_that_are_there_are_used_from_a_read_only_disk(tmp_path, monkeypa
 
 # --------------------------------------------------------------------------------------------------------------------- consoles
 
-COMMAND = textwrap.dedent('''
+COMMAND = textwrap.dedent("""
     import sys
     from zsad_nb.cli.console import on_any_console
 
@@ -118,20 +134,38 @@ COMMAND = textwrap.dedent('''
         return 3
 
     sys.exit(main())
-''')
+""")
 
 
 def start(lines=2, stdout=subprocess.PIPE, **environment):
-    names = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG", "PYTHON"))} | dict(PYTHONPATH=str(ROOT)) | environment
-    return subprocess.Popen([sys.executable, "-c", COMMAND, str(lines)], stdout=stdout, stderr=subprocess.PIPE, env=names)
+    names = (
+        {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG", "PYTHON"))}
+        | dict(PYTHONPATH=str(ROOT))
+        | environment
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", COMMAND, str(lines)], stdout=stdout, stderr=subprocess.PIPE, env=names
+    )
 
 
-@pytest.mark.parametrize("environment", [dict(PYTHONIOENCODING="ascii"), dict(PYTHONIOENCODING="latin-1"), dict(PYTHONIOENCODING="cp1252"), dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0"),
-                                         dict(PYTHONUTF8="1"), dict(LC_ALL="POSIX")], ids=str)
+@pytest.mark.parametrize(
+    "environment",
+    [
+        dict(PYTHONIOENCODING="ascii"),
+        dict(PYTHONIOENCODING="latin-1"),
+        dict(PYTHONIOENCODING="cp1252"),
+        dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0"),
+        dict(PYTHONUTF8="1"),
+        dict(LC_ALL="POSIX"),
+    ],
+    ids=str,
+)
 def test_any_name_is_printed(environment):
     process = start(**environment)
     said, errors = process.communicate()
-    assert process.returncode == 3 and b"Traceback" not in errors and len(said.splitlines()) == 2 and b"ffner" in said, errors
+    assert (
+        process.returncode == 3 and b"Traceback" not in errors and len(said.splitlines()) == 2 and b"ffner" in said
+    ), errors
     assert (b"set PYTHONUTF8=1" in errors) == (environment.get("PYTHONCOERCECLOCALE") == "0")
 
 
@@ -155,7 +189,9 @@ def test_standard_output_that_is_full():
 
 def test_no_standard_output_at_all():
     code = f"import os, sys; os.close(1); os.execv(sys.executable, [sys.executable, '-c', {COMMAND!r}, '2'])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ | dict(PYTHONPATH=str(ROOT)))
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, env=os.environ | dict(PYTHONPATH=str(ROOT))
+    )
     assert done.returncode == 3 and b"Traceback" not in done.stderr
 
 

@@ -1,4 +1,5 @@
 "An export that is killed, crowded, or out of room: the folder holds the old export or the new one, complete, and nothing of anybody else's is gone."
+
 import errno
 import os
 import subprocess
@@ -11,16 +12,20 @@ import torch
 
 from zsad_nb.backbones.graphs import drawn_images
 from zsad_nb.backbones.programs import file_hash
-from zsad_nb.methods.base import create
 from zsad_nb.deploy import export as module
 from zsad_nb.deploy.export import export, load_exported, read_description
+from zsad_nb.methods.base import create
 
 ROOT, SIZE = Path(__file__).parent.parent, 32
 KILLS = int(os.environ.get("ZSAD_KILLS", 2))
 
 
-def method(tap: int): return create("self_distance", image_size=SIZE, tap=tap, weights="random:0")
-def answers(folder: Path): return load_exported(folder, "torch").predict(drawn_images((SIZE, SIZE), 2, 5)).map
+def method(tap: int):
+    return create("self_distance", image_size=SIZE, tap=tap, weights="random:0")
+
+
+def answers(folder: Path):
+    return load_exported(folder, "torch").predict(drawn_images((SIZE, SIZE), 2, 5)).map
 
 
 def whole(folder: Path) -> int:
@@ -90,15 +95,25 @@ CHILD = """
 
 def run(folders: list, ways: list, times: int, what: str):
     "Exports in processes of their own; the graphs are traced once for all of them."
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
     arguments = [os.pathsep.join(map(str, folders)), ",".join(ways), str(times), what]
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(CHILD), *arguments], env=env, text=True, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(CHILD), *arguments],
+        env=env,
+        text=True,
+        capture_output=True,
+    )
     assert done.returncode == 0, done.stderr
 
 
 def copied(source: Path, folder: Path):
     folder.mkdir()
-    for file in source.iterdir(): (folder / file.name).write_bytes(file.read_bytes())
+    for file in source.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGKILL exists on POSIX only")
@@ -114,7 +129,10 @@ def test_killed_at_random_moments(undisturbed, traced, tmp_path):
         assert torch.equal(answers(folder), undisturbed[taps[-1]][0])
         export(method(3 - taps[-1]), folder, "torch")
         assert whole(folder) == 3 - taps[-1]
-    print(f"{KILLS} kills: {taps.count(1)} times one export was there, {taps.count(2)} times the other; each complete and equal to an undisturbed one")
+    print(
+        f"{KILLS} kills: {taps.count(1)} times one export was there, {taps.count(2)} times the other; each complete and"
+        " equal to an undisturbed one"
+    )
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="its processes are forked")
@@ -131,13 +149,17 @@ def test_killed_where_folders_cannot_be_exchanged(undisturbed, traced, tmp_path,
     copied(undisturbed[1][1], folder)
     monkeypatch.setattr(module, "_exchange", lambda one, other: False)
     real, calls = os.rename, []
+
     def stop(one, other):
         calls.append(one)
-        if len(calls) == (1 if moment == "before" else 2): raise KeyboardInterrupt
+        if len(calls) == (1 if moment == "before" else 2):
+            raise KeyboardInterrupt
         return real(one, other)
+
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", stop)
-        with pytest.raises(KeyboardInterrupt): export(method(2), folder, "torch")
+        with pytest.raises(KeyboardInterrupt):
+            export(method(2), folder, "torch")
     assert folder.exists() == (moment == "before")
     assert whole(folder) == 1
     export(method(2), folder, "torch")
@@ -148,21 +170,46 @@ def test_killed_where_folders_cannot_be_exchanged(undisturbed, traced, tmp_path,
 def test_a_full_disk_or_a_rename_that_fails(undisturbed, traced, tmp_path, monkeypatch, where):
     folder = tmp_path / "system"
     copied(undisturbed[1][1], folder)
-    def full(*_): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     with monkeypatch.context() as patch:
-        if where == "write_bytes": patch.setattr(Path, "write_bytes", full)
-        elif where == "exchange": patch.setattr(module, "_exchange", full)
-        else: patch.setattr(os, where, full)
-        if where == "rename": patch.setattr(module, "_exchange", lambda one, other: False)
-        with pytest.raises(OSError, match=r"system was not written .*what was there before is as it was\. Free some space"): export(method(2), folder, "torch")
+        if where == "write_bytes":
+            patch.setattr(Path, "write_bytes", full)
+        elif where == "exchange":
+            patch.setattr(module, "_exchange", full)
+        else:
+            patch.setattr(os, where, full)
+        if where == "rename":
+            patch.setattr(module, "_exchange", lambda one, other: False)
+        with pytest.raises(
+            OSError, match=r"system was not written .*what was there before is as it was\. Free some space"
+        ):
+            export(method(2), folder, "torch")
     assert [p.name for p in tmp_path.iterdir()] == ["system"] and whole(folder) == 1
 
 
-def note(folder): (folder / "notes.txt").write_text("keep me")
-def inner(folder): (folder / "inner").mkdir()
-def foreign(folder): (folder / "export.json").write_text('{"name": "of another tool"}')
-def damaged(folder): (folder / "export.json").write_text("{")
-def hidden(folder): (folder / ".git").mkdir()
+def note(folder):
+    (folder / "notes.txt").write_text("keep me")
+
+
+def inner(folder):
+    (folder / "inner").mkdir()
+
+
+def foreign(folder):
+    (folder / "export.json").write_text('{"name": "of another tool"}')
+
+
+def damaged(folder):
+    (folder / "export.json").write_text("{")
+
+
+def hidden(folder):
+    (folder / ".git").mkdir()
+
+
 def pointing(folder):
     (folder / "model.onnx").symlink_to(folder.parent / "elsewhere")
 
@@ -173,7 +220,8 @@ def test_a_folder_with_things_of_the_user_stays(undisturbed, traced, tmp_path, c
     copied(undisturbed[1][1], folder)
     change(folder)
     before = sorted(p.name for p in folder.iterdir())
-    with pytest.raises(ValueError, match="holds other things"): export(method(2), folder, "torch")
+    with pytest.raises(ValueError, match="holds other things"):
+        export(method(2), folder, "torch")
     assert sorted(p.name for p in folder.iterdir()) == before
 
 
@@ -183,18 +231,26 @@ def test_a_link_and_a_file_stay(undisturbed, traced, tmp_path):
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     (tmp_path / "file").write_text("keep me")
     for name, words in (("link", "is a link"), ("dangling", "is a link"), ("file", "holds other things")):
-        with pytest.raises(ValueError, match=words): export(method(2), tmp_path / name, "torch")
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "keep me" and whole(tmp_path / "real") == 1
+        with pytest.raises(ValueError, match=words):
+            export(method(2), tmp_path / name, "torch")
+    assert (
+        (tmp_path / "link").is_symlink()
+        and (tmp_path / "file").read_text() == "keep me"
+        and whole(tmp_path / "real") == 1
+    )
 
 
 def test_what_appears_meanwhile_is_kept(undisturbed, traced, tmp_path, monkeypatch):
     "Between the last look and the exchange somebody puts a file into the folder."
     folder, real = tmp_path / "system", module._exchange
     copied(undisturbed[1][1], folder)
+
     def late(one, other):
         note(Path(other))
         return real(one, other) if os.name == "posix" else False
+
     monkeypatch.setattr(module, "_exchange", late)
-    with pytest.warns(UserWarning, match="other files appeared in it; they are in"): export(method(2), folder, "torch")
+    with pytest.warns(UserWarning, match="other files appeared in it; they are in"):
+        export(method(2), folder, "torch")
     kept = next(p for p in tmp_path.iterdir() if ".replaced-" in p.name)
     assert (kept / "notes.txt").read_text() == "keep me" and whole(folder) == 2

@@ -1,4 +1,5 @@
 "The few functions that every name, table, record and lock goes through: rules, held against any text."
+
 import csv
 import io
 import json
@@ -14,17 +15,72 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zsad_nb.core.files import FileNames, inside, open_lock, owned_only, private_folder, read_json, safe_name, to_json, write_atomically, write_json
+from zsad_nb.core.files import (
+    FileNames,
+    inside,
+    open_lock,
+    owned_only,
+    private_folder,
+    read_json,
+    safe_name,
+    to_json,
+    write_atomically,
+    write_json,
+)
 from zsad_nb.core.names import require_utf8, same_name, shown
 from zsad_nb.core.tables import read_table, spreadsheet_safe, spreadsheet_text, table_text, write_table
 
-NAMES = ["NA", "None", "null", "nan", "NaN", "007", "1e5", "-inf", "True", "", " ", "=1+1", "'=1", "''@x", "+", "-", "\t", "a\rb", "a\r\nb", 'a"b', "a;b", "$x$",
-         "<b>", "\\", "瓶", "Pru\u0308fling", "\u202egnp", "../../x", "/etc", "con", "a" * 500, ".", "..", "~", "-rf", "a\x00b", "pr\udcfcf"]
-printable = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12) | st.sampled_from(NAMES[:-2])
-anything = st.text(max_size=12) | st.sampled_from(NAMES) | st.text(st.characters(min_codepoint=0xDC80, max_codepoint=0xDCFF), max_size=3)
+NAMES = [
+    "NA",
+    "None",
+    "null",
+    "nan",
+    "NaN",
+    "007",
+    "1e5",
+    "-inf",
+    "True",
+    "",
+    " ",
+    "=1+1",
+    "'=1",
+    "''@x",
+    "+",
+    "-",
+    "\t",
+    "a\rb",
+    "a\r\nb",
+    'a"b',
+    "a;b",
+    "$x$",
+    "<b>",
+    "\\",
+    "瓶",
+    "Pru\u0308fling",
+    "\u202egnp",
+    "../../x",
+    "/etc",
+    "con",
+    "a" * 500,
+    ".",
+    "..",
+    "~",
+    "-rf",
+    "a\x00b",
+    "pr\udcfcf",
+]
+printable = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12) | st.sampled_from(
+    NAMES[:-2]
+)
+anything = (
+    st.text(max_size=12)
+    | st.sampled_from(NAMES)
+    | st.text(st.characters(min_codepoint=0xDC80, max_codepoint=0xDCFF), max_size=3)
+)
 
 
 # ---------------------------------------------------------------------------------------------------------- names
+
 
 @given(anything)
 @settings(max_examples=300)
@@ -51,7 +107,12 @@ def test_every_text_has_a_file_name_of_its_own(texts):
     assert len({same_name(name) for name in [*made, "overview", "index"]}) == len(made) + 2
     for name in made:
         assert 0 < len(name.encode()) < 200 and Path(name).name == name and name[0] not in ".-" and shown(name) == name
-        assert not re.search(r'[/\\:*?"<>|\x00-\x1f]', name) and name.lower().partition(".")[0] not in ("con", "nul", "aux", "prn")
+        assert not re.search(r'[/\\:*?"<>|\x00-\x1f]', name) and name.lower().partition(".")[0] not in (
+            "con",
+            "nul",
+            "aux",
+            "prn",
+        )
 
 
 def test_ordinary_names_stay():
@@ -76,8 +137,11 @@ def test_nothing_is_written_outside(tmp_path_factory, parts):
 
 # ---------------------------------------------------------------------------------------------------------- JSON
 
-values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | anything, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(anything, inner, max_size=3),
-                      max_leaves=8)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | anything,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(anything, inner, max_size=3),
+    max_leaves=8,
+)
 
 
 def refuse(word):
@@ -118,13 +182,21 @@ def test_json_that_is_too_large_deep_or_a_folder(tmp_path):
 
 
 def test_values_of_numpy_become_plain():
-    value = dict(a=np.float32(0.5), b=np.arange(3), c=Path("x") / "y", d={2, 1}, e=(np.nan, np.inf, np.bool_(True)), f=np.int64(3))
+    value = dict(
+        a=np.float32(0.5),
+        b=np.arange(3),
+        c=Path("x") / "y",
+        d={2, 1},
+        e=(np.nan, np.inf, np.bool_(True)),
+        f=np.int64(3),
+    )
     assert json.loads(to_json(value)) == dict(a=0.5, b=[0, 1, 2], c="x/y", d=[1, 2], e=[None, None, True], f=3)
     with pytest.raises(TypeError, match=r"value\.a\[1\] is a object"):
         to_json(dict(a=[1, object()]))
 
 
 # ---------------------------------------------------------------------------------------------------------- tables
+
 
 @given(anything)
 @settings(max_examples=500)
@@ -134,7 +206,13 @@ def test_a_cell_runs_nowhere_and_comes_back(text):
     assert spreadsheet_text(cell) == text
 
 
-@given(st.lists(st.tuples(printable, printable, st.floats(allow_infinity=False), st.integers(-2**62, 2**62), st.booleans()), min_size=1, max_size=6))
+@given(
+    st.lists(
+        st.tuples(printable, printable, st.floats(allow_infinity=False), st.integers(-(2**62), 2**62), st.booleans()),
+        min_size=1,
+        max_size=6,
+    )
+)
 @settings(max_examples=200)
 def test_a_table_comes_back_to_the_last_digit(tmp_path_factory, rows):
     path = tmp_path_factory.getbasetemp() / "table.csv"
@@ -165,10 +243,16 @@ def test_a_name_that_is_not_utf8_is_written_out(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------- files of others
 
+
 def test_the_umask_is_never_touched(tmp_path, monkeypatch):
     "Eight threads write; a ninth would make a file that others can write if the mask were 0 for an instant."
     monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the mask of the whole process was changed"))
-    threads = [threading.Thread(target=lambda n=n: [write_atomically(tmp_path / f"{n}-{k}", lambda p: p.write_text("x")) for k in range(20)]) for n in range(8)]
+    threads = [
+        threading.Thread(
+            target=lambda n=n: [write_atomically(tmp_path / f"{n}-{k}", lambda p: p.write_text("x")) for k in range(20)]
+        )
+        for n in range(8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -205,11 +289,16 @@ def test_a_link_is_replaced_not_followed(tmp_path):
 def test_a_lock_is_a_file_of_its_own(tmp_path, kind):
     victim, place = tmp_path / "thesis", tmp_path / ".lock"
     victim.write_text("years of work")
-    if kind == "link": os.symlink(victim, place)
-    if kind == "dangling": os.symlink(tmp_path / "nowhere", place)
-    if kind == "second name": os.link(victim, place)
-    if kind == "folder": place.mkdir()
-    if kind == "pipe": os.mkfifo(place)
+    if kind == "link":
+        os.symlink(victim, place)
+    if kind == "dangling":
+        os.symlink(tmp_path / "nowhere", place)
+    if kind == "second name":
+        os.link(victim, place)
+    if kind == "folder":
+        place.mkdir()
+    if kind == "pipe":
+        os.mkfifo(place)
     with pytest.raises(OSError, match="cannot be used as a lock .*delete it, or choose another folder"):
         open_lock(place)
     assert victim.read_text() == "years of work" and not (tmp_path / "nowhere").exists()

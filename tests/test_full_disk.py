@@ -1,4 +1,5 @@
 "A disk that is full, read-only or failing, at every kind of write: the error names the file, what was there before stays whole, nothing half-written is left."
+
 import contextlib
 import errno
 import json
@@ -14,28 +15,27 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from zsad_nb.core.settings import files as files_module
 from zsad_nb.backbones.features import FeatureCache
-from zsad_nb.core.files import write_atomically
+from zsad_nb.core.files import write_atomically, write_json
+from zsad_nb.core.settings import files as files_module
+from zsad_nb.core.tables import read_table, write_table
 from zsad_nb.data.crops import cut_crops
 from zsad_nb.data.index import load_index, make_index, save_index, save_split
 from zsad_nb.data.meta import read_meta, write_meta
 from zsad_nb.data.pixels import load_image
-from zsad_nb.synthetic.benchmark import synthetic_index
 from zsad_nb.evaluation.evaluate import evaluate
 from zsad_nb.evaluation.metrics import PixelMetrics
 from zsad_nb.evaluation.rank_counts import RankCounts
-from zsad_nb.core.files import write_json
-from zsad_nb.training.fit import Recipe, fit
-from zsad_nb.methods.base import create, load, save
-from zsad_nb.methods.checkpoint_files import read_header
-from zsad_nb.core.tables import read_table, write_table
-from zsad_nb.inspection.inspector import Inspector
-from zsad_nb.inspection.journal import Journal
 from zsad_nb.explore.maps_store import make_store
 from zsad_nb.figures.style import save_figure
+from zsad_nb.inspection.inspector import Inspector
+from zsad_nb.inspection.journal import Journal
+from zsad_nb.methods.base import create, load, save
+from zsad_nb.methods.checkpoint_files import read_header
 from zsad_nb.runs.run import Spec, run
 from zsad_nb.runs.shards import evaluate_shards
+from zsad_nb.synthetic.benchmark import synthetic_index
+from zsad_nb.training.fit import Recipe, fit
 
 
 @contextlib.contextmanager
@@ -63,7 +63,16 @@ def images(tmp_path_factory):
         mask[8:20, 8:20] = 255
         if k > 1:
             Image.fromarray(mask).save(root / f"{k}_mask.png")
-        rows.append(dict(category="nut", split="test", image=f"{k}.png", mask=f"{k}_mask.png" if k > 1 else "", anomalous=k > 1, defect="dent" if k > 1 else "good"))
+        rows.append(
+            dict(
+                category="nut",
+                split="test",
+                image=f"{k}.png",
+                mask=f"{k}_mask.png" if k > 1 else "",
+                anomalous=k > 1,
+                defect="dent" if k > 1 else "good",
+            )
+        )
     return make_index(rows, root, "own")
 
 
@@ -104,7 +113,10 @@ WRITERS = {  # name of the file -> write(path, version)
     "bytes.bin": lambda p, k: write_atomically(p, lambda part: part.write_bytes(bytes([k]) * 99)),
     "tensors.pt": lambda p, k: write_atomically(p, lambda part: torch.save(torch.full((99,), k), part)),
     "array.npz": lambda p, k: write_atomically(p, lambda part: np.savez(open(part, "wb"), a=np.full(99, k))),
-    "picture.png": lambda p, k: write_atomically(p, lambda part: Image.fromarray(np.random.default_rng(k).integers(0, 255, (32, 32, 3), "uint8")).save(part, "PNG")),
+    "picture.png": lambda p, k: write_atomically(
+        p,
+        lambda part: Image.fromarray(np.random.default_rng(k).integers(0, 255, (32, 32, 3), "uint8")).save(part, "PNG"),
+    ),
     "pixels.state": lambda p, k: pixels_of(k).save(p),
     "checkpoint.safetensors": save_trained,
 }
@@ -123,20 +135,34 @@ def check_write(write, path: Path, fails):
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_full_disk(name, tmp_path): check_write(WRITERS[name], tmp_path / "out" / name, full_disk())
+def test_full_disk(name, tmp_path):
+    check_write(WRITERS[name], tmp_path / "out" / name, full_disk())
 
 
 @contextlib.contextmanager
 def failing(call: str, code: int):
     "A call of the system that fails for files in the package's hands."
     with pytest.MonkeyPatch.context() as patch:
+
         def fail(*args, **kwargs):
             raise OSError(code, os.strerror(code))
+
         patch.setattr(files_module.os, call, fail)
         yield
 
 
-@pytest.mark.parametrize("call, code", [("replace", errno.EXDEV), ("replace", errno.EACCES), ("replace", errno.EBUSY), ("fsync", errno.EIO), ("fsync", errno.ENOSPC), ("open", errno.EROFS), ("open", errno.EMFILE)])
+@pytest.mark.parametrize(
+    "call, code",
+    [
+        ("replace", errno.EXDEV),
+        ("replace", errno.EACCES),
+        ("replace", errno.EBUSY),
+        ("fsync", errno.EIO),
+        ("fsync", errno.ENOSPC),
+        ("open", errno.EROFS),
+        ("open", errno.EMFILE),
+    ],
+)
 @pytest.mark.parametrize("name", ["table.csv", "value.json", "picture.png"])
 def test_a_rename_or_flush_that_fails(name, call, code, tmp_path):
     check_write(WRITERS[name], tmp_path / "out" / name, failing(call, code))
@@ -155,6 +181,7 @@ def test_a_folder_that_is_forbidden(name, tmp_path, permissions_hold):
 
 
 # --------------------------------------------------------------------------------------------------------- results of several files
+
 
 def test_evaluation(evaluation, tmp_path):
     evaluation.save(tmp_path / "out")
@@ -176,13 +203,18 @@ def test_crops(images, tmp_path):
     "A folder of crops is made whole or stays as it was, also where the last rename fails."
     kept = cut_crops(images, tmp_path / "out", 16)
     before = contents(tmp_path)
-    with full_disk(), pytest.raises(OSError, match=r"out was not made \(File too large\); what was there before is unchanged"):
+    with (
+        full_disk(),
+        pytest.raises(OSError, match=r"out was not made \(File too large\); what was there before is unchanged"),
+    ):
         cut_crops(images, tmp_path / "out", 12, overwrite=True)
     assert contents(tmp_path) == before
+
     def fails(path, target):
         if Path(path).name.endswith(".part"):
             raise OSError(errno.EACCES, "no")
         return rename(path, target)
+
     rename = os.rename
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "rename", fails)
@@ -190,7 +222,9 @@ def test_crops(images, tmp_path):
         with pytest.raises(OSError):
             cut_crops(images, tmp_path / "out", 12, overwrite=True)
     assert contents(tmp_path) == before and len(load_index(tmp_path / "out" / "index.csv")) == len(kept)
-    assert len(cut_crops(images, tmp_path / "out", 12, overwrite=True)) and sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    assert len(cut_crops(images, tmp_path / "out", 12, overwrite=True)) and sorted(
+        p.name for p in tmp_path.iterdir()
+    ) == ["out"]
 
 
 def test_synthetic_set(tmp_path):
@@ -205,7 +239,11 @@ def test_synthetic_set(tmp_path):
 
 def test_index_and_split_and_meta(images, tmp_path):
     "The lists of a data set survive a second writing that fails."
-    for write, read, name in ((save_index, load_index, "index.csv"), (save_split, lambda p: read_table(p), "split.csv"), (write_meta, lambda p: read_meta(p, root=images.attrs["root"]), "meta.json")):
+    for write, read, name in (
+        (save_index, load_index, "index.csv"),
+        (save_split, lambda p: read_table(p), "split.csv"),
+        (write_meta, lambda p: read_meta(p, root=images.attrs["root"]), "meta.json"),
+    ):
         path = tmp_path / name
         write(images, path)
         before = contents(tmp_path)
@@ -232,7 +270,10 @@ def test_inspection_goes_on(method, images, tmp_path):
 def test_journal(tmp_path):
     journal = Journal(tmp_path / "a.csv", ["name", "score"])
     journal.append(dict(name="a", score=1.0))
-    with full_disk((tmp_path / "a.csv").stat().st_size + 5), pytest.raises(OSError, match=r"a row was not written to .*a.csv .*; 1 rows are kept"):
+    with (
+        full_disk((tmp_path / "a.csv").stat().st_size + 5),
+        pytest.raises(OSError, match=r"a row was not written to .*a.csv .*; 1 rows are kept"),
+    ):
         journal.append(dict(name="b" * 50, score=2.0))
     assert [r["name"] for r in Journal(tmp_path / "a.csv", ["name", "score"]).rows] == ["a"]
 
@@ -241,7 +282,10 @@ def test_feature_cache_is_no_reason_to_stop(images, tmp_path, monkeypatch):
     "Features that cannot be kept are computed again, with the same numbers."
     method = create("april_gan", clip_weights="random:0", image_size=64)
     plain = evaluate(method, images, size=64, progress=False, workers=0, cache=FeatureCache(tmp_path / "whole"))
-    def full(*args, **kwargs): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     monkeypatch.setattr(files_module.os, "fsync", full)
     with pytest.warns(UserWarning, match="features"):
         kept = evaluate(method, images, size=64, progress=False, workers=0, cache=FeatureCache(tmp_path / "cache"))
@@ -250,7 +294,13 @@ def test_feature_cache_is_no_reason_to_stop(images, tmp_path, monkeypatch):
 
 def test_spilled_scores(tmp_path):
     counts = RankCounts(str(tmp_path), 0, 1024)
-    with full_disk(100), pytest.raises(OSError, match=r"spilling scores to .* failed after 0 MB: File too large; free space there, pass spill=FOLDER"):
+    with (
+        full_disk(100),
+        pytest.raises(
+            OSError,
+            match=r"spilling scores to .* failed after 0 MB: File too large; free space there, pass spill=FOLDER",
+        ),
+    ):
         counts.add(np.random.default_rng(0).random(5000).astype("float32"))
 
 
@@ -267,7 +317,16 @@ def test_store_of_maps(method, images, tmp_path):
 def test_a_run_says_that_the_disk_was_full(tmp_path):
     "A run's record and result; the next call runs it."
     notebook = tmp_path / "note.ipynb"
-    cells = [dict(cell_type="code", id="aaaaaaaa", metadata=dict(tags=["parameters"]), source="output: str = ''\nk: int = 1\n", outputs=[], execution_count=None)]
+    cells = [
+        dict(
+            cell_type="code",
+            id="aaaaaaaa",
+            metadata=dict(tags=["parameters"]),
+            source="output: str = ''\nk: int = 1\n",
+            outputs=[],
+            execution_count=None,
+        )
+    ]
     notebook.write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)))
     with full_disk(200):
         with contextlib.suppress(OSError):

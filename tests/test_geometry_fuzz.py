@@ -1,4 +1,5 @@
 "Regions, mosaics and crops under fuzzing: boxes, areas, order and connectivity; every pixel of four parts; crops that are slices of their parents."
+
 import warnings
 
 import numpy as np
@@ -13,8 +14,8 @@ from scipy import ndimage
 from zsad_nb.data.crops import cut_crops, defective_spots, normal_spots, window_counts
 from zsad_nb.data.images import check
 from zsad_nb.data.index import GOOD, load_index, make_index
-from zsad_nb.data.mosaic import Mosaic, join, quarters
 from zsad_nb.data.masks import load_mask
+from zsad_nb.data.mosaic import Mosaic, join, quarters
 from zsad_nb.inspection.regions import STRUCTURES, at_size, display_size, edge, find_regions
 
 SIDES = st.integers(1, 17)
@@ -24,7 +25,11 @@ SIDES = st.integers(1, 17)
 def heats(draw, values=(0.0, 0.25, 0.5, 0.75, 1.0)):
     "A small heatmap of few different values, so that ties and plateaus occur."
     h, w = draw(SIDES), draw(SIDES)
-    return np.random.default_rng(draw(st.integers(0, 2**32 - 1))).choice(values, (h, w), p=(0.4, 0.3, 0.1, 0.1, 0.1)).astype("float32")
+    return (
+        np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+        .choice(values, (h, w), p=(0.4, 0.3, 0.1, 0.1, 0.1))
+        .astype("float32")
+    )
 
 
 @given(heats(), st.sampled_from([-np.inf, -1.0, 0.0, 0.25, 0.6, 0.75, 1.0, 2.0, np.inf]), st.sampled_from([4, 8]))
@@ -45,16 +50,30 @@ def test_regions_are_the_parts_of_the_mask(heat, threshold, connectivity):
     assert len({labels[r.y, r.x] for r in regions}) == count
 
 
-@given(heats(), st.tuples(st.integers(1, 60), st.integers(1, 60)), st.sampled_from([0.0, 0.3, 0.8]), st.integers(0, 40), st.sampled_from([4, 8]))
+@given(
+    heats(),
+    st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    st.sampled_from([0.0, 0.3, 0.8]),
+    st.integers(0, 40),
+    st.sampled_from([4, 8]),
+)
 def test_regions_of_a_photograph_of_another_size(heat, size, threshold, min_area, connectivity):
     "Boxes stay inside the photograph and hold their peak; small regions leave the mask, too; what stays is what stays without the limit."
     mask, regions = find_regions(heat, threshold, size, connectivity, min_area)
     whole_mask, whole = find_regions(heat, threshold, size, connectivity)
     for r in regions:
-        assert 0 <= r.left < r.right <= size[0] and 0 <= r.top < r.bottom <= size[1] and r.area >= 1 and r.left <= r.x < r.right and r.top <= r.y < r.bottom
+        assert (
+            0 <= r.left < r.right <= size[0]
+            and 0 <= r.top < r.bottom <= size[1]
+            and r.area >= 1
+            and r.left <= r.x < r.right
+            and r.top <= r.y < r.bottom
+        )
     assert (mask <= whole_mask).all() and set(regions) <= set(whole)
     assert ndimage.label(mask, STRUCTURES[connectivity])[1] == len(regions)
-    assert find_regions(heat, threshold, size, connectivity, 10**9)[1] == [] and find_regions(heat, np.inf, size)[1] == []
+    assert (
+        find_regions(heat, threshold, size, connectivity, 10**9)[1] == [] and find_regions(heat, np.inf, size)[1] == []
+    )
 
 
 @given(heats(), st.tuples(st.integers(1, 50), st.integers(1, 50)))
@@ -80,23 +99,51 @@ def test_edges(heat, width):
     "A border is part of its mask, lies along the image's own rim, too, and is all of a thin mask."
     mask = heat > 0
     border = edge(mask, width)
-    assert (border <= mask).all() and np.array_equal(border[[0, -1]], mask[[0, -1]]) and np.array_equal(border[:, [0, -1]], mask[:, [0, -1]])
+    assert (
+        (border <= mask).all()
+        and np.array_equal(border[[0, -1]], mask[[0, -1]])
+        and np.array_equal(border[:, [0, -1]], mask[:, [0, -1]])
+    )
     assert border.any() == mask.any()
 
 
 # ------------------------------------------------------------------------------------------------------------------------ mosaics
 
-@given(st.integers(2, 23), st.integers(2, 23), st.lists(st.booleans(), min_size=4, max_size=4), st.lists(st.booleans(), min_size=4, max_size=4))
+
+@given(
+    st.integers(2, 23),
+    st.integers(2, 23),
+    st.lists(st.booleans(), min_size=4, max_size=4),
+    st.lists(st.booleans(), min_size=4, max_size=4),
+)
 def test_every_pixel_of_a_mosaic(height, width, bad, masked):
     "Pixels of the four parts say where they are from; masks of parts without one are empty there."
     sizes = quarters((height, width))
     tiles = []
     for k, (h, w) in enumerate(sizes):
-        pixels = torch.stack([torch.full((h, w), float(k)), torch.arange(h)[:, None].expand(h, w).float(), torch.arange(w).expand(h, w).float()])
+        pixels = torch.stack(
+            [
+                torch.full((h, w), float(k)),
+                torch.arange(h)[:, None].expand(h, w).float(),
+                torch.arange(w).expand(h, w).float(),
+            ]
+        )
         mask = torch.zeros(1, h, w, dtype=torch.bool)
         if bad[k] and masked[k]:
-            mask[0, -1, -(k + 1):] = True
-        tiles.append(((f"{k}.png", f"{k}_mask.png" if bad[k] and masked[k] else "", bad[k], f"type {k}" if bad[k] else GOOD, "nut"), pixels, mask))
+            mask[0, -1, -(k + 1) :] = True
+        tiles.append(
+            (
+                (
+                    f"{k}.png",
+                    f"{k}_mask.png" if bad[k] and masked[k] else "",
+                    bad[k],
+                    f"type {k}" if bad[k] else GOOD,
+                    "nut",
+                ),
+                pixels,
+                mask,
+            )
+        )
     (image, masks, anomalous, defect, category), pixels, mask = join(tiles)
     assert pixels.shape == (3, height, width) and mask.shape == (1, height, width)
     top, left = height // 2, width // 2
@@ -104,7 +151,9 @@ def test_every_pixel_of_a_mosaic(height, width, bad, masked):
         for x in range(width):
             k = 2 * (y >= top) + (x >= left)
             inner_y, inner_x = y - top * (y >= top), x - left * (x >= left)
-            assert pixels[:, y, x].tolist() == [k, inner_y, inner_x] and mask[0, y, x] == tiles[k][2][0, inner_y, inner_x]
+            assert (
+                pixels[:, y, x].tolist() == [k, inner_y, inner_x] and mask[0, y, x] == tiles[k][2][0, inner_y, inner_x]
+            )
     assert image == "0.png + 1.png + 2.png + 3.png" and category == "nut" and anomalous == any(bad)
     assert defect in ([f"type {k}" for k in range(4) if bad[k]] or [GOOD])
     assert (masks == "") == (not any(bad) or any(b and not m for b, m in zip(bad, masked)))
@@ -119,14 +168,23 @@ def test_a_mosaic_needs_two_pixels(size):
         quarters(size)
 
 
-@given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from([GOOD, "hole", "dent"])), min_size=1, max_size=12), st.integers(0, 10), st.integers(0, 3), st.booleans())
+@given(
+    st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from([GOOD, "hole", "dent"])), min_size=1, max_size=12),
+    st.integers(0, 10),
+    st.integers(0, 3),
+    st.booleans(),
+)
 def test_tiles_of_a_mosaic(rows, seed, epoch, one_type):
     "Own category, own row among them, four of them; the same every time; one kind of defect where that is asked for."
     index = pd.DataFrame([dict(dataset="d", category=c, defect=d) for c, d in rows])
     mosaic = Mosaic(index, 1.0, seed, "one type" if one_type else "tiles")
     for at in range(len(rows)):
         four = mosaic.tiles(at, epoch)
-        assert four == Mosaic(index, 1.0, seed, "one type" if one_type else "tiles").tiles(at, epoch) and len(four) == 4 and at in four
+        assert (
+            four == Mosaic(index, 1.0, seed, "one type" if one_type else "tiles").tiles(at, epoch)
+            and len(four) == 4
+            and at in four
+        )
         assert {rows[i][0] for i in four} == {rows[at][0]}
         if one_type:
             assert len({rows[i][1] for i in four} - {GOOD}) <= 1
@@ -134,6 +192,7 @@ def test_tiles_of_a_mosaic(rows, seed, epoch, one_type):
 
 
 # -------------------------------------------------------------------------------------------------------------------------- crops
+
 
 @st.composite
 def masks(draw):
@@ -148,12 +207,12 @@ def test_spots(mask, size, margin, count, seed):
     counts = window_counts(mask, size)
     assert counts.shape == (mask.shape[0] - size + 1, mask.shape[1] - size + 1)
     for y, x in np.ndindex(counts.shape):
-        assert counts[y, x] == mask[y:y + size, x:x + size].sum()
+        assert counts[y, x] == mask[y : y + size, x : x + size].sum()
     spots = normal_spots(mask, size, count, np.random.default_rng(seed), margin)
     assert len(spots) <= count and spots == normal_spots(mask, size, count, np.random.default_rng(seed), margin)
     for y, x in spots:
         assert 0 <= y <= mask.shape[0] - size and 0 <= x <= mask.shape[1] - size
-        assert not mask[max(0, y - margin):y + size + margin, max(0, x - margin):x + size + margin].any()
+        assert not mask[max(0, y - margin) : y + size + margin, max(0, x - margin) : x + size + margin].any()
     bad = defective_spots(mask, size, count, np.random.default_rng(seed), 0.01)
     assert len(bad) <= count and all(counts[spot] >= max(1, 0.01 * size * size) for spot in bad)
     if count and not margin and (counts == 0).any():
@@ -166,20 +225,35 @@ NAMES = st.text(alphabet="aZ0 _-.$é螺{}%'", min_size=1, max_size=8).filter(lam
 
 
 @settings(max_examples=15)  # each writes and reads some twenty files
-@given(st.integers(1, 9), st.lists(st.tuples(st.integers(9, 20), st.integers(9, 20), st.booleans(), NAMES, NAMES), min_size=1, max_size=4), st.integers(0, 5))
+@given(
+    st.integers(1, 9),
+    st.lists(st.tuples(st.integers(9, 20), st.integers(9, 20), st.booleans(), NAMES, NAMES), min_size=1, max_size=4),
+    st.integers(0, 5),
+)
 def test_crops_are_slices_of_their_parents(tmp_path_factory, size, images, seed):
     "Pixels say where they come from: every crop, and its mask, is a slice of one parent; names are unique, safe and inside the folder; the list reads back."
     folder, rng, rows = tmp_path_factory.mktemp("crops"), np.random.default_rng(seed), []
     parents = {}
     for k, (h, w, defective, category, defect) in enumerate(images):
         mask = (rng.random((h, w)) < 0.1) & defective
-        pixels = np.dstack([np.arange(h)[:, None].repeat(w, 1) * 12, np.arange(w)[None].repeat(h, 0) * 12, np.full((h, w), k)]).astype("uint8")
+        pixels = np.dstack(
+            [np.arange(h)[:, None].repeat(w, 1) * 12, np.arange(w)[None].repeat(h, 0) * 12, np.full((h, w), k)]
+        ).astype("uint8")
         Image.fromarray(pixels).save(folder / f"{k}.png")
         bad = bool(mask.any())
         if bad:
             Image.fromarray(mask).save(folder / f"{k}_mask.png")
         parents[k] = pixels, mask
-        rows.append(dict(category=category, split="test", image=f"{k}.png", mask=f"{k}_mask.png" if bad else "", anomalous=bad, defect=("x" + defect) if bad else GOOD))
+        rows.append(
+            dict(
+                category=category,
+                split="test",
+                image=f"{k}.png",
+                mask=f"{k}_mask.png" if bad else "",
+                anomalous=bad,
+                defect=("x" + defect) if bad else GOOD,
+            )
+        )
     index = make_index(rows, folder, "fuzz")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -188,16 +262,24 @@ def test_crops_are_slices_of_their_parents(tmp_path_factory, size, images, seed)
         except ValueError as error:
             assert "no crop of" in str(error) and not (folder / "out").exists() and not (folder / "out.part").exists()
             return
-    assert crops["image"].str.lower().is_unique and set(crops["category"]) <= set(index["category"]) and set(crops["defect"]) <= set(index["defect"]) | {GOOD}
+    assert (
+        crops["image"].str.lower().is_unique
+        and set(crops["category"]) <= set(index["category"])
+        and set(crops["defect"]) <= set(index["defect"]) | {GOOD}
+    )
     for row in crops.itertuples():
         path = folder / "out" / row.image
         assert path.resolve().is_relative_to((folder / "out").resolve()) and path.is_file()
         pixels = np.asarray(Image.open(path))
         k, top, left = pixels[0, 0, 2], pixels[0, 0, 0] // 12, pixels[0, 0, 1] // 12
         parent, mask = parents[k]
-        assert np.array_equal(pixels, parent[top:top + size, left:left + size]) and pixels.shape == (size, size, 3)
-        part = mask[top:top + size, left:left + size]
-        assert row.anomalous == bool(row.mask) and row.image.endswith(f"_{top}_{left}.png") and rows[k]["category"] == row.category
+        assert np.array_equal(pixels, parent[top : top + size, left : left + size]) and pixels.shape == (size, size, 3)
+        part = mask[top : top + size, left : left + size]
+        assert (
+            row.anomalous == bool(row.mask)
+            and row.image.endswith(f"_{top}_{left}.png")
+            and rows[k]["category"] == row.category
+        )
         if row.anomalous:
             assert np.array_equal(load_mask(folder / "out" / row.mask), part) and row.defect == rows[k]["defect"]
         else:
@@ -211,8 +293,13 @@ def test_crops_are_slices_of_their_parents(tmp_path_factory, size, images, seed)
 
 def test_an_image_smaller_than_the_crop(tmp_path):
     Image.new("RGB", (8, 20)).save(tmp_path / "a.png")
-    index = make_index([dict(category="nut", split="test", image="a.png", mask="", anomalous=False, defect=GOOD)], tmp_path, "small")
+    index = make_index(
+        [dict(category="nut", split="test", image="a.png", mask="", anomalous=False, defect=GOOD)], tmp_path, "small"
+    )
     with pytest.raises(ValueError, match=r"a.png is 8x20, smaller than a crop of 9; choose size <= 8"):
         cut_crops(index, tmp_path / "out", 9)
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
-    assert len(cut_crops(index, tmp_path / "out", 8)) == 1 and len(check(cut_crops(index, tmp_path / "out", 8, overwrite=True))) == 0
+    assert (
+        len(cut_crops(index, tmp_path / "out", 8)) == 1
+        and len(check(cut_crops(index, tmp_path / "out", 8, overwrite=True))) == 0
+    )

@@ -1,4 +1,5 @@
 "One's own images: folders as they come, killed runs, what identifies a row, what is refused."
+
 import errno
 import gc
 import json
@@ -21,25 +22,26 @@ from conftest import ROOT
 from PIL import Image
 from scipy import ndimage
 
-from zsad_nb.data.stored import BadImage
-from zsad_nb.synthetic.benchmark import draw, synthetic_index
-from zsad_nb.evaluation.evaluate import evaluate
-from zsad_nb.methods.base import METHODS, Method, Prediction, create, save
-from zsad_nb.methods.controls import SelfDistance, SelfDistanceParameters
-from zsad_nb.inspection import inspector as module
 from zsad_nb.cli.commands import main
-from zsad_nb.inspection.verdicts import Inspection, exit_code
+from zsad_nb.core.locks import Busy, lock
+from zsad_nb.data.stored import BadImage
+from zsad_nb.evaluation.evaluate import evaluate
+from zsad_nb.inspection import inspector as module
 from zsad_nb.inspection.inspector import Inspector
 from zsad_nb.inspection.journal import Journal
 from zsad_nb.inspection.regions import at_size, find_regions
-from zsad_nb.core.locks import Busy, lock
 from zsad_nb.inspection.sources import from_array, method_from, sources
+from zsad_nb.inspection.verdicts import Inspection, exit_code
+from zsad_nb.methods.base import METHODS, Method, Prediction, create, save
+from zsad_nb.methods.controls import SelfDistance, SelfDistanceParameters
+from zsad_nb.synthetic.benchmark import draw, synthetic_index
 
 PHOTO = draw("leather", 250_001, 96, "scratch").image
 
 
 class Counted(SelfDistance):
     "Counts the images it was given."
+
     seen = 0
 
     def forward(self, features, batch):
@@ -48,7 +50,8 @@ class Counted(SelfDistance):
 
 
 @pytest.fixture(scope="module")
-def method() -> Method: return Counted(SelfDistanceParameters(image_size=64, sigma=2.0)).eval()
+def method() -> Method:
+    return Counted(SelfDistanceParameters(image_size=64, sigma=2.0)).eval()
 
 
 @pytest.fixture
@@ -64,14 +67,22 @@ def write(path: Path, array=PHOTO, **options) -> Path:
 
 
 def pictures(folder: Path, count: int) -> list[Path]:
-    return [write(folder / f"{i:02d}.png", draw("leather", 250_000 + i, 48, "scratch" if i % 3 else None).image) for i in range(count)]
+    return [
+        write(folder / f"{i:02d}.png", draw("leather", 250_000 + i, 48, "scratch" if i % 3 else None).image)
+        for i in range(count)
+    ]
 
 
-def names(table: pd.DataFrame) -> list[str]: return [Path(p).name for p in table["path"]]
-def look(inspector, *arguments, **more): return inspector.predict(*arguments, progress=False, **more)
+def names(table: pd.DataFrame) -> list[str]:
+    return [Path(p).name for p in table["path"]]
+
+
+def look(inspector, *arguments, **more):
+    return inspector.predict(*arguments, progress=False, **more)
 
 
 # ---------------------------------------------------------------------------------------------------- a folder as it comes
+
 
 def as_it_comes(folder: Path, huge: bool = False, locked: bool = True) -> dict[str, tuple]:
     "Every kind of file of the list; good ones with the size they have."
@@ -84,8 +95,17 @@ def as_it_comes(folder: Path, huge: bool = False, locked: bool = True) -> dict[s
     write(folder / "Prüfling 7 – 検査.png", PHOTO[::-1])
     write(folder / "sub folder" / "wide.bmp", PHOTO[:10])
     shutil.copy(folder / "plain.png", folder / "zz copy of plain.png")
-    good = {"plain.png": (96, 96), "plain.jpg": (96, 96), "16 bit.tif": (96, 96), "see through.png": (96, 96), "small.png": (20, 20), "grey.png": (96, 96), "Prüfling 7 – 検査.png": (96, 96),
-            "wide.bmp": (96, 10), "zz copy of plain.png": (96, 96)}
+    good = {
+        "plain.png": (96, 96),
+        "plain.jpg": (96, 96),
+        "16 bit.tif": (96, 96),
+        "see through.png": (96, 96),
+        "small.png": (20, 20),
+        "grey.png": (96, 96),
+        "Prüfling 7 – 検査.png": (96, 96),
+        "wide.bmp": (96, 10),
+        "zz copy of plain.png": (96, 96),
+    }
     if huge:
         Image.fromarray(PHOTO).resize((12000, 9000), Image.Resampling.NEAREST).save(folder / "huge.jpg", quality=30)
         good["huge.jpg"] = (12000, 9000)
@@ -96,12 +116,19 @@ def as_it_comes(folder: Path, huge: bool = False, locked: bool = True) -> dict[s
     os.symlink(folder / "gone", folder / "link.png")
     (folder / "notes.txt").write_text("not asked about")
     (folder / "._plain.png").write_text("what a Mac leaves behind")
-    if locked: write(folder / "locked.png").chmod(0)
+    if locked:
+        write(folder / "locked.png").chmod(0)
     return good
 
 
-REASONS = {"cut.jpg": "truncated", "letter.png": "not an image that can be read", "box.png": "a folder with the name of an image; rename it", "empty.bmp": "0 bytes", "link.png": "no such file",
-           "locked.png": "no permission to read it; change its permissions"}
+REASONS = {
+    "cut.jpg": "truncated",
+    "letter.png": "not an image that can be read",
+    "box.png": "a folder with the name of an image; rename it",
+    "empty.bmp": "0 bytes",
+    "link.png": "no such file",
+    "locked.png": "no permission to read it; change its permissions",
+}
 
 
 def test_every_good_image_gets_its_result_and_every_bad_one_a_reason(inspector, tmp_path, permissions_hold):
@@ -111,18 +138,46 @@ def test_every_good_image_gets_its_result_and_every_bad_one_a_reason(inspector, 
     assert sorted(names(table)) == sorted([*good, *bad]) and exit_code(table) == 1
     for path, row in zip(names(table), table.to_dict("records")):
         if path in bad:
-            assert row["decision"] == "error" and bad[path] in row["error"] and str(tmp_path) not in row["error"] and np.isnan(row["score"]) and not row["picture"], path
+            assert (
+                row["decision"] == "error"
+                and bad[path] in row["error"]
+                and str(tmp_path) not in row["error"]
+                and np.isnan(row["score"])
+                and not row["picture"]
+            ), path
             continue
-        assert row["error"] == "" and row["decision"] == "defective" and np.isfinite(row["score"]) and (row["width"], row["height"]) == good[path] and row["scale"] == 1, path
-        with Image.open(tmp_path / "out" / row["picture"]) as shown: assert shown.size == good[path] and shown.mode == "RGB"
+        assert (
+            row["error"] == ""
+            and row["decision"] == "defective"
+            and np.isfinite(row["score"])
+            and (row["width"], row["height"]) == good[path]
+            and row["scale"] == 1
+        ), path
+        with Image.open(tmp_path / "out" / row["picture"]) as shown:
+            assert shown.size == good[path] and shown.mode == "RGB"
         boxes = np.array(json.loads(row["boxes"])).reshape(-1, 6)
-        assert row["regions"] == len(boxes) and row["area"] == boxes[:, 4].sum() and (boxes[:, 2] <= good[path][0]).all() and (boxes[:, 3] <= good[path][1]).all()
+        assert (
+            row["regions"] == len(boxes)
+            and row["area"] == boxes[:, 4].sum()
+            and (boxes[:, 2] <= good[path][0]).all()
+            and (boxes[:, 3] <= good[path][1]).all()
+        )
     assert (table["regions"] > 0).sum() >= 6
     twins = table.set_index(pd.Series(names(table)))["duplicate_of"]
     assert Path(twins["zz copy of plain.png"]).name == "plain.png" and (twins.drop("zz copy of plain.png") == "").all()
     assert table["score"][names(table).index("plain.png")] == table["score"][names(table).index("zz copy of plain.png")]
-    assert table.attrs["summary"] == dict(images=len(table), errors=len(bad), defective=len(good), normal=0, duplicates=1, known_before=0, left_out=[], half_rows=0, moved="",
-                                          out=str(tmp_path / "out"))
+    assert table.attrs["summary"] == dict(
+        images=len(table),
+        errors=len(bad),
+        defective=len(good),
+        normal=0,
+        duplicates=1,
+        known_before=0,
+        left_out=[],
+        half_rows=0,
+        moved="",
+        out=str(tmp_path / "out"),
+    )
     on_disk = pd.read_csv(tmp_path / "out" / "results.csv", keep_default_na=False)
     assert on_disk["path"].tolist() == table["path"].tolist() and "Prüfling 7 – 検査.png" in "".join(on_disk["path"])
 
@@ -130,9 +185,12 @@ def test_every_good_image_gets_its_result_and_every_bad_one_a_reason(inspector, 
 def test_one_that_cannot_be_used_raises_when_it_is_the_only_one(inspector, tmp_path):
     as_it_comes(tmp_path)
     for name in ("cut.jpg", "letter.png", "empty.bmp", "gone.png"):
-        with pytest.raises(BadImage, match=re.escape(name)): look(inspector, tmp_path / name)
-    with pytest.raises(ValueError, match="there is no folder and no image"): look(inspector, tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="no image in .*box.png"): look(inspector, tmp_path / "box.png")
+        with pytest.raises(BadImage, match=re.escape(name)):
+            look(inspector, tmp_path / name)
+    with pytest.raises(ValueError, match="there is no folder and no image"):
+        look(inspector, tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="no image in .*box.png"):
+        look(inspector, tmp_path / "box.png")
 
 
 PEAK = """
@@ -154,41 +212,92 @@ print("peak", code, before, peak())
 def test_a_huge_photograph_in_little_memory(tmp_path):
     "12,000 x 9,000 among the others, on the command line: exit code 1, picture and map at the stated limit, boxes in its own pixels, hardly more than its decoded size in memory."
     as_it_comes(tmp_path / "in", huge=True, locked=False)  # a new process of root's may read everything
-    run = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", PEAK, "predict", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "-p", "image_size", "64", "--threshold", "0", "--pixel-threshold", "0.02",
-                          "--max-side", "1024", "--pictures", "defective"],
-                         capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "error::UserWarning",
+            "-c",
+            PEAK,
+            "predict",
+            str(tmp_path / "in"),
+            "--out",
+            str(tmp_path / "out"),
+            "-p",
+            "image_size",
+            "64",
+            "--threshold",
+            "0",
+            "--pixel-threshold",
+            "0.02",
+            "--max-side",
+            "1024",
+            "--pictures",
+            "defective",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     _, code, before, after = next(line for line in run.stdout.splitlines() if line.startswith("peak")).split()
-    assert code == "1" and "letter.png: not an image that can be read" in run.stderr and "DecompressionBomb" not in run.stderr, run.stderr
+    assert (
+        code == "1"
+        and "letter.png: not an image that can be read" in run.stderr
+        and "DecompressionBomb" not in run.stderr
+    ), run.stderr
     table = pd.read_csv(tmp_path / "out" / "results.csv", keep_default_na=False).set_index(["path"])
     row = table.loc[(tmp_path / "in" / "huge.jpg").as_posix()]
     assert (int(row["width"]), int(row["height"]), float(row["scale"])) == (12000, 9000, 1024 / 12000)
-    with Image.open(tmp_path / "out" / row["picture"]) as shown: assert shown.size == (1024, 768)
+    with Image.open(tmp_path / "out" / row["picture"]) as shown:
+        assert shown.size == (1024, 768)
     boxes = np.array(json.loads(row["boxes"]))
-    assert boxes[:, 2].max() > 2000 and boxes[:, 2].max() <= 12000 and boxes[:, 3].max() <= 9000 and boxes[:, 4].sum() <= int(row["area"]) <= 108_000_000
-    assert (int(after) - int(before)) / 1024 < 600, f"{(int(after) - int(before)) / 1024:.0f} MB for a photograph of 412 MB"  # PIL keeps 4 bytes a pixel; a second copy would make it 830
+    assert (
+        boxes[:, 2].max() > 2000
+        and boxes[:, 2].max() <= 12000
+        and boxes[:, 3].max() <= 9000
+        and boxes[:, 4].sum() <= int(row["area"]) <= 108_000_000
+    )
+    assert (int(after) - int(before)) / 1024 < 600, (  # PIL keeps 4 bytes a pixel; a second copy would make it 830
+        f"{(int(after) - int(before)) / 1024:.0f} MB for a photograph of 412 MB"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- the numbers
+
 
 def test_the_scores_are_those_of_evaluate(inspector, tmp_path):
     index = synthetic_index(tmp_path / "set", "target", 64, normal=1, defective=2)
     same = evaluate(inspector.method, index, progress=False, batch_size=5).per_image.set_index("image")
     table = look(inspector, index)
-    for ours, theirs in (("score", "score"), ("peak", "map_high")):  # in other batches: products of another shape round differently
+    for ours, theirs in (
+        ("score", "score"),
+        ("peak", "map_high"),
+    ):  # in other batches: products of another shape round differently
         np.testing.assert_allclose(table[ours], same[theirs][index["image"]], rtol=1e-6)
     assert table["category"].tolist() == index["category"].tolist()
-    for other in (Inspector(inspector.method, batch_size=1, workers=0), Inspector(inspector.method, batch_size=7, workers=3)):
+    for other in (
+        Inspector(inspector.method, batch_size=1, workers=0),
+        Inspector(inspector.method, batch_size=7, workers=3),
+    ):
         pd.testing.assert_frame_equal(look(other, index), table)
 
 
 def test_the_heatmap_comes_back_at_the_photographs_size(inspector):
     for size in ((96, 96), (20, 20), (300, 40), (1, 50)):
         found = inspector.use_values(0.1, 0.05).predict(np.asarray(Image.fromarray(PHOTO).resize(size)))
-        assert found.heat.shape == found.mask.shape == found.image.shape[:2] == found.overlay().shape[:2] == size[::-1] and found.size == size
+        assert (
+            found.heat.shape == found.mask.shape == found.image.shape[:2] == found.overlay().shape[:2] == size[::-1]
+            and found.size == size
+        )
         assert found.heat.max() <= found.peak + 1e-6 and np.array_equal(found.mask, found.heat > 0.05)
         labels, count = ndimage.label(found.mask, np.ones((3, 3)))
-        assert len(found.regions) == count and sorted(r.area for r in found.regions) == sorted(np.bincount(labels.ravel())[1:].tolist())
-    capped = Inspector(inspector.method, inspector.calibration, max_side=100).predict(np.asarray(Image.fromarray(PHOTO).resize((400, 200))))
+        assert len(found.regions) == count and sorted(r.area for r in found.regions) == sorted(
+            np.bincount(labels.ravel())[1:].tolist()
+        )
+    capped = Inspector(inspector.method, inspector.calibration, max_side=100).predict(
+        np.asarray(Image.fromarray(PHOTO).resize((400, 200)))
+    )
     assert capped.heat.shape == (50, 100) and capped.size == (400, 200) and capped.area == 16 * capped.mask.sum()
 
 
@@ -199,7 +308,8 @@ def test_shrinking_never_loses_a_spot_and_enlarging_never_adds_one():
         size = tuple(rng.integers(1, 80, 2).tolist())
         found = at_size(heat, size)
         assert found.shape == size[::-1] and found.max() <= heat.max() + 1e-6 and found.min() >= heat.min() - 1e-6
-        if size[0] <= heat.shape[1] and size[1] <= heat.shape[0]: assert found.max() == heat.max()
+        if size[0] <= heat.shape[1] and size[1] <= heat.shape[0]:
+            assert found.max() == heat.max()
 
 
 def test_regions_against_a_slow_reference():
@@ -211,19 +321,36 @@ def test_regions_against_a_slow_reference():
         want = []
         for n in range(1, count + 1):
             y, x = np.nonzero(labels == n)
-            want.append(((2 * x.min(), 2 * y.min(), 2 * x.max() + 2, 2 * y.max() + 2), 4 * len(x), heat[labels == n].max()))
-        assert sorted((r.box, r.area, r.peak) for r in parts) == sorted(want) and [r.peak for r in parts] == sorted((r.peak for r in parts), reverse=True)
-        for r in parts: assert heat[r.y // 2, r.x // 2] == r.peak
+            want.append(
+                ((2 * x.min(), 2 * y.min(), 2 * x.max() + 2, 2 * y.max() + 2), 4 * len(x), heat[labels == n].max())
+            )
+        assert sorted((r.box, r.area, r.peak) for r in parts) == sorted(want) and [r.peak for r in parts] == sorted(
+            (r.peak for r in parts), reverse=True
+        )
+        for r in parts:
+            assert heat[r.y // 2, r.x // 2] == r.peak
     large, kept = find_regions(heat, float(np.quantile(heat, 0.8)), min_area=20)
     assert large.sum() == sum(r.area for r in kept) and all(r.area >= 20 for r in kept) and len(kept) < count
 
 
 def test_no_threshold_is_said(inspector, tmp_path):
     found = inspector.predict(PHOTO)
-    assert found.decision == "score only" and found.mask is None and found.threshold is None and "no threshold: score only" in found.said and "Inspector.calibrate" in found.said
+    assert (
+        found.decision == "score only"
+        and found.mask is None
+        and found.threshold is None
+        and "no threshold: score only" in found.said
+        and "Inspector.calibrate" in found.said
+    )
     row = look(inspector, pictures(tmp_path, 1)).iloc[0]
-    assert row["decision"] == "score only" and pd.isna(row["regions"]) and row["boxes"] == "" and np.isnan(row["threshold"])
-    with pytest.raises(ValueError, match="pictures='defective' needs a threshold"): look(inspector, tmp_path, out=tmp_path / "out", pictures="defective")
+    assert (
+        row["decision"] == "score only"
+        and pd.isna(row["regions"])
+        and row["boxes"] == ""
+        and np.isnan(row["threshold"])
+    )
+    with pytest.raises(ValueError, match="pictures='defective' needs a threshold"):
+        look(inspector, tmp_path, out=tmp_path / "out", pictures="defective")
     assert inspector.use_values(image=found.score).predict(PHOTO).decision == "normal"  # strictly above
     assert inspector.use_values(image=np.nextafter(found.score, -1)).predict(PHOTO).decision == "defective"
 
@@ -232,25 +359,70 @@ def test_it_shows_itself(inspector):
     for thresholds in ((None, None), (0.1, 0.05)):
         found = inspector.use_values(*thresholds).predict(np.asarray(Image.fromarray(PHOTO).resize((900, 600))))
         page = found._repr_html_()
-        assert found.decision in page and "900 x 600" in page and "src='data:image/jpeg;base64," in page and found._repr_png_()[:4] == b"\x89PNG" and found.decision in repr(found)
+        assert (
+            found.decision in page
+            and "900 x 600" in page
+            and "src='data:image/jpeg;base64," in page
+            and found._repr_png_()[:4] == b"\x89PNG"
+            and found.decision in repr(found)
+        )
     inspector.use(None)
-    assert "<script>" not in Inspection("<script>.png", "", 0.0, "normal", "", None, None, 0.0, np.zeros((2, 2)), None, [], "", {}, (2, 2), (0, 1), np.zeros((2, 2, 3), "uint8"))._repr_html_()
+    assert (
+        "<script>"
+        not in Inspection(
+            "<script>.png",
+            "",
+            0.0,
+            "normal",
+            "",
+            None,
+            None,
+            0.0,
+            np.zeros((2, 2)),
+            None,
+            [],
+            "",
+            {},
+            (2, 2),
+            (0, 1),
+            np.zeros((2, 2, 3), "uint8"),
+        )._repr_html_()
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- defect types, odd methods
 
+
 def test_types_where_the_method_has_them(tmp_path):
-    typed = Inspector(create("multiads", clip_weights="random:0", image_size=64, types=("hole", "stain", "scratch"), words=("hole", "stain", "scratch")), category="leather")
+    typed = Inspector(
+        create(
+            "multiads",
+            clip_weights="random:0",
+            image_size=64,
+            types=("hole", "stain", "scratch"),
+            words=("hole", "stain", "scratch"),
+        ),
+        category="leather",
+    )
     found = typed.predict(PHOTO)
-    assert set(found.types) == {"hole", "stain", "scratch"} and abs(sum(found.types.values()) - 1) < 1e-6 and found.type == max(found.types, key=found.types.get) and found.type in repr(found)
+    assert (
+        set(found.types) == {"hole", "stain", "scratch"}
+        and abs(sum(found.types.values()) - 1) < 1e-6
+        and found.type == max(found.types, key=found.types.get)
+        and found.type in repr(found)
+    )
     raw = found.score
-    assert typed.use_values(raw + 1).predict(PHOTO).type == "" and typed.use_values(raw - 1e-6).predict(PHOTO).type == found.type  # a normal image has none
+    assert (
+        typed.use_values(raw + 1).predict(PHOTO).type == ""
+        and typed.use_values(raw - 1e-6).predict(PHOTO).type == found.type
+    )  # a normal image has none
     row = look(typed, [write(tmp_path / "a.png")]).iloc[0]
     assert row["type"] == found.type and json.loads(row["types"]) == {k: round(v, 4) for k, v in found.types.items()}
 
 
 class Odd(SelfDistance):
     "Not a number for a black image."
+
     name, Parameters = "odd", SelfDistanceParameters
 
     def forward(self, features, batch):
@@ -264,61 +436,111 @@ def test_a_score_that_is_not_a_number_is_no_result(tmp_path):
     write(tmp_path / "black.png", PHOTO * 0), write(tmp_path / "fine.png")
     table = look(odd, tmp_path)
     assert table["decision"].tolist() == ["error", "score only"] and "not a number" in table["error"][0]
-    with pytest.raises(BadImage, match="not a number"): odd.predict(PHOTO * 0)
+    with pytest.raises(BadImage, match="not a number"):
+        odd.predict(PHOTO * 0)
 
 
 def test_methods_that_cannot_judge_one_image():
-    with pytest.raises(ValueError, match="mutual judges an image by the other images"): Inspector.load("mutual", image_size=64)
+    with pytest.raises(ValueError, match="mutual judges an image by the other images"):
+        Inspector.load("mutual", image_size=64)
 
 
 # ------------------------------------------------------------------------------------------------------------- what is looked at
 
+
 def test_arrays_tensors_images_files_are_one_picture(inspector, tmp_path):
     path = write(tmp_path / "a.png")
     want = inspector.predict(path).score
-    for same in (str(path), PHOTO, PHOTO / 255, Image.fromarray(PHOTO), torch.from_numpy(PHOTO).permute(2, 0, 1), torch.from_numpy(PHOTO).permute(2, 0, 1) / 255): assert inspector.predict(same).score == want
+    for same in (
+        str(path),
+        PHOTO,
+        PHOTO / 255,
+        Image.fromarray(PHOTO),
+        torch.from_numpy(PHOTO).permute(2, 0, 1),
+        torch.from_numpy(PHOTO).permute(2, 0, 1) / 255,
+    ):
+        assert inspector.predict(same).score == want
     assert inspector.predict(PHOTO[..., ::-1]).score != want
     grey = PHOTO[..., 0]
-    assert inspector.predict(grey).score == inspector.predict(grey[..., None]).score == inspector.predict(grey.astype("uint16") * 257).score
+    assert (
+        inspector.predict(grey).score
+        == inspector.predict(grey[..., None]).score
+        == inspector.predict(grey.astype("uint16") * 257).score
+    )
     assert Inspector(inspector.method, bits=8).predict(grey.astype("uint16")).score == inspector.predict(grey).score
     table = look(inspector, [PHOTO, path, torch.from_numpy(PHOTO).permute(2, 0, 1)])
     assert names(table) == ["array-00000", "a.png", "array-00002"] and (table["score"] == want).all()
     assert len(look(inspector, np.stack([PHOTO, PHOTO]))) == 2
 
 
-@pytest.mark.parametrize(("array", "message"), [
-    (np.zeros((3, 40, 40), "uint8"), "it looks like .3, H, W.: transpose"), (np.zeros((40, 40, 3)) + 7, "floats are read as 0 to 1"), (np.full((4, 4), np.nan), "not numbers"), (np.zeros((40, 40, 2)), "of shape"),
-    (torch.zeros(40, 40, 3), "an image is .3, H, W."), (np.zeros((0, 4, 3)), "of shape"), (np.array([[-1, 2]]), "negative")])
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((3, 40, 40), "uint8"), "it looks like .3, H, W.: transpose"),
+        (np.zeros((40, 40, 3)) + 7, "floats are read as 0 to 1"),
+        (np.full((4, 4), np.nan), "not numbers"),
+        (np.zeros((40, 40, 2)), "of shape"),
+        (torch.zeros(40, 40, 3), "an image is .3, H, W."),
+        (np.zeros((0, 4, 3)), "of shape"),
+        (np.array([[-1, 2]]), "negative"),
+    ],
+)
 def test_arrays_that_are_not_guessed_at(inspector, array, message):
-    with pytest.raises(ValueError, match=message): from_array(array)
-    with pytest.raises(ValueError, match=message): inspector.predict(array)
+    with pytest.raises(ValueError, match=message):
+        from_array(array)
+    with pytest.raises(ValueError, match=message):
+        inspector.predict(array)
     assert look(inspector, [array, PHOTO])["decision"].tolist() == ["error", "score only"]
 
 
 def test_folders_patterns_lists(tmp_path, monkeypatch):
-    for name in ("a/1.png", "a/2.JPG", "b/c/3.tiff", "b/[4].png"): write(tmp_path / name)
+    for name in ("a/1.png", "a/2.JPG", "b/c/3.tiff", "b/[4].png"):
+        write(tmp_path / name)
     short = lambda found: [Path(s.name).name for s in found]
     assert short(sources(tmp_path)) == ["1.png", "2.JPG", "[4].png", "3.tiff"]
-    assert short(sources(f"{tmp_path}/**/*.png")) == ["1.png", "[4].png"] and short(sources(tmp_path / "b" / "[4].png")) == ["[4].png"]
+    assert short(sources(f"{tmp_path}/**/*.png")) == ["1.png", "[4].png"] and short(
+        sources(tmp_path / "b" / "[4].png")
+    ) == ["[4].png"]
     assert short(sources([tmp_path / "b", tmp_path / "a" / "1.png", tmp_path / "b"])) == ["[4].png", "3.tiff", "1.png"]
-    assert [s.picture for s in sources([tmp_path / "a", tmp_path / "b"])] == ["a/1.png.png", "a/2.JPG.png", "b/[4].png.png", "b/c/3.tiff.png"]
+    assert [s.picture for s in sources([tmp_path / "a", tmp_path / "b"])] == [
+        "a/1.png.png",
+        "a/2.JPG.png",
+        "b/[4].png.png",
+        "b/c/3.tiff.png",
+    ]
     assert [s.category for s in sources(tmp_path, "folder")] == ["a", "a", "b", "c"]
     monkeypatch.chdir(tmp_path / "b")
-    assert [s.picture for s in sources(["../a/1.png", "c"])] == ["a/1.png.png", "b/c/3.tiff.png"] and sources("../a/1.png", "folder")[0].category == "a"
-    for nothing, message in ((tmp_path / "b" / "d", "there is no folder"), ("*.gif", "no image fits"), ([], "the list is empty")):
-        with pytest.raises(ValueError, match=message): sources(nothing)
+    assert [s.picture for s in sources(["../a/1.png", "c"])] == ["a/1.png.png", "b/c/3.tiff.png"] and sources(
+        "../a/1.png", "folder"
+    )[0].category == "a"
+    for nothing, message in (
+        (tmp_path / "b" / "d", "there is no folder"),
+        ("*.gif", "no image fits"),
+        ([], "the list is empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sources(nothing)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux only")
 def test_names_that_are_hardly_names(inspector, tmp_path):
-    odd = [os.fsencode(tmp_path) + b"/" + n for n in (b"\xff\xfe.png", b"two\nlines.png", b'quote",comma.png', b"x" * 250 + b".png")]
-    for n in odd: Image.fromarray(PHOTO).save(os.fsdecode(n), "PNG")
+    odd = [
+        os.fsencode(tmp_path) + b"/" + n
+        for n in (b"\xff\xfe.png", b"two\nlines.png", b'quote",comma.png', b"x" * 250 + b".png")
+    ]
+    for n in odd:
+        Image.fromarray(PHOTO).save(os.fsdecode(n), "PNG")
     first = look(inspector, tmp_path, out=tmp_path / "out", table="parquet")
-    assert (first["decision"] == "score only").all() and len(set(first["path"])) == 4 and all((tmp_path / "out" / p).is_file() for p in first["picture"])
+    assert (
+        (first["decision"] == "score only").all()
+        and len(set(first["path"])) == 4
+        and all((tmp_path / "out" / p).is_file() for p in first["picture"])
+    )
     assert look(inspector, tmp_path, out=tmp_path / "out").attrs["summary"]["known_before"] == 4
 
 
 # ------------------------------------------------------------------------------------------------------------ stopped and started again
+
 
 def test_what_is_done_is_not_done_again(inspector, tmp_path):
     pictures(tmp_path / "in", 7)
@@ -337,17 +559,26 @@ def test_a_row_of_something_else_is_not_believed(inspector, tmp_path, change):
     inspector.use_values(0.0, 0.05)
     first = look(inspector, tmp_path / "in", out=tmp_path / "out")
     other, redone, aside = inspector, 5, True
-    if change == "bytes": write(files[2], PHOTO); redone, aside = 1, False
-    if change == "method": other = Inspector(Counted(SelfDistanceParameters(image_size=64, sigma=1.0)).eval()).use_values(0.1, 0.05)
-    if change == "threshold": inspector.use_values(0.2, 0.05)
-    if change == "category": other, aside = Inspector(inspector.method, inspector.calibration, category="leather"), False
-    if change == "max_side": other = Inspector(inspector.method, inspector.calibration, max_side=30)
+    if change == "bytes":
+        write(files[2], PHOTO)
+        redone, aside = 1, False
+    if change == "method":
+        other = Inspector(Counted(SelfDistanceParameters(image_size=64, sigma=1.0)).eval()).use_values(0.1, 0.05)
+    if change == "threshold":
+        inspector.use_values(0.2, 0.05)
+    if change == "category":
+        other, aside = Inspector(inspector.method, inspector.calibration, category="leather"), False
+    if change == "max_side":
+        other = Inspector(inspector.method, inspector.calibration, max_side=30)
     if change == "size":
         other = Inspector(inspector.method, size=96).use_values(0.1, 0.05)
-    if change == "picture": (tmp_path / "out" / first["picture"][1]).unlink(); redone, aside = 1, False
+    if change == "picture":
+        (tmp_path / "out" / first["picture"][1]).unlink()
+        redone, aside = 1, False
     if change == "row":
         path = tmp_path / "out" / "results.csv"
-        path.write_text(path.read_text().replace("defective", "normal", 1)); redone, aside = 1, False  # by hand
+        path.write_text(path.read_text().replace("defective", "normal", 1))
+        redone, aside = 1, False  # by hand
     again = look(other, tmp_path / "in", out=tmp_path / "out")
     summary = again.attrs["summary"]
     assert Counted.seen == 5 + redone and summary["known_before"] == 5 - redone and bool(summary["moved"]) == aside
@@ -355,8 +586,10 @@ def test_a_row_of_something_else_is_not_believed(inspector, tmp_path, change):
         assert not set(again["settings"]) & set(first["settings"])
         kept = Journal(Path(summary["moved"]), [*first.columns])
         assert [r["path"] for r in kept.rows] == first["path"].tolist() and not kept.dropped  # renamed, not lost
-    if change == "bytes": assert again["score"][2] != first["score"][2] and (again["score"] == first["score"]).sum() == 4
-    if change in ("picture", "row"): pd.testing.assert_frame_equal(again, first)
+    if change == "bytes":
+        assert again["score"][2] != first["score"][2] and (again["score"] == first["score"]).sum() == 4
+    if change in ("picture", "row"):
+        pd.testing.assert_frame_equal(again, first)
 
 
 def test_bad_ones_are_tried_again_and_others_rows_stay(inspector, tmp_path):
@@ -393,24 +626,38 @@ def test_a_killed_run_goes_on(tmp_path):
     pictures(tmp_path / "in", 16)
     (tmp_path / "in" / "bad.png").write_text("no")
     rows = tmp_path / "out" / "results.csv"
-    process = subprocess.Popen([sys.executable, "-c", SLOW, str(tmp_path / "in"), str(tmp_path / "out")], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, str(tmp_path / "in"), str(tmp_path / "out")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     end = time.time() + 120
-    while time.time() < end and process.poll() is None and (not rows.exists() or rows.read_bytes().count(b"\n") < 6): time.sleep(0.01)
+    while time.time() < end and process.poll() is None and (not rows.exists() or rows.read_bytes().count(b"\n") < 6):
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it was too fast to be killed"
     whole = rows.read_bytes()
     done = whole.count(b"\n") - 1
     assert 5 <= done < 17 and whole.endswith(b"\n")
     last = whole.rstrip(b"\n").rfind(b"\n") + 1
-    rows.write_bytes(whole[:last + (len(whole) - last) // 2])  # the last row is cut in half, as a full disk or a power cut leaves it
+    rows.write_bytes(
+        whole[: last + (len(whole) - last) // 2]
+    )  # the last row is cut in half, as a full disk or a power cut leaves it
     Counted.seen = 0
-    inspector = Inspector(Counted(SelfDistanceParameters(image_size=64, sigma=2.0)).eval(), batch_size=2).use_values(0.1, 0.05)
+    inspector = Inspector(Counted(SelfDistanceParameters(image_size=64, sigma=2.0)).eval(), batch_size=2).use_values(
+        0.1, 0.05
+    )
     inspector.identity["method"] = inspector.method.name
     table = look(inspector, tmp_path / "in", out=tmp_path / "out")
-    assert table.attrs["summary"]["known_before"] == done - 1 and table.attrs["summary"]["half_rows"] == 1 and Counted.seen == 16 - (done - 1) and table.attrs["summary"]["moved"] == ""
+    assert (
+        table.attrs["summary"]["known_before"] == done - 1
+        and table.attrs["summary"]["half_rows"] == 1
+        and Counted.seen == 16 - (done - 1)
+        and table.attrs["summary"]["moved"] == ""
+    )
     look(inspector, tmp_path / "in", out=tmp_path / "undisturbed")
     assert rows.read_bytes() == (tmp_path / "undisturbed" / "results.csv").read_bytes()
-    for p in (tmp_path / "undisturbed" / "pictures").rglob("*.png"): assert p.read_bytes() == (tmp_path / "out" / "pictures" / p.name).read_bytes()
+    for p in (tmp_path / "undisturbed" / "pictures").rglob("*.png"):
+        assert p.read_bytes() == (tmp_path / "out" / "pictures" / p.name).read_bytes()
     assert not list((tmp_path / "out").rglob("*.tmp"))
 
 
@@ -420,19 +667,37 @@ def test_a_full_disk_keeps_the_rows(inspector, tmp_path, monkeypatch):
 
     def full(handle, data):
         calls.append(len(data))
-        if len(calls) < 4: return real(handle, data)
-        if len(calls) == 4: return real(handle, data[:20])
+        if len(calls) < 4:
+            return real(handle, data)
+        if len(calls) == 4:
+            return real(handle, data[:20])
         raise OSError(errno.ENOSPC, "No space left on device")
+
     monkeypatch.setattr("zsad_nb.inspection.journal.os.write", full)
-    with pytest.raises(OSError, match="3 rows are kept. Free some space"): look(inspector, tmp_path / "in", out=tmp_path / "out", pictures="none")
+    with pytest.raises(OSError, match="3 rows are kept. Free some space"):
+        look(inspector, tmp_path / "in", out=tmp_path / "out", pictures="none")
     monkeypatch.undo()
     assert len(pd.read_csv(tmp_path / "out" / "results.csv")) == 3
-    assert look(inspector, tmp_path / "in", out=tmp_path / "out", pictures="none").attrs["summary"] | dict(out="") == dict(images=6, errors=0, defective=0, normal=0, duplicates=0, known_before=3, left_out=[], half_rows=0, moved="", out="")
+    assert look(inspector, tmp_path / "in", out=tmp_path / "out", pictures="none").attrs["summary"] | dict(
+        out=""
+    ) == dict(
+        images=6,
+        errors=0,
+        defective=0,
+        normal=0,
+        duplicates=0,
+        known_before=3,
+        left_out=[],
+        half_rows=0,
+        moved="",
+        out="",
+    )
 
 
 def test_two_at_once_are_refused(inspector, tmp_path):
     pictures(tmp_path / "in", 1)
-    with lock(tmp_path / "out"), pytest.raises(Busy, match="is being run by"): look(inspector, tmp_path / "in", out=tmp_path / "out")
+    with lock(tmp_path / "out"), pytest.raises(Busy, match="is being run by"):
+        look(inspector, tmp_path / "in", out=tmp_path / "out")
 
 
 def test_somebody_elses_table_is_not_overwritten(inspector, tmp_path):
@@ -454,6 +719,7 @@ def test_maps_are_not_held(inspector, tmp_path, monkeypatch):
         gc.collect(0)
         most.append(sum(r() is not None for r in alive))
         return found
+
     monkeypatch.setattr(module, "at_size", watched)
     inspector.use_values(0.1, 0.05)
     assert len(look(inspector, items, out=tmp_path / "out")) == 60 and len(most) == 60 and max(most) <= 2
@@ -466,24 +732,34 @@ def test_pictures_and_tables(inspector, tmp_path, monkeypatch):
     scores = look(inspector, tmp_path / "in")["score"]
     inspector.use_values(float(scores.median()), 0.05)
     table = look(inspector, tmp_path / "in", out=tmp_path / "out", pictures="defective", table="parquet")
-    assert (table["picture"] != "").tolist() == (table["decision"] == "defective").tolist() and table["decision"].nunique() == 2
-    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "out" / "results.parquet").astype(table.dtypes), table, check_dtype=False)
+    assert (table["picture"] != "").tolist() == (table["decision"] == "defective").tolist() and table[
+        "decision"
+    ].nunique() == 2
+    pd.testing.assert_frame_equal(
+        pd.read_parquet(tmp_path / "out" / "results.parquet").astype(table.dtypes), table, check_dtype=False
+    )
     assert len(list((tmp_path / "out" / "pictures").iterdir())) == 2
     look(inspector, tmp_path / "in", out=tmp_path / "out", pictures="all")
-    assert len(list((tmp_path / "out" / "pictures").iterdir())) == 4 and Counted.seen == 4 + 4 + 2  # those without a picture are done again
+    assert (
+        len(list((tmp_path / "out" / "pictures").iterdir())) == 4 and Counted.seen == 4 + 4 + 2
+    )  # those without a picture are done again
     for wrong in (dict(pictures="some"), dict(table="xlsx")):
-        with pytest.raises(ValueError, match="use "): look(inspector, tmp_path / "in", **wrong)
+        with pytest.raises(ValueError, match="use "):
+            look(inspector, tmp_path / "in", **wrong)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match="Parquet needs pyarrow: pip install"): look(inspector, tmp_path / "in", out=tmp_path / "out2", table="parquet")
+    with pytest.raises(ValueError, match="Parquet needs pyarrow: pip install"):
+        look(inspector, tmp_path / "in", out=tmp_path / "out2", table="parquet")
     assert not (tmp_path / "out2").exists()
 
 
 # --------------------------------------------------------------------------------------------------------------------- thresholds
 
+
 @pytest.fixture(scope="module")
 def good(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("good")
-    for i in range(24): write(folder / f"{i:02d}.png", draw("leather", i, 64).image)
+    for i in range(24):
+        write(folder / f"{i:02d}.png", draw("leather", i, 64).image)
     return folder
 
 
@@ -493,25 +769,41 @@ def test_calibrated_on_a_folder(inspector, good, tmp_path):
     scores = inspector.calibrated_on["score"].tolist()
     assert scores == sorted(scores, reverse=True) and made.image[""].value == scores[0]  # the largest of 24 at 5 %
     table = look(inspector, good)
-    assert not (table["decision"] == "defective").any() and (table["regions"] == 0).all()  # no normal image is above its own largest score, or shows a spot
+    assert (
+        not (table["decision"] == "defective").any() and (table["regions"] == 0).all()
+    )  # no normal image is above its own largest score, or shows a spot
     assert inspector.predict(PHOTO).decision in ("normal", "defective")
     Counted.seen = 0
-    assert Inspector(inspector.method).calibrate(good, rate=0.05, progress=False, out=tmp_path / "c") == made and Counted.seen == 0  # kept
+    assert (
+        Inspector(inspector.method).calibrate(good, rate=0.05, progress=False, out=tmp_path / "c") == made
+        and Counted.seen == 0
+    )  # kept
     again = Inspector(inspector.method, made.save(tmp_path / "t.json"))
     pd.testing.assert_frame_equal(look(again, good), table)
-    with pytest.raises(ValueError, match=r"t.json were made with self_distance .* at 64 px"): Inspector(create("self_distance", image_size=64), tmp_path / "t.json")  # another sigma
-    with pytest.raises(ValueError, match="24 normal images are too few for a false-alarm rate of 0.01: at least 99 are needed"): inspector.calibrate(good, progress=False)
+    with pytest.raises(ValueError, match=r"t.json were made with self_distance .* at 64 px"):
+        Inspector(create("self_distance", image_size=64), tmp_path / "t.json")  # another sigma
+    with pytest.raises(
+        ValueError, match="24 normal images are too few for a false-alarm rate of 0.01: at least 99 are needed"
+    ):
+        inspector.calibrate(good, progress=False)
 
 
 def test_what_does_not_count_among_normal_images(inspector, good, tmp_path):
     shutil.copytree(good, tmp_path / "good")
     shutil.copy(good / "03.png", tmp_path / "good" / "03 copy.png")
     (tmp_path / "good" / "bad.png").write_text("no")
-    with pytest.warns(UserWarning) as said: made = inspector.calibrate(tmp_path / "good", rate=0.05, progress=False)
+    with pytest.warns(UserWarning) as said:
+        made = inspector.calibrate(tmp_path / "good", rate=0.05, progress=False)
     assert made.image[""].facts["images"] == 24 and len(made.notes) == 2
-    assert any("1 of 26 images could not be used, such as" in str(w.message) for w in said) and any("1 of 26 images are copies" in str(w.message) for w in said)
+    assert any("1 of 26 images could not be used, such as" in str(w.message) for w in said) and any(
+        "1 of 26 images are copies" in str(w.message) for w in said
+    )
     index = synthetic_index(tmp_path / "set", "target", 64, normal=1, defective=1)
-    with pytest.raises(ValueError, match=r"8 of 16 images given as normal are labelled otherwise; choose the rows with index\[~index.anomalous\]"): inspector.calibrate(index, progress=False)
+    with pytest.raises(
+        ValueError,
+        match=r"8 of 16 images given as normal are labelled otherwise; choose the rows with index\[~index.anomalous\]",
+    ):
+        inspector.calibrate(index, progress=False)
 
 
 def test_with_labelled_defects(inspector, good, tmp_path):
@@ -527,56 +819,94 @@ def test_another_product_is_pointed_out(inspector, good, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         look(inspector, good)
-        with pytest.raises(UserWarning, match="made from images of object, these are of screw"): look(Inspector(inspector.method, inspector.calibration, category="screw"), good)
+        with pytest.raises(UserWarning, match="made from images of object, these are of screw"):
+            look(Inspector(inspector.method, inspector.calibration, category="screw"), good)
 
 
 def test_comparable_scores(method, tmp_path):
     index = synthetic_index(tmp_path / "set", "target", 64, normal=0, defective=1, train_normal=21)
-    index = index[index["category"].isin(["leather", "gear"])].pipe(lambda t: (t.attrs.update(root=str(tmp_path / "set")), t)[1])
+    index = index[index["category"].isin(["leather", "gear"])].pipe(
+        lambda t: (t.attrs.update(root=str(tmp_path / "set")), t)[1]
+    )
     normal, defective = index[~index["anomalous"]], index[index["anomalous"]]
     inspector = Inspector(method, category="folder")
     assert look(inspector, defective)["comparable"].isna().all()  # off by default
     for how in ("quantile", "robust"):
         made = inspector.calibrate(normal, rate=0.1, comparable=how, progress=False)
         table = look(inspector, index)
-        assert table["comparable"].notna().all() and table.groupby("category")["threshold"].nunique().eq(1).all() and table["threshold"].nunique() == 2
+        assert (
+            table["comparable"].notna().all()
+            and table.groupby("category")["threshold"].nunique().eq(1).all()
+            and table["threshold"].nunique() == 2
+        )
         for c, part in table.groupby("category"):
-            assert part.sort_values("score")["comparable"].is_monotonic_increasing and ((part["score"] > made.of("image", c).value) == (part["decision"] == "defective")).all()
+            assert (
+                part.sort_values("score")["comparable"].is_monotonic_increasing
+                and ((part["score"] > made.of("image", c).value) == (part["decision"] == "defective")).all()
+            )
         if how == "quantile":
-            assert ((table["comparable"] >= 0.9 - 1e-12) == (table["decision"] == "defective")).all()  # one meaning in both
-            assert all(table[(table["category"] == c) & ~index["anomalous"].to_numpy()]["decision"].eq("defective").sum() <= 2 for c in ("leather", "gear"))
-        with pytest.raises(ValueError, match="no normal images of category 'chip'"): look(inspector, index.assign(category="chip").pipe(lambda t: (t.attrs.update(index.attrs), t)[1]))
+            assert (
+                (table["comparable"] >= 0.9 - 1e-12) == (table["decision"] == "defective")
+            ).all()  # one meaning in both
+            assert all(
+                table[(table["category"] == c) & ~index["anomalous"].to_numpy()]["decision"].eq("defective").sum() <= 2
+                for c in ("leather", "gear")
+            )
+        with pytest.raises(ValueError, match="no normal images of category 'chip'"):
+            look(inspector, index.assign(category="chip").pipe(lambda t: (t.attrs.update(index.attrs), t)[1]))
 
 
 # ------------------------------------------------------------------------------------------------------------ where a method is kept
+
 
 def test_from_a_checkpoint_a_run_a_name_a_method(tmp_path):
     trained = create("visualad", weights="random:0", image_size=64)
     path = save(trained, tmp_path / "runs" / "train" / "abc" / "checkpoint.safetensors")
     want = Inspector(trained).predict(PHOTO).score
-    assert Inspector.load(path).predict(PHOTO).score == Inspector.load(path.parent).predict(PHOTO).score == Inspector.load(str(path)).predict(PHOTO).score == want
+    assert (
+        Inspector.load(path).predict(PHOTO).score
+        == Inspector.load(path.parent).predict(PHOTO).score
+        == Inspector.load(str(path)).predict(PHOTO).score
+        == want
+    )
     assert Inspector.load(trained).identity == Inspector.load(path).identity
     evaluated = tmp_path / "runs" / "evaluate" / "def"
     evaluated.mkdir(parents=True)
-    record = dict(status="done", hash="def", cwd=str(tmp_path), after=dict(train=dict(run="train/abc", parameters={})),
-                  spec=dict(parameters=dict(method="visualad", checkpoint="{train}/checkpoint.safetensors", size=64)))
+    record = dict(
+        status="done",
+        hash="def",
+        cwd=str(tmp_path),
+        after=dict(train=dict(run="train/abc", parameters={})),
+        spec=dict(parameters=dict(method="visualad", checkpoint="{train}/checkpoint.safetensors", size=64)),
+    )
     (evaluated / "run.json").write_text(json.dumps(record)), (evaluated / "result.json").write_text("{}")
     assert Inspector.load(evaluated).predict(PHOTO).score == want
-    for parameters, wanted in ((dict(method="self_distance", size=64, options=dict(sigma=1.0)), create("self_distance", image_size=64, sigma=1.0)), (dict(checkpoint=str(path.parent)), trained)):
+    for parameters, wanted in (
+        (
+            dict(method="self_distance", size=64, options=dict(sigma=1.0)),
+            create("self_distance", image_size=64, sigma=1.0),
+        ),
+        (dict(checkpoint=str(path.parent)), trained),
+    ):
         (evaluated / "run.json").write_text(json.dumps(dict(record, after={}, spec=dict(parameters=parameters))))
         assert Inspector.load(evaluated).predict(PHOTO).score == Inspector(wanted).predict(PHOTO).score
     (evaluated / "run.json").write_text(json.dumps(dict(record, status="failed", error="it broke")))
-    with pytest.raises(ValueError, match=r"is failed \(it broke\); its method is not used"): method_from(evaluated)
+    with pytest.raises(ValueError, match=r"is failed \(it broke\); its method is not used"):
+        method_from(evaluated)
     (path.parent / "second.safetensors").write_bytes(path.read_bytes())
     assert method_from(path.parent).p == trained.p  # checkpoint.safetensors is the run's
     path.rename(path.with_name("first.safetensors"))
-    with pytest.raises(ValueError, match="several checkpoints .first.safetensors, second.safetensors.; name one"): method_from(path.parent)
-    with pytest.raises(TypeError, match="there already cannot be changed"): method_from(trained, image_size=96)
-    with pytest.raises(ValueError, match="unknown method 'visualat'; known"): method_from("visualat")
+    with pytest.raises(ValueError, match="several checkpoints .first.safetensors, second.safetensors.; name one"):
+        method_from(path.parent)
+    with pytest.raises(TypeError, match="there already cannot be changed"):
+        method_from(trained, image_size=96)
+    with pytest.raises(ValueError, match="unknown method 'visualat'; known"):
+        method_from("visualat")
     assert method_from(Inspector(trained)) is trained and "self_distance" in METHODS
 
 
 # ------------------------------------------------------------------------------------------------------------------ the command line
+
 
 def test_the_command_line(tmp_path, good, capsys):
     folder, out = tmp_path / "in", tmp_path / "out"
@@ -584,28 +914,65 @@ def test_the_command_line(tmp_path, good, capsys):
     small = ["-p", "image_size", "64", "-p", "sigma", "2.0"]
     call = lambda *more: (main(["predict", str(folder), "--out", str(out), *small, *more]), capsys.readouterr())
     code, said = call()
-    assert code == 0 and "no threshold: scores only" in said.out and "3 images, 0 without a result" in said.out and (out / "results.csv").is_file()
+    assert (
+        code == 0
+        and "no threshold: scores only" in said.out
+        and "3 images, 0 without a result" in said.out
+        and (out / "results.csv").is_file()
+    )
     code, said = call("--normals", str(good), "--rate", "0.05")
-    assert code == 0 and "rank 24 of 24 normal images" in said.out and " defective, " in said.out and "results.before.csv (rows of other settings)" in said.out
+    assert (
+        code == 0
+        and "rank 24 of 24 normal images" in said.out
+        and " defective, " in said.out
+        and "results.before.csv (rows of other settings)" in said.out
+    )
     (folder / "bad.png").write_text("no")
     code, said = call("--thresholds", str(out / "thresholds.json"), "--format", "parquet", "--pictures", "none")
-    assert code == 1 and "bad.png: not an image" in said.err and "3 known before" in said.out and (out / "results.parquet").is_file()
-    for path in folder.glob("0*.png"): path.unlink()
+    assert (
+        code == 1
+        and "bad.png: not an image" in said.err
+        and "3 known before" in said.out
+        and (out / "results.parquet").is_file()
+    )
+    for path in folder.glob("0*.png"):
+        path.unlink()
     assert call("--threshold", "0.1")[0] == 2
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["nowhere"], "there is no folder and no image nowhere"), (["IN", "--out", "IN"], "cannot hold the images and their results"), (["IN", "--model", "visualat"], "unknown method 'visualat'"),
-    (["IN", "--normals", "IN"], "3 normal images are too few for a false-alarm rate of 0.01: at least 99 are needed"), (["IN", "--rate", "0.1"], "--rate: thresholds are made from good images; add --normals FOLDER"),
-    (["IN", "--normals", "IN", "--threshold", "1"], "give one of --normals and --threshold"), (["IN", "--pictures", "defective"], "needs a threshold"), (["IN", "-p", "imagesize", "64"], "did you mean image_size"),
-    (["IN", "--thresholds", "none.json"], "no thresholds at none.json"), (["IN", "--defective", "IN"], "go with --normals"), (["IN", "--model", "mutual"], "a single image has no score")])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "there is no folder and no image nowhere"),
+        (["IN", "--out", "IN"], "cannot hold the images and their results"),
+        (["IN", "--model", "visualat"], "unknown method 'visualat'"),
+        (
+            ["IN", "--normals", "IN"],
+            "3 normal images are too few for a false-alarm rate of 0.01: at least 99 are needed",
+        ),
+        (["IN", "--rate", "0.1"], "--rate: thresholds are made from good images; add --normals FOLDER"),
+        (["IN", "--normals", "IN", "--threshold", "1"], "give one of --normals and --threshold"),
+        (["IN", "--pictures", "defective"], "needs a threshold"),
+        (["IN", "-p", "imagesize", "64"], "did you mean image_size"),
+        (["IN", "--thresholds", "none.json"], "no thresholds at none.json"),
+        (["IN", "--defective", "IN"], "go with --normals"),
+        (["IN", "--model", "mutual"], "a single image has no score"),
+    ],
+)
 def test_what_is_asked_wrongly_is_one_line(tmp_path, capsys, arguments, message):
     pictures(tmp_path / "in", 3)
     arguments = [str(tmp_path / "in") if a == "IN" else a for a in arguments]
     small = [] if "-p" in arguments or "--model" in arguments else ["-p", "image_size", "64"]
-    assert main(["predict", *(["--out", str(tmp_path / "out")] if "--out" not in arguments else []), *arguments, *small]) == 2
+    assert (
+        main(["predict", *(["--out", str(tmp_path / "out")] if "--out" not in arguments else []), *arguments, *small])
+        == 2
+    )
     said = capsys.readouterr().err.strip().splitlines()
-    assert said[-1].startswith("zsad predict: ") and message in said[-1] and sum(line.startswith("zsad") for line in said) == 1
+    assert (
+        said[-1].startswith("zsad predict: ")
+        and message in said[-1]
+        and sum(line.startswith("zsad") for line in said) == 1
+    )
 
 
 def test_stopped_by_hand(tmp_path, capsys, monkeypatch):
@@ -616,4 +983,5 @@ def test_stopped_by_hand(tmp_path, capsys, monkeypatch):
 
 
 def test_no_notebook_of_these_knows_this_machine():
-    for path in (ROOT / "nbs" / "use").glob("80*.ipynb"): assert "/tmp/" not in path.read_text()
+    for path in (ROOT / "nbs" / "use").glob("80*.ipynb"):
+        assert "/tmp/" not in path.read_text()

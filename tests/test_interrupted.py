@@ -1,4 +1,5 @@
 "Ctrl-C and SIGTERM while a command runs, from its first imports on: one line, the right exit status, nothing half-written, nobody left behind."
+
 import json
 import os
 import random
@@ -13,8 +14,8 @@ import psutil
 import pytest
 from PIL import Image
 
-from zsad_nb.synthetic.benchmark import synthetic_index
 from zsad_nb.cli import commands as cli
+from zsad_nb.synthetic.benchmark import synthetic_index
 
 TIMES = int(os.environ.get("ZSAD_KILLS", 2))
 ZSAD = [sys.executable, "-c", "import sys; from zsad_nb.cli.entry import zsad; sys.exit(zsad())"]
@@ -30,7 +31,8 @@ def marked(mark):
     "The processes that a command started, and itself."
     for process in psutil.process_iter():
         try:
-            if process.environ().get("ZSAD_TEST_MARK") == mark and process.status() != psutil.STATUS_ZOMBIE: yield process
+            if process.environ().get("ZSAD_TEST_MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                yield process
         except psutil.Error:
             continue
 
@@ -39,9 +41,17 @@ def stopped_after(begun, seconds, number, folder, *arguments):
     "A command that gets a signal so long after it has begun; its exit status, what it said, and what it left running."
     mark = f"{os.getpid()}-{time.monotonic_ns()}"
     with open(folder / "said", "w+b") as said:
-        process = subprocess.Popen([*ZSAD, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=said, cwd=folder, start_new_session=True, preexec_fn=with_usual_signals,
-                                   env=dict(os.environ, ZSAD_TEST_MARK=mark, PYTHONWARNINGS="ignore", TQDM_DISABLE="1", OMP_NUM_THREADS="1"))
-        while process.poll() is None and not begun(): time.sleep(0.01)
+        process = subprocess.Popen(
+            [*ZSAD, *map(str, arguments)],
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+            cwd=folder,
+            start_new_session=True,
+            preexec_fn=with_usual_signals,
+            env=dict(os.environ, ZSAD_TEST_MARK=mark, PYTHONWARNINGS="ignore", TQDM_DISABLE="1", OMP_NUM_THREADS="1"),
+        )
+        while process.poll() is None and not begun():
+            time.sleep(0.01)
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -50,8 +60,10 @@ def stopped_after(begun, seconds, number, folder, *arguments):
         said.seek(0)
         text = said.read().decode()
     end = time.monotonic() + 15
-    while (left := list(marked(mark))) and time.monotonic() < end: time.sleep(0.1)
-    for other in left: other.kill()
+    while (left := list(marked(mark))) and time.monotonic() < end:
+        time.sleep(0.1)
+    for other in left:
+        other.kill()
     return code, text, left
 
 
@@ -59,16 +71,28 @@ def stopped_after(begun, seconds, number, folder, *arguments):
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stopped")
     (folder / "photos").mkdir()
-    for n in range(60): Image.fromarray(np.random.default_rng(n).integers(0, 255, (320, 320, 3), dtype=np.uint8)).save(folder / "photos" / f"{n:03}.png")
+    for n in range(60):
+        Image.fromarray(np.random.default_rng(n).integers(0, 255, (320, 320, 3), dtype=np.uint8)).save(
+            folder / "photos" / f"{n:03}.png"
+        )
     synthetic_index(folder / "set", "target", size=256, normal=4, defective=4)
-    cells = [nbformat.v4.new_code_cell(c) for c in ("n: int = 1\noutput: str = ''", "import time; time.sleep(60)", "open(f'{output}/result.json', 'w').write('{}')")]
+    cells = [
+        nbformat.v4.new_code_cell(c)
+        for c in (
+            "n: int = 1\noutput: str = ''",
+            "import time; time.sleep(60)",
+            "open(f'{output}/result.json', 'w').write('{}')",
+        )
+    ]
     cells[0].metadata["tags"] = ["parameters"]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "slow.ipynb")
     (folder / "sweep.yaml").write_text("notebook: slow.ipynb\ngrid: {n: [1, 2, 3]}\n")
     return folder
 
 
-BEGUN = dict(predict="results.csv", sweep="*/*/run.json", run="*/*/run.json", check="never", demo="*")  # what is in OUT once a command has begun
+BEGUN = dict(
+    predict="results.csv", sweep="*/*/run.json", run="*/*/run.json", check="never", demo="*"
+)  # what is in OUT once a command has begun
 COMMANDS = dict(
     predict=("predict", "photos", "--out", "OUT", "-p", "image_size", "320"),
     sweep=("sweep", "sweep.yaml", "--root", "OUT", "--workers", "2"),
@@ -84,36 +108,60 @@ def test_stopped_at_any_moment(place, tmp_path, name, number):
     moments, latest = random.Random(f"{name} {number} {TIMES}"), 2.0
     few = TIMES <= 2  # then one moment of each: what works costs seconds
     for turn in range(1 if few else TIMES):
-        out, loading = tmp_path / f"out{turn}", (name, number) not in (("predict", signal.SIGINT), ("run", signal.SIGTERM)) if few else turn % 2
+        out, loading = (
+            tmp_path / f"out{turn}",
+            (name, number) not in (("predict", signal.SIGINT), ("run", signal.SIGTERM)) if few else turn % 2,
+        )
         seconds = moments.uniform(0.1, latest)
         begun = (lambda: True) if name == "check" or loading else (lambda out=out: any(out.glob(BEGUN[name])))
-        code, text, left = stopped_after(begun, seconds, number, place, *(str(out) if word == "OUT" else word for word in COMMANDS[name]))
+        code, text, left = stopped_after(
+            begun, seconds, number, place, *(str(out) if word == "OUT" else word for word in COMMANDS[name])
+        )
         if code == 0:  # it was faster
             latest = seconds
             continue
-        if code == -number and not text: continue  # before Python itself had begun
+        if code == -number and not text:
+            continue  # before Python itself had begun
         where = f"{name}, {seconds:.2f} s: status {code}\n{text}"
         assert code == 128 + number, where
         assert "Traceback" not in text and "Exception ignored" not in text, where
-        assert [line for line in text.splitlines() if line.startswith("zsad")][-1].partition(": ")[2].startswith("stopped"), where
+        assert (
+            [line for line in text.splitlines() if line.startswith("zsad")][-1].partition(": ")[2].startswith("stopped")
+        ), where
         assert sum(line.startswith("zsad") for line in text.splitlines()) == 1, where
         assert not left, where
         assert not [path for path in out.rglob("*.tmp")], where
-        for record in out.rglob("run.json"): assert json.loads(record.read_text())["status"] != "done"
-        print(f"{name:8} {signal.Signals(number).name} {'loading' if loading else 'working'} {seconds:5.2f} s: {code}  {text.strip().splitlines()[-1]}")
+        for record in out.rglob("run.json"):
+            assert json.loads(record.read_text())["status"] != "done"
+        print(
+            f"{name:8} {signal.Signals(number).name} {'loading' if loading else 'working'} {seconds:5.2f} s: {code} "
+            f" {text.strip().splitlines()[-1]}"
+        )
 
 
 def test_every_help_lists_the_exit_statuses(capsys):
     for words in ([], *([name] for name in cli.parser()._subparsers._group_actions[0].choices)):
-        with pytest.raises(SystemExit): cli.main([*words, "--help"])
+        with pytest.raises(SystemExit):
+            cli.main([*words, "--help"])
         said = " ".join(capsys.readouterr().out.split())
         assert "xit status: 0" in said and "130 stopped by Ctrl-C" in said and "143" in said, words
 
 
 def test_the_grammar_is_light():
     "What is imported before anything is asked for."
-    done = subprocess.run([sys.executable, "-c", "import sys, zsad_nb.cli.entry, zsad_nb.cli.commands as c; c.parser(); print([m for m in ('torch', 'pandas', 'numpy', 'yaml') if m in sys.modules])"],
-                          capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            (
+                "import sys, zsad_nb.cli.entry, zsad_nb.cli.commands as c; c.parser(); print([m for m in ('torch',"
+                " 'pandas', 'numpy', 'yaml') if m in sys.modules])"
+            ),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout.strip() == "[]"
 
 
@@ -123,13 +171,29 @@ def test_a_call_from_python_changes_no_signal(capsys):
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-@pytest.mark.parametrize("arguments", [("check", "photos"), ("predict", "photos", "--out", "o"), ("show", "x"), ("status", "photos"), ("collect", "photos"), ("rerun", "photos"), ("export", "x", "--out", "o")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("check", "photos"),
+        ("predict", "photos", "--out", "o"),
+        ("show", "x"),
+        ("status", "photos"),
+        ("collect", "photos"),
+        ("rerun", "photos"),
+        ("export", "x", "--out", "o"),
+    ],
+)
 def test_stopped_inside_any_command(tmp_path, monkeypatch, capsys, arguments):
     "Wherever the exception comes out of, it is one line."
-    def stop(*_, **__): raise KeyboardInterrupt
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
     cli._load()
     for name in ("check", "detect", "Inspector", "read_header", "status", "collect", "rerun", "export", "load"):
-        monkeypatch.setattr(cli, name, type("Stops", (), dict(load=stop, __new__=stop)) if name == "Inspector" else stop)
+        monkeypatch.setattr(
+            cli, name, type("Stops", (), dict(load=stop, __new__=stop)) if name == "Inspector" else stop
+        )
     monkeypatch.setattr(cli, "_load", lambda: None)
     assert cli.main(list(arguments)) == 130
     said = capsys.readouterr().err

@@ -1,4 +1,5 @@
 "Masks of layouts: all missing is an error that says how to read without; MVTec LOCO's folders are united and work everywhere."
+
 import json
 import shutil
 import warnings
@@ -10,26 +11,35 @@ import pytest
 from PIL import Image
 from test_readers import CASES, READERS, E, I, M, build, quiet
 
+from zsad_nb.cli.commands import main
 from zsad_nb.data.crops import cut_crops
 from zsad_nb.data.images import batches, check
 from zsad_nb.data.index import concat_indices, fingerprint, load_index, root_of, save_index
-from zsad_nb.data.listing import LayoutError
 from zsad_nb.data.layouts import read_mvtec
-from zsad_nb.data.meta import read_meta, write_meta
-from zsad_nb.data.stored import BadImage
+from zsad_nb.data.listing import LayoutError
 from zsad_nb.data.masks import load_mask
+from zsad_nb.data.meta import read_meta, write_meta
 from zsad_nb.data.pixels import load_pair
 from zsad_nb.data.readers import detect, read
-from zsad_nb.cli.commands import main
+from zsad_nb.data.stored import BadImage
 
 # readers whose layout has masks, and what a mask's path looks like in the generated tree
-WITH_MASKS = [case for case, (name, tree, *_) in CASES.items() if READERS[name].masks and M in [w for w in tree.values() if isinstance(w, str)]
-              and case not in ("ksdd", "ksdd2", "folder with a CSV", "brain_ad, with valid", "deeppcb", "mvtec_loco")]
+WITH_MASKS = [
+    case
+    for case, (name, tree, *_) in CASES.items()
+    if READERS[name].masks
+    and M in [w for w in tree.values() if isinstance(w, str)]
+    and case not in ("ksdd", "ksdd2", "folder with a CSV", "brain_ad, with valid", "deeppcb", "mvtec_loco")
+]
 
 
 def without(tree: dict) -> dict:
     "The tree with every mask under a name that fits nothing."
-    return {(f"{name.rpartition('/')[0]}/zz{n}_mask.png" if what == M else name): what for n, (name, what) in enumerate(tree.items()) if what != E}
+    return {
+        (f"{name.rpartition('/')[0]}/zz{n}_mask.png" if what == M else name): what
+        for n, (name, what) in enumerate(tree.items())
+        if what != E
+    }
 
 
 @pytest.mark.parametrize("case", WITH_MASKS)
@@ -47,9 +57,17 @@ def test_no_mask_at_all_is_an_error(tmp_path, case):
 
 
 def test_an_error_says_what_lies_there(tmp_path):
-    build(tmp_path, {"c/test/good/1.png": I, "c/test/bent/2.png": I, "c/test/bent/3.png": I, "c/ground_truth/bent/mask_2.png": M})
-    with pytest.raises(LayoutError, match=r"none of the 2 anomalous images has a mask \(first: c/test/bent/2.png\).*found 1 that belong to no image "
-                                          r"\(first: c/ground_truth/bent/mask_2.png\)"):
+    build(
+        tmp_path,
+        {"c/test/good/1.png": I, "c/test/bent/2.png": I, "c/test/bent/3.png": I, "c/ground_truth/bent/mask_2.png": M},
+    )
+    with pytest.raises(
+        LayoutError,
+        match=(
+            r"none of the 2 anomalous images has a mask \(first: c/test/bent/2.png\).*found 1 that belong to no image "
+            r"\(first: c/ground_truth/bent/mask_2.png\)"
+        ),
+    ):
         quiet(read_mvtec, tmp_path)
 
 
@@ -79,22 +97,32 @@ def test_the_command_can_be_told(tmp_path, capsys):
 
 # ------------------------------------------------------------------------------------------------------------------ MVTec LOCO
 
+
 def spot(*boxes: tuple[int, int, int]) -> np.ndarray:
     "A mask with squares of one value each."
     mask = np.zeros((12, 16), "uint8")
     for top, left, value in boxes:
-        mask[top:top + 3, left:left + 3] = value
+        mask[top : top + 3, left : left + 3] = value
     return mask
 
 
 @pytest.fixture
 def loco(tmp_path) -> Path:
     kind = "juice_bottle/ground_truth/logical_anomalies"
-    return build(tmp_path / "loco", {
-        "juice_bottle/train/good/000.png": I, "juice_bottle/test/good/000.png": I, "juice_bottle/test/logical_anomalies/000.png": I,
-        "juice_bottle/test/logical_anomalies/001.png": I, "juice_bottle/test/structural_anomalies/000.png": I,
-        f"{kind}/000/000.png": spot((0, 0, 255)), f"{kind}/000/001.png": spot((0, 2, 254), (6, 6, 240)), f"{kind}/001/000.png": spot((4, 4, 250)),
-        "juice_bottle/ground_truth/structural_anomalies/000/000.png": spot((5, 5, 236))})
+    return build(
+        tmp_path / "loco",
+        {
+            "juice_bottle/train/good/000.png": I,
+            "juice_bottle/test/good/000.png": I,
+            "juice_bottle/test/logical_anomalies/000.png": I,
+            "juice_bottle/test/logical_anomalies/001.png": I,
+            "juice_bottle/test/structural_anomalies/000.png": I,
+            f"{kind}/000/000.png": spot((0, 0, 255)),
+            f"{kind}/000/001.png": spot((0, 2, 254), (6, 6, 240)),
+            f"{kind}/001/000.png": spot((4, 4, 250)),
+            "juice_bottle/ground_truth/structural_anomalies/000/000.png": spot((5, 5, 236)),
+        },
+    )
 
 
 def test_loco_masks_are_united(loco):
@@ -123,14 +151,20 @@ def test_loco_round_trips(loco, tmp_path):
     index = quiet(read, "mvtec_loco", loco)
     pd.testing.assert_frame_equal(load_index(save_index(index, tmp_path / "i.csv")), index)
     for options in ({}, dict(absolute=True)):
-        pd.testing.assert_frame_equal(quiet(read_meta, write_meta(index, **options), dataset="mvtec_loco"), index.sort_values(
-            "split", ascending=False, kind="stable").reset_index(drop=True))
+        pd.testing.assert_frame_equal(
+            quiet(read_meta, write_meta(index, **options), dataset="mvtec_loco"),
+            index.sort_values("split", ascending=False, kind="stable").reset_index(drop=True),
+        )
     both = concat_indices([index, index.assign(dataset="again").iloc[:1]])
     assert both["mask"].str.contains("ground_truth").sum() == 3
     before = [fingerprint(index, how) for how in ("none", "size", "content")]
     part = loco / "juice_bottle/ground_truth/logical_anomalies/000/001.png"
     Image.fromarray(spot((0, 2, 254))).save(part)
-    assert [fingerprint(index, how) == old for how, old in zip(("none", "size", "content"), before)] == [True, False, False]
+    assert [fingerprint(index, how) == old for how, old in zip(("none", "size", "content"), before)] == [
+        True,
+        False,
+        False,
+    ]
     crops = quiet(cut_crops, index, tmp_path / "crops", 8)
     assert crops.anomalous.any() and set(check(crops).problem) <= {"duplicate"}
 
@@ -143,7 +177,9 @@ def test_loco_masks_of_a_wrong_size_or_folder(loco):
         part.unlink()
     assert "missing_mask" in set(check(index).problem)
     with pytest.raises(BadImage, match="not named like its image"):
-        load_pair(loco / "juice_bottle/test/logical_anomalies/000.png", loco / "juice_bottle/ground_truth/logical_anomalies")
+        load_pair(
+            loco / "juice_bottle/test/logical_anomalies/000.png", loco / "juice_bottle/ground_truth/logical_anomalies"
+        )
 
 
 def test_loco_without_its_masks(loco):
@@ -167,28 +203,45 @@ def test_loco_validation(loco, valid, splits):
         index = read("mvtec_loco", loco, **({} if valid is None else dict(valid=valid)))
     said = " ".join(str(warning.message) for warning in caught)
     assert ("for validation: valid='train'" in said) == (valid is None)
-    assert len(index) == 5 + (valid in ("train", "test")) and ("validation" in " ".join(index.image)) == (valid in ("train", "test"))
+    assert len(index) == 5 + (valid in ("train", "test")) and ("validation" in " ".join(index.image)) == (
+        valid in ("train", "test")
+    )
 
 
 def test_a_plain_folder_may_have_folders_of_masks(tmp_path):
-    build(tmp_path, {"good/1.png": I, "bad/7.png": I, "masks/7/a.png": spot((0, 0, 255)), "masks/7/b.png": spot((6, 6, 255))})
+    build(
+        tmp_path,
+        {"good/1.png": I, "bad/7.png": I, "masks/7/a.png": spot((0, 0, 255)), "masks/7/b.png": spot((6, 6, 255))},
+    )
     index = quiet(read, "folder", tmp_path)
     assert index["mask"].tolist() == ["", "masks/7"] and load_mask(tmp_path / "masks/7").sum() == 18
 
 
 # ------------------------------------------------------------------------------------------------------------ boxes and lists
 
+
 def test_boards_of_one_name_have_masks_of_their_own(tmp_path):
     for group, box in (("group1", "0 0 1 1 1"), ("group2", "2 2 5 5 2")):
-        build(tmp_path, {f"{group}/0001/x_temp.jpg": I, f"{group}/0001/x_test.jpg": I, f"{group}/0001_not/x.txt": f"{box}\n"})
+        build(
+            tmp_path,
+            {f"{group}/0001/x_temp.jpg": I, f"{group}/0001/x_test.jpg": I, f"{group}/0001_not/x.txt": f"{box}\n"},
+        )
     with pytest.raises(LayoutError, match="belongs by name|has 2 masks"):
         quiet(read, "deeppcb", tmp_path)  # boxes of one name: which board is meant?
 
 
-@pytest.mark.parametrize("record, message", [
-    (dict(image_path="../../etc/x.jpg", anomaly_class="OK"), "leaves the root"), (dict(image_path="/etc/x.jpg", anomaly_class="OK"), "does not lie under"),
-    (dict(image_path="OK/S1/a.jpg", anomaly_class="OK", mask_path="../../x.png"), "leaves the root"), (dict(image_path=3, anomaly_class="OK"), "must be text"),
-    (dict(anomaly_class="OK"), "expected an object"), (7, "expected an object"), (dict(image_path="a\0b", anomaly_class="OK"), "NUL")])
+@pytest.mark.parametrize(
+    "record, message",
+    [
+        (dict(image_path="../../etc/x.jpg", anomaly_class="OK"), "leaves the root"),
+        (dict(image_path="/etc/x.jpg", anomaly_class="OK"), "does not lie under"),
+        (dict(image_path="OK/S1/a.jpg", anomaly_class="OK", mask_path="../../x.png"), "leaves the root"),
+        (dict(image_path=3, anomaly_class="OK"), "must be text"),
+        (dict(anomaly_class="OK"), "expected an object"),
+        (7, "expected an object"),
+        (dict(image_path="a\0b", anomaly_class="OK"), "NUL"),
+    ],
+)
 def test_real_iad_records(tmp_path, record, message):
     good = dict(category="mint", anomaly_class="OK", image_path="OK/S1/a.jpg", mask_path=None)
     data = dict(meta=dict(prefix="mint/", normal_class="OK"), test=[good, record])

@@ -1,4 +1,5 @@
 "No file is left out without a word: every kind of file that a reader or `predict` passes over, with its reason and a count."
+
 import os
 import shutil
 import warnings
@@ -9,16 +10,15 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from zsad_nb.cli.commands import main
 from zsad_nb.data.images import batches, check
 from zsad_nb.data.index import concat_indices, fingerprint, load_index, make_index, root_of, save_index
-from zsad_nb.data.listing import LayoutError
 from zsad_nb.data.layouts import files, find, read_mvtec
 from zsad_nb.data.left_out import left_out
-from zsad_nb.data.listing import IMAGE_SUFFIXES, Record, image_suffixes, walk
+from zsad_nb.data.listing import IMAGE_SUFFIXES, LayoutError, Record, image_suffixes, walk
 from zsad_nb.data.meta import read_meta, write_meta
-from zsad_nb.data.stored import BadImage
 from zsad_nb.data.readers import read
-from zsad_nb.cli.commands import main
+from zsad_nb.data.stored import BadImage
 from zsad_nb.inspection.inspector import Inspector
 from zsad_nb.inspection.sources import sources
 
@@ -59,13 +59,36 @@ def reasons(index: pd.DataFrame) -> dict[str, int]:
 
 # ------------------------------------------------------------------------------------------------------------- what is read
 
-@pytest.mark.parametrize("suffix", ["jfif", "jpe", "jpeg", "JPG", "webp", "gif", "tif", "TIFF", "bmp", "ppm", "pgm", "tga", "pcx", "jp2", "png", "apng"])
+
+@pytest.mark.parametrize(
+    "suffix",
+    [
+        "jfif",
+        "jpe",
+        "jpeg",
+        "JPG",
+        "webp",
+        "gif",
+        "tif",
+        "TIFF",
+        "bmp",
+        "ppm",
+        "pgm",
+        "tga",
+        "pcx",
+        "jp2",
+        "png",
+        "apng",
+    ],
+)
 def test_ordinary_images_are_read(tmp_path, suffix):
     kinds = {"jfif": "JPEG", "jpe": "JPEG", "apng": "PNG"}
     put(base(tmp_path), f"bad/9.{suffix}", kind=kinds.get(suffix))
     index, said = told(read, "folder", tmp_path)
     assert f"bad/9.{suffix}" in set(index.image) and not any("not used" in text for text in said)
-    assert [source.name for source in sources(tmp_path / "bad")] == [str(tmp_path / name) for name in sorted(("bad/2.png", f"bad/9.{suffix}"))]
+    assert [source.name for source in sources(tmp_path / "bad")] == [
+        str(tmp_path / name) for name in sorted(("bad/2.png", f"bad/9.{suffix}"))
+    ]
 
 
 def test_documents_videos_icons_are_no_images():
@@ -132,8 +155,25 @@ def test_told_after_the_record_is_lost(tmp_path, kind):
         assert reasons(again) == {"unlisted" if reason in ("deeper", "near", "elsewhere") else reason: count}
 
 
-@pytest.mark.parametrize("litter", [".DS_Store", "Thumbs.db", "desktop.ini", "._2.png", "__MACOSX/good/1.png", "@eaDir/1.png/SYNOPHOTO.jpg", "readme.txt",
-                                    "LICENSE", "labels.json", "bad/notes.md", ".git/a.png", "$RECYCLE.BIN/1.png", "SHA256SUMS", ".ipynb_checkpoints/1.png"])
+@pytest.mark.parametrize(
+    "litter",
+    [
+        ".DS_Store",
+        "Thumbs.db",
+        "desktop.ini",
+        "._2.png",
+        "__MACOSX/good/1.png",
+        "@eaDir/1.png/SYNOPHOTO.jpg",
+        "readme.txt",
+        "LICENSE",
+        "labels.json",
+        "bad/notes.md",
+        ".git/a.png",
+        "$RECYCLE.BIN/1.png",
+        "SHA256SUMS",
+        ".ipynb_checkpoints/1.png",
+    ],
+)
 def test_nobodys_photographs_are_passed_over(tmp_path, litter):
     index, said = told(read, "folder", put(base(tmp_path), litter))
     assert said == [] and len(check(index)) == 0 and len(sources(tmp_path)) == 3 and sources(tmp_path).left_out == []
@@ -143,7 +183,11 @@ def test_one_warning_of_bounded_length(tmp_path):
     base(tmp_path)
     for kind in KINDS:
         add(tmp_path, kind)
-    put(tmp_path, *(f"bad/{'x' * 200}{number}.heic" for number in range(300)), *(f"bad/1.s{number}" for number in range(50)))
+    put(
+        tmp_path,
+        *(f"bad/{'x' * 200}{number}.heic" for number in range(300)),
+        *(f"bad/1.s{number}" for number in range(50)),
+    )
     index, said = told(read, "folder", tmp_path)
     assert len(said) == 1 and len(said[0]) < 3500 and ".heic 302" in said[0] and "and others" in said[0]
     assert set(reasons(index)) == {reason for _, _, reason, _, _ in KINDS.values()}
@@ -156,14 +200,19 @@ def test_a_name_cannot_forge_a_line(tmp_path):
 
 # --------------------------------------------------------------------------------------------------------- what users do with it
 
+
 def test_the_record_survives_what_users_do(tmp_path):
     a, _ = told(read, "folder", put(base(tmp_path / "a"), "bad/3.heic"))
     b, _ = told(read, "folder", base(tmp_path / "b"))
     for same in (a[a.anomalous], a.sort_values("image"), a.copy(), pd.concat([a[:1], a[1:]], ignore_index=True)):
         assert reasons(same) == {"suffix": 1}
     both = concat_indices([a, b])
-    assert left_out(both)[0]["first"] == "a/bad/3.heic" and check(both)[check(both).problem == "left_out"].image.tolist() == ["a/bad/3.heic"]
-    mixed = pd.concat([a, make_index([dict(category="c", split="test", image="x.png", anomalous=False)], root_of(a), "x")])
+    assert left_out(both)[0]["first"] == "a/bad/3.heic" and check(both)[
+        check(both).problem == "left_out"
+    ].image.tolist() == ["a/bad/3.heic"]
+    mixed = pd.concat(
+        [a, make_index([dict(category="c", split="test", image="x.png", anomalous=False)], root_of(a), "x")]
+    )
     assert root_of(mixed) == root_of(a)
     a.to_json(), a.to_dict()
 
@@ -187,6 +236,7 @@ def test_lists_count_what_they_do_not_name_in_one_line(tmp_path):
     put(base(tmp_path), "bad/3.png", "bad/4.png", "bad/5.heic", "bad/sub/6.png")
     (tmp_path / "labels.csv").write_text("image,label\ngood/1.png,0\nbad/2.png,1\n")
     from zsad_nb.data.folder import read_csv
+
     index, said = told(read_csv, tmp_path / "labels.csv")
     assert said == [] and reasons(index) == {"suffix": 1, "unlisted": 3, "masks": 1}
     assert "3 images that labels.csv does not name (first: bad/3.png)" in "\n".join(check(index).message)
@@ -201,16 +251,26 @@ def test_a_csv_beside_the_folders_is_named(tmp_path):
 
 
 def test_what_lies_beside_a_wrapped_set(tmp_path):
-    put(tmp_path, "BTech_Dataset_transformed/01/test/ok/1.png", "BTech_Dataset_transformed/01/test/ko/2.png",
-        "BTech_Dataset_transformed/01/ground_truth/ko/2.png", "more/3.png")
+    put(
+        tmp_path,
+        "BTech_Dataset_transformed/01/test/ok/1.png",
+        "BTech_Dataset_transformed/01/test/ko/2.png",
+        "BTech_Dataset_transformed/01/ground_truth/ko/2.png",
+        "more/3.png",
+    )
     index, said = told(read, "btad", tmp_path)
     assert any("more/3.png" in text for text in said) and reasons(index) == {"elsewhere": 1}
 
 
 def test_a_defect_called_like_normal_images_is_questioned(tmp_path):
-    put(tmp_path, "c/test/good/1.png", "c/test/good_images/2.png", "c/test/bent/3.png", "c/ground_truth/bent/3_mask.png")
+    put(
+        tmp_path, "c/test/good/1.png", "c/test/good_images/2.png", "c/test/bent/3.png", "c/ground_truth/bent/3_mask.png"
+    )
     index, said = told(read_mvtec, tmp_path)
-    assert any("good_images/ looks like good/" in text for text in said) and check(index).problem.tolist().count("left_out") == 1
+    assert (
+        any("good_images/ looks like good/" in text for text in said)
+        and check(index).problem.tolist().count("left_out") == 1
+    )
 
 
 def test_no_images_says_what_lies_there_instead(tmp_path):
@@ -226,15 +286,22 @@ def test_no_images_says_what_lies_there_instead(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------------------- links
 
+
 @pytest.mark.parametrize("layout", ["folder", "mvtec"])
 def test_an_image_or_mask_that_is_not_there_stays_and_is_missing(tmp_path, layout):
-    root = base(tmp_path) if layout == "folder" else put(tmp_path, "c/test/good/1.png", "c/test/bad/2.png", "c/ground_truth/bad/2_mask.png")
+    root = (
+        base(tmp_path)
+        if layout == "folder"
+        else put(tmp_path, "c/test/good/1.png", "c/test/bad/2.png", "c/ground_truth/bad/2_mask.png")
+    )
     bad, masks, end = ("bad", "masks", "") if layout == "folder" else ("c/test/bad", "c/ground_truth/bad", "_mask")
     for link in (f"{bad}/3.png", f"{bad}/4.png", f"{masks}/4{end}.png"):
         os.symlink(tmp_path / "annex" / "gone.png", root / link)
     put(root, f"{masks}/3{end}.png")
     index, said = told(read, layout, root)
-    assert len(index) == 4 and any("3 images or masks that are links to nothing" in text and "dvc pull" in text for text in said)
+    assert len(index) == 4 and any(
+        "3 images or masks that are links to nothing" in text and "dvc pull" in text for text in said
+    )
     problems = check(index)
     assert problems.problem.tolist() == ["missing", "missing", "missing_mask"]
     with pytest.raises(FileNotFoundError, match="run check"):
@@ -257,11 +324,21 @@ def test_linked_data_sets_are_read_and_silent(tmp_path):
 def test_loops_end_and_every_file_is_found_once(tmp_path):
     put(tmp_path / "photos", "a/1.png", "b/2.png")
     put(tmp_path / "disk", "3.png")
-    for link, target in (("photos/monday", "disk"), ("photos/tuesday", "disk"), ("photos/a/up", "photos"), ("photos/out", ""), ("disk/back", "photos"),
-                         ("photos/again", "photos/b")):
+    for link, target in (
+        ("photos/monday", "disk"),
+        ("photos/tuesday", "disk"),
+        ("photos/a/up", "photos"),
+        ("photos/out", ""),
+        ("disk/back", "photos"),
+        ("photos/again", "photos/b"),
+    ):
         os.symlink(tmp_path / target, tmp_path / link)
     found = sources(tmp_path / "photos")
-    assert [Path(source.name).relative_to(tmp_path).as_posix() for source in found] == ["photos/a/1.png", "photos/b/2.png", "photos/monday/3.png"]
+    assert [Path(source.name).relative_to(tmp_path).as_posix() for source in found] == [
+        "photos/a/1.png",
+        "photos/b/2.png",
+        "photos/monday/3.png",
+    ]
     assert {group["reason"]: group["count"] for group in found.left_out} == {"twin": 5}
     assert len(sources(f"{tmp_path}/photos/**/*.png")) == 3
     assert len([entry for entry in walk(tmp_path / "photos") if entry.kind == "file"]) == 3
@@ -288,13 +365,24 @@ def test_a_listing_is_bounded(tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------------------- predict
 
+
 @pytest.fixture(scope="module")
 def inspector() -> Inspector:
     return Inspector.load("self_distance", image_size=32)
 
 
-PREDICTED = {"heic": "suffix", "raw": "suffix", "archive": "suffix", "document": "suffix", "no suffix": "suffix", "hidden image": "hidden",
-             "dangling folder": "missing", "loop": "twin", "link to itself": "missing", "results": "results"}
+PREDICTED = {
+    "heic": "suffix",
+    "raw": "suffix",
+    "archive": "suffix",
+    "document": "suffix",
+    "no suffix": "suffix",
+    "hidden image": "hidden",
+    "dangling folder": "missing",
+    "loop": "twin",
+    "link to itself": "missing",
+    "results": "results",
+}
 
 
 @pytest.mark.parametrize("kind", PREDICTED)
@@ -302,14 +390,38 @@ def test_the_summary_of_predict_says_what_was_not_looked_at(inspector, tmp_path,
     add(base(tmp_path), kind)
     table = inspector.predict(tmp_path, progress=False)
     groups = table.attrs["summary"]["left_out"]
-    assert len(table) == 3 and [group["reason"] for group in groups] == [PREDICTED[kind]] and groups[0]["count"] == KINDS[kind][3]
+    assert (
+        len(table) == 3
+        and [group["reason"] for group in groups] == [PREDICTED[kind]]
+        and groups[0]["count"] == KINDS[kind][3]
+    )
 
 
 def test_the_last_lines_of_the_command(tmp_path, capsys):
     add(put(base(tmp_path / "in"), "bad/3.heic"), "loop")
-    assert main(["predict", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "-p", "image_size", "32", "--pictures", "none"]) == 0
+    assert (
+        main(
+            [
+                "predict",
+                str(tmp_path / "in"),
+                "--out",
+                str(tmp_path / "out"),
+                "-p",
+                "image_size",
+                "32",
+                "--pictures",
+                "none",
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
-    assert "3 images, 0 without a result" in said and said.count("left out  ") == 2 and ".heic 1" in said and "linked folder" in said
+    assert (
+        "3 images, 0 without a result" in said
+        and said.count("left out  ") == 2
+        and ".heic 1" in said
+        and "linked folder" in said
+    )
     assert main(["check", str(tmp_path / "in"), "--dataset", "folder"]) == 1
     assert "left_out: 1 file of a type that is not read (.heic 1" in capsys.readouterr().out
 
@@ -324,7 +436,9 @@ def test_stream_and_calibration_say_it_too(inspector, tmp_path):
 
 def test_a_pattern_tells_what_it_met(tmp_path):
     put(tmp_path, "a/1.png", "a/2.heic", "a/notes.txt")
-    assert [group["text"] for group in sources(f"{tmp_path}/a/*").left_out][0].startswith("1 file of a type that is not read (.heic 1")
+    assert [group["text"] for group in sources(f"{tmp_path}/a/*").left_out][0].startswith(
+        "1 file of a type that is not read (.heic 1"
+    )
     with pytest.raises(ValueError, match=r"no image fits the pattern.*\.heic 1"):
         sources(f"{tmp_path}/a/*.heic")
 
@@ -338,6 +452,7 @@ def test_overlays_have_names_of_their_own_on_every_disk(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------- listing functions
+
 
 def test_files_and_find(tmp_path):
     put(tmp_path, "Good/1.png", "GOOD/2.png")

@@ -1,4 +1,5 @@
 "Mosaics of training images: pixels, masks and labels follow the tiles; the same for the same seed; one category each; only where a recipe asks for them."
+
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,13 @@ from PIL import Image
 from zsad_nb.data.augment import AUGMENTATIONS, Augmentation
 from zsad_nb.data.images import Batch, batches
 from zsad_nb.data.index import GOOD, concat_indices, make_index
-from zsad_nb.data.mosaic import Mosaic, join, quarters
-from zsad_nb.data.stored import BadImage
 from zsad_nb.data.masks import load_mask, resize_mask
+from zsad_nb.data.mosaic import Mosaic, join, quarters
 from zsad_nb.data.pixels import resize
 from zsad_nb.data.readers import read as read_set
-from zsad_nb.training.fit import fit, recipe_of
+from zsad_nb.data.stored import BadImage
 from zsad_nb.methods.base import create
+from zsad_nb.training.fit import fit, recipe_of
 
 SIDE = 24
 
@@ -30,16 +31,32 @@ def index(tmp_path_factory) -> pd.DataFrame:
             pixels, mask = np.full((SIDE, SIDE, 3), 20 + 40 * i + 10 * c, "uint8"), np.zeros((SIDE, SIDE), "uint8")
             name, bad = f"{category}{i}.png", i % 2 == 1
             if bad:
-                mask[4:4 + 4 * i, 6:18] = 255
+                mask[4 : 4 + 4 * i, 6:18] = 255
                 pixels[mask > 0] = 255
                 Image.fromarray(mask).save(folder / f"mask_{name}")
             Image.fromarray(pixels).save(folder / name)
-            rows.append(dict(dataset="own", category=category, split="test", image=name, mask=f"mask_{name}" if bad else "", anomalous=bad, defect=f"type{i}" if bad else GOOD))
+            rows.append(
+                dict(
+                    dataset="own",
+                    category=category,
+                    split="test",
+                    image=name,
+                    mask=f"mask_{name}" if bad else "",
+                    anomalous=bad,
+                    defect=f"type{i}" if bad else GOOD,
+                )
+            )
     return make_index(rows, folder)
 
 
-def some(index, keep) -> pd.DataFrame: return make_index(index[keep].to_dict("records"), index.attrs["root"])
-def read(index, **options): return list(batches(index, SIDE, **{**dict(batch_size=4, mosaic=1.0), **options}))
+def some(index, keep) -> pd.DataFrame:
+    return make_index(index[keep].to_dict("records"), index.attrs["root"])
+
+
+def read(index, **options):
+    return list(batches(index, SIDE, **{**dict(batch_size=4, mosaic=1.0), **options}))
+
+
 def stacked(index, passes=1, **options):
     loader = batches(index, SIDE, **{**dict(batch_size=4, mosaic=1.0), **options})
     return [torch.cat([b.image for b in loader]) for _ in range(passes)]
@@ -63,13 +80,21 @@ def test_pixels_and_masks_are_where_their_tiles_are(index, size):
             names, area = path.split(" + "), {}
             for name, (h, w), (top, left) in zip(names, quarters(size), corners):
                 row = index[index["image"] == name].iloc[0]
-                expected = torch.from_numpy(resize(Image.open(f"{root}/{name}"), (h, w)).copy()).permute(2, 0, 1).float() / 255
-                assert torch.equal(image[:, top:top + h, left:left + w], expected)
-                truth = torch.from_numpy(resize_mask(load_mask(f"{root}/{row['mask']}"), (h, w))) if row["mask"] else torch.zeros(h, w, dtype=torch.bool)
-                assert torch.equal(mask[0, top:top + h, left:left + w], truth)
-                if row["anomalous"]: area[row["defect"]] = area.get(row["defect"], 0) + int(truth.sum())
+                expected = (
+                    torch.from_numpy(resize(Image.open(f"{root}/{name}"), (h, w)).copy()).permute(2, 0, 1).float() / 255
+                )
+                assert torch.equal(image[:, top : top + h, left : left + w], expected)
+                truth = (
+                    torch.from_numpy(resize_mask(load_mask(f"{root}/{row['mask']}"), (h, w)))
+                    if row["mask"]
+                    else torch.zeros(h, w, dtype=torch.bool)
+                )
+                assert torch.equal(mask[0, top : top + h, left : left + w], truth)
+                if row["anomalous"]:
+                    area[row["defect"]] = area.get(row["defect"], 0) + int(truth.sum())
             assert bool(bad) == bool(area) == bool(mask.any())
-            if len(area) > 1: found += 1
+            if len(area) > 1:
+                found += 1
             assert sorted(set(index["defect"]))[defect] in ([GOOD] if not area else [d for d, n in area.items()])
     assert found, "no mosaic had two kinds of defect"
 
@@ -78,7 +103,12 @@ def test_the_name_is_the_largest_tiles():
     def part(name, n):
         mask = torch.zeros(1, 2, 2, dtype=torch.bool)
         mask.view(-1)[:n] = True
-        return (f"{name}.png", "m" if n else "", n > 0, name if n else GOOD, "nut"), torch.zeros(3, 2, 2, dtype=torch.uint8), mask
+        return (
+            (f"{name}.png", "m" if n else "", n > 0, name if n else GOOD, "nut"),
+            torch.zeros(3, 2, 2, dtype=torch.uint8),
+            mask,
+        )
+
     assert join([part("a", 1), part("b", 3), part("c", 0), part("d", 2)])[0][3] == "b"
 
 
@@ -90,19 +120,28 @@ def test_categories_and_data_sets_stay_apart(index):
     key = list(zip(both["dataset"], both["category"]))
     plan = Mosaic(both, 1.0)
     for at in range(len(both)):
-        for epoch in range(20): assert {key[i] for i in plan.tiles(at, epoch)} == {key[at]} and at in plan.tiles(at, epoch)
+        for epoch in range(20):
+            assert {key[i] for i in plan.tiles(at, epoch)} == {key[at]} and at in plan.tiles(at, epoch)
 
 
 def test_the_same_seed_the_same_mosaics(index):
     first = stacked(index, 3, mosaic=0.5, seed=7)
     for options in (dict(batch_size=1), dict(batch_size=5), dict(workers=3), dict(batch_size=12, workers=1)):
-        for a, b in zip(first, stacked(index, 3, mosaic=0.5, seed=7, **options)): assert torch.equal(a, b), options
+        for a, b in zip(first, stacked(index, 3, mosaic=0.5, seed=7, **options)):
+            assert torch.equal(a, b), options
     assert not torch.equal(first[0], first[1]) and not torch.equal(first[0], stacked(index, 1, mosaic=0.5, seed=8)[0])
 
 
 def test_shuffling_moves_the_same_mosaics(index):
     "What a row becomes depends on the row and the pass, not on its place in the order."
-    def by_set(shuffle): return sorted((b.path[i], b.image[i].sum().item()) for b in batches(index, SIDE, 4, shuffle=shuffle, seed=1, mosaic=0.5) for i in range(len(b)))
+
+    def by_set(shuffle):
+        return sorted(
+            (b.path[i], b.image[i].sum().item())
+            for b in batches(index, SIDE, 4, shuffle=shuffle, seed=1, mosaic=0.5)
+            for i in range(len(b))
+        )
+
     assert by_set(True) == by_set(False)
 
 
@@ -122,21 +161,32 @@ def test_share(index):
 
 @pytest.mark.parametrize("rate", [-0.1, 1.01, float("nan"), True, "0.2", {"own": 2}, {"own": None}])
 def test_what_is_no_share(index, rate):
-    with pytest.raises(ValueError, match="from 0 to 1"): batches(index, SIDE, mosaic=rate)
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        batches(index, SIDE, mosaic=rate)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_small_categories(index, count):
     few = make_index(index.head(count).to_dict("records"), index.attrs["root"])
     drawn = [Mosaic(few, 1.0).tiles(0, e) for e in range(30)]
-    assert all(len(four) == 4 and set(four) <= set(range(count)) and 0 in four for four in drawn) and {i for four in drawn for i in four} == set(range(count))
+    assert all(len(four) == 4 and set(four) <= set(range(count)) and 0 in four for four in drawn) and {
+        i for four in drawn for i in four
+    } == set(range(count))
     whole = [Mosaic(index, 1.0).tiles(at, e) for at in range(6) for e in range(30)]
     assert all(len(set(four)) == 4 for four in whole), "an image came twice although there are enough"
-    assert {four.index(0) for four in (Mosaic(index, 1.0).tiles(0, e) for e in range(60))} == set(range(4)), "the image whose turn it is has a fixed place"
+    assert {four.index(0) for four in (Mosaic(index, 1.0).tiles(0, e) for e in range(60))} == set(range(4)), (
+        "the image whose turn it is has a fixed place"
+    )
 
 
 def test_one_type(index):
-    def kinds(**options): return [len({index["defect"][i] for i in Mosaic(index, 1.0, **options).tiles(at, e)} - {GOOD}) for at in range(len(index)) for e in range(20)]
+    def kinds(**options):
+        return [
+            len({index["defect"][i] for i in Mosaic(index, 1.0, **options).tiles(at, e)} - {GOOD})
+            for at in range(len(index))
+            for e in range(20)
+        ]
+
     assert max(kinds(rule="one type")) == 1 and max(kinds()) > 1
     for batch in batches(index, SIDE, 4, mosaic=Mosaic(index, 1.0, 0, "one type")):
         for path, defect in zip(batch.path, batch.defect.tolist()):
@@ -157,31 +207,44 @@ def test_a_tile_without_a_mask(index):
 
 
 def test_a_tile_that_cannot_be_read(index, tmp_path):
-    for name in {*index["image"], *index["mask"]} - {""}: (tmp_path / name).write_bytes((Path(index.attrs["root"]) / name).read_bytes())
+    for name in {*index["image"], *index["mask"]} - {""}:
+        (tmp_path / name).write_bytes((Path(index.attrs["root"]) / name).read_bytes())
     (tmp_path / "nut2.png").write_bytes(b"no image")
     broken = make_index(index.to_dict("records"), tmp_path)
-    with pytest.raises(BadImage, match="nut2.png"): read(broken)
+    with pytest.raises(BadImage, match="nut2.png"):
+        read(broken)
     loader = batches(broken, SIDE, 4, mosaic=1.0, on_bad="skip")
-    with pytest.warns(UserWarning, match="skipped .*nut2.png"): seen = [p for b in loader for p in b.path]
-    assert 0 < len(seen) < len(index) and not any("nut2" in p for p in seen) and len(loader.skipped) == len(index) - len(seen)
+    with pytest.warns(UserWarning, match="skipped .*nut2.png"):
+        seen = [p for b in loader for p in b.path]
+    assert (
+        0 < len(seen) < len(index)
+        and not any("nut2" in p for p in seen)
+        and len(loader.skipped) == len(index) - len(seen)
+    )
 
 
 def test_too_small():
-    with pytest.raises(ValueError, match="at least two pixels"): quarters((1, 8))
+    with pytest.raises(ValueError, match="at least two pixels"):
+        quarters((1, 8))
     assert quarters((3, 2)) == [(1, 1), (1, 1), (2, 1), (2, 1)]
 
 
 def test_a_cache_cannot_take_a_mosaic_for_its_image(index):
     "The path of a mosaic is no file's, so that a cache that trusts files looks at its pixels."
-    for batch in read(index): assert not any((Path(index.attrs["root"]) / p).exists() for p in batch.path)
+    for batch in read(index):
+        assert not any((Path(index.attrs["root"]) / p).exists() for p in batch.path)
 
 
 def test_a_mosaic_with_the_label_of_the_image_it_replaces(index):
     "AdaCLIP, as released: a picture with a defect in it may be called normal, and the other way round."
     labels = dict(zip(index["image"], index["anomalous"]))
-    kept, own = ([b for b in batches(index, SIDE, 1, mosaic=Mosaic(index, 1.0, 0, rule))] for rule in ("replaced", "tiles"))
+    kept, own = (
+        [b for b in batches(index, SIDE, 1, mosaic=Mosaic(index, 1.0, 0, rule))] for rule in ("replaced", "tiles")
+    )
     assert [b.anomalous.item() for b in kept] == [bool(labels[p]) for p in index["image"]]
-    assert all(torch.equal(a.image, b.image) and torch.equal(a.mask, b.mask) for a, b in zip(kept, own)), "the pixels are the same"
+    assert all(torch.equal(a.image, b.image) and torch.equal(a.mask, b.mask) for a, b in zip(kept, own)), (
+        "the pixels are the same"
+    )
     assert any(a.anomalous.item() != b.anomalous.item() for a, b in zip(kept, own))
 
 
@@ -190,13 +253,19 @@ def test_mosaics_of_defective_images(index):
     plan = Mosaic(index, 1.0, rule="defective")
     for at in range(len(index)):
         four = plan.tiles(at, 0)
-        assert index["anomalous"].iloc[four].all() and set(index["category"].iloc[four]) == {index["category"][at]} and len(four) == 4
+        assert (
+            index["anomalous"].iloc[four].all()
+            and set(index["category"].iloc[four]) == {index["category"][at]}
+            and len(four) == 4
+        )
     good = some(index, ~index["anomalous"])
     assert Mosaic(good, 1.0, rule="defective").tiles(0, 0) is None
-    with pytest.raises(ValueError, match="rule of a mosaic is 'bad'; use tiles, replaced, one type or defective"): Mosaic(index, 1.0, rule="bad")
+    with pytest.raises(ValueError, match="rule of a mosaic is 'bad'; use tiles, replaced, one type or defective"):
+        Mosaic(index, 1.0, rule="bad")
 
 
 # ------------------------------------------------------------------------------------------------------------------------------ in training
+
 
 def mvtec_tree(root: Path, categories=("screw", "grid")) -> Path:
     "Every category: good training images, and three good and three bent test images with masks, in MVTec AD's layout."
@@ -204,13 +273,15 @@ def mvtec_tree(root: Path, categories=("screw", "grid")) -> Path:
         for place in ("train/good", "test/good", "test/bent"):
             for i in range(3):
                 pixels = np.full((SIDE, SIDE, 3), 20 + 40 * i + 10 * c, "uint8")
-                if place == "test/bent": pixels[4:12, 6:18] = 255
+                if place == "test/bent":
+                    pixels[4:12, 6:18] = 255
                 (root / category / place).mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels).save(root / category / place / f"{i:03}.png")
         (root / category / "ground_truth/bent").mkdir(parents=True, exist_ok=True)
         mask = np.zeros((SIDE, SIDE), "uint8")
         mask[4:12, 6:18] = 255
-        for i in range(3): Image.fromarray(mask).save(root / category / "ground_truth/bent" / f"{i:03}_mask.png")
+        for i in range(3):
+            Image.fromarray(mask).save(root / category / "ground_truth/bent" / f"{i:03}_mask.png")
     return root
 
 
@@ -222,7 +293,11 @@ def trained_on(method, index, recipe) -> list:
     return seen
 
 
-RELEASED = {"adaclip": ({"mvtec": 0.2}, "replaced"), "april_gan": ({"mvtec": 0.2}, "tiles"), "multiads": ({"mvtec": 0.2, "mpdd": 0.2}, "one type")}
+RELEASED = {
+    "adaclip": ({"mvtec": 0.2}, "replaced"),
+    "april_gan": ({"mvtec": 0.2}, "tiles"),
+    "multiads": ({"mvtec": 0.2, "mpdd": 0.2}, "one type"),
+}
 
 
 @pytest.mark.parametrize("name", RELEASED)
@@ -244,23 +319,36 @@ def test_training_with_the_mosaics_of_the_release(tmp_path, name):
     assert all(own) is (name != "adaclip"), "AdaCLIP keeps the label of the image that is replaced"
     other = index.assign(dataset="visa")
     other.attrs = dict(index.attrs)
-    assert not any(" + " in path for b in trained_on(method, other, recipe_of(name, epochs=1, batch_size=4)) for path in b.path)
+    assert not any(
+        " + " in path for b in trained_on(method, other, recipe_of(name, epochs=1, batch_size=4)) for path in b.path
+    )
 
 
-@pytest.mark.parametrize("changes, message", [(dict(mosaic=1.5), "from 0 to 1"), (dict(mosaic={"mvtec": True}), "from 0 to 1"), (dict(mosaic_rule="all"), "mosaic_rule='all'; use tiles")])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(mosaic=1.5), "from 0 to 1"),
+        (dict(mosaic={"mvtec": True}), "from 0 to 1"),
+        (dict(mosaic_rule="all"), "mosaic_rule='all'; use tiles"),
+    ],
+)
 def test_a_recipe_with_a_wrong_mosaic(changes, message):
-    with pytest.raises(ValueError, match=message): recipe_of("april_gan", **changes)
+    with pytest.raises(ValueError, match=message):
+        recipe_of("april_gan", **changes)
 
 
 def test_changed_images_are_repeatable(index):
     "Neither batch size nor workers decide how an image is changed; every pass changes it anew; the mask goes along."
     plan = AUGMENTATIONS["bayes_pfl"]
+
     def passes(**options):
         loader = batches(index, SIDE, **{**dict(batch_size=4, augment=plan, seed=7), **options})
         return [Batch.cat(loader) for _ in range(2)]
+
     first = passes()
     for options in (dict(batch_size=1), dict(workers=2), dict(batch_size=5, mosaic=0.0)):
-        for a, b in zip(first, passes(**options)): assert torch.equal(a.image, b.image) and torch.equal(a.mask, b.mask), options
+        for a, b in zip(first, passes(**options)):
+            assert torch.equal(a.image, b.image) and torch.equal(a.mask, b.mask), options
     assert not torch.equal(first[0].image, first[1].image) and not torch.equal(first[0].image, passes(seed=8)[0].image)
     assert (first[0].mask.flatten(1).any(1) == first[0].anomalous).all(), "no turn loses a defect"
     plain = passes(augment=Augmentation(**dict.fromkeys(("quarter", "turn", "light", "noise", "blur", "colour"), 0.0)))
@@ -271,4 +359,8 @@ def test_changed_images_are_repeatable(index):
 def test_changed_images_keep_their_size(index, size):
     for batch in batches(index, size, 12, augment=Augmentation(quarter=1.0, turn=1.0, light=1.0, noise=1.0, blur=1.0)):
         height, width = (size, size) if isinstance(size, int) else size
-        assert batch.image.shape[-2:] == batch.mask.shape[-2:] == (height, width) and batch.image.min() >= 0 and batch.image.max() <= 1
+        assert (
+            batch.image.shape[-2:] == batch.mask.shape[-2:] == (height, width)
+            and batch.image.min() >= 0
+            and batch.image.max() <= 1
+        )

@@ -1,4 +1,5 @@
 "Names in figures are text and never a formula, in letters that a font has or as codes; their files lie in their folder, one each; pages and pictures of widgets take them for text."
+
 import io
 import logging
 import os
@@ -17,29 +18,55 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
+from zsad_nb.core.names import same_name, shown
 from zsad_nb.data.index import make_index
 from zsad_nb.evaluation.evaluate import evaluate
 from zsad_nb.evaluation.tables import results_table
 from zsad_nb.evaluation.views import Views
-from zsad_nb.methods.base import create
-from zsad_nb.core.names import same_name, shown
-from zsad_nb.figures import style as paper_style
-from zsad_nb.figures.blending import sheet
 from zsad_nb.explore.controls import bars, message, numbers_html, verdict
-from zsad_nb.figures.curves import loss_figure, overview_figure, sweep_figure
-from zsad_nb.figures.heatmaps import draw_cases
+from zsad_nb.explore.explorer import HeatmapExplorer, _slug
 from zsad_nb.explore.gallery import Gallery
+from zsad_nb.explore.upload import Upload
+from zsad_nb.figures import style as paper_style
+from zsad_nb.figures.bars import bar_figure, draw_bars
+from zsad_nb.figures.blending import sheet
+from zsad_nb.figures.curves import loss_figure, overview_figure, sweep_figure
 from zsad_nb.figures.grids import ablation_figure, grid_figure, samples_figure, side_by_side
-from zsad_nb.inspection.verdicts import NO_THRESHOLD, Inspection
+from zsad_nb.figures.heatmaps import draw_cases
 from zsad_nb.figures.paper_figures import _cell, _code
 from zsad_nb.figures.style import letters, save_figure, style
-from zsad_nb.figures.bars import bar_figure, draw_bars
 from zsad_nb.figures.types import confusion_figure, draw_types, type_figure
-from zsad_nb.explore.upload import Upload
-from zsad_nb.explore.explorer import HeatmapExplorer, _slug
+from zsad_nb.inspection.verdicts import NO_THRESHOLD, Inspection
+from zsad_nb.methods.base import create
 
-NAMES = [r"$\foo$", "$a$", "$$", r"C:\new", "a_b", "a^b", "#1 50%", "a&b", "{a}", "~", "<b>x</b>", "a|b", "`a`", "a\nb", "a\r\tb", 'a"b', "\u202egnp", "_dent", "e\u0301", "NA", "=1", " x ", "x" * 60,
-         "Ελληνικά", "Кириллица", "a\x00b"]
+NAMES = [
+    r"$\foo$",
+    "$a$",
+    "$$",
+    r"C:\new",
+    "a_b",
+    "a^b",
+    "#1 50%",
+    "a&b",
+    "{a}",
+    "~",
+    "<b>x</b>",
+    "a|b",
+    "`a`",
+    "a\nb",
+    "a\r\tb",
+    'a"b',
+    "\u202egnp",
+    "_dent",
+    "e\u0301",
+    "NA",
+    "=1",
+    " x ",
+    "x" * 60,
+    "Ελληνικά",
+    "Кириллица",
+    "a\x00b",
+]
 HAN, EMOJI = ["瓶子", "ひらがな", "한국어"], ["👍", "\ue000"]
 
 
@@ -70,14 +97,34 @@ def seen(name: str) -> str:
 def some_views(names, count=2) -> Views:
     n = len(names)
     rng = np.random.default_rng(0)
-    rows = pd.DataFrame(dict(dataset="d", category=names, image=[f"{k}.png" for k in range(n)], defect=names, anomalous=True, area=0.1, has_mask=True, score=0.5, low=0.0, high=1.0))
+    rows = pd.DataFrame(
+        dict(
+            dataset="d",
+            category=names,
+            image=[f"{k}.png" for k in range(n)],
+            defect=names,
+            anomalous=True,
+            area=0.1,
+            has_mask=True,
+            score=0.5,
+            low=0.0,
+            high=1.0,
+        )
+    )
     masks = np.zeros((n, 8, 8), bool)
     masks[:, 2:5, 2:5] = True
-    return Views(rows, rng.integers(0, 255, (n, 8, 8, 3), dtype=np.uint8), masks, rng.random((n, 8, 8)).astype(np.float32))
+    return Views(
+        rows, rng.integers(0, 255, (n, 8, 8, 3), dtype=np.uint8), masks, rng.random((n, 8, 8)).astype(np.float32)
+    )
 
 
 def numbers_of(names, metrics=("image_auroc", "pixel_auroc")) -> pd.DataFrame:
-    return pd.DataFrame([dict(method=name, data="d", seed=0, category="mean", **dict.fromkeys(metrics, 0.5 + k / 100)) for k, name in enumerate(names)])
+    return pd.DataFrame(
+        [
+            dict(method=name, data="d", seed=0, category="mean", **dict.fromkeys(metrics, 0.5 + k / 100))
+            for k, name in enumerate(names)
+        ]
+    )
 
 
 def every_figure(names):
@@ -88,13 +135,38 @@ def every_figure(names):
     history = pd.DataFrame(dict(step=range(6), epoch=[0, 1, 2, 3, 4, 5], total=1.0, **{name: 0.5 for name in few[:3]}))
     views = some_views(few)
     yield "bars", bar_figure(table, row="d", title=few[0], remark=few[0])
-    yield "types", type_figure([dict(image=picture, truth=labels, said=labels, left=letters(few[0]))], names[:6], few[0])
-    yield "confusion", confusion_figure(pd.DataFrame(np.eye(len(few), dtype=int), index=few, columns=few), few[0], few[1])
-    yield "grid", grid_figure([dict(column, data=few[0]) for column in side_by_side({few[0]: views, few[1]: views})], remark=few[0])
-    yield "ablation", ablation_figure(side_by_side({few[0]: views, few[1]: views}, 5), numbers[numbers["method"].isin(few[:2])], remark=few[0])
+    yield (
+        "types",
+        type_figure([dict(image=picture, truth=labels, said=labels, left=letters(few[0]))], names[:6], few[0]),
+    )
+    yield (
+        "confusion",
+        confusion_figure(pd.DataFrame(np.eye(len(few), dtype=int), index=few, columns=few), few[0], few[1]),
+    )
+    yield (
+        "grid",
+        grid_figure(
+            [dict(column, data=few[0]) for column in side_by_side({few[0]: views, few[1]: views})], remark=few[0]
+        ),
+    )
+    yield (
+        "ablation",
+        ablation_figure(
+            side_by_side({few[0]: views, few[1]: views}, 5), numbers[numbers["method"].isin(few[:2])], remark=few[0]
+        ),
+    )
     yield "samples", samples_figure({few[0]: views, few[1]: views}, remark=few[0])
     yield "loss", loss_figure({few[0]: [history], few[1]: [history]}, {few[2]: few[3]}, remark=few[0])
-    yield "sweep", sweep_figure(numbers, {name: float(k) for k, name in enumerate(few)}, few[0], metrics=("image_auroc",), names=dict(image_auroc=few[1]))
+    yield (
+        "sweep",
+        sweep_figure(
+            numbers,
+            {name: float(k) for k, name in enumerate(few)},
+            few[0],
+            metrics=("image_auroc",),
+            names=dict(image_auroc=few[1]),
+        ),
+    )
     yield "overview", overview_figure(numbers, own=few[:1], remark=few[0])
 
 
@@ -102,7 +174,9 @@ def every_figure(names):
 def test_names_are_text_in_every_figure(names):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", "constrained_layout not applied|.*collapsed")  # a long name leaves little room
+        warnings.filterwarnings(
+            "ignore", "constrained_layout not applied|.*collapsed"
+        )  # a long name leaves little room
         for function, figure in every_figure(names):
             found = " ".join(texts(figure))
             assert seen(names[0]).split()[0] in found, function
@@ -126,7 +200,14 @@ def test_one_warning_a_call():
     assert len(caught) == 1 and "no font of this machine has 7 of the letters" in str(caught[0].message)
 
 
-@pytest.mark.parametrize("name, words", [("瓶子", "install Noto Sans CJK (Debian, Ubuntu: apt install fonts-noto-cjk)"), ("👍", "install Noto Sans, Symbola or Unifont"), ("瓶👍", "install Noto Sans CJK and Noto Sans, Symbola or Unifont")])
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("瓶子", "install Noto Sans CJK (Debian, Ubuntu: apt install fonts-noto-cjk)"),
+        ("👍", "install Noto Sans, Symbola or Unifont"),
+        ("瓶👍", "install Noto Sans CJK and Noto Sans, Symbola or Unifont"),
+    ],
+)
 def test_the_warning_names_the_font_to_install(name, words):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -146,7 +227,9 @@ def test_any_text_is_readable_or_a_code(text):
         figure.draw_without_rendering()
 
 
-@pytest.mark.parametrize("a, b", [("瓶", "子"), ("\ue000", "\ue001"), ("a\nb", "a\rb"), ("\udcff", "\udcfe"), ("👍", "👎")])
+@pytest.mark.parametrize(
+    "a, b", [("瓶", "子"), ("\ue000", "\ue001"), ("a\nb", "a\rb"), ("\udcff", "\udcfe"), ("👍", "👎")]
+)
 def test_two_names_never_look_the_same(a, b):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -167,7 +250,11 @@ def test_a_font_that_is_found_is_used(monkeypatch, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with style():
-            assert matplotlib.rcParams["font.family"] == ["cmtt10", "DejaVu Sans"] and letters("Ж") == "Ж" and paper_style.font_of("Ж") != paper_style.font_of("a")
+            assert (
+                matplotlib.rcParams["font.family"] == ["cmtt10", "DejaVu Sans"]
+                and letters("Ж") == "Ж"
+                and paper_style.font_of("Ж") != paper_style.font_of("a")
+            )
             figure = Figure(figsize=(2, 1))
             figure.suptitle(letters("aЖ"))
         figure.savefig(tmp_path / "x.png")
@@ -177,14 +264,19 @@ def test_a_font_installed_since_is_found(monkeypatch, tmp_path):
     "matplotlib remembers which fonts there were; one that came later is looked for."
     monkeypatch.undo()
     manager = matplotlib.font_manager.fontManager
-    monkeypatch.setattr(manager, "ttflist", [font for font in manager.ttflist if font.name not in paper_style.FALLBACKS])
+    monkeypatch.setattr(
+        manager, "ttflist", [font for font in manager.ttflist if font.name not in paper_style.FALLBACKS]
+    )
     added = tmp_path / "new.ttf"
     shutil.copy(matplotlib.font_manager.findfont("DejaVu Serif"), added)
     monkeypatch.setattr(paper_style, "FALLBACKS", ("DejaVu Serif",))
     monkeypatch.setattr(manager, "ttflist", [font for font in manager.ttflist if font.name != "DejaVu Serif"])
     monkeypatch.setattr(matplotlib.font_manager, "findSystemFonts", lambda: [str(added), str(tmp_path / "absent.ttf")])
     paper_style.families.cache_clear()
-    logger, before = logging.getLogger("matplotlib.font_manager"), logging.getLogger("matplotlib.font_manager").filters[:]
+    logger, before = (
+        logging.getLogger("matplotlib.font_manager"),
+        logging.getLogger("matplotlib.font_manager").filters[:],
+    )
     try:
         assert paper_style.families() == ("DejaVu Sans", "DejaVu Serif")
     finally:
@@ -194,11 +286,19 @@ def test_a_font_installed_since_is_found(monkeypatch, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------- files of figures
 
+
 def images(folder: Path, categories, defect="d"):
     "A normal and a defective image a category."
     for name, colour in (("g.png", 9), ("b.png", 99), ("m.png", 255)):
         Image.new("L", (40, 30), colour).save(folder / name)
-    rows = [row for c in categories for row in (dict(category=c, split="test", image="g.png", anomalous=False), dict(category=c, split="test", image="b.png", mask="m.png", anomalous=True, defect=defect))]
+    rows = [
+        row
+        for c in categories
+        for row in (
+            dict(category=c, split="test", image="g.png", anomalous=False),
+            dict(category=c, split="test", image="b.png", mask="m.png", anomalous=True, defect=defect),
+        )
+    ]
     return make_index(rows, folder, "set")
 
 
@@ -206,7 +306,8 @@ PLACES = ["overview", "Overview", "a/b", "a_b", "A_B", "../../esc", "é", "e\u03
 
 
 @pytest.fixture(scope="module")
-def method(): return create("self_distance", weights="random:0", image_size=32, tap=1)
+def method():
+    return create("self_distance", weights="random:0", image_size=32, tap=1)
 
 
 @pytest.mark.filterwarnings("ignore:no font", "ignore:constrained_layout not applied")
@@ -218,7 +319,9 @@ def test_every_class_has_a_file_of_its_own_in_the_folder(tmp_path, method):
     assert len(files) == len(categories) + 1 and files[0].name == "overview.png"
     assert len({same_name(file.name) for file in files}) == len(files)
     assert all(file.parent == folder and file.is_file() and not file.is_symlink() for file in files)
-    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == sorted([*(file.name for file in files), "b.png", "g.png", "m.png"])
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == sorted(
+        [*(file.name for file in files), "b.png", "g.png", "m.png"]
+    )
     assert {"瓶子.png", "A_B.png"} <= {file.name for file in files}
 
 
@@ -235,23 +338,36 @@ def test_nothing_is_written_through_a_link(tmp_path, method):
 @pytest.mark.filterwarnings("ignore:no font")
 def test_types_and_products_of_any_name(tmp_path):
     from zsad_nb.evaluation.multi_type import evaluate_types
+
     model = create("dapo", clip_weights="random:0", image_size=32, prompts=2)
     products = ["confusion", "Confusion", "../../esc"]
     index = images(tmp_path, products, r"$\foo$")
     found = evaluate_types(model, index, size=32, progress=False, choices=("unfiltered",))
     files = draw_types(model, index, found, tmp_path / "in" / "figures", "unfiltered", size=32, dpi=20)
-    assert len({same_name(file.name) for file in files}) == 4 and all(file.parent == tmp_path / "in" / "figures" for file in files)
+    assert len({same_name(file.name) for file in files}) == 4 and all(
+        file.parent == tmp_path / "in" / "figures" for file in files
+    )
 
 
 @pytest.mark.parametrize("level", ["../../esc", "a/b", "/abs", "..", "ok"])
 def test_levels_of_bars_stay_in_the_folder(tmp_path, level):
     files = draw_bars(numbers_of(["a", "b"]), tmp_path / "in" / "bars", levels={level: ["image_auroc"]})
-    assert {file.suffix for file in files} == {".pdf", ".png"} and all(file.parent == tmp_path / "in" / "bars" for file in files)
+    assert {file.suffix for file in files} == {".pdf", ".png"} and all(
+        file.parent == tmp_path / "in" / "bars" for file in files
+    )
 
 
-@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=6) | st.sampled_from(["a/b", "a-b", "a_b", "a", "b", "a b"]), min_size=2, max_size=4, unique=True))
+@given(
+    st.lists(
+        st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=6)
+        | st.sampled_from(["a/b", "a-b", "a_b", "a", "b", "a b"]),
+        min_size=2,
+        max_size=4,
+        unique=True,
+    )
+)
 def test_two_views_never_share_a_picture(names):
-    made = {("--".join(_slug(part, path) for part, path in zip((a, b), (False, True)))) for a in names for b in names}
+    made = {"--".join(_slug(part, path) for part, path in zip((a, b), (False, True))) for a in names for b in names}
     assert len(made) == len(names) ** 2
 
 
@@ -261,15 +377,61 @@ BAD = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'"
 
 
 def inert(text: str):
-    assert "<script" not in text and "<img src=x" not in text and "onerror=alert(1)>" not in text.replace("onerror=alert(1)&gt;", "")
+    assert (
+        "<script" not in text
+        and "<img src=x" not in text
+        and "onerror=alert(1)>" not in text.replace("onerror=alert(1)&gt;", "")
+    )
 
 
 def test_what_widgets_say_is_text():
-    for text in (bars({BAD: 0.5, "normal": 0.5}, [BAD]), message(BAD), message(BAD, True), verdict(1.0, 0.5, True, BAD), numbers_html({BAD: BAD, "note": BAD})):
+    for text in (
+        bars({BAD: 0.5, "normal": 0.5}, [BAD]),
+        message(BAD),
+        message(BAD, True),
+        verdict(1.0, 0.5, True, BAD),
+        numbers_html({BAD: BAD, "note": BAD}),
+    ):
         inert(text)
-    found = Inspection(BAD, BAD, 0.6, "score only", NO_THRESHOLD, None, 0.5, 0.9, np.zeros((4, 4), np.float32), None, [], BAD, {BAD: 1.0}, (4, 4), (0, 1), np.zeros((4, 4, 3), np.uint8))
+    found = Inspection(
+        BAD,
+        BAD,
+        0.6,
+        "score only",
+        NO_THRESHOLD,
+        None,
+        0.5,
+        0.9,
+        np.zeros((4, 4), np.float32),
+        None,
+        [],
+        BAD,
+        {BAD: 1.0},
+        (4, 4),
+        (0, 1),
+        np.zeros((4, 4, 3), np.uint8),
+    )
     inert(found._repr_html_())
-    inert(Inspection(BAD + "\n", BAD, 0.6, "score only", BAD, None, 0.5, 0.9, np.zeros((4, 4), np.float32), None, [], BAD, {BAD: 1.0}, (4, 4), (0, 1), None)._repr_html_())
+    inert(
+        Inspection(
+            BAD + "\n",
+            BAD,
+            0.6,
+            "score only",
+            BAD,
+            None,
+            0.5,
+            0.9,
+            np.zeros((4, 4), np.float32),
+            None,
+            [],
+            BAD,
+            {BAD: 1.0},
+            (4, 4),
+            (0, 1),
+            None,
+        )._repr_html_()
+    )
     inert(_cell(BAD))
     assert _code("a`b``c|d") == "``` a`b``c\\|d ```" and _code("zsad run") == "`zsad run`" and "\n" not in _code("a\nb")
 
@@ -289,14 +451,26 @@ def test_the_explorer_shows_names_as_text(explored):
     explored.open(1)
     explored.touch(0.5, 0.5)
     explored.code_button.value = True
-    for html in (explored.where, explored.pages, explored.verdict, explored.numbers, explored.pixel, explored.inside, explored.message, explored.shown_code, explored.missing):
+    for html in (
+        explored.where,
+        explored.pages,
+        explored.verdict,
+        explored.numbers,
+        explored.pixel,
+        explored.inside,
+        explored.message,
+        explored.shown_code,
+        explored.missing,
+    ):
         inert(html.value)
     assert "a\\nimport os" in explored.verdict.value
     compile(explored.code(), "code", "exec")
     assert len([line for line in explored.code().splitlines() if line.startswith("import os")]) == 0
     path = explored.save()
     assert path.parent == explored.out and path.is_file() and shown(path.name) == path.name
-    exec(explored.code().replace("picture.save", "(lambda name: None)"), {})  # the name of the image is a remark, not a line of code
+    exec(
+        explored.code().replace("picture.save", "(lambda name: None)"), {}
+    )  # the name of the image is a remark, not a line of code
 
 
 def test_thumbnails_take_names_as_attributes(explored):
@@ -316,6 +490,7 @@ def test_pictures_of_widgets_show_any_name(name):
 def test_ascii_pictures_did_not_change():
     "Latin letters are drawn as ever."
     from PIL import ImageDraw, ImageFont
+
     made = np.asarray(sheet({"overlay": np.full((40, 120, 3), 255, np.uint8)}, "a heading"))
     page = Image.new("RGB", made.shape[1::-1], "white")
     ImageDraw.Draw(page).text((10, 10), "a heading", "#1f2328", ImageFont.load_default(15))

@@ -1,4 +1,5 @@
 "Notebooks are the source: modules in step with them, one form for all, parameters that papermill finds, nothing of this machine in them."
+
 import ast
 import io
 import json
@@ -19,29 +20,44 @@ LONGEST = 400  # exported lines
 
 
 def notebooks(folder: Path = NBS) -> list[Path]:
-    return sorted(p for p in folder.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts and not p.name.startswith((".", "_")))
+    return sorted(
+        p for p in folder.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts and not p.name.startswith((".", "_"))
+    )
 
 
-def named(paths) -> dict: return dict(argvalues=paths, ids=[str(p.relative_to(NBS)) for p in paths])
+def named(paths) -> dict:
+    return dict(argvalues=paths, ids=[str(p.relative_to(NBS)) for p in paths])
 
 
-def cells(path: Path) -> list[dict]: return json.loads(path.read_text(encoding="utf-8"))["cells"]
-def source(cell: dict) -> str: return "".join(cell["source"])
+def cells(path: Path) -> list[dict]:
+    return json.loads(path.read_text(encoding="utf-8"))["cells"]
+
+
+def source(cell: dict) -> str:
+    return "".join(cell["source"])
 
 
 def directives(cell: dict) -> dict:
     "Leading `#| word rest` lines of a code cell."
-    if cell["cell_type"] != "code": return {}
+    if cell["cell_type"] != "code":
+        return {}
     found = {}
     for line in source(cell).splitlines():
-        if match := re.match(r"#\|\s*(\w+)\s*(.*)", line): found[match[1]] = match[2].strip()
-        elif line.strip(): break
+        if match := re.match(r"#\|\s*(\w+)\s*(.*)", line):
+            found[match[1]] = match[2].strip()
+        elif line.strip():
+            break
     return found
 
 
 def exported(path: Path) -> int:
     "Lines that reach the module."
-    lines = [line for cell in cells(path) if {"export", "exports", "exporti"} & set(directives(cell)) for line in source(cell).strip().splitlines()]
+    lines = [
+        line
+        for cell in cells(path)
+        if {"export", "exports", "exporti"} & set(directives(cell))
+        for line in source(cell).strip().splitlines()
+    ]
     return sum(not line.startswith("#|") for line in lines)
 
 
@@ -54,17 +70,22 @@ EXPORTING = [p for p in notebooks() if module_of(p)]
 EXPERIMENTS = notebooks(NBS / "experiments")
 
 
-def test_there_are_notebooks(): assert len(EXPORTING) > 20 and EXPERIMENTS, "the other tests would pass on nothing"
+def test_there_are_notebooks():
+    assert len(EXPORTING) > 20 and EXPERIMENTS, "the other tests would pass on nothing"
 
 
 # -------------------------------------------------------------------------------------------------------------------- one form for all
 
+
 @pytest.mark.parametrize("path", **named(notebooks()))
 def test_begins_with_title_and_one_line(path):
     first, *rest = cells(path)
-    if first["cell_type"] == "raw" and source(first).startswith("---"): first = rest[0]  # nbdev's front matter, such as skip_exec
+    if first["cell_type"] == "raw" and source(first).startswith("---"):
+        first = rest[0]  # nbdev's front matter, such as skip_exec
     lines = [line for line in source(first).splitlines() if line.strip()]
-    assert first["cell_type"] == "markdown" and re.fullmatch(r"# \S.*", lines[0]), f"the first cell of {path.name} must begin with '# Title'"
+    assert first["cell_type"] == "markdown" and re.fullmatch(r"# \S.*", lines[0]), (
+        f"the first cell of {path.name} must begin with '# Title'"
+    )
     assert len(lines) > 1 and re.fullmatch(r"> \S.*", lines[1]), f"'> one line' must follow the title of {path.name}"
 
 
@@ -75,15 +96,20 @@ def test_module_is_named_like_its_notebook(path):
     assert module_of(path) == expected
     module = PACKAGE / (expected.replace(".", "/") + ".py")
     assert module.is_file(), f"{module.relative_to(ROOT)} is missing: run nbdev_export"
-    assert f"{path.relative_to(NBS).as_posix()}" in module.read_text(encoding="utf-8").split("# %% auto")[0], f"{module.name} was written by another notebook"
+    assert f"{path.relative_to(NBS).as_posix()}" in module.read_text(encoding="utf-8").split("# %% auto")[0], (
+        f"{module.name} was written by another notebook"
+    )
 
 
 def test_every_module_has_one_notebook():
     modules = [module_of(p) for p in EXPORTING]
-    assert len(modules) == len(set(modules)), f"two notebooks write {sorted({m for m in modules if modules.count(m) > 1})}"
+    assert len(modules) == len(set(modules)), (
+        f"two notebooks write {sorted({m for m in modules if modules.count(m) > 1})}"
+    )
     for path in PACKAGE.rglob("*.py"):
         name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-        if path.name in ("__init__.py", "_modidx.py"): continue
+        if path.name in ("__init__.py", "_modidx.py"):
+            continue
         assert GENERATED in path.read_text(encoding="utf-8"), f"{path.relative_to(ROOT)} was written by hand"
         assert name in modules, f"{path.relative_to(ROOT)} has no notebook any more"
 
@@ -91,7 +117,8 @@ def test_every_module_has_one_notebook():
 def test_only_rooms_export():
     assert not [p.name for p in EXPORTING if p.parent.name in ("experiments", "tutorials")]
     for path in notebooks():
-        if path.parent.name not in ("experiments", "tutorials"): assert path in EXPORTING, f"{path.relative_to(ROOT)} exports nothing and is no tutorial"
+        if path.parent.name not in ("experiments", "tutorials"):
+            assert path in EXPORTING, f"{path.relative_to(ROOT)} exports nothing and is no tutorial"
 
 
 @pytest.mark.parametrize("path", **named(EXPORTING))
@@ -104,18 +131,29 @@ def test_length(path, record_property):
 @pytest.mark.parametrize("path", **named(EXPORTING))
 def test_asserts_something(path):
     "A component notebook proves what it says."
-    code = "\n".join(source(c) for c in cells(path) if c["cell_type"] == "code" and not {"export", "exports", "exporti"} & set(directives(c)))
-    assert re.search(r"^\s*(assert\b|test_\w+\(|with expect|expect_error)", code, re.MULTILINE), f"{path.name} has no assertion outside its exported cells"
+    code = "\n".join(
+        source(c)
+        for c in cells(path)
+        if c["cell_type"] == "code" and not {"export", "exports", "exporti"} & set(directives(c))
+    )
+    assert re.search(r"^\s*(assert\b|test_\w+\(|with expect|expect_error)", code, re.MULTILINE), (
+        f"{path.name} has no assertion outside its exported cells"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------- papermill's parameters
+
 
 @pytest.mark.parametrize("path", **named(EXPERIMENTS))
 def test_parameters(path):
     "Exactly one cell is tagged; every line of it is typed, plain data, and explained."
     tagged = [c for c in cells(path) if "parameters" in c["metadata"].get("tags", [])]
-    assert len(tagged) == 1 and tagged[0]["cell_type"] == "code", f"{path.name} has {len(tagged)} code cells tagged `parameters`; papermill needs exactly one"
-    assert not any("injected-parameters" in c["metadata"].get("tags", []) for c in cells(path)), f"{path.name} is a papermill output"
+    assert len(tagged) == 1 and tagged[0]["cell_type"] == "code", (
+        f"{path.name} has {len(tagged)} code cells tagged `parameters`; papermill needs exactly one"
+    )
+    assert not any("injected-parameters" in c["metadata"].get("tags", []) for c in cells(path)), (
+        f"{path.name} is a papermill output"
+    )
     text = source(tagged[0])
     tree = ast.parse(text)
     comments = {t.start[0] for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type == tokenize.COMMENT}
@@ -123,20 +161,32 @@ def test_parameters(path):
     assert tree.body
     for node in tree.body:
         line = ast.get_source_segment(text, node)
-        assert isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None, f"not `name: type = value`: {line}"
-        try: value = ast.literal_eval(node.value)
-        except ValueError: pytest.fail(f"the default is computed, papermill cannot show it: {line}")
+        assert isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None, (
+            f"not `name: type = value`: {line}"
+        )
+        try:
+            value = ast.literal_eval(node.value)
+        except ValueError:
+            pytest.fail(f"the default is computed, papermill cannot show it: {line}")
         kind = eval(ast.unparse(node.annotation), {})  # a builtin type, or a union of builtin types
-        assert isinstance(value, kind if not hasattr(kind, "__origin__") else kind.__origin__) or (kind is float and type(value) is int), f"{line} is a {type(value).__name__}"
+        assert isinstance(value, kind if not hasattr(kind, "__origin__") else kind.__origin__) or (
+            kind is float and type(value) is int
+        ), f"{line} is a {type(value).__name__}"
         assert node.lineno == node.end_lineno and node.lineno in comments, f"no trailing comment: {line}"
         names.append(node.target.id)
     assert len(names) == len(set(names)), f"assigned twice in {path.name}: {names}"
-    later = [n.id for c in cells(path) if c["cell_type"] == "code" and c is not tagged[0] and not source(c).lstrip().startswith("%")
-             for n in ast.walk(ast.parse(re.sub(r"^[%!].*$", "pass", source(c), flags=re.MULTILINE))) if isinstance(n, ast.Name)]
+    later = [
+        n.id
+        for c in cells(path)
+        if c["cell_type"] == "code" and c is not tagged[0] and not source(c).lstrip().startswith("%")
+        for n in ast.walk(ast.parse(re.sub(r"^[%!].*$", "pass", source(c), flags=re.MULTILINE)))
+        if isinstance(n, ast.Name)
+    ]
     assert not set(names) - set(later), f"{path.name} never uses its parameters {sorted(set(names) - set(later))}"
 
 
 # ----------------------------------------------------------------------------------------------------------- nothing of this machine
+
 
 def places() -> list[str]:
     "Folders that name this machine: the checkout, its parent, the home folder, the temporary folder."
@@ -149,14 +199,30 @@ def test_no_machine_path_and_no_error(path):
     nb = json.loads(path.read_text(encoding="utf-8"))
     assert "papermill" not in nb["metadata"], f"{path.name} is a papermill output; outputs belong in runs/"
     for number, cell in enumerate(nb["cells"]):
-        assert "papermill" not in cell["metadata"] and "execution" not in cell["metadata"], f"cell {number} of {path.name} has papermill metadata"
+        assert "papermill" not in cell["metadata"] and "execution" not in cell["metadata"], (
+            f"cell {number} of {path.name} has papermill metadata"
+        )
         outputs = cell.get("outputs", [])
         assert all(o["output_type"] != "error" for o in outputs), f"cell {number} of {path.name} ended in an error"
-        text = source(cell) + "\n" + json.dumps([{k: v for k, v in o.items() if k != "data"} | {"data": {m: d for m, d in o.get("data", {}).items()
-                                                 if not m.startswith("image/")}} for o in outputs])
+        text = (
+            source(cell)
+            + "\n"
+            + json.dumps(
+                [
+                    {k: v for k, v in o.items() if k != "data"}
+                    | {"data": {m: d for m, d in o.get("data", {}).items() if not m.startswith("image/")}}
+                    for o in outputs
+                ]
+            )
+        )
         assert "Traceback (most recent call last)" not in text, f"cell {number} of {path.name} shows a traceback"
-        for place in places(): assert not re.search(rf"(?<![\w.]){re.escape(place)}(?![\w-])", text), f"cell {number} of {path.name} holds a path of this machine: {place}"
-        foreign = re.search(r"(?<![\w.~])(/(?:root|Users)/\w|/home/(?!author|user|you|me)\w+|/tmp/\w|[A-Z]:\\\\?Users)[^\s\"']*", text)
+        for place in places():
+            assert not re.search(rf"(?<![\w.]){re.escape(place)}(?![\w-])", text), (
+                f"cell {number} of {path.name} holds a path of this machine: {place}"
+            )
+        foreign = re.search(
+            r"(?<![\w.~])(/(?:root|Users)/\w|/home/(?!author|user|you|me)\w+|/tmp/\w|[A-Z]:\\\\?Users)[^\s\"']*", text
+        )
         assert not foreign, f"cell {number} of {path.name} holds a path of some machine: {foreign[0]}"
 
 
@@ -165,13 +231,21 @@ def test_well_formed(path):
     "What Jupyter asks of a file; by hand, because nbformat takes seconds for it."
     nb = json.loads(path.read_text(encoding="utf-8"))
     ids = [c["id"] for c in nb["cells"] if "id" in c]
-    assert nb["nbformat"] == 4 and (nb["nbformat_minor"] >= 5 or not ids), f"{path.name}: cells have an id from nbformat 4.5 on"
+    assert nb["nbformat"] == 4 and (nb["nbformat_minor"] >= 5 or not ids), (
+        f"{path.name}: cells have an id from nbformat 4.5 on"
+    )
     assert len(ids) == len(set(ids)), f"{path.name} has a cell id twice"
     kernel = nb["metadata"].get("kernelspec", {}).get("name")
     assert kernel == "python3", f"{path.name} asks for the kernel {kernel}"
     for cell in nb["cells"]:
-        assert cell["cell_type"] in ("markdown", "code", "raw") and isinstance(cell["source"], list | str) and isinstance(cell["metadata"], dict)
-        assert cell["cell_type"] != "code" or (isinstance(cell["outputs"], list) and "execution_count" in cell), f"{path.name}: a code cell without outputs or count"
+        assert (
+            cell["cell_type"] in ("markdown", "code", "raw")
+            and isinstance(cell["source"], list | str)
+            and isinstance(cell["metadata"], dict)
+        )
+        assert cell["cell_type"] != "code" or (isinstance(cell["outputs"], list) and "execution_count" in cell), (
+            f"{path.name}: a code cell without outputs or count"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------------ links and pictures
@@ -187,7 +261,11 @@ def targets(text: str) -> list[str]:
 
 @pytest.mark.parametrize("path", [*PAGES, *notebooks()], ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_and_pictures_are_there(path):
-    text = path.read_text(encoding="utf-8") if path.suffix == ".md" else "\n".join(source(c) for c in cells(path) if c["cell_type"] == "markdown")
+    text = (
+        path.read_text(encoding="utf-8")
+        if path.suffix == ".md"
+        else "\n".join(source(c) for c in cells(path) if c["cell_type"] == "markdown")
+    )
     text = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
     gone = [t for t in targets(text) if not (path.parent / t).exists()]
     assert not gone, f"{path.name} links to what is not there: {gone}"
@@ -198,25 +276,35 @@ def test_links_and_pictures_are_there(path):
 def test_gallery_has_every_notebook_and_its_picture():
     text = (ROOT / "paper_figures" / "gallery.md").read_text(encoding="utf-8")
     for path in [*notebooks(NBS / "tutorials"), *EXPERIMENTS]:
-        assert f"../nbs/{path.relative_to(NBS).as_posix()}" in text, f"{path.name} is not in the gallery: add it to tests/make_gallery.py"
+        assert f"../nbs/{path.relative_to(NBS).as_posix()}" in text, (
+            f"{path.name} is not in the gallery: add it to tests/make_gallery.py"
+        )
         assert f"gallery/{path.stem}.jpg" in text, f"{path.name} has no picture in the gallery"
     assert "paper_figures/gallery.md" in targets((ROOT / "README.md").read_text(encoding="utf-8"))
 
 
 # -------------------------------------------------------------------------------------------------------------------- modules in step
 
+
 def command(name: str) -> str:
     "A console script of the environment that runs the tests."
     beside = Path(sys.executable).parent / name
     path = str(beside) if beside.exists() else shutil.which(name)
-    if path is None: pytest.skip(f"{name} is not installed: pip install -e '.[dev]'")
+    if path is None:
+        pytest.skip(f"{name} is not installed: pip install -e '.[dev]'")
     return path
 
 
 def worktree() -> list[str]:
     "Tracked files, and new ones that git does not ignore."
-    if shutil.which("git") is None or not (ROOT / ".git").exists(): pytest.skip("not a git checkout: the list of source files is unknown")
-    out = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True).stdout.decode()
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout: the list of source files is unknown")
+    out = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    ).stdout.decode()
     return sorted({name for name in out.split("\0") if name and (ROOT / name).is_file()})
 
 
@@ -229,11 +317,18 @@ def test_modules_and_notebooks_are_in_step(tmp_path):
     before = {n: (tmp_path / n).read_bytes() for n in names}
     modules = [n for n in names if n.endswith(".py") and GENERATED.encode() in before[n]]
     assert len(modules) > 20
-    for name in modules: (tmp_path / name).unlink()
+    for name in modules:
+        (tmp_path / name).unlink()
     for script in ("nbdev_export", "nbdev_clean"):
         run = subprocess.run([command(script)], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert run.returncode == 0, f"{script}: {run.stderr}"
-    after = {p.relative_to(tmp_path).as_posix(): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    after = {
+        p.relative_to(tmp_path).as_posix(): p.read_bytes()
+        for p in tmp_path.rglob("*")
+        if p.is_file() and "__pycache__" not in p.parts
+    }
     stale = [n for n in before if n in after and after[n] != before[n]]
     assert not stale, f"out of step; run nbdev_export, nbdev_clean and commit: {stale}"
-    assert set(before) == set(after), f"gone: {sorted(set(before) - set(after))}, new: {sorted(set(after) - set(before))}"
+    assert set(before) == set(after), (
+        f"gone: {sorted(set(before) - set(after))}, new: {sorted(set(after) - set(before))}"
+    )

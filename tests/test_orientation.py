@@ -1,4 +1,5 @@
 "One photograph, one orientation, whatever it comes as; masks of turned photographs by one stated rule; pages are refused."
+
 import io
 
 import numpy as np
@@ -10,13 +11,12 @@ from PIL import Image, ImageOps
 from zsad_nb.data.images import Batch, batches, check
 from zsad_nb.data.index import make_index
 from zsad_nb.data.masks import placed, told_by_shape, turned
-from zsad_nb.data.stored import BadImage
 from zsad_nb.data.pixels import load_image, load_pair, read_image, resize
-from zsad_nb.data.stored import open_stored, upright_size
-from zsad_nb.methods.base import create
+from zsad_nb.data.stored import BadImage, open_stored, upright_size
 from zsad_nb.deploy.export import Exported
 from zsad_nb.inspection.inspector import Inspector
 from zsad_nb.inspection.sources import from_array, is_single, sources
+from zsad_nb.methods.base import create
 
 RNG = np.random.default_rng(1)
 PHOTO = RNG.integers(0, 256, (20, 32, 3)).astype("uint8")
@@ -48,7 +48,8 @@ FILES = {
 
 
 @pytest.fixture(scope="module")
-def inspector() -> Inspector: return Inspector(create("self_distance", image_size=32).eval())
+def inspector() -> Inspector:
+    return Inspector(create("self_distance", image_size=32).eval())
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -58,19 +59,35 @@ def test_one_photograph_whatever_it_comes_as(tmp_path, kind, orientation):
     path = tmp_path / "a.bin"
     path.write_bytes(data)
     want = np.asarray(load_image(path))
-    if kind != "jpeg": assert np.array_equal(want, upright(PHOTO, orientation))
+    if kind != "jpeg":
+        assert np.array_equal(want, upright(PHOTO, orientation))
     assert upright_size(path) == want.shape[1::-1] and open_stored(path).orientation == orientation
     loaded = Image.open(io.BytesIO(data))
     loaded.load()
     with open(path, "rb") as file, Image.open(path) as opened:
         file.read(3)  # wherever it stands
-        ways = dict(text=str(path), bytes=data, bytearray=bytearray(data), view=memoryview(data), buffer=io.BytesIO(data), file=file, opened=opened, loaded=loaded, array=want,
-                    turned=ImageOps.exif_transpose(Image.open(io.BytesIO(data))), copied=Image.open(io.BytesIO(data)).copy(), converted=Image.open(io.BytesIO(data)).convert("RGB"))
+        ways = dict(
+            text=str(path),
+            bytes=data,
+            bytearray=bytearray(data),
+            view=memoryview(data),
+            buffer=io.BytesIO(data),
+            file=file,
+            opened=opened,
+            loaded=loaded,
+            array=want,
+            turned=ImageOps.exif_transpose(Image.open(io.BytesIO(data))),
+            copied=Image.open(io.BytesIO(data)).copy(),
+            converted=Image.open(io.BytesIO(data)).convert("RGB"),
+        )
         for way, same in ways.items():
             got = np.asarray(read_image(same)).astype(int)
-            near = 1 if kind.startswith("16") and way in ("loaded", "turned", "copied", "converted") else 0  # Pillow keeps the upper byte
+            near = (
+                1 if kind.startswith("16") and way in ("loaded", "turned", "copied", "converted") else 0
+            )  # Pillow keeps the upper byte
             assert got.shape == want.shape and np.abs(got - want).max() <= near, way
-            if way != "text": assert np.array_equal(got, from_array(same))
+            if way != "text":
+                assert np.array_equal(got, from_array(same))
         assert opened.tell() == 0 and file.tell() == 3
 
 
@@ -83,7 +100,11 @@ def test_an_inspector_sees_one_photograph(inspector, tmp_path, kind):
     with Image.open(path) as opened, open(path, "rb") as file:
         for same in (data, io.BytesIO(data), file, opened, np.asarray(load_image(path))):
             found = inspector.predict(same)
-            assert found.score == want.score and found.size == want.size == (20, 32) and np.array_equal(found.heat, want.heat)
+            assert (
+                found.score == want.score
+                and found.size == want.size == (20, 32)
+                and np.array_equal(found.heat, want.heat)
+            )
     table = inspector.predict([path, data, io.BytesIO(data)], progress=False)
     assert table["duplicate_of"].tolist() == ["", str(path), str(path)] and table["score"].nunique() == 1
 
@@ -96,41 +117,68 @@ def test_an_exported_method_sees_the_same_photograph(tmp_path, kind):
     (tmp_path / "a.png").write_bytes(data)
     want = torch.from_numpy(resize(load_image(tmp_path / "a.png"), 32).copy()).permute(2, 0, 1) / 255
     with Image.open(tmp_path / "a.png") as opened:
-        for same in (tmp_path / "a.png", str(tmp_path / "a.png"), data, io.BytesIO(data), opened, np.asarray(load_image(tmp_path / "a.png"))):
+        for same in (
+            tmp_path / "a.png",
+            str(tmp_path / "a.png"),
+            data,
+            io.BytesIO(data),
+            opened,
+            np.asarray(load_image(tmp_path / "a.png")),
+        ):
             assert torch.equal(exported.image(same)[0], want)
-    assert torch.equal(exported.image(PHOTO.astype("uint16") * 16, bits=12), exported.image(np.rint(PHOTO.astype(float) * 16 * (255 / 4095)).astype("uint8")))
+    assert torch.equal(
+        exported.image(PHOTO.astype("uint16") * 16, bits=12),
+        exported.image(np.rint(PHOTO.astype(float) * 16 * (255 / 4095)).astype("uint8")),
+    )
 
 
 @pytest.mark.parametrize("value", [0, 9, 77, 65535])
 def test_an_orientation_that_does_not_exist_turns_nothing(value):
-    assert np.array_equal(read_image(tiff(PHOTO, more={274: value})), PHOTO) and np.array_equal(read_image(png16(PHOTO.astype("uint16") * 257, orientation=value)), PHOTO)
+    assert np.array_equal(read_image(tiff(PHOTO, more={274: value})), PHOTO) and np.array_equal(
+        read_image(png16(PHOTO.astype("uint16") * 257, orientation=value)), PHOTO
+    )
 
 
-@pytest.mark.parametrize("what, single", [(b"x", True), (bytearray(b"x"), True), (io.BytesIO(b"x"), True), ([b"x", b"y"], False)])
+@pytest.mark.parametrize(
+    "what, single", [(b"x", True), (bytearray(b"x"), True), (io.BytesIO(b"x"), True), ([b"x", b"y"], False)]
+)
 def test_bytes_are_sources(what, single):
-    assert is_single(what) == single and [s.name for s in sources(what)] == [f"bytes-{i:05d}" for i in range(1 if single else 2)]
+    assert is_single(what) == single and [s.name for s in sources(what)] == [
+        f"bytes-{i:05d}" for i in range(1 if single else 2)
+    ]
 
 
-@pytest.mark.parametrize("what, message", [(b"", "0 bytes"), (b"hello", "not an image"), (FILES["jpeg"](1)[:300], "truncated|damaged")])
+@pytest.mark.parametrize(
+    "what, message", [(b"", "0 bytes"), (b"hello", "not an image"), (FILES["jpeg"](1)[:300], "truncated|damaged")]
+)
 def test_bytes_that_are_no_image(inspector, what, message):
-    with pytest.raises(BadImage, match=message): inspector.predict(what)
+    with pytest.raises(BadImage, match=message):
+        inspector.predict(what)
     assert inspector.predict([what, PHOTO], progress=False)["decision"].tolist() == ["error", "score only"]
 
 
 def test_a_file_opened_as_text(tmp_path):
     (tmp_path / "a.txt").write_text("hello")
-    with open(tmp_path / "a.txt") as file, pytest.raises(TypeError, match="open it with open.path, 'rb'."): read_image(file)
+    with open(tmp_path / "a.txt") as file, pytest.raises(TypeError, match="open it with open.path, 'rb'."):
+        read_image(file)
 
 
 # ---- pages
+
 
 def frames(kind: str, count: int, **options) -> bytes:
     pictures = [Image.fromarray(np.roll(PHOTO, 3 * i, 0)) for i in range(count)]
     return encoded(pictures[0], kind, save_all=True, append_images=pictures[1:], **options)
 
 
-PAGES = {"tiff": (lambda: frames("TIFF", 3), 3), "gif": (lambda: frames("GIF", 4), 4), "webp": (lambda: frames("WEBP", 2, lossless=True), 2), "apng": (lambda: frames("PNG", 3), 3),
-         "16-bit tiff": (lambda: tiff(PHOTO.astype("uint16") * 257, pages=2), 2), "a page and a mask": (lambda: tiff(PHOTO, pages=4, reduced=(2,)), 3)}
+PAGES = {
+    "tiff": (lambda: frames("TIFF", 3), 3),
+    "gif": (lambda: frames("GIF", 4), 4),
+    "webp": (lambda: frames("WEBP", 2, lossless=True), 2),
+    "apng": (lambda: frames("PNG", 3), 3),
+    "16-bit tiff": (lambda: tiff(PHOTO.astype("uint16") * 257, pages=2), 2),
+    "a page and a mask": (lambda: tiff(PHOTO, pages=4, reduced=(2,)), 3),
+}
 
 
 @pytest.mark.parametrize("kind", PAGES)
@@ -138,15 +186,22 @@ def test_several_pages_are_refused_with_their_number(tmp_path, kind):
     make, count = PAGES[kind]
     (tmp_path / "a.png").write_bytes(make())
     (tmp_path / "ok.png").write_bytes(encoded(PHOTO))
-    for call in (lambda: load_image(tmp_path / "a.png"), lambda: read_image(make()), lambda: read_image(Image.open(tmp_path / "a.png")),
-                 lambda: load_pair(tmp_path / "ok.png", tmp_path / "a.png")):
-        with pytest.raises(BadImage, match=f"{count} (pages|pictures).*file of its own") as error: call()
+    for call in (
+        lambda: load_image(tmp_path / "a.png"),
+        lambda: read_image(make()),
+        lambda: read_image(Image.open(tmp_path / "a.png")),
+        lambda: load_pair(tmp_path / "ok.png", tmp_path / "a.png"),
+    ):
+        with pytest.raises(BadImage, match=f"{count} (pages|pictures).*file of its own") as error:
+            call()
         assert error.value.code == "pages"
     index = make_index([dict(category="c", split="test", image="a.png", anomalous=False)], tmp_path, "t")
     assert check(index).problem.tolist() == ["pages"]
-    with pytest.raises(BadImage, match=f"{count} "): list(batches(index, 8))
+    with pytest.raises(BadImage, match=f"{count} "):
+        list(batches(index, 8))
     loader = batches(index, 8, on_bad="skip")
-    with pytest.warns(UserWarning, match=f"{count} "): assert list(loader) == [] and len(loader.skipped) == 1
+    with pytest.warns(UserWarning, match=f"{count} "):
+        assert list(loader) == [] and len(loader.skipped) == 1
 
 
 def test_a_page_chosen_by_hand_is_read():
@@ -162,13 +217,16 @@ def test_reduced_copies_are_no_pages(reduced, page):
     "A thumbnail behind or before the picture, the levels of a pyramid."
     assert np.array_equal(read_image(tiff(PHOTO, pages=len(reduced) + (len(reduced) < 3), reduced=reduced)), PHOTO)
     deep = PHOTO.astype("uint16") * 257
-    assert np.array_equal(open_stored(tiff(deep, pages=3, reduced=reduced if len(reduced) > 1 else (1, 2))).values(), deep)
+    assert np.array_equal(
+        open_stored(tiff(deep, pages=3, reduced=reduced if len(reduced) > 1 else (1, 2))).values(), deep
+    )
 
 
 def test_the_photograph_of_a_phone_has_a_second_picture_beside_it(tmp_path):
     main, depth = Image.fromarray(PHOTO), Image.new("RGB", (8, 5))
     main.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[depth], quality=95)
-    with Image.open(tmp_path / "a.jpg") as image: assert image.format == "MPO" and image.n_frames == 2
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert image.format == "MPO" and image.n_frames == 2
     assert load_image(tmp_path / "a.jpg").size == (32, 20)
     Image.fromarray(PHOTO).resize((64, 64)).save(tmp_path / "a.ico", sizes=[(16, 16), (64, 64), (32, 32)])
     assert load_image(tmp_path / "a.ico").size == (64, 64)
@@ -180,7 +238,9 @@ MASK = np.zeros((20, 32), bool)
 MASK[2:6, 3:20] = True
 
 
-def pair(folder, name: str, orientation: int, square: bool = False, drawn: str = "stored", own: int = 1, shrink: int = 1) -> dict:
+def pair(
+    folder, name: str, orientation: int, square: bool = False, drawn: str = "stored", own: int = 1, shrink: int = 1
+) -> dict:
     photo, mask = (PHOTO[:, :20], MASK[:, :20]) if square else (PHOTO, MASK)
     (folder / f"{name}.png").write_bytes(encoded(photo, exif=exif(orientation)))
     mask = np.ascontiguousarray(upright(mask, orientation) if drawn == "upright" else mask)[::shrink, ::shrink]
@@ -189,7 +249,8 @@ def pair(folder, name: str, orientation: int, square: bool = False, drawn: str =
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_turning_a_mask_is_turning_its_photograph(orientation): assert np.array_equal(turned(MASK, orientation), upright(MASK, orientation))
+def test_turning_a_mask_is_turning_its_photograph(orientation):
+    assert np.array_equal(turned(MASK, orientation), upright(MASK, orientation))
 
 
 @pytest.mark.parametrize("square", [False, True])
@@ -201,10 +262,12 @@ def test_a_stated_position_holds_for_every_mask(tmp_path, orientation, square, d
     want = upright(MASK[:, :20] if square else MASK, orientation)
     _, mask = load_pair(tmp_path / "a.png", tmp_path / "a_m.png", mask_orientation=drawn)
     assert np.array_equal(mask, want) and len(check(index, mask_orientation=drawn)) == 0
-    if square: assert np.array_equal(Batch.cat(batches(index, 20, mask_orientation=drawn)).mask[0, 0], want)
+    if square:
+        assert np.array_equal(Batch.cat(batches(index, 20, mask_orientation=drawn)).mask[0, 0], want)
     other = "stored" if drawn == "upright" else "upright"
     if orientation > 4 and not square:
-        with pytest.raises(BadImage, match=f'pass mask_orientation="{drawn}"'): load_pair(tmp_path / "a.png", tmp_path / "a_m.png", mask_orientation=other)
+        with pytest.raises(BadImage, match=f'pass mask_orientation="{drawn}"'):
+            load_pair(tmp_path / "a.png", tmp_path / "a_m.png", mask_orientation=other)
 
 
 @pytest.mark.parametrize("drawn", ["upright", "stored"])
@@ -215,32 +278,58 @@ def test_the_shape_of_an_oblong_photograph_tells(tmp_path, orientation, drawn, s
     row = pair(tmp_path, "a", orientation, drawn=drawn, shrink=shrink)
     how = dict(mask_mismatch="resize") if shrink > 1 else {}
     _, mask = load_pair(tmp_path / "a.png", tmp_path / "a_m.png", **how)
-    assert mask.shape == (32, 20) and (mask != upright(MASK, orientation)).mean() < 0.05 and len(check(make_index([row], tmp_path, "t"), **how)) == 0
+    assert (
+        mask.shape == (32, 20)
+        and (mask != upright(MASK, orientation)).mean() < 0.05
+        and len(check(make_index([row], tmp_path, "t"), **how)) == 0
+    )
 
 
-@pytest.mark.parametrize("others, says, reported", [([], "nothing in this set tells", True), (["stored"], "lie as stored", True), (["upright"], "", False), (["stored", "upright"], "nothing in this set tells", True)])
+@pytest.mark.parametrize(
+    "others, says, reported",
+    [
+        ([], "nothing in this set tells", True),
+        (["stored"], "lie as stored", True),
+        (["upright"], "", False),
+        (["stored", "upright"], "nothing in this set tells", True),
+    ],
+)
 def test_check_reports_where_the_position_is_not_known(tmp_path, others, says, reported):
-    rows = [pair(tmp_path, "unknown3", 3), pair(tmp_path, "unknown6", 6, square=True), pair(tmp_path, "plain", 1), *(pair(tmp_path, f"oblong{i}", 6, drawn=d) for i, d in enumerate(others))]
+    rows = [
+        pair(tmp_path, "unknown3", 3),
+        pair(tmp_path, "unknown6", 6, square=True),
+        pair(tmp_path, "plain", 1),
+        *(pair(tmp_path, f"oblong{i}", 6, drawn=d) for i, d in enumerate(others)),
+    ]
     index = make_index(rows, tmp_path, "t")
     found = check(index).query("problem == 'mask_position'")
-    assert found.image.tolist() == (["unknown3.png", "unknown6.png"] if reported else []) and all(says in m and "mask_orientation" in m for m in found.message)
+    assert found.image.tolist() == (["unknown3.png", "unknown6.png"] if reported else []) and all(
+        says in m and "mask_orientation" in m for m in found.message
+    )
 
 
 def test_a_pass_warns_once_of_suppositions(tmp_path):
     index = make_index([pair(tmp_path, "a", 3), pair(tmp_path, "b", 4)], tmp_path, "t")
     loader = batches(index, 16)
-    with pytest.warns(UserWarning, match="2 masks lie on photographs that EXIF turns .such as a.png.") as seen: [list(loader) for _ in range(3)]
+    with pytest.warns(UserWarning, match="2 masks lie on photographs that EXIF turns .such as a.png.") as seen:
+        [list(loader) for _ in range(3)]
     assert len(seen) == 1
 
 
 def test_a_mask_with_a_tag_of_its_own_is_turned_by_that(tmp_path):
     for how in ("auto", "upright", "stored"):
         row = pair(tmp_path, "a", 3, drawn="stored", own=3)
-        assert np.array_equal(load_pair(tmp_path / "a.png", tmp_path / "a_m.png", mask_orientation=how)[1], upright(MASK, 3))
+        assert np.array_equal(
+            load_pair(tmp_path / "a.png", tmp_path / "a_m.png", mask_orientation=how)[1], upright(MASK, 3)
+        )
     assert len(check(make_index([row], tmp_path, "t"))) == 0
 
 
 def test_nothing_is_supposed_where_turning_changes_nothing():
     same = np.zeros((10, 10), bool)
     same[4:6, 4:6] = True
-    assert placed(same, (10, 10), 3)[1] is False and placed(MASK, (32, 20), 3)[1] is True and told_by_shape((20, 33), (32, 20), 6) == ""
+    assert (
+        placed(same, (10, 10), 3)[1] is False
+        and placed(MASK, (32, 20), 3)[1] is True
+        and told_by_shape((20, 33), (32, 20), 6) == ""
+    )

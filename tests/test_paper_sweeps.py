@@ -1,17 +1,20 @@
 "The papers' sweeps against the papers' tables: every printed row of a method of this package has its run, trained on what the row was trained on; defaults are the paper's."
+
 import pandas as pd
 import pytest
 from conftest import ROOT
 
 from zsad_nb.evaluation.published import NOTHING, protocol_set, published
-from zsad_nb.methods.base import MODULES, method_class
 from zsad_nb.figures.paper_plan import COLUMNS, MEDICAL, SETS
+from zsad_nb.methods.base import MODULES, method_class
 from zsad_nb.runs.parameters import parameters_of, read_notebook
 from zsad_nb.runs.sweeps import expand
 
 SWEEPS = ROOT / "nbs" / "experiments" / "sweeps"
 FILES = ("baselines", "dma_sap", "ssvp", "visualad", "dapo")
-TABLES = dict(dma_sap=("1-6", "7"), ssvp=("1", "2", "3", "5"), visualad=("README", "medical", "ablation"))  # Table 4 names no data set
+TABLES = dict(
+    dma_sap=("1-6", "7"), ssvp=("1", "2", "3", "5"), visualad=("README", "medical", "ablation")
+)  # Table 4 names no data set
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +43,19 @@ def studied(specs):
     for s in specs:
         v = s.values
         if s.notebook.stem == "ablation" and not v["sweep"]:
-            found |= {(v["method"], v["train_data"], v["test_data"], name) for name in v["variants"] or method_class(v["method"]).tables()[v["table"]]}
+            found |= {
+                (v["method"], v["train_data"], v["test_data"], name)
+                for name in v["variants"] or method_class(v["method"]).tables()[v["table"]]
+            }
     return found
 
 
 def rows(paper) -> pd.DataFrame:
     "Printed rows: method, variant, data set, training set."
     table = published(paper)
-    table = table[table["table"].isin(TABLES[paper]) & ~table["dataset"].isin(["mean", "all"]) & table["method"].isin(MODULES)]
+    table = table[
+        table["table"].isin(TABLES[paper]) & ~table["dataset"].isin(["mean", "all"]) & table["method"].isin(MODULES)
+    ]
     return table.drop_duplicates(["table", "method", "variant", "dataset", "trained_on"])
 
 
@@ -56,10 +64,18 @@ def test_every_row_of_every_table_has_its_run(paper, evaluated, studied):
     printed, missing = rows(paper), []
     for r in printed.itertuples():
         if r.variant and r.variant != "DINOv2":
-            there = any((m, t, d) == (r.method, r.trained_on, r.dataset) and r.variant in (name, name.split()[0]) for m, t, d, name in studied)
+            there = any(
+                (m, t, d) == (r.method, r.trained_on, r.dataset) and r.variant in (name, name.split()[0])
+                for m, t, d, name in studied
+            )
         else:
-            there = any((m, t, d) == (r.method, r.trained_on, r.dataset) and b.startswith("dinov2") == (r.variant == "DINOv2") or (m, t, d) == (r.method, r.trained_on, r.dataset) and r.method == "self_distance"
-                        for m, b, t, d in evaluated)
+            there = any(
+                (m, t, d) == (r.method, r.trained_on, r.dataset)
+                and b.startswith("dinov2") == (r.variant == "DINOv2")
+                or (m, t, d) == (r.method, r.trained_on, r.dataset)
+                and r.method == "self_distance"
+                for m, b, t, d in evaluated
+            )
         if not there:
             missing.append((r.table, r.method, r.variant, r.dataset, r.trained_on))
     assert not missing, missing
@@ -83,8 +99,11 @@ def test_defaults_are_the_papers(notebook):
     "Nothing is scaled or shortened unless it is asked for; such a notebook is not executed with its defaults by nbdev_test."
     book = read_notebook(ROOT / "nbs" / "experiments" / f"{notebook}.ipynb")
     defaults = {name: p.default for name, p in parameters_of(book).items()}
-    expected = dict(train=dict(lr_scale=1.0, size=0, epochs=0, batch=0, seed=None), ablation=dict(lr_scale=1.0, size=0, epochs=0, batch=0, seeds=[]),
-                    evaluate=dict(size=0, names="", engine="", precision="", options={}, seed=None))[notebook]
+    expected = dict(
+        train=dict(lr_scale=1.0, size=0, epochs=0, batch=0, seed=None),
+        ablation=dict(lr_scale=1.0, size=0, epochs=0, batch=0, seeds=[]),
+        evaluate=dict(size=0, names="", engine="", precision="", options={}, seed=None),
+    )[notebook]
     assert {name: defaults[name] for name in expected} == expected
     assert book["cells"][0]["cell_type"] == "raw" and "skip_exec: true" in book["cells"][0]["source"]
 
@@ -92,4 +111,12 @@ def test_defaults_are_the_papers(notebook):
 def test_papers_sweeps_shorten_nothing(specs):
     for s in specs:
         assert s.values.get("lr_scale", 1.0) == 1.0
-        if s.notebook.stem == "train": assert s.values["size"] == 0 and s.values["seed"] is None and s.values["epochs"] == {("visualad", "mvtec"): 2, ("visualad", "visa"): 1, ("april_gan", "visa"): 15}.get((s.values["method"], s.values["train_data"]), 0)
+        if s.notebook.stem == "train":
+            assert (
+                s.values["size"] == 0
+                and s.values["seed"] is None
+                and s.values["epochs"]
+                == {("visualad", "mvtec"): 2, ("visualad", "visa"): 1, ("april_gan", "visa"): 15}.get(
+                    (s.values["method"], s.values["train_data"]), 0
+                )
+            )

@@ -1,4 +1,5 @@
 "Every stored number of the AdaCLIP fixture, from the method as anybody would create it and from its released checkpoint."
+
 import numpy as np
 import pytest
 import torch
@@ -9,27 +10,44 @@ from sklearn.cluster import KMeans
 from zsad_nb.backbones.ensembles import ADACLIP_STATES, blank_for_dash, sentences
 from zsad_nb.backbones.weights import WeightsError
 from zsad_nb.components.dapo_prompts import enlarge
-from zsad_nb.training.fit import recipe_of
 from zsad_nb.methods import adaclip
 from zsad_nb.methods.adaclip import read_prompted, released_names, see_prompted
 from zsad_nb.methods.base import create, describe, import_released
+from zsad_nb.training.fit import recipe_of
 
 pytestmark = pytest.mark.parity
-VARIANTS = dict(quickgelu=dict(quick_gelu=True), antialias=dict(position_resize="bicubic"), nohalf=dict(half_tokens=False), imagewise_dice=dict(dice_over="image"))
+VARIANTS = dict(
+    quickgelu=dict(quick_gelu=True),
+    antialias=dict(position_resize="bicubic"),
+    nohalf=dict(half_tokens=False),
+    imagewise_dice=dict(dice_over="image"),
+)
 
 
 @pytest.fixture(scope="module")
-def case(parity_fixture, tmp_path_factory): return Fixture(parity_fixture, tmp_path_factory.mktemp("adaclip"), "adaclip")
+def case(parity_fixture, tmp_path_factory):
+    return Fixture(parity_fixture, tmp_path_factory.mktemp("adaclip"), "adaclip")
 
 
 def build(case, **changes):
     cfg = case.cfg
-    options = dict(taps=tuple(cfg["features_list_1based"]), length=cfg["prompting_length"], depth=cfg["prompting_depth"], clusters=cfg["k_clusters"], candidates=cfg["hsf_candidates"] // cfg["k_clusters"],
-                   sigma=float(cfg["sigma"]), tau=cfg["temperature"], fusion_weight=cfg["fusion_alpha"])
+    options = dict(
+        taps=tuple(cfg["features_list_1based"]),
+        length=cfg["prompting_length"],
+        depth=cfg["prompting_depth"],
+        clusters=cfg["k_clusters"],
+        candidates=cfg["hsf_candidates"] // cfg["k_clusters"],
+        sigma=float(cfg["sigma"]),
+        tau=cfg["temperature"],
+        fusion_weight=cfg["fusion_alpha"],
+    )
     return import_released(create("adaclip", **{**case.towers, **options, **changes}), case.released).eval()
 
 
-def batch_of(case): return case.batch(case.tensors["in.batch"], case.cfg["class_names"], case.tensors["in.masks"], case.tensors["in.labels"])
+def batch_of(case):
+    return case.batch(
+        case.tensors["in.batch"], case.cfg["class_names"], case.tensors["in.masks"], case.tensors["in.labels"]
+    )
 
 
 def released_groups(x, falling, k):
@@ -45,7 +63,8 @@ def stored_groups(case, monkeypatch):
 
     def drawn(x, falling, k):
         for indices, labels in zip(*stored):
-            if torch.equal(indices, falling): return labels
+            if torch.equal(indices, falling):
+                return labels
         return released_groups(x, falling, k)
 
     def fuse(patches, logits, clusters, candidates, choose="all", seed=0):
@@ -56,13 +75,16 @@ def stored_groups(case, monkeypatch):
             monkeypatch.setattr(adaclip, "kmeans", lambda x, k, seed, groups=groups: groups)
             found.append(own(x[None], a[None], clusters, candidates, choose))
         return torch.cat(found)
+
     monkeypatch.setattr(adaclip, "fuse", fuse)
 
 
 def adapted(model, batch):  # (B, N, L, C)
     cls = model.encode(batch)["cls"]
     seen = see_prompted(model.clip, batch.image, model.tokens["image"](cls))
-    return torch.stack([F.normalize(model.adapters[f"tap_{t}"](x), dim=-1) for t, x in zip(model.clip.taps, seen.patches)], 2)
+    return torch.stack(
+        [F.normalize(model.adapters[f"tap_{t}"](x), dim=-1) for t, x in zip(model.clip.taps, seen.patches)], 2
+    )
 
 
 @torch.no_grad()
@@ -81,7 +103,7 @@ def stages(case) -> dict:
         for i, name in enumerate(batch.category):
             said = sentences(name, ADACLIP_STATES[state], model.p.templates, blank_for_dash)
             start, end, normal = model.started(name)
-            z = read_prompted(model.text, start, end, model.tokens["text"](cls[i:i + 1]))
+            z = read_prompted(model.text, start, end, model.tokens["text"](cls[i : i + 1]))
             ours, theirs = model.text.tokenize(said).tolist(), case.tensors[f"out.tokens_{state}"][i].tolist()
             assert sorted(ours) == sorted(theirs), "the same sentences; their order is free, since they are averaged"
             rows = [ours.index(t) for t in theirs]
@@ -90,22 +112,37 @@ def stages(case) -> dict:
         found |= {f"out.tokens_{state}": torch.stack(ids), f"out.sentences_{state}": torch.stack(raw)}
     patches = adapted(model, batch)
     for k, (tap, x, prefix) in enumerate(zip(model.clip.taps, seen.patches, seen.prefix)):
-        found |= {f"out.tap_{tap}.tokens": torch.cat([prefix, x], 1), f"out.tap_{tap}.adapted": patches[:, :, k], f"out.tap_{tap}.logits": patches[:, :, k] @ text.transpose(1, 2) / cfg["temperature"]}
+        found |= {
+            f"out.tap_{tap}.tokens": torch.cat([prefix, x], 1),
+            f"out.tap_{tap}.adapted": patches[:, :, k],
+            f"out.tap_{tap}.logits": patches[:, :, k] @ text.transpose(1, 2) / cfg["temperature"],
+        }
     contrast = torch.einsum("bnlc,bc->bnl", patches, (text[:, 1] - text[:, 0]) / cfg["temperature"]).mean(2)
     found["out.hsf.indices"] = contrast.topk(cfg["hsf_candidates"]).indices
-    found["out.hsf.labels"] = torch.stack([released_groups(x, at, cfg["k_clusters"]) for x, at in zip(patches, found["out.hsf.indices"])])
+    found["out.hsf.labels"] = torch.stack(
+        [released_groups(x, at, cfg["k_clusters"]) for x, at in zip(patches, found["out.hsf.indices"])]
+    )
     found["out.hsf.feature"] = adaclip.fuse(patches, contrast, model.p.clusters, model.p.candidates)
     smooth = model.predict(batch)
-    return found | {"out.map": build(case, sigma=0.0).predict(batch).map, "out.smoothed_map": smooth.map, "out.image_score": smooth.score}
+    return found | {
+        "out.map": build(case, sigma=0.0).predict(batch).map,
+        "out.smoothed_map": smooth.map,
+        "out.image_score": smooth.score,
+    }
 
 
 def pieces(model, values) -> dict:
     "Our tensors under the released names."
     found = {}
     for ours, theirs in released_names(model).items():
-        if values.get(ours) is None: continue
-        if isinstance(theirs, str): found[theirs] = values[ours]
-        else: found |= dict(zip(theirs, values[ours] if len(values[ours]) == len(theirs) else values[ours].chunk(len(theirs))))
+        if values.get(ours) is None:
+            continue
+        if isinstance(theirs, str):
+            found[theirs] = values[ours]
+        else:
+            found |= dict(
+                zip(theirs, values[ours] if len(values[ours]) == len(theirs) else values[ours].chunk(len(theirs)))
+            )
     return found
 
 
@@ -125,20 +162,35 @@ def training(case, prefix, **changes) -> dict:
             each.append(torch.stack([parts[k] for k in ("focal", "dice", "dice_normal")]).detach())
         losses_of.append((losses["total"].detach(), losses["image"].detach(), torch.stack(each)))
     total, image, layers = (torch.stack(x) for x in zip(*losses_of))
-    return found | {f"{prefix}loss.total": total, f"{prefix}loss.image": image, f"{prefix}loss.focal_diceA_diceN_per_layer": layers}
+    return found | {
+        f"{prefix}loss.total": total,
+        f"{prefix}loss.image": image,
+        f"{prefix}loss.focal_diceA_diceN_per_layer": layers,
+    }
 
 
 def numbers(case) -> dict:
     stored, found = case.stored(), stages(case) | training(case, "") | case.preprocessed()
     for name, changes in VARIANTS.items():
         model, batch = build(case, **changes), batch_of(case)
-        with torch.no_grad(): texts = model.text_features(batch.category, model.encode(batch)["cls"])
+        with torch.no_grad():
+            texts = model.text_features(batch.category, model.encode(batch)["cls"])
         more = training(case, f"{name}.", **changes)
-        more |= {f"{name}.out.text_features": texts, f"{name}.out.map": build(case, sigma=0.0, **changes).predict(batch).map[:1], f"{name}.out.image_score": model.predict(batch).score}
-        found |= {k: v for k, v in more.items() if k in stored or not k.startswith(f"{name}.grad.") and name != "imagewise_dice"}  # of a variant the fixture keeps some
+        more |= {
+            f"{name}.out.text_features": texts,
+            f"{name}.out.map": build(case, sigma=0.0, **changes).predict(batch).map[:1],
+            f"{name}.out.image_score": model.predict(batch).score,
+        }
+        found |= {
+            k: v
+            for k, v in more.items()
+            if k in stored or not k.startswith(f"{name}.grad.") and name != "imagewise_dice"
+        }  # of a variant the fixture keeps some
     model = build(case)
     recipe = recipe_of(model)
-    optimiser = torch.optim.AdamW([dict(g) for g in model.param_groups()], betas=recipe.betas, weight_decay=recipe.weight_decay)
+    optimiser = torch.optim.AdamW(
+        [dict(g) for g in model.param_groups()], betas=recipe.betas, weight_decay=recipe.weight_decay
+    )
     after = pieces(model, trained(model, batch_of(case)[[0]], optimiser, 2))
     found |= {k: after["clip_model." + k.removeprefix("step2.")] for k in stored if k.startswith("step2.")}
     model = build(case)
@@ -146,22 +198,36 @@ def numbers(case) -> dict:
         cls = model.encode(batch_of(case)[[0]])["cls"]
         found |= {k: model.text_features([k.split(".")[1]], cls)[0] for k in stored if k.startswith("names.")}
     for k in list(found):
-        if k.startswith("grad.1.") and k not in stored: found.pop(k)  # of the second image the fixture keeps the gradients of tokens and layers
+        if k.startswith("grad.1.") and k not in stored:
+            found.pop(k)  # of the second image the fixture keeps the gradients of tokens and layers
     return found
 
 
 def test_adaclip_every_stored_number(case, stored_groups):
     def tolerance(key):
         t = case.limits
-        if "out.tokens_" in key or "indices" in key or "labels" in key: return "ids", t["exact"], False
-        if "grad." in key: return "gradients (relative)", t["gradients (relative)"], True
-        if key.startswith("pre."): return "preprocessing", t["preprocessing"], False
-        if "step2" in key: return "two steps, 90 % of the entries", 1e-3, False, 0.9  # a tenth of the rate: near-zero gradients decide signs
-        if "loss" in key: return "losses", t["losses"], False
-        if "text_features" in key: return "text features", t["text features"], False
+        if "out.tokens_" in key or "indices" in key or "labels" in key:
+            return "ids", t["exact"], False
+        if "grad." in key:
+            return "gradients (relative)", t["gradients (relative)"], True
+        if key.startswith("pre."):
+            return "preprocessing", t["preprocessing"], False
+        if "step2" in key:
+            return (
+                "two steps, 90 % of the entries",
+                1e-3,
+                False,
+                0.9,
+            )  # a tenth of the rate: near-zero gradients decide signs
+        if "loss" in key:
+            return "losses", t["losses"], False
+        if "text_features" in key:
+            return "text features", t["text features"], False
         for word, group in (("score", "scores"), ("logits", "logits"), ("map", "maps")):
-            if word in key.rpartition("tap_")[2]: return group, t[group], False
+            if word in key.rpartition("tap_")[2]:
+                return group, t[group], False
         return "features", t["features"], False
+
     case.compare(numbers(case), tolerance)
     scalars = case.meta["scalars"]
     assert case.difference(build(case).predict(batch_of(case)).score, scalars["image_score"]) < case.limits["scores"]
@@ -178,32 +244,69 @@ def test_adaclip_own_groups_are_within_the_release_s_draws(case):
 def test_adaclip_what_was_set_matters(case, stored_groups):
     "Or the check above would show nothing."
     batch, limits = batch_of(case), case.limits
-    for changes in (dict(quick_gelu=True), dict(position_resize="bilinear"), dict(position_resize="bicubic"), dict(tau=0.011), dict(sigma=3.0)):
-        assert case.difference(build(case, **changes).predict(batch).map, case.tensors["out.smoothed_map"]) > 10 * limits["maps"], changes
+    for changes in (
+        dict(quick_gelu=True),
+        dict(position_resize="bilinear"),
+        dict(position_resize="bicubic"),
+        dict(tau=0.011),
+        dict(sigma=3.0),
+    ):
+        assert (
+            case.difference(build(case, **changes).predict(batch).map, case.tensors["out.smoothed_map"])
+            > 10 * limits["maps"]
+        ), changes
     for changes in (dict(dice_over="image"),):
-        assert case.difference(training(case, "", **changes)["loss.total"], case.tensors["loss.total"]) > 10 * limits["losses"], changes
-    with torch.no_grad(): exact = build(case, half_tokens=False).text_features(batch.category, build(case).encode(batch)["cls"])
-    assert case.difference(exact, case.tensors["out.text_features"]) > case.difference(exact, case.tensors["nohalf.out.text_features"])
+        assert (
+            case.difference(training(case, "", **changes)["loss.total"], case.tensors["loss.total"])
+            > 10 * limits["losses"]
+        ), changes
+    with torch.no_grad():
+        exact = build(case, half_tokens=False).text_features(batch.category, build(case).encode(batch)["cls"])
+    assert case.difference(exact, case.tensors["out.text_features"]) > case.difference(
+        exact, case.tensors["nohalf.out.text_features"]
+    )
     ours = build(case, **adaclip.AdaCLIP.variants["ours"])
     assert case.difference(ours.predict(batch).map[:1], case.tensors["quickgelu.out.map"]) > 10 * limits["maps"]
     assert "dice_over='image'" in describe("adaclip").variants.set_index("variant").loc["repaired", "changes"]
 
 
-@pytest.mark.parametrize("change, why", [
-    (lambda s: s.pop("dynamic_text_prompt_generator.head.1.bias"), r"missing clip_model\.dynamic_text_prompt_generator\.head\.1\.bias"),
-    (lambda s: s.pop("visual_prompter.static_prompts.2"), r"missing clip_model\.visual_prompter\.static_prompts\.2"),
-    (lambda s: s.update({"visual_prompter.static_prompts.9": torch.zeros(2, 2)}), r"unexpected clip_model\.visual_prompter\.static_prompts\.9"),
-    (lambda s: s.update({"patch_token_layer.head.0.weight": torch.zeros(2, 2)}), r"clip_model\.patch_token_layer\.head\.0\.weight is \(2, 2\), expected"),
-    (lambda s: s["cls_token_layer.head.0.bias"].fill_(float("inf")), r"clip_model\.cls_token_layer\.head\.0\.bias holds numbers that are not finite"),
-], ids=["missing head", "missing set", "too many", "shape", "not a number"])
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        (
+            lambda s: s.pop("dynamic_text_prompt_generator.head.1.bias"),
+            r"missing clip_model\.dynamic_text_prompt_generator\.head\.1\.bias",
+        ),
+        (
+            lambda s: s.pop("visual_prompter.static_prompts.2"),
+            r"missing clip_model\.visual_prompter\.static_prompts\.2",
+        ),
+        (
+            lambda s: s.update({"visual_prompter.static_prompts.9": torch.zeros(2, 2)}),
+            r"unexpected clip_model\.visual_prompter\.static_prompts\.9",
+        ),
+        (
+            lambda s: s.update({"patch_token_layer.head.0.weight": torch.zeros(2, 2)}),
+            r"clip_model\.patch_token_layer\.head\.0\.weight is \(2, 2\), expected",
+        ),
+        (
+            lambda s: s["cls_token_layer.head.0.bias"].fill_(float("inf")),
+            r"clip_model\.cls_token_layer\.head\.0\.bias holds numbers that are not finite",
+        ),
+    ],
+    ids=["missing head", "missing set", "too many", "shape", "not a number"],
+)
 def test_adaclip_a_file_that_does_not_fit(case, tmp_path, change, why):
     state = torch.load(case.released, weights_only=True)
     change(state["clip_model"])
     torch.save(state, tmp_path / "wrong.pth")
     model = build(case)
     before = {k: v.clone() for k, v in model.learned().items()}
-    with pytest.raises(WeightsError, match=f"wrong.pth does not fit adaclip: .*{why}"): import_released(model, tmp_path / "wrong.pth")
-    assert all(torch.equal(v, before[k]) for k, v in model.learned().items()), "nothing is copied from a file that does not fit"
+    with pytest.raises(WeightsError, match=f"wrong.pth does not fit adaclip: .*{why}"):
+        import_released(model, tmp_path / "wrong.pth")
+    assert all(torch.equal(v, before[k]) for k, v in model.learned().items()), (
+        "nothing is copied from a file that does not fit"
+    )
 
 
 def test_adaclip_maps_of_a_tap_are_enlarged_before_the_softmax(case):

@@ -1,17 +1,18 @@
 "Refined paths, D-Attn, pooling, maps and scores of the anomalyclip and crane fixtures, with their stored text features."
+
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from zsad_nb.backbones.towers import IMAGENET, create_backbone
 from zsad_nb.backbones.prompts import import_prompts
+from zsad_nb.backbones.towers import IMAGENET, create_backbone
 from zsad_nb.components.dma import similarity_attention
 from zsad_nb.components.dual_path import dual_path, joint, values_to_joint
+from zsad_nb.components.losses import dice, focal
 from zsad_nb.components.maps import to_pixels
 from zsad_nb.components.sap import image_feature, pool, pooling_weights
 from zsad_nb.data.images import Batch
-from zsad_nb.components.losses import dice, focal
 from zsad_nb.methods import dma_sap  # noqa: F401 (registered by its import)
 from zsad_nb.methods.base import create
 
@@ -19,31 +20,49 @@ pytestmark = pytest.mark.parity
 TAU = 0.07
 
 
-def difference(a, b): return (a.detach().double() - torch.as_tensor(b).double()).abs().max().item()
+def difference(a, b):
+    return (a.detach().double() - torch.as_tensor(b).double()).abs().max().item()
 
 
 def towers(tensors, cfg, folder):
     "The fixture's image towers through the public API, its images as RGB in [0, 1] and the tolerances."
-    save_file({k.removeprefix("clip."): v.contiguous() for k, v in tensors.items() if k.startswith("clip.")}, folder / "clip.safetensors")
+    save_file(
+        {k.removeprefix("clip."): v.contiguous() for k, v in tensors.items() if k.startswith("clip.")},
+        folder / "clip.safetensors",
+    )
     clip, dino = create_backbone("clip", str(folder / "clip.safetensors"), size=cfg["image_size"]), None
     if "dino" in cfg:
-        save_file({k.removeprefix("dino."): v.contiguous() for k, v in tensors.items() if k.startswith("dino.")}, folder / "dino.safetensors")
+        save_file(
+            {k.removeprefix("dino."): v.contiguous() for k, v in tensors.items() if k.startswith("dino.")},
+            folder / "dino.safetensors",
+        )
         dino = create_backbone("vit", str(folder / "dino.safetensors"), size=cfg["image_size"])
-        for own, name in ((dino.mean, "mean"), (dino.std, "std")): own.copy_(torch.tensor(IMAGENET[name]).view(1, 3, 1, 1))  # the generic "vit" does not know what it was trained with
+        for own, name in ((dino.mean, "mean"), (dino.std, "std")):
+            own.copy_(
+                torch.tensor(IMAGENET[name]).view(1, 3, 1, 1)
+            )  # the generic "vit" does not know what it was trained with
     return clip, dino, tensors["in.batch"] * clip.std + clip.mean
 
 
 def load(parity_fixture, tmp_path_factory, name):
     tensors, meta = parity_fixture(name)
-    return tensors, meta, meta["cfg"], *towers(tensors, meta["cfg"], tmp_path_factory.mktemp(name)), meta["tolerances_measured"]["suggested_absolute_tolerances"]
+    return (
+        tensors,
+        meta,
+        meta["cfg"],
+        *towers(tensors, meta["cfg"], tmp_path_factory.mktemp(name)),
+        meta["tolerances_measured"]["suggested_absolute_tolerances"],
+    )
 
 
 @pytest.fixture(scope="module")
-def anomalyclip(parity_fixture, tmp_path_factory): return load(parity_fixture, tmp_path_factory, "anomalyclip")
+def anomalyclip(parity_fixture, tmp_path_factory):
+    return load(parity_fixture, tmp_path_factory, "anomalyclip")
 
 
 @pytest.fixture(scope="module")
-def crane(parity_fixture, tmp_path_factory): return load(parity_fixture, tmp_path_factory, "crane")
+def crane(parity_fixture, tmp_path_factory):
+    return load(parity_fixture, tmp_path_factory, "crane")
 
 
 def logits(features, text):
@@ -51,20 +70,30 @@ def logits(features, text):
     return F.normalize(features, dim=-1) @ F.normalize(text, dim=-1).T / TAU
 
 
-def grids(values, grid): return values.transpose(1, 2).unflatten(2, tuple(grid))  # (B, N, K) -> (B, K, h, w)
+def grids(values, grid):
+    return values.transpose(1, 2).unflatten(2, tuple(grid))  # (B, N, K) -> (B, K, h, w)
 
 
 # ----------------------------------------------------------------------------------------------------------------------- AnomalyCLIP
 
+
 def seen_by_anomalyclip(case):
     tensors, meta, cfg, clip, _, image, tolerance = case
-    with torch.no_grad(): return dual_path(clip, image, tuple(cfg["features_list_1based"]), len(cfg["dual_path_blocks_1based"]), "vv")
+    with torch.no_grad():
+        return dual_path(clip, image, tuple(cfg["features_list_1based"]), len(cfg["dual_path_blocks_1based"]), "vv")
 
 
 def test_sizes_are_the_fixtures(anomalyclip, crane):
     for _, _, cfg, clip, _, image, _ in (anomalyclip, crane):
-        assert (clip.width, clip.depth, clip.patch, clip.tower.proj.shape[1]) == (cfg["vit_width"], cfg["vit_layers"], cfg["patch"], cfg["embed_dim"])
-        assert [b.attn.num_heads for b in clip._blocks(clip.tower)] == [cfg["vit_heads"]] * cfg["vit_layers"] and image.shape == (cfg["batch"], 3, cfg["image_size"], cfg["image_size"])
+        assert (clip.width, clip.depth, clip.patch, clip.tower.proj.shape[1]) == (
+            cfg["vit_width"],
+            cfg["vit_layers"],
+            cfg["patch"],
+            cfg["embed_dim"],
+        )
+        assert [b.attn.num_heads for b in clip._blocks(clip.tower)] == [cfg["vit_heads"]] * cfg[
+            "vit_layers"
+        ] and image.shape == (cfg["batch"], 3, cfg["image_size"], cfg["image_size"])
         assert cfg["dual_path_blocks_1based"][-1] == clip.depth
 
 
@@ -73,10 +102,14 @@ def test_vv_path(anomalyclip):
     seen, first = seen_by_anomalyclip(anomalyclip), cfg["dual_path_blocks_1based"][0]
     assert seen.grid == (cfg["patches_per_side"],) * 2
     for tap, tokens, plain in zip(cfg["features_list_1based"], seen.layers, seen.plain):
-        assert difference(joint(clip, tokens), tensors[f"out.layer_{tap}.patch_features_raw"]) < tolerance["features"], tap
+        assert (
+            difference(joint(clip, tokens), tensors[f"out.layer_{tap}.patch_features_raw"]) < tolerance["features"]
+        ), tap
         assert torch.equal(tokens, plain) == (tap < first), "before the dual blocks there is one path, after that two"
     assert difference(joint(clip, seen.cls, post_norm=False), tensors["out.image_features_raw"]) < tolerance["features"]
-    assert difference(joint(clip, seen.cls), tensors["out.image_features_raw"]) > 100 * tolerance["features"], "with and without ln_post must differ, or this test shows nothing"
+    assert difference(joint(clip, seen.cls), tensors["out.image_features_raw"]) > 100 * tolerance["features"], (
+        "with and without ln_post must differ, or this test shows nothing"
+    )
 
 
 def test_vv_maps_and_score(anomalyclip):
@@ -89,7 +122,10 @@ def test_vv_maps_and_score(anomalyclip):
         assert difference(to_pixels(maps[-1], size), tensors[f"out.layer_{tap}.map"]) < tolerance["maps"]
     assert difference(to_pixels(sum(maps), size), tensors["out.fused_map"]) < tolerance["maps"]
     assert difference(to_pixels(sum(maps), size, cfg["sigma"]), tensors["out.smoothed_map"]) < tolerance["maps"]
-    assert difference(to_pixels(maps[-1], size, cfg["sigma"]), tensors["out.smoothed_map_last_layer_only"]) < tolerance["maps"]
+    assert (
+        difference(to_pixels(maps[-1], size, cfg["sigma"]), tensors["out.smoothed_map_last_layer_only"])
+        < tolerance["maps"]
+    )
     score = logits(joint(clip, seen.cls, post_norm=False), text).softmax(-1)[:, 1]
     assert difference(score, tensors["out.image_score"]) < tolerance["image score"]
     assert difference(score, meta["scalars"]["image_score"]) < tolerance["image score"]
@@ -97,21 +133,30 @@ def test_vv_maps_and_score(anomalyclip):
 
 def test_other_attention_is_not_the_same(anomalyclip):
     tensors, meta, cfg, clip, _, image, tolerance = anomalyclip
-    with torch.no_grad(): other = dual_path(clip, image, (clip.depth,), len(cfg["dual_path_blocks_1based"]), "qkv")
-    assert difference(joint(clip, other.layers[0]), tensors[f"out.layer_{clip.depth}.patch_features_raw"]) > 100 * tolerance["features"]
+    with torch.no_grad():
+        other = dual_path(clip, image, (clip.depth,), len(cfg["dual_path_blocks_1based"]), "qkv")
+    assert (
+        difference(joint(clip, other.layers[0]), tensors[f"out.layer_{clip.depth}.patch_features_raw"])
+        > 100 * tolerance["features"]
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------ Crane and Crane+
 
+
 def seen_by_crane(case, value_from="attended"):
     tensors, meta, cfg, clip, _, image, _ = case
     taps, deep = tuple(cfg["base"]["features_list"]), clip.depth
-    with torch.no_grad(): return dual_path(clip, image, taps, len(cfg["dual_path_blocks_1based"]), "qkv", (deep,), value_from)
+    with torch.no_grad():
+        return dual_path(clip, image, taps, len(cfg["dual_path_blocks_1based"]), "qkv", (deep,), value_from)
 
 
 def dino_patches(case):
     tensors, meta, cfg, _, dino, image, _ = case
-    with torch.no_grad(): return dino(image.clamp(0, 1), taps=(dino.depth,), norm=True).patches[0]  # random "images" leave [0, 1]; the reference clamps for DINO only
+    with torch.no_grad():
+        return dino(image.clamp(0, 1), taps=(dino.depth,), norm=True).patches[
+            0
+        ]  # random "images" leave [0, 1]; the reference clamps for DINO only
 
 
 def d_attention(case, value_from="attended", mean="image"):
@@ -121,12 +166,16 @@ def d_attention(case, value_from="attended", mean="image"):
     unit = F.normalize(patches, dim=-1)
     batch_mean = (unit @ unit.transpose(1, 2)).mean() if mean == "batch" else None
     with torch.no_grad():
-        return values_to_joint(clip, similarity_attention(patches, mean=batch_mean) @ seen_by_crane(case, value_from).values[clip.depth], clip.depth)
+        return values_to_joint(
+            clip,
+            similarity_attention(patches, mean=batch_mean) @ seen_by_crane(case, value_from).values[clip.depth],
+            clip.depth,
+        )
 
 
 def read_crane(features, cls, text, cfg, soft_mean, grid):
     "Map before the blur, pooled feature and score out of local features (B, N, C)."
-    each = torch.stack([logits(f, text) for f in features])                                      # (F, B, N, 2)
+    each = torch.stack([logits(f, text) for f in features])  # (F, B, N, 2)
     mean = each.mean(0)
     weights = pooling_weights(mean[..., 1] - mean[..., 0], "class")
     pooled = pool(torch.stack([F.normalize(f, dim=-1) for f in features]).mean(0), weights, "class")
@@ -139,11 +188,15 @@ def test_e_attention(crane):
     tensors, meta, cfg, clip, _, image, tolerance = crane
     seen = seen_by_crane(crane)
     features = [joint(clip, t[:, 1:]) for t in seen.layers]
-    for i, f in enumerate(features): assert difference(f, tensors[f"base.alt.out.feature_{i}.patch_features_raw"]) < tolerance["features"], i
-    assert difference(features[-1], tensors["base.out.feature_0.patch_features_raw"]) < tolerance["features"], "released: every listed layer is the last one"
+    for i, f in enumerate(features):
+        assert difference(f, tensors[f"base.alt.out.feature_{i}.patch_features_raw"]) < tolerance["features"], i
+    assert difference(features[-1], tensors["base.out.feature_0.patch_features_raw"]) < tolerance["features"], (
+        "released: every listed layer is the last one"
+    )
     assert difference(features[-1], tensors["plus.out.feature_1.patch_features_raw"]) < tolerance["features"]
     assert difference(features[0], features[-1]) > 100 * tolerance["features"]
-    for name in ("base", "plus"): assert difference(joint(clip, seen.cls), tensors[f"{name}.out.image_features_raw"]) < tolerance["features"]
+    for name in ("base", "plus"):
+        assert difference(joint(clip, seen.cls), tensors[f"{name}.out.image_features_raw"]) < tolerance["features"]
 
 
 def test_base_maps_pooling_and_score(crane):
@@ -153,12 +206,18 @@ def test_base_maps_pooling_and_score(crane):
     pixels, _, score = read_crane(features, cls, text, cfg, soft, seen.grid)
     assert difference(pixels, tensors["base.alt.out.map"]) < tolerance["maps"]
     assert difference(to_pixels(pixels, size, cfg["sigma"]), tensors["base.alt.out.smoothed_map"]) < tolerance["maps"]
-    assert difference(score, tensors["base.alt.out.image_score"]) < tolerance["image score"] and difference(score, meta["scalars"]["base"]["alt_image_score"]) < tolerance["image score"]
+    assert (
+        difference(score, tensors["base.alt.out.image_score"]) < tolerance["image score"]
+        and difference(score, meta["scalars"]["base"]["alt_image_score"]) < tolerance["image score"]
+    )
     last = [features[-1]] * len(features)
     pixels, pooled, score = read_crane(last, cls, text, cfg, soft, seen.grid)
     assert difference(logits(features[-1], text), tensors["base.out.feature_0.logits"]) < tolerance["features"]
     assert difference(pixels, tensors["base.out.map"]) < tolerance["maps"]
-    assert difference(read_crane(last, cls, text, cfg, not soft, seen.grid)[0], tensors["base.out.map_other_averaging"]) < tolerance["maps"]
+    assert (
+        difference(read_crane(last, cls, text, cfg, not soft, seen.grid)[0], tensors["base.out.map_other_averaging"])
+        < tolerance["maps"]
+    )
     assert difference(to_pixels(pixels, size, cfg["sigma"]), tensors["base.out.smoothed_map"]) < tolerance["maps"]
     assert difference(pooled, tensors["base.out.pooled_feature"]) < tolerance["features"]
     assert difference(score, tensors["base.out.image_score"]) < tolerance["image score"]
@@ -167,27 +226,51 @@ def test_base_maps_pooling_and_score(crane):
 def test_dino(crane):
     tensors, meta, cfg, clip, dino, image, tolerance = crane
     patches = dino_patches(crane)
-    assert (dino.width, dino.depth, dino.patch, dino.prefix_count) == (cfg["dino"]["width"], cfg["dino"]["layers"], cfg["dino"]["patch"], 1 + cfg["dino"]["registers"])
-    assert difference(grids(patches, (cfg["dino"]["grid"],) * 2), tensors["plus.out.dino_features"]) < tolerance["features"]
+    assert (dino.width, dino.depth, dino.patch, dino.prefix_count) == (
+        cfg["dino"]["width"],
+        cfg["dino"]["layers"],
+        cfg["dino"]["patch"],
+        1 + cfg["dino"]["registers"],
+    )
+    assert (
+        difference(grids(patches, (cfg["dino"]["grid"],) * 2), tensors["plus.out.dino_features"])
+        < tolerance["features"]
+    )
     unit = F.normalize(patches, dim=-1)
     mean = (unit @ unit.transpose(1, 2)).mean((1, 2))
-    assert difference(mean, tensors["plus.out.dino_cos_mean_per_image"]) < tolerance["features"] and difference(mean.mean(), tensors["plus.out.dino_cos_mean_batch"]) < tolerance["features"]
+    assert (
+        difference(mean, tensors["plus.out.dino_cos_mean_per_image"]) < tolerance["features"]
+        and difference(mean.mean(), tensors["plus.out.dino_cos_mean_batch"]) < tolerance["features"]
+    )
 
 
 def test_d_attention_as_released(crane):
     "Values after the in-place addition, mean cosine over the whole batch."
     tensors, meta, cfg, clip, _, image, tolerance = crane
-    seen, text, size, soft = seen_by_crane(crane), tensors["plus.out.text_features"][0], cfg["image_size"], cfg["plus"]["soft_mean"]
+    seen, text, size, soft = (
+        seen_by_crane(crane),
+        tensors["plus.out.text_features"][0],
+        cfg["image_size"],
+        cfg["plus"]["soft_mean"],
+    )
     features, cls = [d_attention(crane, mean="batch"), joint(clip, seen.layers[-1][:, 1:])], joint(clip, seen.cls)
     for i, f in enumerate(features):
         assert difference(f, tensors[f"plus.out.feature_{i}.patch_features_raw"]) < tolerance["features"], i
         assert difference(logits(f, text), tensors[f"plus.out.feature_{i}.logits"]) < tolerance["features"], i
     pixels, pooled, score = read_crane(features, cls, text, cfg, soft, seen.grid)
     assert difference(pixels, tensors["plus.out.map"]) < tolerance["maps"]
-    assert difference(read_crane(features, cls, text, cfg, not soft, seen.grid)[0], tensors["plus.out.map_other_averaging"]) < tolerance["maps"]
+    assert (
+        difference(
+            read_crane(features, cls, text, cfg, not soft, seen.grid)[0], tensors["plus.out.map_other_averaging"]
+        )
+        < tolerance["maps"]
+    )
     assert difference(to_pixels(pixels, size, cfg["sigma"]), tensors["plus.out.smoothed_map"]) < tolerance["maps"]
     assert difference(pooled, tensors["plus.out.pooled_feature"]) < tolerance["features"]
-    assert difference(score, tensors["plus.out.image_score"]) < tolerance["image score"] and difference(score, meta["scalars"]["plus"]["image_score"]) < tolerance["image score"]
+    assert (
+        difference(score, tensors["plus.out.image_score"]) < tolerance["image score"]
+        and difference(score, meta["scalars"]["plus"]["image_score"]) < tolerance["image score"]
+    )
 
 
 def test_d_attention_of_each_image(crane):
@@ -197,8 +280,13 @@ def test_d_attention_of_each_image(crane):
     features, cls = [d_attention(crane), joint(clip, seen.layers[-1][:, 1:])], joint(clip, seen.cls)
     pixels, _, score = read_crane(features, cls, text, cfg, cfg["plus"]["soft_mean"], seen.grid)
     assert difference(pixels, tensors["plus.alone.map"]) < tolerance["maps"]
-    assert difference(score, tensors["plus.alone.image_score"]) < tolerance["image score"] and difference(score, meta["scalars"]["plus"]["alone_image_score"]) < tolerance["image score"]
-    assert difference(pixels, tensors["plus.out.map"]) > 10 * tolerance["maps"], "the two means must differ, or this test shows nothing"
+    assert (
+        difference(score, tensors["plus.alone.image_score"]) < tolerance["image score"]
+        and difference(score, meta["scalars"]["plus"]["alone_image_score"]) < tolerance["image score"]
+    )
+    assert difference(pixels, tensors["plus.out.map"]) > 10 * tolerance["maps"], (
+        "the two means must differ, or this test shows nothing"
+    )
 
 
 def test_values_of_the_block_input(crane):
@@ -208,16 +296,21 @@ def test_values_of_the_block_input(crane):
     pixels, _, score = read_crane(features, cls, text, cfg, cfg["plus"]["soft_mean"], seen.grid)
     assert difference(pixels, tensors["plus.alt.out.map"]) < tolerance["maps"]
     assert difference(to_pixels(pixels, size, cfg["sigma"]), tensors["plus.alt.out.smoothed_map"]) < tolerance["maps"]
-    assert difference(score, tensors["plus.alt.out.image_score"]) < tolerance["image score"] and difference(score, meta["scalars"]["plus"]["alt_image_score"]) < tolerance["image score"]
+    assert (
+        difference(score, tensors["plus.alt.out.image_score"]) < tolerance["image score"]
+        and difference(score, meta["scalars"]["plus"]["alt_image_score"]) < tolerance["image score"]
+    )
 
 
 @pytest.mark.parametrize("name", ["base", "plus"])
 def test_training_loss_of_stored_prompts(crane, name):
     "Focal and dice of every local feature on nearest-upsampled maps; each image has a prompt of its own in training."
     tensors, meta, cfg, clip, _, image, tolerance = crane
-    seen, text = seen_by_crane(crane), tensors[f"{name}.train.text_features"]                     # (B, 2, C)
+    seen, text = seen_by_crane(crane), tensors[f"{name}.train.text_features"]  # (B, 2, C)
     last, cls = joint(clip, seen.layers[-1][:, 1:]), joint(clip, seen.cls)
-    features = [last] * len(cfg["base"]["features_list"]) if name == "base" else [d_attention(crane, mean="batch"), last]
+    features = (
+        [last] * len(cfg["base"]["features_list"]) if name == "base" else [d_attention(crane, mean="batch"), last]
+    )
     each = [F.normalize(f, dim=-1) @ F.normalize(text, dim=-1).transpose(1, 2) / TAU for f in features]
     mask, expected = tensors["in.masks"] > 0, tensors[f"{name}.train.loss.focal_dice_per_feature"]
     parts = []
@@ -226,14 +319,23 @@ def test_training_loss_of_stored_prompts(crane, name):
         parts.append(torch.stack([focal(p, mask), dice(p, mask)]))
     assert difference(torch.stack(parts), expected) < tolerance["losses"]
     mean = torch.stack(each).mean(0)
-    pooled = pool(torch.stack([F.normalize(f, dim=-1) for f in features]).mean(0), pooling_weights(mean[..., 1] - mean[..., 0], "class"), "class")
+    pooled = pool(
+        torch.stack([F.normalize(f, dim=-1) for f in features]).mean(0),
+        pooling_weights(mean[..., 1] - mean[..., 0], "class"),
+        "class",
+    )
     phi = image_feature(pooled, cls, 0.5)
-    ce = F.cross_entropy((phi.unsqueeze(1) @ F.normalize(text, dim=-1).transpose(1, 2)).squeeze(1) / 0.01, tensors["in.labels"])
+    ce = F.cross_entropy(
+        (phi.unsqueeze(1) @ F.normalize(text, dim=-1).transpose(1, 2)).squeeze(1) / 0.01, tensors["in.labels"]
+    )
     assert difference(ce, tensors[f"{name}.train.loss.image_ce"]) < tolerance["losses"]
-    assert difference(2 * torch.stack(parts).sum() + 0.2 * ce, tensors[f"{name}.train.loss.total"]) < tolerance["losses"]
+    assert (
+        difference(2 * torch.stack(parts).sum() + 0.2 * ce, tensors[f"{name}.train.loss.total"]) < tolerance["losses"]
+    )
 
 
 # -------------------------------------------------------------------------------------------------- DMA+SAP set to what Crane+ does
+
 
 @pytest.fixture(scope="module")
 def as_crane(crane, tmp_path_factory):
@@ -244,21 +346,62 @@ def as_crane(crane, tmp_path_factory):
     table = torch.zeros(cfg["vocab"], cfg["text_width"])
     table[tensors["clip_sparse.token_embedding.ids"]] = tensors["clip_sparse.token_embedding.rows"]
     save_file({**state, "token_embedding.weight": table}, folder / "clip.safetensors")
-    save_file({k.removeprefix("dino."): v.contiguous() for k, v in tensors.items() if k.startswith("dino.")}, folder / "dino.safetensors")
+    save_file(
+        {k.removeprefix("dino."): v.contiguous() for k, v in tensors.items() if k.startswith("dino.")},
+        folder / "dino.safetensors",
+    )
 
     def build(**changes):
-        model = create("dma_sap", **{**dict(
-            clip="clip", clip_weights=str(folder / "clip.safetensors"), dino="vit", dino_weights=str(folder / "dino.safetensors"), image_size=cfg["image_size"], clip_taps=(clip.depth,),
-            dino_taps=(dino.depth,), dual_blocks=len(cfg["dual_path_blocks_1based"]), fusion="deep", value_from="attended", pooling="map", sap_weights="class", sigma=float(cfg["sigma"]),
-            soft_mean=cfg["plus"]["soft_mean"], prompt_count=cfg["n_ctx"], deep_tokens=cfg["t_n_ctx"], deep_sets=cfg["depth"] - 1), **changes}).eval()
-        for own, other in ((model.dino.mean, dino.mean), (model.dino.std, dino.std)): own.copy_(other)
+        model = create(
+            "dma_sap",
+            **{
+                **dict(
+                    clip="clip",
+                    clip_weights=str(folder / "clip.safetensors"),
+                    dino="vit",
+                    dino_weights=str(folder / "dino.safetensors"),
+                    image_size=cfg["image_size"],
+                    clip_taps=(clip.depth,),
+                    dino_taps=(dino.depth,),
+                    dual_blocks=len(cfg["dual_path_blocks_1based"]),
+                    fusion="deep",
+                    value_from="attended",
+                    pooling="map",
+                    sap_weights="class",
+                    sigma=float(cfg["sigma"]),
+                    soft_mean=cfg["plus"]["soft_mean"],
+                    prompt_count=cfg["n_ctx"],
+                    deep_tokens=cfg["t_n_ctx"],
+                    deep_sets=cfg["depth"] - 1,
+                ),
+                **changes,
+            },
+        ).eval()
+        for own, other in ((model.dino.mean, dino.mean), (model.dino.std, dino.std)):
+            own.copy_(other)
         prepare = model.dino.prepare
         model.dino.prepare = lambda x: prepare(x.clamp(0, 1))
-        import_prompts(model.prompts, {k.removeprefix("ckpt.prompt_learner."): v for k, v in tensors.items() if k.startswith("ckpt.prompt_learner.")})
+        import_prompts(
+            model.prompts,
+            {
+                k.removeprefix("ckpt.prompt_learner."): v
+                for k, v in tensors.items()
+                if k.startswith("ckpt.prompt_learner.")
+            },
+        )
         model.prompts.deep_half = True  # as the reference casts
         return model
+
     n = len(image)
-    return build, Batch(image, tensors["in.masks"][:, None] > 0, tensors["in.labels"] > 0, tensors["in.labels"], ["x"] * n, ["x"] * n, torch.ones(n, dtype=torch.bool))
+    return build, Batch(
+        image,
+        tensors["in.masks"][:, None] > 0,
+        tensors["in.labels"] > 0,
+        tensors["in.labels"],
+        ["x"] * n,
+        ["x"] * n,
+        torch.ones(n, dtype=torch.bool),
+    )
 
 
 @pytest.mark.parametrize("project_first", [False, True])
@@ -266,20 +409,50 @@ def test_method_as_crane_plus(crane, as_crane, project_first):
     "From pixels and the checkpoint's vectors to maps and scores; the untrained projection must not change them."
     tensors, meta, cfg, clip, _, _, tolerance = crane
     build, batch = as_crane
-    if project_first and cfg["dino"]["width"] > cfg["vit_width"]: pytest.skip("a projection to fewer dimensions cannot keep every cosine")
+    if project_first and cfg["dino"]["width"] > cfg["vit_width"]:
+        pytest.skip("a projection to fewer dimensions cannot keep every cosine")
     model = build(project_first=project_first)
     assert difference(model.text_features(), tensors["plus.out.text_features"][0]) < tolerance["features"]
     prediction = model.predict(batch)
-    assert difference(prediction.map, to_pixels(tensors["plus.alone.map"], cfg["image_size"], cfg["sigma"])) < tolerance["maps"]
+    assert (
+        difference(prediction.map, to_pixels(tensors["plus.alone.map"], cfg["image_size"], cfg["sigma"]))
+        < tolerance["maps"]
+    )
     assert difference(prediction.score, tensors["plus.alone.image_score"]) < tolerance["image score"]
-    assert difference(build(project_first=project_first, sigma=0.0).predict(batch).map, tensors["plus.alone.map"]) < tolerance["maps"]
+    assert (
+        difference(build(project_first=project_first, sigma=0.0).predict(batch).map, tensors["plus.alone.map"])
+        < tolerance["maps"]
+    )
 
 
 def test_method_as_crane_plus_notices(crane, as_crane):
     "Everything that was set to get there matters."
     tensors, meta, cfg, clip, _, _, tolerance = crane
     build, batch = as_crane
-    for changes in (dict(value_from="input"), dict(threshold=False), dict(attention="vv"), dict(dual_blocks=1), dict(self_map=False), dict(soft_mean=not cfg["plus"]["soft_mean"]), dict(sigma=0.0)):
-        assert difference(build(**changes).predict(batch).map, to_pixels(tensors["plus.alone.map"], cfg["image_size"], cfg["sigma"])) > 10 * tolerance["maps"], changes
-    for changes in (dict(sap_weights="spatial"), dict(pooling="cls"), dict(pooling="sap"), dict(cls_weight=0.4), dict(tau=0.06)):
-        assert difference(build(**changes).predict(batch).score, tensors["plus.alone.image_score"]) > 10 * tolerance["image score"], changes
+    for changes in (
+        dict(value_from="input"),
+        dict(threshold=False),
+        dict(attention="vv"),
+        dict(dual_blocks=1),
+        dict(self_map=False),
+        dict(soft_mean=not cfg["plus"]["soft_mean"]),
+        dict(sigma=0.0),
+    ):
+        assert (
+            difference(
+                build(**changes).predict(batch).map,
+                to_pixels(tensors["plus.alone.map"], cfg["image_size"], cfg["sigma"]),
+            )
+            > 10 * tolerance["maps"]
+        ), changes
+    for changes in (
+        dict(sap_weights="spatial"),
+        dict(pooling="cls"),
+        dict(pooling="sap"),
+        dict(cls_weight=0.4),
+        dict(tau=0.06),
+    ):
+        assert (
+            difference(build(**changes).predict(batch).score, tensors["plus.alone.image_score"])
+            > 10 * tolerance["image score"]
+        ), changes

@@ -1,10 +1,19 @@
 "How sure a difference is: contributions of images against the definition of the AUROC and against drawing the images again."
+
 import numpy as np
 import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from zsad_nb.evaluation.power import KeptMaps, agreement, contributions, paired_errors, rank_correlation, scene_of, standard_error
+from zsad_nb.evaluation.power import (
+    KeptMaps,
+    agreement,
+    contributions,
+    paired_errors,
+    rank_correlation,
+    scene_of,
+    standard_error,
+)
 
 
 @pytest.mark.parametrize("seed, decimals", [(0, 8), (1, 1), (2, 0)])
@@ -24,21 +33,21 @@ def test_many_pixels_are_binned_closely():
     auroc, parts = contributions(maps, masks)
     exact, whole = contributions(maps, masks, bins=maps.size)
     assert exact == pytest.approx(roc_auc_score(masks.ravel(), maps.ravel()), abs=1e-12)
-    assert auroc == pytest.approx(exact, abs=1e-5) and np.abs(parts - whole).max() < 1e-5     # a thousandth of a point
+    assert auroc == pytest.approx(exact, abs=1e-5) and np.abs(parts - whole).max() < 1e-5  # a thousandth of a point
 
 
 def test_delong_by_hand():
     "Three anomalous, two normal: DeLong's two variances, with n in the place of n - 1"
-    values, truth = np.array([3., 1., 2., 0., 2.5]), np.array([True, True, True, False, False])
+    values, truth = np.array([3.0, 1.0, 2.0, 0.0, 2.5]), np.array([True, True, True, False, False])
     auroc, parts = contributions(values, truth)
-    first, second = np.array([1, .5, .5]), np.array([1, 1 / 3])
+    first, second = np.array([1, 0.5, 0.5]), np.array([1, 1 / 3])
     assert auroc == pytest.approx(first.mean())
     assert parts[truth] == pytest.approx((first - auroc) / 3) and parts[~truth] == pytest.approx((second - auroc) / 2)
 
 
 @pytest.mark.parametrize("truth", [np.zeros(4, bool), np.ones(4, bool)])
 def test_one_class_has_no_auroc(truth):
-    auroc, parts = contributions(np.arange(4.), truth)
+    auroc, parts = contributions(np.arange(4.0), truth)
     assert np.isnan(auroc) and np.isnan(parts).all()
 
 
@@ -50,7 +59,9 @@ def rows(seed: int, categories: int = 2, scenes: int = 100, both: float = 1.0) -
         truth, scene = np.arange(2 * scenes) % 2 == 0, np.arange(2 * scenes) // 2
         value = contributions(both * common[scene] + truth + rng.normal(size=2 * scenes), truth)[1]
         paths = [f"{'bad' if t else 'good'}/{s}" for t, s in zip(truth, scene)]
-        frames.append(pd.DataFrame(dict(category=f"c{c}", scene=[f"c{c}/{s}" for s in scene], image_path=paths, image=value)))
+        frames.append(
+            pd.DataFrame(dict(category=f"c{c}", scene=[f"c{c}/{s}" for s in scene], image_path=paths, image=value))
+        )
     return pd.concat(frames, ignore_index=True)
 
 
@@ -62,7 +73,9 @@ def test_mean_over_categories():
 
 def test_a_scene_is_one_draw():
     table = rows(0, both=2.0)
-    assert standard_error(table, "image") < 0.8 * standard_error(table.assign(scene=table["category"] + table["image_path"]), "image")
+    assert standard_error(table, "image") < 0.8 * standard_error(
+        table.assign(scene=table["category"] + table["image_path"]), "image"
+    )
 
 
 def test_a_difference_needs_the_same_images():
@@ -81,8 +94,12 @@ def test_masks_are_needed():
 
 
 def test_scenes():
-    assert scene_of("synthetic-2-target-weak", "nut", "nut/test/burn/012.png") == scene_of("synthetic-2-target-weak", "nut", "nut/test/good/012.png")
-    assert scene_of("mvtec", "screw", "screw/test/good/012.png") != scene_of("mvtec", "screw", "screw/test/thread_top/012.png")
+    assert scene_of("synthetic-2-target-weak", "nut", "nut/test/burn/012.png") == scene_of(
+        "synthetic-2-target-weak", "nut", "nut/test/good/012.png"
+    )
+    assert scene_of("mvtec", "screw", "screw/test/good/012.png") != scene_of(
+        "mvtec", "screw", "screw/test/thread_top/012.png"
+    )
 
 
 def test_rank_correlation():

@@ -1,4 +1,5 @@
 "Version 2 of the synthetic benchmark: split renderers, strengths, pairs, names; nothing of the target in the pretraining."
+
 import json
 from pathlib import Path
 
@@ -6,14 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from zsad_nb.synthetic.datasets import load_dataset
-from zsad_nb.synthetic.categories import CATEGORIES, SETS
-from zsad_nb.synthetic.defects_pretraining import DEFECTS
-from zsad_nb.synthetic.versions import RENDERERS, SYNTHETIC_SETS, categories, defects
-from zsad_nb.synthetic.spots import STRENGTHS
-from zsad_nb.synthetic.benchmark import draw, synthetic_index
-from zsad_nb.synthetic.versions import synthetic_name
 from zsad_nb.data.taxonomy import novel_types, type_words
+from zsad_nb.synthetic.benchmark import draw, synthetic_index
+from zsad_nb.synthetic.categories import CATEGORIES, SETS
+from zsad_nb.synthetic.datasets import load_dataset
+from zsad_nb.synthetic.defects_pretraining import DEFECTS
+from zsad_nb.synthetic.spots import STRENGTHS
+from zsad_nb.synthetic.versions import RENDERERS, SYNTHETIC_SETS, categories, defects, synthetic_name
 
 EXPERIMENTS = Path(__file__).parents[1] / "nbs" / "experiments"
 TRAINED_ON = [n for n in SYNTHETIC_SETS if n.startswith("synthetic-2")]
@@ -25,7 +25,12 @@ def some_categories(which: str, number: int, count: int = 2) -> list[str]:
     return [names[(number * 5 + k * 7) % len(names)] for k in range(count)]
 
 
-PAIRS = [(name, defect) for which in ("auxiliary", "target") for k, defect in enumerate(defects(which, 2)) for name in some_categories(which, k)]
+PAIRS = [
+    (name, defect)
+    for which in ("auxiliary", "target")
+    for k, defect in enumerate(defects(which, 2))
+    for name in some_categories(which, k)
+]
 
 
 def test_no_renderer_and_no_category_in_two_sets():
@@ -36,7 +41,7 @@ def test_no_renderer_and_no_category_in_two_sets():
     for which, least in (("pretrain", 40), ("auxiliary", 15), ("target", 12)):
         assert len(names[which]) >= least and all(categories(which, kind, 2) for kind in ("texture", "object"))
     assert not set(defects("auxiliary", 2) + defects("target", 2)) & set(DEFECTS)
-    assert names["pretrain"] == categories("pretrain")      # version 1 shows the towers the same
+    assert names["pretrain"] == categories("pretrain")  # version 1 shows the towers the same
 
 
 def source_of(notebook: str) -> str:
@@ -49,14 +54,14 @@ def test_the_towers_see_neither_the_renderers_nor_a_mask():
     clip, dino = source_of("pretrain_tiny_clip"), source_of("pretrain_tiny")
     names = {}
     start = clip.index("NAMES = dict(")
-    exec(clip[start:clip.index("names, kinds")], names)
+    exec(clip[start : clip.index("names, kinds")], names)
     assert set(names["NAMES"]) == set(DEFECTS)
     training, after = clip.split("def see(array)")
     assert ".mask" not in training and ".mask" in after
     for text in (clip, dino):
         assert 'categories("pretrain")' in text and "auxiliary" not in text and '"target"' not in text
         assert "RENDERERS" not in text and "version=2" not in text
-    assert "draw(names[i % len(names)], 10_000 + i, 256)" in dino      # flawless, all of them
+    assert "draw(names[i % len(names)], 10_000 + i, 256)" in dino  # flawless, all of them
 
 
 @pytest.mark.parametrize("name, defect", PAIRS)
@@ -67,8 +72,8 @@ def test_masks_are_exact_at_every_strength(name, defect):
         spoilt = draw(name, 900, 96, defect, strength)
         change = np.abs(spoilt.image - clean).max(2)
         assert spoilt.mask.any() and not change[~spoilt.mask].any()
-        assert (change[spoilt.mask] > 4).mean() > .5
-        assert spoilt.mask.mean() < .16
+        assert (change[spoilt.mask] > 4).mean() > 0.5
+        assert spoilt.mask.mean() < 0.16
         changes.append(int(change.sum()))
     assert changes[0] < changes[1] < changes[2]
 
@@ -76,25 +81,34 @@ def test_masks_are_exact_at_every_strength(name, defect):
 def test_the_size_does_not_matter():
     for name, defect in PAIRS[::9]:
         small, large = (draw(name, 4, size, defect).mask for size in (96, 192))
-        assert abs(small.mean() - large.mean()) < .02
+        assert abs(small.mean() - large.mean()) < 0.02
 
 
 def test_pairs_on_disk(tmp_path):
     index = synthetic_index(tmp_path, "target", 32, normal=12, defective=12, version=2)
-    assert set(index["dataset"]) == {"synthetic-2-target"} and set(index["category"]) == set(categories("target", version=2))
+    assert set(index["dataset"]) == {"synthetic-2-target"} and set(index["category"]) == set(
+        categories("target", version=2)
+    )
     bad = index[index["anomalous"]]
     assert set(bad["defect"]) == set(defects("target", 2))
     for row in bad.iloc[::11].itertuples():
         number = row.image.rsplit("/", 1)[-1]
-        spoilt, clean = (np.array(Image.open(tmp_path / image)) for image in (row.image, f"{row.category}/test/good/{number}"))
+        spoilt, clean = (
+            np.array(Image.open(tmp_path / image)) for image in (row.image, f"{row.category}/test/good/{number}")
+        )
         mask = np.array(Image.open(tmp_path / row.mask)) > 0
         assert np.array_equal(spoilt[~mask], clean[~mask]) and not np.array_equal(spoilt, clean)
 
 
 def test_the_auxiliary_set_shows_all_strengths(tmp_path, monkeypatch):
     from zsad_nb.synthetic import benchmark as synthetic
+
     asked = []
-    monkeypatch.setattr(synthetic, "draw", lambda name, seed, size, kind, power: asked.append((kind, power)) or draw(name, seed, 32, kind, power))
+    monkeypatch.setattr(
+        synthetic,
+        "draw",
+        lambda name, seed, size, kind, power: asked.append((kind, power)) or draw(name, seed, 32, kind, power),
+    )
     synthetic_index(tmp_path, "auxiliary", 32, normal=0, defective=6, version=2)
     assert {power for kind, power in asked if kind != "good"} == set(STRENGTHS)
 

@@ -1,4 +1,5 @@
 "A training that is killed again and again, at moments that nobody chose, ends with the bits of one that nobody disturbed."
+
 import json
 import os
 import subprocess
@@ -70,11 +71,21 @@ CHILD = """
 def test_killed_at_any_moment(tmp_path):
     "With a cache and without features to keep; half of the kills each."
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(CHILD), str(tmp_path), str(KILLS)],
-                         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}, capture_output=True, text=True, check=False, timeout=120 + 60 * KILLS)
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(CHILD), str(tmp_path), str(KILLS)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120 + 60 * KILLS,
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     trainings = json.loads(run.stdout.splitlines()[-1])
-    for t in trainings: print(t)
+    for t in trainings:
+        print(t)
     kills = sum(len(t["killed_at"]) for t in trainings)
-    print(f"{kills} kills in {len(trainings)} trainings: {sum(t['same'] and t['history'] for t in trainings)} ended with the bits of the undisturbed one, {sum(t['resumed'] > 0 for t in trainings)} after going on from a state")
+    print(
+        f"{kills} kills in {len(trainings)} trainings: {sum(t['same'] and t['history'] for t in trainings)} ended with"
+        f" the bits of the undisturbed one, {sum(t['resumed'] > 0 for t in trainings)} after going on from a state"
+    )
     assert kills >= KILLS and all(t["same"] and t["history"] and not t["left"] for t in trainings)
