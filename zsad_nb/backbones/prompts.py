@@ -10,12 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zsad_nb.backbones.ensembles import (
-    WINCLIP_STATES,
-    WINCLIP_TEMPLATES,
-    ensemble,
-)
-from .text import TextTower, create_text
+from .text import TextTower
 from .weights import WeightsError, bare_names, fitted
 from .words import rewrite
 
@@ -87,9 +82,8 @@ class ObjectPrompts(TextPrompts):
 
     def forward(
         self,
-        context_image: (
-            Tensor | None
-        ) = None,  # (B, embed_dim) class embeddings, normalised here: one pair of prompts an image (Crane)
+        # (B, embed_dim) class embeddings, normalised here: one pair of prompts an image (Crane)
+        context_image: Tensor | None = None,
     ) -> Tensor:  # (2, embed_dim) or (B, 2, embed_dim): normal, abnormal; not normalised
         "Text features with gradients."
         rows, end = self.embeddings(context_image)

@@ -134,9 +134,9 @@ class TextTower(Frozen):
         self,
         embeddings: Tensor,  # (n, L, width) from `embed`, or learned
         eot: Tensor,  # (n,) position of the end of text
-        deep: (
-            Tensor | None
-        ) = None,  # (K, m, width): set i overwrites positions 1..m at the input of block i + 2 (counted from 1: the first block gets none)
+        # (K, m, width): set i overwrites positions 1..m at the input of block i + 2 (counted from 1: the first block
+        # gets none)
+        deep: Tensor | None = None,
         causal: bool = True,  # a token sees nothing behind it
         deep_half: bool = False,  # cast deep tokens to float16 at insertion (released codes)
     ) -> Tensor:  # (n, embed_dim), not normalised
@@ -311,12 +311,10 @@ _BESIDES = (
 def create_text(
     name: str,  # an open_clip name of BACKBONES
     weights: str = "pretrained",  # "pretrained", a local file, or "random:SEED"
-    quick_gelu: (
-        bool | None
-    ) = None,  # activation; None: the one its weights were trained with (the generic "clip": OpenAI's)
-    token_ids: (
-        Tensor | None
-    ) = None,  # (V,) for random weights: a reduced table of these ids, the last one -1 (`vocabulary`)
+    # activation; None: the one its weights were trained with (the generic "clip": OpenAI's)
+    quick_gelu: bool | None = None,
+    # (V,) for random weights: a reduced table of these ids, the last one -1 (`vocabulary`)
+    token_ids: Tensor | None = None,
 ) -> TextTower:  # frozen, in evaluation mode, on the CPU
     "Build the text tower that belongs to an image tower and load its weights."
     known = [n for n, row in BACKBONES.items() if row.library == "open_clip"]

@@ -561,9 +561,8 @@ def create_backbone(
     weights: str = "pretrained",  # "pretrained", a local file, or "random:SEED"
     size: int | None = None,  # working image size in pixels; default: the table's, or the state dict's own
     taps: tuple | None = None,  # 1-based blocks; default: the table's, or the quarter points of the depth
-    quick_gelu: (
-        bool | None
-    ) = None,  # activation of a CLIP; None: the one its weights were trained with (the generic "clip": OpenAI's)
+    # activation of a CLIP; None: the one its weights were trained with (the generic "clip": OpenAI's)
+    quick_gelu: bool | None = None,
     position_resize: str | None = None,  # how positions are resized, a key of POSITION_RESIZE; default: the table's
     interpolation: str = "bicubic",  # how images are brought to its size, one of INTERPOLATIONS
 ) -> Backbone:  # frozen, in evaluation mode, on the CPU

@@ -35,9 +35,8 @@ class SCA(nn.Module):
         rows: int = 1536,  # length of the position table (code); limits the number of patches
         scale: float = 0.01,  # initial alpha (training script)
         dropout: float = 0.1,  # on the attention and on the output (code)
-        grid: (
-            int | None
-        ) = None,  # side of the patch grid the table was trained on; set: interpolate the table to other grids (ours)
+        # side of the patch grid the table was trained on; set: interpolate the table to other grids (ours)
+        grid: int | None = None,
     ):
         super().__init__()
         self.grid = grid

@@ -154,9 +154,8 @@ def _safe(name: str) -> str:
 @_whole_or_absent
 def cut_crops(
     index: pd.DataFrame,  # an Index
-    out: (
-        str | os.PathLike
-    ),  # folder to make: <category>/{train,test}/<good or defect>/*.png, <category>/ground_truth/<defect>/*_mask.png
+    # folder to make: <category>/{train,test}/<good or defect>/*.png, <category>/ground_truth/<defect>/*_mask.png
+    out: str | os.PathLike,
     size: int,  # side of a crop, in pixels of the image
     per_image_normal: int = 1,  # at most this many normal crops of an image
     per_image_defective: int = 1,  # at most this many defective crops of an image
@@ -234,9 +233,8 @@ def cut_crops(
 @_whole_or_absent
 def cut_ksdd(
     raw: str | os.PathLike,  # folder of kos01..kos50 as distributed
-    out: (
-        str | os.PathLike
-    ),  # folder to make, usually SDD: train/good, test/{good,defect}, ground_truth/defect, split.csv
+    # folder to make, usually SDD: train/good, test/{good,defect}, ground_truth/defect, split.csv
+    out: str | os.PathLike,
     seed: int = 42,  # of the choice of normal test strips
     strips: int = 3,  # strips an image is cut into
     test_fraction: float = 0.25,  # of the normal strips

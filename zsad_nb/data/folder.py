@@ -145,9 +145,8 @@ def _lists(lists: list[Path]) -> list[dict]:
 
 
 def read_folder(
-    root: (
-        str | os.PathLike
-    ),  # normal/ and defective/ (many spellings), perhaps masks/; folders of these; or a folder with one CSV
+    # normal/ and defective/ (many spellings), perhaps masks/; folders of these; or a folder with one CSV
+    root: str | os.PathLike,
     dataset: str | None = None,  # default: the folder's name
     category: str | None = None,  # name of the only product; default: the folder's name
     masks: bool = True,  # False: read without masks

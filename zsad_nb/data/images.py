@@ -257,9 +257,8 @@ def batches(
     rgb: str = "before",  # see `resize`
     defects: list[str] | None = None,  # names that number the defects; default: those of this index
     interpolation: str = "bicubic",  # of the resizing, or bilinear; for a method see `batches_for`
-    mosaic: (
-        float | dict | Mosaic
-    ) = 0.0,  # for training: share of images replaced by 2 x 2 images of their category, see `Mosaic`
+    # for training: share of images replaced by 2 x 2 images of their category, see `Mosaic`
+    mosaic: float | dict | Mosaic = 0.0,
     augment: Augmentation | None = None,  # for training: how images are changed from pass to pass
     **reading,  # `Reading`: bits, white, mask_threshold, mask_mismatch, mask_orientation; default: as the index says
 ) -> Batches:  # iterable with a length

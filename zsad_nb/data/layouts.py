@@ -108,9 +108,8 @@ def folders(
 
 def files(
     folder: Path,  # where
-    suffixes: (
-        tuple[str, ...] | None
-    ) = None,  # in lower case; upper case on disk is fine; default: of all images that can be read
+    # in lower case; upper case on disk is fine; default: of all images that can be read
+    suffixes: tuple[str, ...] | None = None,
 ) -> list[Path]:  # files, sorted by name, hidden ones left out; links that lead nowhere are among them
     "The images in a folder, not in its sub-folders."
     if not folder.is_dir():

@@ -161,9 +161,8 @@ def read_bmad(
     dataset: str,
     category: str,
     masks: bool,  # does the set have masks, and are they wanted
-    valid: (
-        str | None
-    ) = None,  # the valid/ images: "skip" them, or put them into "train" or "test"; default: skip them with a word
+    # the valid/ images: "skip" them, or put them into "train" or "test"; default: skip them with a word
+    valid: str | None = None,
 ) -> pd.DataFrame:  # the Index
     "BMAD layout: Brain_AD, HIS and others."
     if valid not in (None, "skip", "train", "test"):

@@ -155,9 +155,8 @@ def read_mvtec_loco(
     root: str | os.PathLike,  # folder of the classes, or of one class
     category: str | None = None,  # name of the class where the root is one class; default: the folder's
     masks: bool = True,  # False: read without masks
-    valid: (
-        str | None
-    ) = None,  # the validation/ images: "skip" them, or put them into "train" or "test"; default: skip them with a word
+    # the validation/ images: "skip" them, or put them into "train" or "test"; default: skip them with a word
+    valid: str | None = None,
 ) -> pd.DataFrame:  # the Index
     "MVTec LOCO: logical and structural anomalies; a mask is a folder of images."
     if valid not in (None, "skip", "train", "test"):
@@ -390,9 +389,8 @@ def _real_iad_rows(path: Path, root: Path, bases: list[Path]) -> list[dict]:
 
 def read_real_iad(
     root: str | os.PathLike,  # holds the JSON folder and the image folder
-    jsons: (
-        str | os.PathLike | None
-    ) = None,  # folder of the JSON files, relative to root; default: realiad_jsons, else the root
+    # folder of the JSON files, relative to root; default: realiad_jsons, else the root
+    jsons: str | os.PathLike | None = None,
     masks: bool = True,  # False: read without masks
 ) -> pd.DataFrame:  # the Index
     "Real-IAD."

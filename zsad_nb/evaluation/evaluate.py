@@ -44,12 +44,10 @@ MEAN = "mean"  # name of the row below the classes
 class Evaluation:
     "Metrics per class and mean, scores per image, and why a number is missing."
 
-    per_class: (
-        pd.DataFrame
-    )  # one row a category and a last row "mean": normal, anomalous (counts), then the metrics, fractions of 1
-    per_image: (
-        pd.DataFrame
-    )  # position in the index, image, category, anomalous, defect, score, pixel_ap, map_low, map_high
+    # one row a category and a last row "mean": normal, anomalous (counts), then the metrics, fractions of 1
+    per_class: pd.DataFrame
+    # position in the index, image, category, anomalous, defect, score, pixel_ap, map_low, map_high
+    per_image: pd.DataFrame
     reasons: pd.DataFrame  # category, metric, reason: every number that is missing or not exact
     seen: list[str]  # "dataset/category" of this index whose data set was trained on: not zero-shot
     reading: dict = field(default_factory=dict)  # how images and masks were read: the fields of `Reading`
@@ -247,20 +245,17 @@ def seen_in_training(
 def evaluate(
     method: Method,
     index: pd.DataFrame,  # target set; rows with split "test" are used
-    size: (
-        int | tuple | None
-    ) = None,  # pixels of maps and masks, or (height, width); default: those of the method's first backbone
+    # pixels of maps and masks, or (height, width); default: those of the method's first backbone
+    size: int | tuple | None = None,
     batch_size: int = 8,  # changes the speed, not the numbers
     limits: tuple = (0.3,),  # FPR limits of AUPRO
-    spill: (
-        str | Path | None
-    ) = None,  # folder for pixels that do not fit in memory; default: the system's temporary folder
+    # folder for pixels that do not fit in memory; default: the system's temporary folder
+    spill: str | Path | None = None,
     workers: int = 2,  # threads that read ahead
     progress: bool = True,  # a bar on stderr
     label: str = "evaluate",  # in front of the bar
-    cache: (
-        FeatureCache | str | Path | None
-    ) = None,  # keeps frozen features, for the next method with the same backbones
+    # keeps frozen features, for the next method with the same backbones
+    cache: FeatureCache | str | Path | None = None,
     allow_seen: tuple | str = (),  # data sets or "dataset/category" to evaluate although training has seen them
     exact: bool = True,  # False: pixels are counted in bins, 150 MB however many; `reasons` says how far each number may be off
     **reading,  # see `Reading`: bits, white, mask_threshold, mask_mismatch, mask_orientation; default: as the index says

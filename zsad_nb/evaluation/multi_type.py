@@ -220,9 +220,8 @@ def evaluate_types(
     choices: tuple = CHOICES,  # filtered (the product's list), unfiltered (all types of the method)
     trained_on=None,  # data sets, for novel and seen; default: what the method was trained on
     multi_label: str = "drop",  # images with several labels: drop (the protocol) or first
-    spill: (
-        str | Path | None
-    ) = None,  # folder for scores that do not fit in memory; default: the system's temporary folder
+    # folder for scores that do not fit in memory; default: the system's temporary folder
+    spill: str | Path | None = None,
     memory_limit: int = 256 * 2**20,  # bytes of scores in memory, for each choice
     workers: int = 2,  # threads that read ahead
     progress: bool = True,  # a bar on stderr

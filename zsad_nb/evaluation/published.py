@@ -146,9 +146,8 @@ def _chosen(table: pd.DataFrame, column: str, wanted) -> pd.Series:
 
 def published(
     paper: str | Iterable | None = None,  # where it is printed: dma_sap, crane, ssvp, visualad, ...; None: all
-    dataset: (
-        str | Iterable | None
-    ) = None,  # a reader's name, "mean" for the mean over data sets, "all" where none applies
+    # a reader's name, "mean" for the mean over data sets, "all" where none applies
+    dataset: str | Iterable | None = None,
     method: str | Iterable | None = None,  # a method's name
     metric: str | Iterable | None = None,  # a column of metrics.csv
 ) -> pd.DataFrame:  # COLUMNS; `category` is "mean" for the mean over classes, `std` the printed deviation
@@ -168,9 +167,8 @@ PROTOCOLS = dict(
 
 
 def training_set(
-    names: (
-        Iterable | None
-    ),  # "dataset/category" of all that was trained on, as a method's `trained_on`; None: not recorded
+    # "dataset/category" of all that was trained on, as a method's `trained_on`; None: not recorded
+    names: Iterable | None,
 ) -> str:  # such as "visa", "mvtec+colondb", "mvtec (3 of 15 categories)", NOTHING or UNKNOWN
     "What was trained on, in the words of the published numbers."
     if names is None:

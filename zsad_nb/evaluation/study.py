@@ -54,9 +54,8 @@ def study(
     cache: FeatureCache | str | Path | None = None,  # keeps frozen features
     untrained: bool = True,  # also evaluate every variant before training
     shown: pd.DataFrame | None = None,  # rows of the target whose maps are kept, under the first seed (see `choose`)
-    more: (
-        Callable | None
-    ) = None,  # further numbers of a trained model: more(model, target) -> name: value, in the row of the mean
+    # further numbers of a trained model: more(model, target) -> name: value, in the row of the mean
+    more: Callable | None = None,
     device: str = "cpu",
     progress: bool = True,
     **reading,  # of both sets, see `Reading`; default: as each index says

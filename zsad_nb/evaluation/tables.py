@@ -549,15 +549,12 @@ def results_table(
     runs: pd.DataFrame,  # of `read_runs`, or any with method, data, seed, category and metrics as fractions
     metrics=("image_auroc", "image_ap", "image_f1max"),  # columns of metrics.csv; one, or several in a cell
     rows: str = "data",  # "data": a row a data set, and their mean; "category": a row a category of one data set
-    methods: (
-        Iterable | None
-    ) = None,  # columns, in this order; None: all that have runs. One without runs is a column of dashes
-    data: (
-        str | Iterable | None
-    ) = None,  # the data sets to show; None: all that have runs. One of them for rows="category"
-    published: (
-        bool | str
-    ) = False,  # beside every method the published value and the difference: True, or the paper to take it from
+    # columns, in this order; None: all that have runs. One without runs is a column of dashes
+    methods: Iterable | None = None,
+    # the data sets to show; None: all that have runs. One of them for rows="category"
+    data: str | Iterable | None = None,
+    # beside every method the published value and the difference: True, or the paper to take it from
+    published: bool | str = False,
     digits: int = 1,
     caption: str = "",
 ) -> Table:

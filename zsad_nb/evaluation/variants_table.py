@@ -120,15 +120,14 @@ def variant_numbers(
 def variants_table(
     runs: pd.DataFrame,  # one row a variant and seed: variant, seed, and the columns to show
     columns: dict | Iterable,  # metrics in percent; or name -> (heading, factor, digits)
-    published: (
-        dict | None
-    ) = None,  # (variant, column) -> what a paper printed, in the unit shown; None: no such columns
+    # (variant, column) -> what a paper printed, in the unit shown; None: no such columns
+    published: dict | None = None,
     corner: str = "model",
     caption: str = "",
     notes: Iterable = (),
-    images: (
-        dict | None
-    ) = None,  # (variant, seed) -> folder with the results of single images, as `study` keeps them; for a column that is a mean over sets: column -> list of (metric, such folders)
+    # (variant, seed) -> folder with the results of single images, as `study` keeps them; for a column that is a mean
+    # over sets: column -> list of (metric, such folders)
+    images: dict | None = None,
     unlike: Iterable = (),  # (variant, column) whose published number was trained on another set; say which in `notes`
 ) -> Table:
     "Mean of every variant with both deviations, and which of its steps can be told apart."

@@ -244,9 +244,8 @@ def view(
     method: Method | None,  # None: images and masks alone
     shown: pd.DataFrame,  # rows of an Index, such as those of `choose`
     size: int | None = None,  # pixels; default: the size of the method's first backbone
-    ranges: (
-        pd.DataFrame | None
-    ) = None,  # category, map_low, map_high of images that set the scales; None: the shown ones
+    # category, map_low, map_high of images that set the scales; None: the shown ones
+    ranges: pd.DataFrame | None = None,
     test: pd.DataFrame | None = None,  # the Index they are from: for what a method with types says of types
     cache: FeatureCache | None = None,
     **reading,  # see `Reading`; default: as the rows say

@@ -55,9 +55,8 @@ class Inspection:
     threshold: float | None
     comparable: float | None  # score against the normal images of its category, where asked for
     peak: float  # largest value of the method's map
-    heat: (
-        np.ndarray
-    )  # (H, W) float32 at the photograph's size, or smaller where that has a longer side than the inspector's max_side
+    # (H, W) float32 at the photograph's size, or smaller where that has a longer side than the inspector's max_side
+    heat: np.ndarray
     mask: np.ndarray | None  # (H, W) bool; None: there is no pixel threshold
     regions: list  # of Region, in pixels of the photograph
     type: str  # most likely defect type; "" for a method without types and for an image called normal

@@ -51,9 +51,8 @@ from ..synthetic.categories import CATEGORIES
 # %% ../../nbs/methods/20_anovl.ipynb #524f1583
 def kind_of(
     category: str,  # as in the Index
-    textures: (
-        tuple | None
-    ) = None,  # categories that are textures; None: as the drawn benchmark says of its own, MVTec AD's five of all others
+    # categories that are textures; None: as the drawn benchmark says of its own, MVTec AD's five of all others
+    textures: tuple | None = None,
 ) -> str:  # "texture" or "object"
     "Which wordings a category gets (baselines 2.7; the drawn categories are ours)."
     if textures is None and category in CATEGORIES:

@@ -32,7 +32,7 @@ from ..core.files import write_json
 from ..core.records import read_record
 from ..data.index import make_index
 from .canvas import Dice, close_mask, to_uint8
-from .categories import CATEGORIES, Scene, expose, make_scene, sensor
+from .categories import Scene, expose, make_scene, sensor
 from .spots import STRENGTHS, Defect, Spot, find_spot
 from .versions import RENDERERS, SYNTHETIC_SETS, categories, defects, synthetic_name
 

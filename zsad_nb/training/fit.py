@@ -179,20 +179,18 @@ def fit(
     workers: int = 2,  # threads that read ahead
     progress: bool = True,  # a bar on stderr
     label: str = "train",  # in front of the bar
-    cache: (
-        FeatureCache | str | Path | None
-    ) = None,  # keeps frozen features, so that they are computed once per image; of no use, and not used, where the recipe changes the images
+    # keeps frozen features, so that they are computed once per image; of no use, and not used, where the recipe
+    # changes the images
+    cache: FeatureCache | str | Path | None = None,
     devices: int = 1,  # GPUs (or CPU processes, for a method on the CPU) that share every batch
     precision: str = "fp32",  # of products: fp32, bf16 or fp16
     checkpointing: bool = False,  # compute the frozen blocks' activations again on the way back instead of keeping them
     compile: bool | str = False,  # torch.compile for the learned part; a text names its backend
-    resume: (
-        str | Path | None
-    ) = None,  # folder for the state after every epoch: after a kill, the same call goes on from there
+    # folder for the state after every epoch: after a kill, the same call goes on from there
+    resume: str | Path | None = None,
     keep_state: bool = False,  # leave that state when the training has ended (its file is `attrs["state"]`), for a caller who has yet to save the method
-    watch: (
-        Callable | None
-    ) = None,  # called with the method after every epoch, in evaluation mode; a true answer ends the training there
+    # called with the method after every epoch, in evaluation mode; a true answer ends the training there
+    watch: Callable | None = None,
     **reading,  # see `Reading`: bits, white, mask_threshold, mask_mismatch, mask_orientation; default: as the index says
 ) -> pd.DataFrame:  # one row a step: step, epoch, seconds, lr, skipped, total and the parts of the loss; `attrs`: epochs, step_seconds, peak_memory, ...
     "Train a method's learned part on an Index; same seed, same numbers."
