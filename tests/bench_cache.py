@@ -52,17 +52,16 @@ def drawn(folder: Path, size: int, images: int):
     from zsad_nb.data.index import make_index
     from zsad_nb.synthetic.versions import categories
 
-    rows, category = [], categories("auxiliary")[0]
+    rows = []
+    category = categories("auxiliary")[0]
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for i in range(images):
         side = 2 * size
-        image, mask = (
-            np.kron(
-                rng.integers(60, 190, (side // 16 + 1,) * 2 + (3,), dtype=np.uint8), np.ones((16, 16, 1), np.uint8)
-            )[:side, :side],
-            np.zeros((side, side), np.uint8),
-        )
+        image = np.kron(
+            rng.integers(60, 190, (side // 16 + 1,) * 2 + (3,), dtype=np.uint8), np.ones((16, 16, 1), np.uint8)
+        )[:side, :side]
+        mask = np.zeros((side, side), np.uint8)
         bad = i % 2 == 1
         if bad:
             image[side // 4 : side // 3, side // 4 : side // 2], mask[side // 4 : side // 3, side // 4 : side // 2] = (
@@ -96,18 +95,22 @@ def one(method: str, kind: str, images: int, dtype: str, folder: Path, profile: 
     from zsad_nb.training.fit import fit, recipe_of
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    size, options = SIZES[kind][0], SIZES[kind][1][method]
-    index, cache = drawn(folder / "images", size, images), FeatureCache(folder / "cache", dtype)
+    size = SIZES[kind][0]
+    options = SIZES[kind][1][method]
+    index = drawn(folder / "images", size, images)
+    cache = FeatureCache(folder / "cache", dtype)
     seed_everything(0)
     model = create(method, image_size=size, **options)
     start = {n: p.detach().clone() for n, p in model.learned().items()}
-    recipe, out = recipe_of(method, epochs=1, batch_size=min(8, images)), {}
+    recipe = recipe_of(method, epochs=1, batch_size=min(8, images))
+    out = {}
     for name, use in (("cold", cache), ("warm", cache), ("first", None), ("second", None)):
         if name == "first":
             with torch.no_grad():
                 for n, p in model.learned().items():
                     p.copy_(start[n])
-        cpu, timer = time.process_time(), None
+        cpu = time.process_time()
+        timer = None
         if profile and name == "warm":
             import cProfile
 

@@ -98,7 +98,8 @@ if __name__ == "__main__":
         path = notebook(
             Path(folder) / "busy.ipynb", "n: int = 0\nseconds: float = 1.0", BUSY, WRITE.format("dict(n=n)")
         )
-        specs, times = [Spec(path, dict(n=n, seconds=args.seconds)) for n in range(args.runs)], {}
+        specs = [Spec(path, dict(n=n, seconds=args.seconds)) for n in range(args.runs)]
+        times = {}
         for workers in (1, 2):
             (place := Path(folder) / str(workers)).mkdir()
             times[workers] = timed(workers, specs, place)

@@ -43,18 +43,14 @@ ENGINES = (
 def drift(args) -> pd.DataFrame:
     "Every metric's difference to PyTorch in fp32, in points (hundredths); small trainings with a fixed seed"
     torch.set_num_threads(args.threads)
-    processor, rows, size, engines = (
-        machine()["cpu"],
-        [],
-        args.size,
-        [e for e in args.engines if e != "torch fp32" and (e != "torch routed" or onednn_pays())],
-    )
+    processor = machine()["cpu"]
+    rows = []
+    size = args.size
+    engines = [e for e in args.engines if e != "torch fp32" and (e != "torch routed" or onednn_pays())]
     with tempfile.TemporaryDirectory(dir=args.folder) as room:
         room = Path(room)
-        auxiliary, target = (
-            synthetic_index(room / "auxiliary", "auxiliary", size, args.train_images, args.train_images),
-            synthetic_index(room / "target", "target", size, args.images, args.images),
-        )
+        auxiliary = synthetic_index(room / "auxiliary", "auxiliary", size, args.train_images, args.train_images)
+        target = synthetic_index(room / "target", "target", size, args.images, args.images)
         for name in args.only:
             for kind in args.states:
                 seed_everything(0)
@@ -116,7 +112,8 @@ def merged(path: Path, new: pd.DataFrame) -> pd.DataFrame:
     "The table there is, with the new rows in the place of those that tell of the same processor, images, method and state"
     if not path.exists():
         return new
-    which, old = ["processor", "images", "method", "state"], pd.read_csv(path)
+    which = ["processor", "images", "method", "state"]
+    old = pd.read_csv(path)
     return pd.concat([old[~old.set_index(which).index.isin(new.set_index(which).index)], new], ignore_index=True)
 
 

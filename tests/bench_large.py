@@ -27,10 +27,8 @@ from zsad_nb.synthetic.benchmark import synthetic_index
 from zsad_nb.training.fit import fit, recipe_of
 
 METHODS = ("visualad", "dapo", "ssvp", "dma_sap")
-CLIP, DINO = (
-    "clip-vitl14-336",
-    dict(dma_sap=dict(dino="dinov2-vitb14-reg"), ssvp=dict(dino="dinov3-vitl16", dino_size=592)),
-)
+CLIP = "clip-vitl14-336"
+DINO = dict(dma_sap=dict(dino="dinov2-vitb14-reg"), ssvp=dict(dino="dinov3-vitl16", dino_size=592))
 ENGINES = dict(
     cpu=("torch fp32 usual", "torch fp32", "openvino fp32", "openvino bf16"),
     cuda=("torch fp32", "torch bf16", "torch bf16 compiled"),
@@ -175,12 +173,10 @@ def main() -> int:
         print(json.dumps(step(**a.step)))
         return 0
     gpu = a.device == "cuda"
-    a.size, a.engines, a.batch, a.seconds = (
-        64 if a.tiny else 518,
-        a.engines or ENGINES[a.device],
-        a.batch or ([1, 16] if gpu else [1]),
-        a.seconds or (0.1 if a.tiny else 15.0),
-    )
+    a.size = 64 if a.tiny else 518
+    a.engines = a.engines or ENGINES[a.device]
+    a.batch = a.batch or ([1, 16] if gpu else [1])
+    a.seconds = a.seconds or (0.1 if a.tiny else 15.0)
     name = "bench_large_cuda" if gpu else "bench_large"
     (a.out / "tables").mkdir(parents=True, exist_ok=True)
     table = inference(a)

@@ -83,7 +83,8 @@ def binned(maps, masks, batch=8):
 def sklearn(maps, masks):
     from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
-    y, s = np.asarray(masks).ravel(), np.asarray(maps).ravel()
+    y = np.asarray(masks).ravel()
+    s = np.asarray(maps).ravel()
     p, r, _ = precision_recall_curve(y, s)
     with np.errstate(invalid="ignore"):
         f1 = np.nanmax(2 * p * r / (p + r))
@@ -99,11 +100,16 @@ def usual_loop(maps, masks):
     "200 passes over all pixels and regions, written from its definition"
     from zsad_nb.evaluation.aupro_200 import aupro_200
 
-    maps, masks = np.asarray(maps), np.asarray(masks)
-    low, high = maps.min(), maps.max()
-    fpr, pro, normal = [], [], ~masks
+    maps = np.asarray(maps)
+    masks = np.asarray(masks)
+    low = maps.min()
+    high = maps.max()
+    fpr = []
+    pro = []
+    normal = ~masks
     for t in np.arange(low, high, (high - low) / 200):
-        above, covered = maps > t, []
+        above = maps > t
+        covered = []
         for a, k in zip(above, masks):
             label, _ = ndimage.label(k, np.ones((3, 3)))
             for i, box in enumerate(ndimage.find_objects(label), 1):
@@ -118,13 +124,19 @@ CASES = {f.__name__: f for f in (ours, spilled, small_blocks, binned, sklearn, u
 
 
 def child(case: str, kind: str, folder: Path):
-    maps, masks = np.load(folder / f"{kind}_maps.npy"), np.load(folder / f"{kind}_masks.npy")
+    maps = np.load(folder / f"{kind}_maps.npy")
+    masks = np.load(folder / f"{kind}_masks.npy")
     CASES[case](maps[:2], masks[:2])  # imports and first-call costs are not the task's
     start = peak_mb()
-    wall, cpu, system = time.perf_counter(), time.process_time(), os.times().system
+    wall = time.perf_counter()
+    cpu = time.process_time()
+    system = os.times().system
     values = CASES[case](maps, masks)
-    cpu, wall, system = time.process_time() - cpu, time.perf_counter() - wall, os.times().system - system
-    again, mb = time.process_time(), peak_mb() - start
+    cpu = time.process_time() - cpu
+    wall = time.perf_counter() - wall
+    system = os.times().system - system
+    again = time.process_time()
+    mb = peak_mb() - start
     if cpu < 10:
         assert CASES[case](maps, masks) == values
     print(
@@ -144,7 +156,8 @@ def child(case: str, kind: str, folder: Path):
 def some(part: int, size: int = 256, count: int = 20):
     "The maps and masks of one part of many, made anew wherever they are needed: noise, every second map with three raised defects"
     rng = np.random.default_rng([7, part])
-    maps, masks = rng.standard_normal((count, size, size), dtype=np.float32), np.zeros((count, size, size), bool)
+    maps = rng.standard_normal((count, size, size), dtype=np.float32)
+    masks = np.zeros((count, size, size), bool)
     for m, k in zip(maps[::2], masks[::2]):
         for y, x, h, w in rng.integers((0, 0, 8, 8), (size - 40, size - 40, 40, 40), (3, 4)):
             k[y : y + h, x : x + w] = True
@@ -157,7 +170,10 @@ def many(kind: str, total: int, folder: Path):
     from zsad_nb.evaluation.binned import BinnedPixelMetrics
     from zsad_nb.evaluation.metrics import PixelMetrics
 
-    parts, shards, spent, wall = range(total // 20), 10 if kind == "shards" else 1, 0.0, time.perf_counter()
+    parts = range(total // 20)
+    shards = 10 if kind == "shards" else 1
+    spent = 0.0
+    wall = time.perf_counter()
     for shard in range(shards):
         one = BinnedPixelMetrics() if kind == "binned" else PixelMetrics(spill=folder)
         for part in parts[shard::shards]:
@@ -174,7 +190,8 @@ def many(kind: str, total: int, folder: Path):
         for shard in range(shards):
             with PixelMetrics.load(folder / f"{shard}.metrics") as other:
                 one.merge(other)
-    before, values = peak_mb(), dict(one.compute())
+    before = peak_mb()
+    values = dict(one.compute())
     spent += time.process_time() - begun
     one.close()
     print(json.dumps(dict(cpu=spent, wall=time.perf_counter() - wall, mb=peak_mb(), before=before, values=values)))
@@ -252,8 +269,10 @@ def main():
                 flush=True,
             )
         if not args.skip_references:
-            us, refs = results["ours", "smooth"], [results["sklearn", "smooth"], results["usual_loop", "smooth"]]
-            cpu, mb = sum(r["cpu"] for r in refs), max(r["mb"] for r in refs)
+            us = results["ours", "smooth"]
+            refs = [results["sklearn", "smooth"], results["usual_loop", "smooth"]]
+            cpu = sum(r["cpu"] for r in refs)
+            mb = max(r["mb"] for r in refs)
             diff = max(abs(us["values"][k] - v) for r in refs for k, v in r["values"].items())
             print(
                 f"references / ours: CPU {cpu / us['cpu']:.0f} x ({cpu:.0f} s against {us['cpu']:.2f} s), memory"

@@ -53,7 +53,9 @@ def many_images(folder: Path, count: int, size: int, different: int = 24):
 
 def fill(store, seed: int = 0):
     "Maps that look like maps, without a model: 10,000 forward passes are not what is measured here. Written for some rows, the others read as zeros (a sparse file)."
-    rng, n, size = np.random.default_rng(seed), len(store), store.size
+    rng = np.random.default_rng(seed)
+    n = len(store)
+    size = store.size
     y, x = np.mgrid[:size, :size].astype(np.float32) / size
     bad = store.index["anomalous"].to_numpy()
     with open(store._file, "r+b") as file:
@@ -86,7 +88,8 @@ def timed(explorer, control, values) -> np.ndarray:
 
 
 def clocked(f) -> tuple:
-    cpu, wall = time.process_time(), time.perf_counter()
+    cpu = time.process_time()
+    wall = time.perf_counter()
     f()
     return 1000 * (time.process_time() - cpu), 1000 * (time.perf_counter() - wall)
 
@@ -100,10 +103,10 @@ def main() -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        index, methods = (
-            many_images(folder / "images", args.images, args.size),
-            {n: create("visualad", weights=f"random:{i}", image_size=256) for i, n in enumerate(("one", "another"))},
-        )
+        index = many_images(folder / "images", args.images, args.size)
+        methods = {
+            n: create("visualad", weights=f"random:{i}", image_size=256) for i, n in enumerate(("one", "another"))
+        }
         stores = {}
         for i, (name, method) in enumerate(methods.items()):
             stores[name] = make_store(method, index, folder / "maps", args.size)
@@ -116,16 +119,15 @@ def main() -> int:
             f"{args.images:,} images at {args.size} px, {torch.get_num_threads()} thread; explorer opened in"
             f" {opened:.2f} s"
         )
-        x, rng = explorer, np.random.default_rng(1)
+        x = explorer
+        rng = np.random.default_rng(1)
 
         def between(c):
             return c.min + (c.max - c.min) * rng.random(args.events)
 
         print(f"\n{'ms of kernel time':34}{'median':>9}{'p95':>9}{'max':>9}{'clock: median':>16}")
-        worst, controls = (
-            0.0,
-            dict(opacity=x.opacity, contour=x.level, smoothing=x.smoothing, clip=x.clip, threshold=x.threshold),
-        )
+        worst = 0.0
+        controls = dict(opacity=x.opacity, contour=x.level, smoothing=x.smoothing, clip=x.clip, threshold=x.threshold)
 
         def report(name, times, slider=True):
             nonlocal worst

@@ -40,7 +40,8 @@ EXPECTED = {
 
 def settings(name: str, small: bool, frames: int = 0) -> dict:
     "Parameters of a method at the size of its release."
-    cls, more = method_class(name), dict(MORE.get(name, {}))
+    cls = method_class(name)
+    more = dict(MORE.get(name, {}))
     fields = {f.name: f.default for f in dataclasses.fields(cls.Parameters)}
     if frames and "templates" in fields:
         more["templates"] = fields["templates"][:frames]
@@ -65,7 +66,8 @@ def measure(name: str, small: bool, frames: int = 0) -> dict:
     torch.manual_seed(0)
     method = create(name, **settings(name, small, frames)).eval()
     built = time.perf_counter() - begun
-    batch, seconds = one_image(96 if small else 518), []
+    batch = one_image(96 if small else 518)
+    seconds = []
     for _ in range(2):
         begun = time.perf_counter()
         said = method.predict(batch)

@@ -36,8 +36,10 @@ def tiff(
     "An uncompressed TIFF."
     values = values.astype(values.dtype.newbyteorder(order))
     bands = values.shape[2] if values.ndim == 3 else 1
-    bits, kind = values.dtype.itemsize * 8, {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
-    out, place = bytearray((b"II*\0" if order == "<" else b"MM\0*") + bytes(4)), 4
+    bits = values.dtype.itemsize * 8
+    kind = {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
+    out = bytearray((b"II*\0" if order == "<" else b"MM\0*") + bytes(4))
+    place = 4
     for page in range(pages):
         at = len(out)
         out += values.tobytes()

@@ -13,7 +13,10 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 ROOT = Path(__file__).parent.parent
-OUT, ROOM, WIDTH, HEIGHT = ROOT / "paper_figures" / "gallery", ROOT / "runs" / "gallery", 320, 200
+OUT = ROOT / "paper_figures" / "gallery"
+ROOM = ROOT / "runs" / "gallery"
+WIDTH = 320
+HEIGHT = 200
 ROWS = {  # notebook -> what you learn; where the picture is from: the number of a picture in the notebook (kept, or executed in runs/gallery) or in another one, a file or a part of it, a table, a drawing
     "tutorials/quickstart": ("from nothing to a heatmap of a defect in a category the model never saw", 0),
     "tutorials/your_own_images": (
@@ -113,7 +116,8 @@ def execute(name: str) -> float:  # seconds of processor time
     def used():
         return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
 
-    before, start = used(), time.time()
+    before = used()
+    start = time.time()
     papermill.execute_notebook(
         ROOT / "nbs" / f"{name}.ipynb",
         ROOM / f"{name}.ipynb",
@@ -173,7 +177,9 @@ def drawn(kinds: list) -> bytes:
     from zsad_nb.synthetic.benchmark import draw
     from zsad_nb.synthetic.versions import categories
 
-    page, out, names = Image.new("RGB", (5 * 64, 3 * 64), "white"), io.BytesIO(), categories("pretrain")
+    page = Image.new("RGB", (5 * 64, 3 * 64), "white")
+    out = io.BytesIO()
+    names = categories("pretrain")
     for i in range(15):
         page.paste(
             Image.fromarray(draw(names[i % len(names)], 10_000 + i, 256, kinds[i % len(kinds)]).image).resize(
@@ -253,11 +259,9 @@ def main():
         for name, (learn, _) in ROWS.items():
             if not name.startswith(room):
                 continue
-            file, link, heading = (
-                f"gallery/{Path(name).name}.jpg",
-                f"../nbs/{name}.ipynb",
-                Path(name).name.replace("_", " "),
-            )
+            file = f"gallery/{Path(name).name}.jpg"
+            link = f"../nbs/{name}.ipynb"
+            heading = Path(name).name.replace("_", " ")
             if not (args.keep and (OUT.parent / file).is_file()) and (picture := picture_of(name)):
                 thumbnail(picture, OUT.parent / file)
             shown = (

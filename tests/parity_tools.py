@@ -28,7 +28,10 @@ class Fixture:
         self, parity_fixture, folder, name, given=()
     ):  # given: patterns of results that a fixture says to take as inputs, since what makes them is not stored
         self.tensors, self.meta = parity_fixture(name)
-        self.cfg, self.folder, self.given, self.worst = self.meta["cfg"], folder, given, {}
+        self.cfg = self.meta["cfg"]
+        self.folder = folder
+        self.given = given
+        self.worst = {}
         self.limits = self.meta["tolerances_measured"]["suggested_absolute_tolerances"]
         table = torch.zeros(self.cfg["vocab"], self.cfg["text_width"])
         table[self.tensors["clip_sparse.token_embedding.ids"]] = self.tensors["clip_sparse.token_embedding.rows"]
@@ -87,7 +90,8 @@ class Fixture:
     def difference(
         self, ours, theirs, relative=False, share=1.0
     ) -> float:  # share of the entries that count, the nearest ones
-        ours, theirs = torch.as_tensor(ours).detach().double(), torch.as_tensor(theirs).double()
+        ours = torch.as_tensor(ours).detach().double()
+        theirs = torch.as_tensor(theirs).double()
         assert ours.shape == theirs.shape, f"{tuple(ours.shape)} for {tuple(theirs.shape)}"
         scale = theirs.abs().max().clamp(min=1e-30) if relative else 1
         return ((ours - theirs).abs().flatten().sort().values[int(share * (ours.numel() - 1))] / scale).item()

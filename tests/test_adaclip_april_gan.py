@@ -42,7 +42,8 @@ def small(name, **changes):
 
 def shaken(name, **changes):
     "As after training: everything learned away from where it starts."
-    model, generator = small(name, **changes), torch.Generator().manual_seed(1)
+    model = small(name, **changes)
+    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for q in model.learned().values():
             q.add_(0.05 * torch.randn(q.shape, generator=generator))
@@ -50,7 +51,8 @@ def shaken(name, **changes):
 
 
 def batch_of(image, categories=None) -> Batch:
-    n, mask = len(image), torch.zeros(len(image), 1, *image.shape[-2:], dtype=torch.bool)
+    n = len(image)
+    mask = torch.zeros(len(image), 1, *image.shape[-2:], dtype=torch.bool)
     mask[::2, :, 8:24, 16:40] = True
     bad = mask.flatten(1).any(1)
     return Batch(
@@ -140,7 +142,8 @@ def test_blank_images(model, value):
 def test_shapes(model, shape):
     "Images of other sizes than the tower's are resized for it; the map has the image's size."
     given = batch_of(torch.rand(3, 3, *shape))
-    features, prediction = model.encode(given), model.predict(given)
+    features = model.encode(given)
+    prediction = model.predict(given)
     assert {len(v) for v in features.values()} == {3} and not any(v.requires_grad for v in features.values())
     assert (
         prediction.map.shape == (3, *shape)
@@ -191,7 +194,8 @@ def test_the_same_again(model, batch):
 
 
 def test_cached_features_say_the_same(model, batch, tmp_path):
-    cache, fresh = FeatureCache(tmp_path), model.predict(batch)
+    cache = FeatureCache(tmp_path)
+    fresh = model.predict(batch)
     filled, kept = (model.predict(batch, cache) for _ in range(2))
     assert (
         (cache.hits, cache.misses) == (4, 4)
@@ -204,7 +208,8 @@ def test_cached_features_say_the_same(model, batch, tmp_path):
 
 
 def test_encode_reads_nothing_learned(model, batch):
-    before, other = model.encode(batch), copy.deepcopy(model)
+    before = model.encode(batch)
+    other = copy.deepcopy(model)
     with torch.no_grad():
         for q in other.learned().values():
             q.normal_()
@@ -213,7 +218,10 @@ def test_encode_reads_nothing_learned(model, batch):
 
 def test_encode_key():
     "Features of two settings may be shared exactly when their keys are equal."
-    key = lambda name, **changes: json.dumps(small(name, **changes).encode_key(), sort_keys=True)
+
+    def key(name, **changes):
+        return json.dumps(small(name, **changes).encode_key(), sort_keys=True)
+
     assert key("adaclip") != key("april_gan")
     other = {
         "adaclip": (
@@ -254,8 +262,10 @@ def test_described(name, batch):
 
 def block_by_hand(block, x, mask=None):
     "One pre-norm block on one sequence (L, D), head by head, with a plain softmax."
-    heads, width = block.attn.num_heads, x.shape[1]
-    d, out = width // heads, []
+    heads = block.attn.num_heads
+    width = x.shape[1]
+    d = width // heads
+    out = []
     q, k, v = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias).chunk(3, -1)
     for h in range(heads):
         at = slice(h * d, (h + 1) * d)
@@ -269,14 +279,17 @@ def block_by_hand(block, x, mask=None):
 
 def dynamic_by_hand(tokens, cls):
     "Five linear heads, one after the other."
-    weights, biases = tokens.heads.weight.split(tokens.shape[2]), tokens.heads.bias.split(tokens.shape[2])
+    weights = tokens.heads.weight.split(tokens.shape[2])
+    biases = tokens.heads.bias.split(tokens.shape[2])
     return torch.stack([w @ cls + b for w, b in zip(weights, biases)])
 
 
 def image_by_hand(model, image, tokens=None):
     "Raw patches of the taps and the class token, with tokens at the end of the sequence at blocks 1 to 4."
-    x, clip = model.clip.embed(image[None])[0][0], model.clip
-    n, taps = len(x), []
+    x = model.clip.embed(image[None])[0][0]
+    clip = model.clip
+    n = len(x)
+    taps = []
     for i, block in enumerate(clip.tower.transformer.resblocks, 1):
         if tokens is not None and i == 1:
             x = torch.cat([x, tokens[0]])
@@ -315,23 +328,23 @@ def texts_by_hand(read, name, templates):
         for state in states:
             for template in templates:
                 z = read(template.format(state.format(name)))
-                total, count = total + z / z.norm(), count + 1
+                total = total + z / z.norm()
+                count = count + 1
         out.append(total / count / (total / count).norm())
     return torch.stack(out)
 
 
 def kmeans_by_hand(x, k, seed):
     "k-means++ with the same draws, then Lloyd, in lists."
-    rows, draws = (
-        [r.double().numpy() for r in x],
-        torch.rand(k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).tolist(),
-    )
+    rows = [r.double().numpy() for r in x]
+    draws = torch.rand(k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).tolist()
     centres = [rows[int(draws[0] * len(rows))]]
     for draw in draws[1:]:
         near = [min(((r - c) ** 2).sum() for c in centres) for r in rows]
         if max(near) <= 1e-12 * max((r**2).sum() for r in rows):
             break
-        total, sum_ = 0.0, sum(near)
+        total = 0.0
+        sum_ = sum(near)
         for i, v in enumerate(near):
             total += v
             if total > draw * sum_:
@@ -429,9 +442,11 @@ def maps_of(model, prediction, size):
     ids=["adaclip", "adaclip repaired", "april_gan"],
 )
 def test_losses_by_hand(name, changes, rows, batch):
-    model, part = shaken(name, tau=0.05, **changes).train(), batch[:2]
+    model = shaken(name, tau=0.05, **changes).train()
+    part = batch[:2]
     prediction = model(model.encode(part), part)
-    found, mask = model.loss(prediction, part), part.mask[:, 0]
+    found = model.loss(prediction, part)
+    mask = part.mask[:, 0]
     maps = maps_of(model, prediction, mask.shape[-2:])
 
     def ratio(m, truth):
@@ -450,7 +465,8 @@ def test_losses_by_hand(name, changes, rows, batch):
 
 def test_the_plain_pass_is_clip(batch):
     "The source of the dynamic tokens is what open_clip itself says of the image, at its own size."
-    model, image = small("adaclip", image_size=256), images(2, size=256)
+    model = small("adaclip", image_size=256)
+    image = images(2, size=256)
     with torch.no_grad():
         assert (
             far(model.encode(batch_of(image))["cls"], model.clip.tower((image - model.clip.mean) / model.clip.std))
@@ -501,7 +517,8 @@ def test_training_after_predicting(batch):
 @pytest.mark.parametrize("seed", [0, 3])
 def test_kmeans_by_hand(n, d, k, seed):
     x = torch.randn(n, d, generator=torch.Generator().manual_seed(n + seed))
-    by_hand, found = kmeans_by_hand(x, k, seed), kmeans(x, k, seed)
+    by_hand = kmeans_by_hand(x, k, seed)
+    found = kmeans(x, k, seed)
     assert torch.equal(found, torch.tensor(by_hand).unique(return_inverse=True)[1]) and found.max() + 1 == len(
         found.unique()
     ) <= min(k, n)
@@ -550,10 +567,8 @@ def test_fusion():
 
 def test_saturated_candidates():
     "The order of logits decides where probabilities are all one."
-    x, logits = (
-        F.normalize(torch.randn(1, 6, 1, 4, generator=torch.Generator().manual_seed(0)), dim=-1),
-        torch.tensor([[100.0, 140, 120, 130, 150, 110]]),
-    )
+    x = F.normalize(torch.randn(1, 6, 1, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
+    logits = torch.tensor([[100.0, 140, 120, 130, 150, 110]])
     assert (
         len(logits.sigmoid().unique()) == 1
         and far(fuse(x, logits, 1, 2), F.normalize(x[:, [1, 4], 0].mean(1), dim=-1)) < SAME
@@ -567,7 +582,8 @@ def test_saturated_candidates():
 @pytest.mark.parametrize("shots", [0, 2])
 def test_april_gan_by_hand(batch, shots):
     model = few_shot() if shots else shaken("april_gan")
-    found, names = model.predict(batch), ["screw", "metal_nut", "screw", "pcb1"]
+    found = model.predict(batch)
+    names = ["screw", "metal_nut", "screw", "pcb1"]
     memory = [torch.cat(m) for m in zip(*(image_by_hand(model, i)[0] for i in images(2, 7)))]
     for i, image in enumerate(batch.image):
         text = (
@@ -587,17 +603,16 @@ def test_april_gan_by_hand(batch, shots):
             ).view(4, 4)
         score = (100 * torch.stack([F.cosine_similarity(cls, z, dim=0) for z in text])).softmax(0)[1]
         if shots:
-            total, score = (
-                total + F.interpolate(distance[None, None], (SIZE, SIZE), mode="bilinear", align_corners=True)[0, 0],
-                score,
-            )
+            total = total + F.interpolate(distance[None, None], (SIZE, SIZE), mode="bilinear", align_corners=True)[0, 0]
+            score = score
         if shots:
             score = (score + total.max() / 2 / len(taps)) / 2
         assert far(found.map[i], total) < SAME and far(found.score[i], score) < SAME
 
 
 def test_references(batch, tmp_path):
-    model, zero = few_shot(), shaken("april_gan").predict(batch)
+    model = few_shot()
+    zero = shaken("april_gan").predict(batch)
     itself = model.predict(batch_of(images(2, 7)))
     assert itself.layers["reference"].abs().max() < SAME and model.predict(batch).layers["reference"].min() > 100 * SAME
     assert {n for n in model.learned() if n.startswith("reference")} == {
@@ -622,7 +637,8 @@ def test_references(batch, tmp_path):
 
 
 def test_april_gan_texts_are_read_once(batch):
-    model, rows = small("april_gan"), []
+    model = small("april_gan")
+    rows = []
     handle = model.text.register_forward_hook(lambda m, given, result: rows.append(len(result)))
     for _ in range(2):
         model.predict(batch)
@@ -745,7 +761,8 @@ def test_fit_and_evaluate(name, tmp_path):
     "A short training through the trainer: the loss falls, the same seed gives the same numbers, and the rows trained on are known."
     index = synthetic_index(tmp_path, "auxiliary", SIZE, normal=2, defective=2)
     index = index[index["category"].isin(sorted(index["category"].unique())[:2])].reset_index(drop=True)
-    recipe, losses = recipe_of(name, epochs=4, batch_size=4), []
+    recipe = recipe_of(name, epochs=4, batch_size=4)
+    losses = []
     for _ in range(2):
         model = small(name)
         rows = fit(model, index, recipe, progress=False, workers=0, cache=tmp_path / "cache")
@@ -816,7 +833,8 @@ def test_another_device(name, batch):
     ids=label,
 )
 def test_options_act(batch, name, changes):
-    reference, found = small(name).predict(batch), small(name, **changes).predict(batch)
+    reference = small(name).predict(batch)
+    found = small(name, **changes).predict(batch)
     assert max(far(found.map, reference.map), far(found.score, reference.score)) > 1e-6
     assert small(name, **changes, lr=0.5).param_groups()[0]["lr"] == 0.5
 

@@ -39,7 +39,8 @@ def small(name, **changes):
 
 
 def batch_of(image, categories=None, paths=None) -> Batch:
-    n, mask = len(image), torch.zeros(len(image), 1, *image.shape[-2:], dtype=torch.bool)
+    n = len(image)
+    mask = torch.zeros(len(image), 1, *image.shape[-2:], dtype=torch.bool)
     mask[::2, :, 8:24, 16:40] = True
     bad = mask.flatten(1).any(1)
     return Batch(
@@ -69,7 +70,8 @@ def batch() -> Batch:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> pd.DataFrame:
     "Two categories of six test images each, stripes and checks; one of each has an odd patch. Files a.png, b.png, ... and labels that say so."
-    root, rows = tmp_path_factory.mktemp("mutual"), []
+    root = tmp_path_factory.mktemp("mutual")
+    rows = []
     for category, period in (("checks", 8), ("stripes", 16)):
         for i in range(6):
             generator = torch.Generator().manual_seed(i)
@@ -81,7 +83,8 @@ def folder(tmp_path_factory) -> pd.DataFrame:
             odd = i == 4
             if odd:
                 picture[16:32, 32:48] = torch.tensor([0.9, 0.1, 0.1])  # one patch of the grid: row 1, column 2
-            name, mask = f"{category}/{'abcdef'[i]}.png", ""
+            name = f"{category}/{'abcdef'[i]}.png"
+            mask = ""
             (root / category).mkdir(exist_ok=True)
             Image.fromarray((picture.clamp(0, 1) * 255).byte().numpy()).save(root / name)
             if odd:
@@ -157,7 +160,8 @@ def test_blank_images(model, value):
 @pytest.mark.parametrize("shape", [(64, 64), (50, 81), (81, 50)])
 def test_shapes(model, shape):
     given = batch_of(torch.rand(3, 3, *shape), ["stripes"] * 3)
-    features, prediction = model.encode(given), model.predict(given)
+    features = model.encode(given)
+    prediction = model.predict(given)
     assert {len(v) for v in features.values()} == {3} and not any(v.requires_grad for v in features.values())
     assert (
         prediction.map.shape == (3, *shape)
@@ -169,7 +173,8 @@ def test_shapes(model, shape):
 
 def test_nothing_is_learned(model, everything, folder, tmp_path):
     "No parameters of its own, so nothing saved; a loaded one says the same."
-    some, keys = everything[[0, 4]], {k: v.clone() for k, v in model.state_dict().items()}
+    some = everything[[0, 4]]
+    keys = {k: v.clone() for k, v in model.state_dict().items()}
     found = model.predict(some)
     assert model.param_groups() == [] and model.learned() == {} and not any(q.requires_grad for q in model.parameters())
     assert all(torch.equal(v, keys[k]) for k, v in model.state_dict().items()), "the towers are as before"
@@ -189,7 +194,8 @@ def test_nothing_is_learned(model, everything, folder, tmp_path):
 
 
 def test_cached_features_say_the_same(model, everything, tmp_path):
-    cache, some = FeatureCache(tmp_path), everything[[0, 4, 7]]
+    cache = FeatureCache(tmp_path)
+    some = everything[[0, 4, 7]]
     fresh = model.predict(some)
     for _ in range(2):
         kept = model.predict(some, cache)
@@ -211,7 +217,10 @@ def test_described(name, folder, everything):
 
 def test_encode_key(folder):
     "Features of two settings may be shared exactly when their keys are equal."
-    key = lambda name, **changes: json.dumps(small(name, **changes).encode_key(), sort_keys=True)
+
+    def key(name, **changes):
+        return json.dumps(small(name, **changes).encode_key(), sort_keys=True)
+
     other = {
         "anovl": (
             [
@@ -345,7 +354,8 @@ def test_textures_get_other_sentences(batch):
 @torch.no_grad()
 def test_text_features_by_hand(batch):
     "Rows of length 1; the mean of the raw embeddings, normalised; read once a class."
-    model, counts = small("anovl"), []
+    model = small("anovl")
+    counts = []
     model._said = {}
     handle = model.text.register_forward_hook(lambda m, given, result: counts.append(len(result)))
     words, text = model.sentence_features(batch.category)
@@ -388,7 +398,8 @@ def test_score_by_hand(batch):
     model = small("anovl")
     text = model.sentence_features(batch.category)[1]
     shares = []
-    mean, std = model.clip.mean, model.clip.std
+    mean = model.clip.mean
+    std = model.clip.std
     for v in (batch.image, *(v * std + mean for v in views((batch.image - mean) / std))):
         z = F.normalize(model.clip(v).cls @ model.clip.tower.proj, dim=-1)
         shares.append(torch.stack([(z[i] @ text[i].T).softmax(-1)[1] for i in range(4)]))
@@ -404,7 +415,8 @@ def test_score_by_hand(batch):
 def test_training_free_map_by_hand(batch):
     "Refined path through all blocks, raw cosines, 3x3 mean with a repeated border, corners aligned."
     model = small("anovl", adapter="none")
-    x, text = model.encode(batch)["patches"], model.sentence_features(batch.category)[1]
+    x = model.encode(batch)["patches"]
+    text = model.sentence_features(batch.category)[1]
     p = torch.stack([(F.normalize(x[i], dim=-1) @ text[i].T).softmax(-1)[:, 1] for i in range(4)]).view(4, 4, 4)
     padded = F.pad(p[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
     mean = sum(padded[:, i : i + 4, j : j + 4] for i in range(3) for j in range(3)) / 9
@@ -426,24 +438,28 @@ def test_training_free_map_by_hand(batch):
 
 def loop(model, x, words, text):
     "The adaptation of one image as the specification tells it: torch's own AdamW, softmax and logarithms."
-    p, unit = model.p, lambda v: v / v.norm(dim=-1, keepdim=True)
-    generator, rows = torch.Generator().manual_seed(p.seed), x.shape[1] if p.adapter == "linear" else len(words)
-    W, b = (
-        (
-            torch.eye(x.shape[1])
-            if p.adapter == "linear"
-            else words.clone()
-            if p.start == "text"
-            else torch.zeros_like(words)
-        ),
-        torch.zeros(rows),
+    p = model.p
+
+    def unit(v):
+        return v / v.norm(dim=-1, keepdim=True)
+
+    generator = torch.Generator().manual_seed(p.seed)
+    rows = x.shape[1] if p.adapter == "linear" else len(words)
+    W = (
+        torch.eye(x.shape[1])
+        if p.adapter == "linear"
+        else words.clone()
+        if p.start == "text"
+        else torch.zeros_like(words)
     )
+    b = torch.zeros(rows)
     if p.start == "random":
         W, b = (
             (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(x.shape[1])
             for shape in ((rows, x.shape[1]), (rows,))
         )
-    W, b = W.requires_grad_(), b.requires_grad_(p.bias)
+    W = W.requires_grad_()
+    b = b.requires_grad_(p.bias)
     optimiser = torch.optim.AdamW([W, b] if p.bias else [W], lr=p.lr, weight_decay=p.weight_decay)
 
     def predict(v):
@@ -454,7 +470,8 @@ def loop(model, x, words, text):
 
     for _ in range(p.steps):
         length = x.norm(dim=-1, keepdim=True) if p.noise_scale == "length" else 1
-        clean, noisy = predict(x), predict(x + p.noise * length * torch.randn(x.shape, generator=generator))
+        clean = predict(x)
+        noisy = predict(x + p.noise * length * torch.randn(x.shape, generator=generator))
         loss = (-(clean * clean.log()).sum(-1) - p.cross * (noisy[:, 1].log() + clean[:, 0].log())).mean()
         optimiser.zero_grad()
         loss.backward()
@@ -499,7 +516,8 @@ def test_the_loss_falls_and_its_parts_pull(batch):
     ).all(), "more certain, and more normal"
     assert not after.requires_grad and not torch.is_inference(after)
     z = torch.tensor([[0.7, -0.2]])
-    p, q = z.sigmoid(), (2 * z).sigmoid()
+    p = z.sigmoid()
+    q = (2 * z).sigmoid()
     assert (
         far(
             adaptation_loss(z, 2 * z, 0.25),
@@ -512,7 +530,10 @@ def test_the_loss_falls_and_its_parts_pull(batch):
 def test_without_noise_the_terms_cancel():
     "At the paper's weight of one half nothing but the noise moves a patch that is undecided."
     z = torch.tensor([[0.02, -0.03]], requires_grad=True)
-    slope = lambda weight: torch.autograd.grad(adaptation_loss(z, z, weight).sum(), z)[0].abs().max().item()
+
+    def slope(weight):
+        return torch.autograd.grad(adaptation_loss(z, z, weight).sum(), z)[0].abs().max().item()
+
     assert slope(0.5) < 1e-5 and slope(0.4) > 1e-4 and slope(0.6) > 1e-4
 
 
@@ -530,7 +551,8 @@ def test_works_in_every_mode(batch):
 
 
 def test_the_global_seed_does_not_matter(batch):
-    model, maps = small("anovl", augment=False), []
+    model = small("anovl", augment=False)
+    maps = []
     for seed in (0, 1):
         torch.manual_seed(seed)
         maps.append(model.predict(batch).map)
@@ -540,18 +562,18 @@ def test_the_global_seed_does_not_matter(batch):
 
 def test_release_compat(batch):
     "The optimiser of a class is carried, the noise unseeded: order and history matter; prepare forgets."
-    batch, zero = (
-        batch_of(batch.image, ["screw"] * 4),
-        dict(augment=False, start="zero", bias=False, noise_scale="length"),
-    )
-    model, ours = small("anovl", release_compat=True, **zero), small("anovl", **zero)
+    batch = batch_of(batch.image, ["screw"] * 4)
+    zero = dict(augment=False, start="zero", bias=False, noise_scale="length")
+    model = small("anovl", release_compat=True, **zero)
+    ours = small("anovl", **zero)
     assert model.transductive and not ours.transductive
 
     def run(part, seed=0):
         torch.manual_seed(seed)
         return model.prepare(None).predict(part).map
 
-    forward, repeated = run(batch), run(batch)
+    forward = run(batch)
+    repeated = run(batch)
     assert torch.equal(forward, repeated), "the same start, the same numbers"
     assert far(run(batch, 1), forward) > 1e-6, "unseeded noise"
     swapped = run(batch[[1, 0, 3, 2]])[[1, 0, 3, 2]]
@@ -561,7 +583,8 @@ def test_release_compat(batch):
     quiet, same = (
         small("anovl", noise=0.0, cross=1.5, release_compat=r, **zero) for r in (True, False)
     )  # at 0.5 entropy and cross term cancel without noise
-    first, fresh = quiet.prepare(None).predict(batch).map, same.predict(batch).map
+    first = quiet.prepare(None).predict(batch).map
+    fresh = same.predict(batch).map
     assert far(first[0], fresh[0]) < SAME and far(first[1:], fresh[1:]) > 1e-4, (
         "without noise only the first image is what it should be"
     )
@@ -573,7 +596,8 @@ def test_release_compat(batch):
     assert far(one_by_one, first) < SAME, "as released: image after image, whatever the batch"
     assert torch.equal(model.predict(batch).score, ours.predict(batch).score), "the score is not adapted"
     kinds = batch_of(batch.image, ["screw", "carpet", "pcb1", "screw"])
-    first, fresh = quiet.prepare(None).predict(kinds).map, same.predict(kinds).map
+    first = quiet.prepare(None).predict(kinds).map
+    fresh = same.predict(kinds).map
     assert far(first[:3], fresh[:3]) < SAME and far(first[3], fresh[3]) > 1e-4, "one optimiser a class"
 
 
@@ -627,8 +651,11 @@ def test_two_crops(wide):
     first, second = (batch_of(picture[..., a : a + SIZE]) for a in (0, 40))
     if not wide:
         picture, first.image, second.image = (t.transpose(2, 3) for t in (picture, first.image, second.image))
-    one, two = small("anovl", adapter="none"), small("anovl", adapter="none", crops=2)
-    a, b, found = one.predict(first), one.predict(second), two.predict(batch_of(picture))
+    one = small("anovl", adapter="none")
+    two = small("anovl", adapter="none", crops=2)
+    a = one.predict(first)
+    b = one.predict(second)
+    found = two.predict(batch_of(picture))
     maps = [m if wide else m.transpose(1, 2) for m in (a.map, b.map, found.map)]
     assert (
         far(maps[2][..., :40], maps[0][..., :40]) < SAME and far(maps[2][..., SIZE:], maps[1][..., SIZE - 40 :]) < SAME
@@ -658,7 +685,9 @@ def test_neighbourhood_by_hand():
     for side in (1, 3, 5):
         found = neighbourhood(x, (3, 4), side)
         for p in range(12):
-            r, c, h = p // 4, p % 4, side // 2
+            r = p // 4
+            c = p % 4
+            h = side // 2
             mean = torch.stack(
                 [
                     x[:, 4 * i + j]
@@ -763,7 +792,8 @@ def test_the_bank_is_bounded(folder, everything):
 
 
 def test_references_are_read_once(folder, everything, tmp_path):
-    model, counts = small("mutual").prepare(folder), []
+    model = small("mutual").prepare(folder)
+    counts = []
     handle = model.backbone.register_forward_hook(lambda m, given, result: counts.append(len(result.cls)))
     for _ in range(2):
         model.predict(everything[:6])
@@ -834,7 +864,8 @@ def test_it_says_that_it_is_transductive(folder, everything):
 @pytest.mark.parametrize("tall", [False, True])
 def test_the_visa_procedure_through_evaluate(tmp_path, tall):
     "Images read as they lie, shorter side resized to the tower's, two squares; a square image is told."
-    rows, size = [], (90, 60) if tall else (60, 90)
+    rows = []
+    size = (90, 60) if tall else (60, 90)
     for i in range(2):
         Image.fromarray(np.random.default_rng(i).integers(0, 255, (*size, 3), dtype=np.uint8)).save(
             tmp_path / f"{i}.png"

@@ -60,7 +60,8 @@ def class_token(b) -> torch.Tensor:
 
 @torch.no_grad()
 def test_shapes_and_defaults(backbone, image):
-    row, seen = backbone.row, backbone(image)
+    row = backbone.row
+    seen = backbone(image)
     registers = {"dinov2-vits14-reg": 4, "dinov3-vits16": 4}.get(row.name, 0)
     assert backbone.patch == row.patch and backbone.size == 4 * row.patch and seen.grid == (4, 4)
     assert seen.taps == backbone.taps == row.taps and len(seen.patches) == len(seen.prefix) == len(row.taps)
@@ -107,10 +108,8 @@ def test_company_does_not_matter(backbone, image):
 @torch.no_grad()
 def test_extra_tokens(backbone, image):
     "Order [extra, class, registers, patches]; a token equal to the class token is the class token, wherever it stands."
-    plain, extra = (
-        backbone(image),
-        torch.cat([class_token(backbone), class_token(backbone) + torch.randn(backbone.width)]),
-    )
+    plain = backbone(image)
+    extra = torch.cat([class_token(backbone), class_token(backbone) + torch.randn(backbone.width)])
     seen = backbone(image, extra=extra)
     assert seen.grid == plain.grid and [p.shape for p in seen.patches] == [p.shape for p in plain.patches]
     for prefix, bare in zip(seen.prefix, plain.prefix):
@@ -171,7 +170,8 @@ def test_against_the_library(backbone, image):
         out = b.tower.forward_intermediates(
             b.prepare(image), indices=[t - 1 for t in b.taps], output_fmt="NLC", output_extra_tokens=True
         )
-        theirs, prefix = out["image_intermediates"], out["image_intermediates_prefix"]
+        theirs = out["image_intermediates"]
+        prefix = out["image_intermediates_prefix"]
         last = torch.cat([prefix[-1], theirs[-1]], 1)
     else:
         b = (
@@ -357,7 +357,8 @@ def test_open_clip_wrapped(tmp_path, image):
 @pytest.mark.parametrize("kind", VITS)
 @torch.no_grad()
 def test_timm_names(tmp_path, image, kind, suffix):
-    cfg, tower = VITS[kind], vit(kind)
+    cfg = VITS[kind]
+    tower = vit(kind)
     b = create_backbone("vit", put(tower.state_dict(), tmp_path / f"vit{suffix}"))
     assert (b.width, b.depth, b.patch, b.size) == (cfg["embed_dim"], cfg["depth"], cfg["patch_size"], cfg["img_size"])
     assert b.prefix_count == 1 + cfg.get("reg_tokens", 0) and b.tower.blocks[0].attn.num_heads == cfg["embed_dim"] // 64
@@ -666,7 +667,8 @@ def test_missing_weights_offline(tmp_path, environment):
 class Hub(BaseHTTPRequestHandler):
     "As much of the hub as a download needs."
 
-    content, got = b"these are the weights" * 1000, []
+    content = b"these are the weights" * 1000
+    got = []
 
     def do_HEAD(self, body=b""):
         found = self.path.endswith("/owner/name/resolve/main/model.safetensors")
@@ -715,7 +717,8 @@ def test_download_from_a_mirror(tmp_path):
     finally:
         server.shutdown()
         server.server_close()
-    path, rest = said.splitlines()[0], said.splitlines()[1]
+    path = said.splitlines()[0]
+    rest = said.splitlines()[1]
     assert Path(path).read_bytes() == Hub.content and Path(path).is_relative_to(tmp_path)
     assert float(rest.split()[0]) < 10 and "owner/name/other.safetensors" in rest
     assert sum(p.endswith("/model.safetensors") for p in Hub.got) == 1, "the second time it comes from the cache"

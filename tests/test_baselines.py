@@ -40,7 +40,8 @@ def small(name, **changes):
 
 def shaken(name, **changes):
     "As after training: the prompts away from where they start."
-    model, generator = small(name, **changes), torch.Generator().manual_seed(1)
+    model = small(name, **changes)
+    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for q in model.learned().values():
             q.add_(0.1 * torch.randn(q.shape, generator=generator))
@@ -48,7 +49,8 @@ def shaken(name, **changes):
 
 
 def batch_of(image, categories=None) -> Batch:
-    n, mask = len(image), torch.zeros(len(image), 1, *image.shape[-2:], dtype=torch.bool)
+    n = len(image)
+    mask = torch.zeros(len(image), 1, *image.shape[-2:], dtype=torch.bool)
     mask[::2, :, 8:24, 16:40] = True
     bad = mask.flatten(1).any(1)
     return Batch(
@@ -152,7 +154,8 @@ def test_blank_images(model, value):
 def test_shapes(model, shape):
     "Images of other sizes than the towers' are resized for them; the map has the image's size."
     given = batch_of(torch.rand(3, 3, *shape))
-    features, prediction = model.encode(given), model.predict(given)
+    features = model.encode(given)
+    prediction = model.predict(given)
     assert {len(v) for v in features.values()} == {3} and not any(v.requires_grad for v in features.values())
     assert prediction.map.shape == (3, *shape) and prediction.score.shape == (3,) and len(prediction.layers) >= 2
     assert {len(v) for v in prediction.layers.values()} == {3}
@@ -176,7 +179,8 @@ def test_save_and_load(model, batch, tmp_path):
 
 def test_cached_features_say_the_same(model, batch, tmp_path):
     "Every feature is one image's own, and what is kept on disk gives the same prediction."
-    cache, fresh = FeatureCache(tmp_path), model.predict(batch)
+    cache = FeatureCache(tmp_path)
+    fresh = model.predict(batch)
     filled, kept = (model.predict(batch, cache) for _ in range(2))
     assert (
         (cache.hits, cache.misses) == (4, 4)
@@ -189,7 +193,8 @@ def test_cached_features_say_the_same(model, batch, tmp_path):
 
 
 def test_encode_reads_nothing_learned(model, batch):
-    before, other = model.encode(batch), copy.deepcopy(model)
+    before = model.encode(batch)
+    other = copy.deepcopy(model)
     with torch.no_grad():
         for q in other.learned().values():
             q.normal_()
@@ -216,7 +221,10 @@ def test_described(name):
 
 def test_encode_key():
     "Features of two settings may be shared exactly when their keys are equal."
-    key = lambda name, **changes: json.dumps(small(name, **changes).encode_key(), sort_keys=True)
+
+    def key(name, **changes):
+        return json.dumps(small(name, **changes).encode_key(), sort_keys=True)
+
     other = {
         "winclip": (
             [
@@ -359,7 +367,8 @@ def test_fit_and_evaluate(name, tmp_path):
     "A short training through the trainer: the loss falls, the same seed gives the same numbers, and the rows trained on are known."
     index = synthetic_index(tmp_path, "auxiliary", SIZE, normal=2, defective=2)
     index = index[index["category"].isin(sorted(index["category"].unique())[:2])].reset_index(drop=True)
-    recipe, losses = recipe_of(name, epochs=6, batch_size=4), []
+    recipe = recipe_of(name, epochs=6, batch_size=4)
+    losses = []
     for _ in range(2):
         model = small(name)
         rows = fit(model, index, recipe, progress=False, workers=0, cache=tmp_path / "cache")
@@ -473,7 +482,8 @@ def test_window_by_window(batch):
 
 def numbers(model, batch) -> tuple:
     "Cosines of the image (B, 2) and of the windows (B, W, 2), from scratch."
-    f, out = model.encode(batch), {}
+    f = model.encode(batch)
+    out = {}
     for row, category in enumerate(("screw", "metal nut", "screw", "printed circuit board")):
         text = []
         for s in ("normal", "abnormal"):
@@ -560,7 +570,8 @@ def test_winclip_options_act(batch):
 
 def test_class_names(batch):
     "Each image has the texts of its own class, made once."
-    model, rows = small("winclip"), []
+    model = small("winclip")
+    rows = []
     handle = model.text.register_forward_hook(lambda m, given, result: rows.append(len(result)))
     model.predict(batch)
     assert sum(rows) == 3 * (154 + 88) and set(model._said) == {"screw", "metal nut", "printed circuit board"}
@@ -576,14 +587,17 @@ def test_class_names(batch):
 
 
 def test_references(batch):
-    model, zero, good = small("winclip"), small("winclip").predict(batch), images(3, 7)
+    model = small("winclip")
+    zero = small("winclip").predict(batch)
+    good = images(3, 7)
     few = model.set_references(good).predict(batch)
     assert (
         model.p.shots == 3
         and model.references()["patches"].shape == (48, 192)
         and model.references()["windows_3"].shape == (12, 128)
     )
-    features, seen = model.encode(batch), model.encode(batch_of(good))
+    features = model.encode(batch)
+    seen = model.encode(batch_of(good))
     by_hand = []
     for name, side in (("patches", None), ("windows_2", 2), ("windows_3", 3)):
         cosine = (
@@ -634,7 +648,8 @@ def test_references_that_are_refused(batch, tmp_path):
 @torch.no_grad()
 def test_anomalyclip_by_hand(batch):
     model = shaken("anomalyclip", layers="quarters", sigma=0.0)
-    features, text = model.encode(batch), F.normalize(model.prompts(), dim=-1)
+    features = model.encode(batch)
+    text = F.normalize(model.prompts(), dim=-1)
     assert list(features) == ["cls", "tap_2", "tap_3", "tap_4", "tap_5"]
     maps = [
         F.interpolate(
@@ -652,7 +667,8 @@ def test_anomalyclip_by_hand(batch):
         and far(prediction.score, (features["cls"] @ text.T / 0.07).softmax(-1)[:, 1]) < SAME
     )
     assert far(shaken("anomalyclip", layers="quarters").predict(batch).map, to_pixels(fused, SIZE, 4.0)) < SAME
-    losses, g = model.train().loss(model(features, batch), batch), batch.mask[:, 0]
+    losses = model.train().loss(model(features, batch), batch)
+    g = batch.mask[:, 0]
     assert (
         abs(losses["dice_normal"] - sum(dice(m[:, 0], ~g) for m in maps)) < 1e-5
         and abs(losses["focal"] - sum(focal(m[:, 1], g) for m in maps)) < 1e-5
@@ -665,7 +681,8 @@ def test_anomalyclip_by_hand(batch):
 
 def test_anomalyclip_options_act(batch):
     base = shaken("anomalyclip")
-    reference, features = base.predict(batch), base.encode(batch)
+    reference = base.predict(batch)
+    features = base.encode(batch)
     for changes in (
         dict(layers="quarters"),
         dict(taps=(4,)),
@@ -705,9 +722,10 @@ def test_crane_by_hand(batch, name, soft, context):
     local = [features[f] for f in model.local.values()]
     assert [n.split("_")[0] for n in model.local] == (["e"] * 4 if name == "crane" else ["d", "e"])
     logits = [torch.einsum("bnc,bkc->bnk", f, text) / 0.07 for f in local]
-    up = lambda v: F.interpolate(
-        v.transpose(1, 2).unflatten(2, (4, 4)), (SIZE, SIZE), mode="bilinear", align_corners=False
-    )
+
+    def up(v):
+        return F.interpolate(v.transpose(1, 2).unflatten(2, (4, 4)), (SIZE, SIZE), mode="bilinear", align_corners=False)
+
     by_hand = (
         sum(up(v.softmax(-1)) for v in logits) / len(local)
         if soft
@@ -725,7 +743,8 @@ def test_crane_by_hand(batch, name, soft, context):
         far(shaken(name, soft_mean=soft, context_test=context).predict(batch).map, to_pixels(by_hand, SIZE, 4.0)) < SAME
     ), "the Gaussian comes last"
     model = shaken(name, soft_mean=soft, context_train=float(context)).train()
-    losses, g = model.loss(trained := model(features, batch), batch), batch.mask[:, 0]
+    losses = model.loss(trained := model(features, batch), batch)
+    g = batch.mask[:, 0]
     assert far(trained.map, by_hand) < SAME, "no Gaussian while training"
     near = [
         F.interpolate(v.softmax(-1).transpose(1, 2).unflatten(2, (4, 4)), (SIZE, SIZE), mode="nearest")[:, 1]
@@ -766,7 +785,8 @@ def test_d_attention_by_hand(batch):
 def test_crane_options_act(batch):
     for name in ("crane", "crane_plus"):
         base = shaken(name)
-        reference, features = base.predict(batch), base.encode(batch)
+        reference = base.predict(batch)
+        features = base.encode(batch)
         options = [
             dict(dual_blocks=3, taps=(5,)),
             dict(dual_blocks=0),
@@ -830,7 +850,8 @@ def test_context_in_training(batch):
 
 def test_aliased_layers(batch):
     "Four copies of the last layer: the map and score of that layer alone, and its loss four times."
-    aliased, last = shaken("crane", aliased=True), shaken("crane", taps=(5,))
+    aliased = shaken("crane", aliased=True)
+    last = shaken("crane", taps=(5,))
     assert set(aliased.encode(batch)) == set(last.encode(batch)) == {"cls", "e_attn_5"} and len(aliased.local) == 4
     assert (
         far(aliased.predict(batch).map, last.predict(batch).map) < SAME
@@ -862,11 +883,10 @@ def test_release_compat_is_the_sum_of_its_parts(batch):
 
 
 def released(model) -> dict:
-    p, generator = model.prompts, torch.Generator().manual_seed(2)
-    words, state = (
-        p.text.embed(p.ids),
-        {f"compound_prompts_text.{i}": torch.randn(s.shape, generator=generator) for i, s in enumerate(p.deep)},
-    )
+    p = model.prompts
+    generator = torch.Generator().manual_seed(2)
+    words = p.text.embed(p.ids)
+    state = {f"compound_prompts_text.{i}": torch.randn(s.shape, generator=generator) for i, s in enumerate(p.deep)}
     for row, s in enumerate(("pos", "neg")):
         state |= {
             f"ctx_{s}": torch.randn(1, 1, *p.context.shape[1:], generator=generator),
@@ -880,8 +900,10 @@ def released(model) -> dict:
 @pytest.mark.parametrize("name", LEARNING)
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_import(name, suffix, tmp_path, batch):
-    model, path = small(name), tmp_path / f"epoch{suffix}"
-    state, before = released(model), model.predict(batch)
+    model = small(name)
+    path = tmp_path / f"epoch{suffix}"
+    state = released(model)
+    before = model.predict(batch)
     torch.save(dict(prompt_learner=state), path) if suffix == ".pth" else save_file(state, path)
     assert import_released(model, path, trained_on=["mvtec/wood", "mvtec/bottle"]) is model and model.trained_on == [
         "mvtec/bottle",
@@ -922,8 +944,10 @@ def put(**values):
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_wrong_checkpoint_says_which_key(name, change, words, tmp_path):
-    model, path = small(name), tmp_path / "epoch.pth"
-    state, before = released(model), {k: v.clone() for k, v in model.learned().items()}
+    model = small(name)
+    path = tmp_path / "epoch.pth"
+    state = released(model)
+    before = {k: v.clone() for k, v in model.learned().items()}
     change(state)
     torch.save(dict(prompt_learner=state), path)
     with pytest.raises(WeightsError) as caught:
@@ -1001,10 +1025,8 @@ def real_tower(real, tmp_path_factory) -> str:
             image_size=32, patch_size=16, width=64, layers=3, heads=1, mlp_ratio=2.0, output_dim=768
         )
     for s in ("pos", "neg"):
-        tokens, words = (
-            state[f"tokenized_prompts_{s}"][0, 0].tolist(),
-            torch.cat([state[f"token_prefix_{s}"], torch.zeros(1, 1, 12, 768), state[f"token_suffix_{s}"]], 2)[0, 0],
-        )
+        tokens = state[f"tokenized_prompts_{s}"][0, 0].tolist()
+        words = torch.cat([state[f"token_prefix_{s}"], torch.zeros(1, 1, 12, 768), state[f"token_suffix_{s}"]], 2)[0, 0]
         for i, (t, w) in enumerate(zip(tokens, words)):
             if not 1 <= i <= 12:
                 text.token_embedding.weight.data[ids.tolist().index(t)] = (
@@ -1116,7 +1138,8 @@ def test_wrong_parameters(name, changes, message):
 
 def test_words_and_images_of_different_widths(tmp_path):
     "Without a common width an image cannot be a word; the rest of Crane works."
-    text, image = create_text("tiny-clip", "random:0"), create_backbone("tiny-clip", "random:0")
+    text = create_text("tiny-clip", "random:0")
+    image = create_backbone("tiny-clip", "random:0")
     state = {**text.tower.state_dict(), **{f"visual.{k}": v for k, v in image.tower.state_dict().items()}}
     state |= {"text_projection": state["text_projection"][:, :64], "visual.proj": state["visual.proj"][:, :64]}
     save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "narrow.safetensors")

@@ -36,7 +36,8 @@ def small(**changes):
 
 def shaken(**changes):
     "As after training: every learned number moved."
-    model, generator = small(**changes), torch.Generator().manual_seed(1)
+    model = small(**changes)
+    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for q in model.learned().values():
             q.add_(0.05 * torch.randn(q.shape, generator=generator))
@@ -44,7 +45,8 @@ def shaken(**changes):
 
 
 def batch_of(image, categories=None) -> Batch:
-    n, mask = len(image), torch.zeros(len(image), 1, *image.shape[-2:], dtype=torch.bool)
+    n = len(image)
+    mask = torch.zeros(len(image), 1, *image.shape[-2:], dtype=torch.bool)
     mask[::2, :, 8:24, 16:40] = True
     bad = mask.flatten(1).any(1)
     return Batch(
@@ -99,8 +101,10 @@ def test_log_determinants_are_the_jacobians(invertible):
             getattr(flows.planes["context"].u, part).copy_(
                 -getattr(flows.planes["context"].w, part)
             )  # w u below -1: planes that fold near their middle
-    given, noise = torch.randn(6, 5, dtype=torch.double), torch.randn(6, 1, 5, dtype=torch.double)
-    found, signs = flows("context", noise, given), []
+    given = torch.randn(6, 5, dtype=torch.double)
+    noise = torch.randn(6, 1, 5, dtype=torch.double)
+    found = flows("context", noise, given)
+    signs = []
     u, w, b = flows.planes["context"](given)
 
     def bent(z, i):
@@ -122,7 +126,8 @@ def test_log_determinants_are_the_jacobians(invertible):
 
 def test_kl_without_planes_is_the_closed_form():
     torch.manual_seed(0)
-    flows, given = PromptFlows(6, 8, planes=0), torch.randn(3, 6)
+    flows = PromptFlows(6, 8, planes=0)
+    given = torch.randn(3, 6)
     with torch.no_grad():
         flows.encoders["context"].mean[-1].bias.fill_(0.5)
         found = flows("context", torch.randn(3, 60000, 6), given)
@@ -164,7 +169,9 @@ def test_focal_without_pixels_of_a_kind():
 
 def test_attention_does_not_know_where_a_patch_is():
     torch.manual_seed(0)
-    rca, texts, patches = RCA(16, 1, 12), F.normalize(torch.randn(2, 3, 16), dim=-1), torch.randn(2, 9, 12)
+    rca = RCA(16, 1, 12)
+    texts = F.normalize(torch.randn(2, 3, 16), dim=-1)
+    patches = torch.randn(2, 9, 12)
     with torch.no_grad():
         keys = rca.projected(0, patches)
         assert (
@@ -277,7 +284,8 @@ def test_training_draws(batch):
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_blank_images(value):
-    blank, model = batch_of(torch.full((2, 3, SIZE, SIZE), value)), shaken()
+    blank = batch_of(torch.full((2, 3, SIZE, SIZE), value))
+    model = shaken()
     prediction = model.predict(blank)
     assert (
         all(v.isfinite().all() for v in (prediction.map, prediction.score, *prediction.layers.values()))
@@ -292,7 +300,8 @@ def test_blank_images(value):
 
 
 def test_shapes_and_pooling():
-    model, given = shaken(), batch_of(torch.rand(2, 3, 50, 81), ["screw", "bottle"])
+    model = shaken()
+    given = batch_of(torch.rand(2, 3, 50, 81), ["screw", "bottle"])
     found = model.predict(given)
     assert (
         found.map.shape == (2, 50, 81)
@@ -365,7 +374,8 @@ def test_gradient_reaches_what_the_first_stage_trains(batch, changes):
 
 
 def test_the_second_stage_moves_the_image_part_alone(batch):
-    first, model = shaken().predict(batch), shaken()
+    first = shaken().predict(batch)
+    model = shaken()
     model.second_stage().train()
     found = model.loss(model(model.encode(batch), batch), batch)
     found["total"].backward()
@@ -430,14 +440,16 @@ def test_training_images_are_changed(drawn):
 
 
 def test_changed_images_are_not_kept(drawn, tmp_path):
-    model, cache = small(), FeatureCache(tmp_path)
+    model = small()
+    cache = FeatureCache(tmp_path)
     fit(model, drawn[0], recipe_of(model, epochs=1, batch_size=4), progress=False, workers=0, cache=cache)
     assert (cache.hits, cache.misses) == (0, 0) and not any(tmp_path.rglob("*.safetensors"))
 
 
 def test_an_epoch_is_chosen_by_other_images(drawn):
     "As the release chooses one: five samples, maps not smoothed; its best weights; its classes are marked as seen."
-    model, seen = small(), []
+    model = small()
+    seen = []
 
     def judge(m, index):
         assert (m.p.samples, m.p.sigma, m.training) == (5, 0.0, False) and index is drawn[1]
@@ -481,7 +493,8 @@ def test_stages_go_on_where_they_were_stopped(drawn, tmp_path):
         )
 
     whole, _ = run()
-    stopped, count = small(), []
+    stopped = small()
+    count = []
     real = BayesPFL.loss
 
     def stop(self, *a):
@@ -556,7 +569,8 @@ def test_checkpoints_of_the_method_before_are_refused(tmp_path):
 
 
 def test_encode_is_frozen_and_cached(batch, tmp_path):
-    model, cache = shaken(), FeatureCache(tmp_path / "cache")
+    model = shaken()
+    cache = FeatureCache(tmp_path / "cache")
     features = model.encode(batch)
     assert not any(v.requires_grad for v in features.values()) and {len(v) for v in features.values()} == {4}
     filled, kept = (model.predict(batch, cache) for _ in range(2))
@@ -565,7 +579,10 @@ def test_encode_is_frozen_and_cached(batch, tmp_path):
         and torch.equal(kept.map, filled.map)
         and torch.equal(kept.score, filled.score)
     )
-    key = lambda **changes: json.dumps(small(**changes).encode_key(), sort_keys=True)
+
+    def key(**changes):
+        return json.dumps(small(**changes).encode_key(), sort_keys=True)
+
     for changes in (
         dict(clip_weights="random:1"),
         dict(image_size=80),

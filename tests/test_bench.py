@@ -73,7 +73,8 @@ def test_time_that_is_spent_on_maps_is_the_maps(index, monkeypatch):
 
     from zsad_nb.methods import controls
 
-    method, now = create("self_distance", image_size=SIZE), [0.0]
+    method = create("self_distance", image_size=SIZE)
+    now = [0.0]
 
     def tick(seconds=0.02):  # a clock that only work moves
         now[0] += seconds
@@ -90,7 +91,8 @@ def test_time_that_is_spent_on_maps_is_the_maps(index, monkeypatch):
 
 def test_towers_run_in_the_engine_of_the_method(monkeypatch):
     pytest.importorskip("onnxruntime")
-    method, asked = create("self_distance", image_size=SIZE).use_engine("onnxruntime"), []
+    method = create("self_distance", image_size=SIZE).use_engine("onnxruntime")
+    asked = []
     monkeypatch.setattr(
         module.Engine, "__call__", lambda self, owner, function, key, image, *a: asked.append((self, key))
     )
@@ -127,7 +129,8 @@ def test_the_command_leaves_table_machine_and_plot(tmp_path, capsys):
     )
     said = capsys.readouterr()
     assert "self_distance" in said.out and "milliseconds an image" in said.out and "1/1" in said.err
-    table, about = pd.read_csv(out / "bench.csv"), json.loads((out / "machine.json").read_text())
+    table = pd.read_csv(out / "bench.csv")
+    about = json.loads((out / "machine.json").read_text())
     assert (
         table.loc[0, "towers"] == "tiny-dino 64"
         and table.loc[0, "size"] == 64
@@ -278,7 +281,8 @@ def test_the_papers_size_in_small(tmp_path):
 
 def test_the_drift_of_one_machine_leaves_the_rows_of_another(tmp_path):
     "What an engine does to the metrics, in small; a second run takes the place of the first and of nothing else."
-    script, table = Path(__file__).with_name("bench_drift.py"), tmp_path / "drift.csv"
+    script = Path(__file__).with_name("bench_drift.py")
+    table = tmp_path / "drift.csv"
     pd.DataFrame(
         [
             dict(

@@ -96,7 +96,8 @@ def first_channel(what, **options) -> np.ndarray:
 )
 @pytest.mark.parametrize("carrier", CARRIERS)
 def test_a_value_is_one_brightness_whatever_carries_it(carrier, bits, bright):
-    values, top = grey(bright), 2 ** (bits or 16) - 1
+    values = grey(bright)
+    top = 2 ** (bits or 16) - 1
     assert np.array_equal(first_channel(CARRIERS[carrier](values), bits=bits), np.rint(values * (255 / top)))
 
 
@@ -105,7 +106,8 @@ def test_a_hot_pixel_changes_no_other(carrier):
     values = grey(30000)
     hot = values.copy()
     hot[0, 0] = 65535
-    one, two = first_channel(CARRIERS[carrier](values)), first_channel(CARRIERS[carrier](hot))
+    one = first_channel(CARRIERS[carrier](values))
+    two = first_channel(CARRIERS[carrier](hot))
     assert np.array_equal(one.ravel()[1:], two.ravel()[1:]) and two[0, 0] == 255
 
 
@@ -336,7 +338,8 @@ def method():
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
     "The same pictures with 8 bits, and with 12 in 16-bit grey, colour and TIFF files: exactly 16 times the values of 255, 17 levels."
-    root, found = tmp_path_factory.mktemp("sets"), {}
+    root = tmp_path_factory.mktemp("sets")
+    found = {}
     levels = [RNG.integers(0, 18, (32, 32)) * 15 for _ in range(6)]
     mask = np.zeros((32, 32), "uint8")
     mask[8:20, 8:20] = 255
@@ -437,7 +440,9 @@ def test_the_depth_reaches_training(sets):
 
 
 def test_features_of_one_depth_are_not_taken_for_those_of_another(sets, tmp_path):
-    cache, scores, method = FeatureCache(tmp_path), {}, create("april_gan", image_size=32)
+    cache = FeatureCache(tmp_path)
+    scores = {}
+    method = create("april_gan", image_size=32)
     for bits in (12, 16, 12):
         scores.setdefault(bits, []).append(
             evaluate(method, sets["grey"], progress=False, cache=cache, bits=bits).per_image["score"].to_numpy()

@@ -203,7 +203,8 @@ class Hand:
             ".widget-hslider", has=self.page.locator(f".widget-label:text-is('{name}')")
         )
         control.scroll_into_view_if_needed()
-        before, track = control.locator(".widget-readout").inner_text(), control.locator(".noUi-base").bounding_box()
+        before = control.locator(".widget-readout").inner_text()
+        track = control.locator(".noUi-base").bounding_box()
         self.page.mouse.click(track["x"] + share * track["width"], track["y"] + track["height"] / 2)
         expect(control.locator(".widget-readout")).not_to_have_text(before)
         return control.locator(".widget-readout").inner_text()
@@ -221,7 +222,8 @@ class Hand:
 
 
 def use_explorer(hand):
-    page, explorer = hand.page, hand.explorer
+    page = hand.page
+    explorer = hand.explorer
     expect(explorer.get_by_text("1 / 3")).to_be_visible()
     for label in ("image", "mask", "heatmap", "overlay", "contour"):
         expect(hand.frame(label)).to_be_visible()
@@ -257,10 +259,8 @@ def use_explorer(hand):
     explorer.get_by_label("Compare with", exact=True).select_option(label="two")  # the wipe
     bar = hand.frame("overlay").locator(".bar")
     expect(bar).to_be_visible()
-    frame, wipe = (
-        hand.frame("overlay").bounding_box(),
-        explorer.locator(".widget-hslider", has_text="Wipe").locator(".widget-readout"),
-    )
+    frame = hand.frame("overlay").bounding_box()
+    wipe = explorer.locator(".widget-hslider", has_text="Wipe").locator(".widget-readout")
     page.mouse.move(frame["x"] + 0.5 * frame["width"], frame["y"] + 0.3 * frame["height"])
     page.mouse.down()
     page.mouse.move(frame["x"] + 0.35 * frame["width"], frame["y"] + 0.4 * frame["height"])
@@ -279,7 +279,9 @@ def use_explorer(hand):
 def use_upload(hand, drop: bool):
     from PIL import Image
 
-    page, upload, data = hand.page, hand.upload, io.BytesIO()
+    page = hand.page
+    upload = hand.upload
+    data = io.BytesIO()
     Image.fromarray(draw("gear", 7, 96, "crack").image).save(data, "PNG")
     zone = upload.locator(".drop")
     expect(zone).to_be_visible()

@@ -22,7 +22,8 @@ from zsad_nb.methods.base import create
 from zsad_nb.methods.base import save as save_method
 from zsad_nb.training.fit import fit, recipe_of
 
-SIZE, KEY = 32, dict(tower="toy")
+SIZE = 32
+KEY = dict(tower="toy")
 
 
 def batch_of(image: torch.Tensor) -> Batch:
@@ -181,7 +182,8 @@ def test_every_method_that_keeps_features(name, index, tmp_path):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "expanded", "unaligned"])
 def test_alone_means_alone(layout):
     "The same call for an image, whatever its batch was and however that lay in memory."
-    seen, x = [], images(5)
+    seen = []
+    x = images(5)
     tower = torch.nn.Conv2d(3, 8, 4, 4)
 
     def look(batch):
@@ -197,7 +199,8 @@ def test_alone_means_alone(layout):
     if layout == "unaligned":
         x = torch.cat([torch.zeros(1), x.flatten()])[1:].view(5, 3, 24, 24)
     with torch.no_grad():
-        whole, part = one_by_one(look)(batch_of(x)), one_by_one(look)(batch_of(x[[3, 1]].clone()))
+        whole = one_by_one(look)(batch_of(x))
+        part = one_by_one(look)(batch_of(x[[3, 1]].clone()))
     assert torch.equal(whole["x"][[3, 1]], part["x"]) and len(set(seen)) == 1
     with pytest.raises(ValueError, match="one row for one image"):
         one_by_one(lambda b: dict(x=torch.rand(2, 3)))(batch_of(x))
@@ -205,7 +208,9 @@ def test_alone_means_alone(layout):
 
 @pytest.mark.parametrize("change", ["threads", "processor", "torch", "code", "float64 images", "precision", "key"])
 def test_what_else_decides_the_bits_is_in_the_key(change, tmp_path, monkeypatch):
-    cache, batch, key = FeatureCache(tmp_path), batch_of(images(2)), KEY
+    cache = FeatureCache(tmp_path)
+    batch = batch_of(images(2))
+    key = KEY
     cache(KEY, batch, encode)
     if change == "threads":
         monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
@@ -227,7 +232,8 @@ def test_what_else_decides_the_bits_is_in_the_key(change, tmp_path, monkeypatch)
 
 def test_a_key_that_says_too_little(tmp_path):
     "Two methods with one key: an error that says so, not a confusion of tensors."
-    cache, x = FeatureCache(tmp_path), images(2)
+    cache = FeatureCache(tmp_path)
+    x = images(2)
     cache(KEY, batch_of(x[:1]), encode)
     with pytest.raises(ValueError, match="must say all that encode depends on"):
         cache(KEY, batch_of(x), lambda b: dict(cls=torch.zeros(len(b), 99)))
@@ -247,7 +253,8 @@ def fill(folder: Path, **options) -> FeatureCache:
 def test_the_limit_spares_what_is_not_its_own(tmp_path):
     "Checkpoints, links, foreign files and folders, wherever they lie, older than every entry."
     FeatureCache(tmp_path)(KEY, batch_of(images(1, 99)), encode)
-    own, size = entries(tmp_path)[0].parent, entries(tmp_path)[0].stat().st_size
+    own = entries(tmp_path)[0].parent
+    size = entries(tmp_path)[0].stat().st_size
     outside = tmp_path.parent / f"{tmp_path.name} outside"
     outside.mkdir()
     checkpoint = save_method(create("visualad", image_size=32), tmp_path / "runs" / "checkpoint.safetensors")
@@ -288,9 +295,11 @@ def test_the_limit_spares_what_is_not_its_own(tmp_path):
 
 def test_a_link_in_the_place_of_an_entry(tmp_path):
     "It is not followed, neither to read nor to write."
-    cache, batch = FeatureCache(tmp_path / "cache"), batch_of(images(1))
+    cache = FeatureCache(tmp_path / "cache")
+    batch = batch_of(images(1))
     want = cache(KEY, batch, encode)
-    entry, victim = entries(tmp_path)[0], tmp_path / "checkpoint.safetensors"
+    entry = entries(tmp_path)[0]
+    victim = tmp_path / "checkpoint.safetensors"
     os.replace(entry, victim)
     before = victim.read_bytes()
     entry.symlink_to(victim)
@@ -306,7 +315,8 @@ def test_a_link_in_the_place_of_an_entry(tmp_path):
 
 
 def test_features_that_are_not_finite_are_not_kept(tmp_path):
-    cache, batch = FeatureCache(tmp_path), batch_of(images(2))
+    cache = FeatureCache(tmp_path)
+    batch = batch_of(images(2))
 
     def broken(b):
         return dict(x=torch.tensor([[1.0], [float("inf")]])[: len(b)])
@@ -327,7 +337,8 @@ def test_a_disk_that_refuses_costs_one_warning(number, tmp_path, monkeypatch):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(module, "write_atomically", refuse)
-    cache, batch = FeatureCache(tmp_path), batch_of(images(2))
+    cache = FeatureCache(tmp_path)
+    batch = batch_of(images(2))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = [cache(KEY, batch, encode) for _ in range(3)]

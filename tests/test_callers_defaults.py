@@ -93,7 +93,8 @@ def index(tmp_path_factory) -> pd.DataFrame:
 def job(name: str, index, out=None) -> dict:
     "Create, train where it trains, save and load, predict, evaluate: every number of it."
     seed_everything(0)
-    method, found = create(name, image_size=SIZE), {}
+    method = create(name, image_size=SIZE)
+    found = {}
     method.prepare(index)
     if hasattr(method, "set_references"):
         method.set_references(next(iter(batches_for(method, index[~index["anomalous"]], SIZE, 4))))

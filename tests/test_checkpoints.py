@@ -47,7 +47,8 @@ def header_of(path: Path) -> dict:
 
 def rewritten(saved: Path, path: Path, tensors=lambda t: None, header=lambda h: h) -> Path:
     "A copy of a checkpoint with its tensors changed in place and its header replaced; header None: none at all."
-    state, head = load_file(saved), header(header_of(saved))
+    state = load_file(saved)
+    head = header(header_of(saved))
     tensors(state)
     save_file(state, path, None if head is None else {"zsad_nb": head if isinstance(head, str) else json.dumps(head)})
     return path
@@ -66,7 +67,8 @@ def refused(call, *words: str) -> str:
 
 
 def test_round_trip(method, saved):
-    method_again, header = load(saved), read_header(saved)
+    method_again = load(saved)
+    header = read_header(saved)
     for name, value in method.learned().items():
         assert torch.equal(method_again.learned()[name], value), name
     assert (
@@ -104,7 +106,8 @@ def test_many_wrong_keys_are_counted_not_listed(saved, tmp_path):
 
 
 def test_a_failed_load_changes_nothing(saved, tmp_path):
-    ours, path = small(), tmp_path / "theirs.pth"
+    ours = small()
+    path = tmp_path / "theirs.pth"
     before = {k: v.clone() for k, v in ours.learned().items()}
     state = released("current")
     state["cross_attn"].pop("layer_attentions.layer_6.out_proj.bias")
@@ -134,7 +137,8 @@ def test_broken_header(saved, tmp_path, header):
 
 @pytest.mark.parametrize("share", [0, 0.00001, 0.0001, 0.5, 0.999999])
 def test_truncated(saved, tmp_path, share):
-    content, path = saved.read_bytes(), tmp_path / "short.safetensors"
+    content = saved.read_bytes()
+    path = tmp_path / "short.safetensors"
     path.write_bytes(content[: int(len(content) * share)])
     refused(lambda: load(path), "short.safetensors")
     refused(lambda: import_released(small(), path), "short.safetensors")
@@ -251,7 +255,8 @@ def test_released_layouts_load_completely(tmp_path, layout, keys):
     assert len(state) == keys
     torch.save(state, tmp_path / "CLIP.pth")
     ours = import_released(small(ln_post="trained"), tmp_path / "CLIP.pth")
-    back, theirs = flat(export_released(ours)), flat(state)
+    back = flat(export_released(ours))
+    theirs = flat(state)
     assert set(back) == set(theirs)
     for name, value in theirs.items():
         assert torch.equal(back[name], value), name
@@ -324,7 +329,8 @@ def test_export_is_read_by_import(method, tmp_path):
     ],
 )
 def test_released_inner_key_is_named(tmp_path, layout, change, either):
-    state, path = released(layout), tmp_path / "CLIP.pth"
+    state = released(layout)
+    path = tmp_path / "CLIP.pth"
     change(state)
     torch.save(state, path)
     message = refused(lambda: import_released(small(), path), "CLIP.pth")
@@ -383,7 +389,8 @@ TRAPS = {
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("name", TRAPS)
 def test_pickle_with_code_is_refused_and_not_run(saved, tmp_path, name):
-    path, marker = tmp_path / name, tmp_path / "marker"
+    path = tmp_path / name
+    marker = tmp_path / "marker"
     TRAPS[name](path, {"anomaly_token": Trap(marker), "state_dict": {"visual.conv1.weight": Trap(marker)}})
     doors = [
         lambda: import_released(small(), path),
@@ -545,7 +552,8 @@ def test_no_room_says_which_file_and_what_to_do(no_room):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGKILL exists on POSIX only")
 def test_killed_while_writing(method, saved, tmp_path):
     "SIGKILL half-way through two saves: under the final names are the complete old file, and nothing; the next saves work."
-    old, new = tmp_path / "old.safetensors", tmp_path / "new.safetensors"
+    old = tmp_path / "old.safetensors"
+    new = tmp_path / "new.safetensors"
     old.write_bytes(saved.read_bytes())
     process = python(
         """

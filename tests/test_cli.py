@@ -35,7 +35,8 @@ def test_demo_writes_everything_and_says_each_stage(tmp_path, capsys):
 
 
 def test_demo_repeats_itself(tmp_path):
-    first, second = demo(tmp_path / "a", figures=False, **SMALL), demo(tmp_path / "b", figures=False, **SMALL)
+    first = demo(tmp_path / "a", figures=False, **SMALL)
+    second = demo(tmp_path / "b", figures=False, **SMALL)
     pd.testing.assert_frame_equal(first, second, rtol=0, atol=0)
     assert (tmp_path / "a" / "scores.csv").read_bytes() == (tmp_path / "b" / "scores.csv").read_bytes()
 
@@ -82,7 +83,8 @@ def small_notebook(path):
 
 def test_runs_from_the_command_line(tmp_path, capsys):
     "run, status, collect, rerun, and what each exits with."
-    book, runs = small_notebook(tmp_path / "small.ipynb"), str(tmp_path / "runs")
+    book = small_notebook(tmp_path / "small.ipynb")
+    runs = str(tmp_path / "runs")
     assert main(["run", book, "-p", "n", "1e-1", "-p", "more", "[1, 2]", "--root", runs]) == 0
     said = capsys.readouterr().out
     folder = said.split()[1]

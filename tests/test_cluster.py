@@ -52,7 +52,9 @@ class Cluster:
     "A scheduler and workers, each a process of its own."
 
     def __init__(self, place):
-        self.place, self.port, self.made = place, free_port(), []
+        self.place = place
+        self.port = free_port()
+        self.made = []
 
     @property
     def address(self):
@@ -147,7 +149,9 @@ class Background(threading.Thread):
 
     def __init__(self, *arguments, **options):
         super().__init__(daemon=True)
-        self.said, self.done, self.error = io.StringIO(), None, None
+        self.said = io.StringIO()
+        self.done = None
+        self.error = None
         self.call = functools.partial(sweep, *arguments, stream=self.said, **options)
         self.start()
 
@@ -175,7 +179,9 @@ def gated(tmp_path):
 
 def test_a_worker_killed_in_mid_sweep(new_cluster, tmp_path, gated):
     "Its kernel ends with it, what the run had written is not believed, the other worker does it again, nothing finished is done twice."
-    gate, log, runs = tmp_path / "gate", tmp_path / "log", tmp_path / "runs"
+    gate = tmp_path / "gate"
+    log = tmp_path / "log"
+    runs = tmp_path / "runs"
     first = Spec(gated, dict(n=1, log=str(log)))
     slow = Spec(gated, dict(n=2, log=str(log), gate=str(gate), of="{first}/result.json"), after=dict(first=first))
     new_cluster.scheduler()
@@ -216,14 +222,17 @@ def test_a_worker_killed_in_mid_sweep(new_cluster, tmp_path, gated):
 def test_a_scheduler_killed_in_mid_sweep(new_cluster, tmp_path, gated, capsys):
     "The sweep ends and says what to do; the same command on a new scheduler goes on from there."
     distributed = pytest.importorskip("distributed")
-    gate, log, runs = tmp_path / "gate", tmp_path / "log", tmp_path / "runs"
+    gate = tmp_path / "gate"
+    log = tmp_path / "log"
+    runs = tmp_path / "runs"
     plan = dict(
         name="s", notebook="gated.ipynb", parameters=dict(log=str(log)), list=[dict(n=1), dict(n=2, gate=str(gate))]
     )
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(plan))
     one, two = expand(tmp_path / "s.yaml")
     made_up(one, runs)
-    scheduler, worker = new_cluster.scheduler(), new_cluster.worker("a")
+    scheduler = new_cluster.scheduler()
+    worker = new_cluster.worker("a")
     with distributed.Client(new_cluster.address, timeout=60) as client:
         client._timeout = 1  # how long it tries to come back
         background = Background([one, two], runs, client=client)
@@ -373,7 +382,8 @@ def unshared():
 
 def test_a_worker_that_sees_another_file_system(cluster, tmp_path):
     "Before anything starts, and when it comes later."
-    runs, late = tmp_path / "runs", DaskExecutor(cluster.client, tmp_path / "late")
+    runs = tmp_path / "runs"
+    late = DaskExecutor(cluster.client, tmp_path / "late")
     runs.mkdir()
     before = [*unshared(), "sh", "-c", f'mount -t tmpfs none {tmp_path} && cd / && exec "$@"', "sh"]
     blind = cluster.worker("blind", before)
@@ -511,11 +521,16 @@ def test_a_run_does_not_wait_for_its_own_cluster(cluster, monkeypatch):
 @pytest.fixture(scope="module")
 def index(tmp_path_factory):
     "Four categories of seven images; one defective image has no mask, one category no normal image."
-    root, rng, rows = tmp_path_factory.mktemp("data"), np.random.default_rng(0), []
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    rows = []
     for category in ("bolt", "cap", "disc", "edge"):
         for i in range(7):
-            name, bad, masked = f"{category}{i}", category == "edge" or i % 2 == 1, (category, i) != ("cap", 3)
-            image, mask = rng.integers(90, 140, (64, 64, 3), dtype=np.uint8), np.zeros((64, 64), np.uint8)
+            name = f"{category}{i}"
+            bad = category == "edge" or i % 2 == 1
+            masked = (category, i) != ("cap", 3)
+            image = rng.integers(90, 140, (64, 64, 3), dtype=np.uint8)
+            mask = np.zeros((64, 64), np.uint8)
             if bad:
                 y, x = rng.integers(0, 40, 2)
                 image[y : y + 20, x : x + 20], mask[y : y + 20, x : x + 20] = 200 + i, 255
@@ -538,7 +553,8 @@ def index(tmp_path_factory):
 def equal(a, b):
     "To the last bit, in every table."
     for name in ("per_class", "per_image", "reasons"):
-        x, y = getattr(a, name), getattr(b, name)
+        x = getattr(a, name)
+        y = getattr(b, name)
         pd.testing.assert_frame_equal(x, y, check_exact=True)
         for column in x.select_dtypes("float"):
             assert x[column].to_numpy().tobytes() == y[column].to_numpy().tobytes(), (name, column)
@@ -568,7 +584,8 @@ def test_shards_are_the_whole(method, index, whole, shards):
 def test_batches_are_those_of_one_process(index, monkeypatch):
     "The same images together, with the same numbers for their defects."
     plain = create("self_distance", weights="random:0", image_size=64, tap=1)
-    predict, seen = type(plain).predict, []
+    predict = type(plain).predict
+    seen = []
 
     def peek(self, batch, cache=None):
         seen.append((batch.path, batch.defect.tolist(), batch.category))
@@ -660,7 +677,8 @@ def test_a_shard_that_dies_and_one_that_fails(method, index, whole):
             self.losses = losses
 
         def submit(self, function, *arguments):
-            future, self.losses = Future(), self.losses - 1
+            future = Future()
+            self.losses = self.losses - 1
             if self.losses >= 0:
                 future.set_exception(LostWorker("its process ended with SIGKILL"))
             else:
@@ -692,7 +710,8 @@ def test_a_shard_that_dies_and_one_that_fails(method, index, whole):
 def test_metrics_kept_in_files(tmp_path):
     "Blocks of several sizes, on disk and in memory, ties, an image without a mask: loaded and merged they are one."
     rng = np.random.default_rng(0)
-    maps, masks = rng.integers(0, 40, (9, 20, 20)).astype(np.float32) / 7, rng.random((9, 20, 20)) > 0.9
+    maps = rng.integers(0, 40, (9, 20, 20)).astype(np.float32) / 7
+    masks = rng.random((9, 20, 20)) > 0.9
     maps[0, 0, 0], has = -3.0, np.arange(9) != 4
     masks[4] = False
     want = PixelMetrics((0.3, 0.1)).update(maps, masks, has)

@@ -20,11 +20,13 @@ from zsad_nb.data.sets import read_ksdd
 @pytest.fixture
 def index(tmp_path):
     "Six images whose pixels say where they are: red is the row, green the column, blue the defect."
-    rng, rows = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    rows = []
     (tmp_path / "src" / "a").mkdir(parents=True), (tmp_path / "src" / "b").mkdir()
     for k in range(6):
         mask = np.zeros((60, 90), bool)
-        top, left = rng.integers(0, 50), rng.integers(0, 80)
+        top = rng.integers(0, 50)
+        left = rng.integers(0, 80)
         mask[top : top + 8, left : left + 8] = k < 4
         pixels = np.dstack(
             [np.arange(60)[:, None].repeat(90, 1), np.arange(90)[None].repeat(60, 0), mask * 255]
@@ -212,7 +214,8 @@ def test_strips(raw, tmp_path):
 
 
 def test_strips_repeat_and_the_split_list_carries_them(raw, tmp_path):
-    first, again = cut_ksdd(raw, tmp_path / "1"), cut_ksdd(raw, tmp_path / "2")
+    first = cut_ksdd(raw, tmp_path / "1")
+    again = cut_ksdd(raw, tmp_path / "2")
     assert first.to_dict() == again.to_dict()
     other = cut_ksdd(raw, tmp_path / "3", seed=7)
     assert set(other[other.split == "test"].image) != set(first[first.split == "test"].image)

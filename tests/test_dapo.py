@@ -37,7 +37,8 @@ def small(name="dapo", **changes):
 
 
 def batch_of(image: torch.Tensor) -> Batch:
-    n, mask = len(image), torch.zeros(len(image), 1, *image.shape[-2:], dtype=torch.bool)
+    n = len(image)
+    mask = torch.zeros(len(image), 1, *image.shape[-2:], dtype=torch.bool)
     mask[::2, :, 8:24, 16:40] = True
     bad = mask.flatten(1).any(1)
     return Batch(
@@ -136,7 +137,9 @@ def test_release_compat_is_both_quirks():
 
 def test_padding_matters_only_without_the_mask(text):
     ids = text.tokenize(["X X scratch anomaly object"])
-    rows, end, tokens = text.embed(ids), ids.argmax(1), word_like(text, 3, 4).detach()
+    rows = text.embed(ids)
+    end = ids.argmax(1)
+    tokens = word_like(text, 3, 4).detach()
     other = rows.clone()
     other[:, int(end) + 1 :] += torch.randn_like(other[:, int(end) + 1 :])
     with torch.no_grad():
@@ -149,7 +152,8 @@ def test_padding_matters_only_without_the_mask(text):
 def test_words_keep_their_positions(text):
     "Positions are added before the tokens come in: moving the tokens' place leaves the words' positions alone."
     ids = text.tokenize(["X scratch object"])
-    rows, end = text.embed(ids), ids.argmax(1)
+    rows = text.embed(ids)
+    end = ids.argmax(1)
     seen = []
     hook = text.tower.transformer.resblocks[0].register_forward_pre_hook(lambda m, a: seen.append(a[0]))
     with torch.no_grad():
@@ -166,8 +170,11 @@ def test_words_keep_their_positions(text):
 def test_alpha_0_is_a_set_of_its_own_for_every_block(text):
     "Against a loop written out: each block's tokens are replaced."
     ids = text.tokenize(["X X scratch object"])
-    rows, end, tokens = text.embed(ids), ids.argmax(1), torch.randn(text.depth, 4, text.width)
-    t, length = text.tower, int(end) + 1
+    rows = text.embed(ids)
+    end = ids.argmax(1)
+    tokens = torch.randn(text.depth, 4, text.width)
+    t = text.tower
+    length = int(end) + 1
     x = rows[:, :length] + t.positional_embedding[:length]
     x = torch.cat([x[:, :1], tokens[:1], x[:, 1:]], 1)
     mask = torch.full((length + 4, length + 4), float("-inf")).triu_(1)
@@ -183,7 +190,8 @@ def test_alpha_0_is_a_set_of_its_own_for_every_block(text):
 def test_which_sets_are_used(alpha, used):
     "alpha = 1: the first set alone travels through all blocks, whatever the others hold."
     b = create_backbone("tiny-clip", "random:0", SIZE)
-    image, tokens = torch.rand(1, 3, SIZE, SIZE), image_tokens(b.depth, 4, b.width, b.patch).detach() * 10
+    image = torch.rand(1, 3, SIZE, SIZE)
+    tokens = image_tokens(b.depth, 4, b.width, b.patch).detach() * 10
     with torch.no_grad():
         base = see_deep(b, image, tokens, alpha).cls
         changed = []
@@ -196,7 +204,8 @@ def test_which_sets_are_used(alpha, used):
 
 def test_alpha_1_is_a_shallow_prompt():
     b = create_backbone("tiny-clip", "random:0", SIZE)
-    image, tokens = torch.rand(2, 3, SIZE, SIZE), torch.randn(b.depth, 4, b.width)
+    image = torch.rand(2, 3, SIZE, SIZE)
+    tokens = torch.randn(b.depth, 4, b.width)
     with torch.no_grad():
         x, grid = b.embed(image)
         kept, last = b.run(torch.cat([x[:, :1], tokens[:1].expand(2, -1, -1), x[:, 1:]], 1), grid, b.taps)
@@ -249,7 +258,8 @@ def test_adding_a_type_leaves_the_others_similarities_alone(batch):
 
 def test_order_of_types_is_the_order_of_maps(batch):
     model = small()
-    a, b = model.predict(batch), model.set_types(TYPES[::-1]).predict(batch)
+    a = model.predict(batch)
+    b = model.set_types(TYPES[::-1]).predict(batch)
     assert (
         torch.allclose(a.type_map, b.type_map.flip(1), atol=1e-4)
         and torch.allclose(a.type_score, b.type_score.flip(1), atol=SAME)
@@ -364,7 +374,8 @@ def test_training_words_and_testing_words():
         dict(dataset="mvtec", category="screw", split="test", image=f"{i}.png", anomalous=d != GOOD, defect=d)
         for i, d in enumerate(("good", "manipulated_front", "scratch_neck", "thread_top"))
     ]
-    index, model = make_index(rows, "root"), small(types=None)
+    index = make_index(rows, "root")
+    model = small(types=None)
     some = Batch(
         torch.rand(4, 3, SIZE, SIZE),
         torch.zeros(4, 1, SIZE, SIZE, dtype=torch.bool),
@@ -423,8 +434,10 @@ def test_the_loss_needs_to_know_the_index(batch):
 @pytest.mark.parametrize("name", ["dapo", "multiads"])
 @pytest.mark.parametrize("image_size,taps,shape", [(64, None, (64, 64)), (96, (1, 5), (100, 72)), (16, (3,), (16, 40))])
 def test_shapes(name, image_size, taps, shape):
-    model, batch = small(name, image_size=image_size, clip_taps=taps), batch_of(torch.rand(2, 3, *shape))
-    said, n = model.predict(batch), len(model.clip.taps)
+    model = small(name, image_size=image_size, clip_taps=taps)
+    batch = batch_of(torch.rand(2, 3, *shape))
+    said = model.predict(batch)
+    n = len(model.clip.taps)
     assert (
         said.map.shape == (2, *shape)
         and said.type_map.shape == (2, 3, *shape)
@@ -468,13 +481,15 @@ def test_batch_mates_do_not_matter(name, tolerance, batch):
 
 
 def test_type_scores_from_maps(batch):
-    image, maps = small().predict(batch), small(type_from="map", top_share=1e-9).predict(batch)
+    image = small().predict(batch)
+    maps = small(type_from="map", top_share=1e-9).predict(batch)
     assert torch.equal(image.map, maps.map) and torch.allclose(maps.type_score, maps.type_map.flatten(2).amax(-1))
     assert (image.type_score - maps.type_score).abs().max() > 1e-3
 
 
 def test_smoothing_is_for_evaluation(batch):
-    rough, smooth = small(), small(sigma=4.0)
+    rough = small()
+    smooth = small(sigma=4.0)
     assert smooth.predict(batch).map.std() < rough.predict(batch).map.std()
     with torch.no_grad():
         assert torch.equal(smooth.train()(None, batch).map, rough.train()(None, batch).map)
@@ -497,17 +512,16 @@ def test_losses_the_long_way(batch):
     "All maps of all types at full size, one-hot targets (section 5)."
     model = small().prepare(numbered(), training=True).train()
     said = model(None, batch)
-    losses, y = model.loss(said, batch), torch.where(batch.mask[:, 0], model.kinds(batch)[:, None, None], 0)
+    losses = model.loss(said, batch)
+    y = torch.where(batch.mask[:, 0], model.kinds(batch)[:, None, None], 0)
     focal = normal = abnormal = 0.0
     for t in model.clip.taps:
         s = enlarge(said.layers[f"tap_{t}"].softmax(1), (SIZE, SIZE))
         target = F.one_hot(y, 4).permute(0, 3, 1, 2).float().clamp(1e-5 / 3, 1 - 1e-5)
         p = (target * s).sum(1) + 1e-5
-        focal, normal, abnormal = (
-            focal - ((1 - p) ** 2 * p.log()).mean(),
-            normal + dice(s[:, 0], y == 0),
-            abnormal + dice(s[:, 1:].sum(1), y > 0),
-        )
+        focal = focal - ((1 - p) ** 2 * p.log()).mean()
+        normal = normal + dice(s[:, 0], y == 0)
+        abnormal = abnormal + dice(s[:, 1:].sum(1), y > 0)
     for got, expected in zip(
         (losses["focal"], losses["dice_normal"], losses["dice_abnormal"]), (focal, normal, abnormal)
     ):
@@ -520,8 +534,11 @@ def test_losses_the_long_way(batch):
 
 
 def test_focal_prefers_the_truth():
-    logits, kind, mask = torch.zeros(1, 3, 2, 2), torch.tensor([2]), torch.ones(1, 4, 4, dtype=torch.bool)
-    right, wrong = logits.clone(), logits.clone()
+    logits = torch.zeros(1, 3, 2, 2)
+    kind = torch.tensor([2])
+    mask = torch.ones(1, 4, 4, dtype=torch.bool)
+    right = logits.clone()
+    wrong = logits.clone()
     right[:, 2], wrong[:, 1] = 5, 5
     values = [focal_types(true_and_normal(x, kind, mask)[0], 3).item() for x in (right, logits, wrong)]
     assert values == sorted(values) and values[0] < 1e-3
@@ -529,7 +546,9 @@ def test_focal_prefers_the_truth():
 
 def test_parameter_count():
     model = small(prompts=10)
-    w, c, tw = model.clip.width, model.clip.tower.proj.shape[1], model.text.width
+    w = model.clip.width
+    c = model.clip.tower.proj.shape[1]
+    tw = model.text.width
     assert (
         sum(q.numel() for q in model.learned().values())
         == 2 * 10 * 5 * tw + 4 * model.text.depth * tw + 4 * model.clip.depth * w + 4 * (w + 1) * c
@@ -623,7 +642,8 @@ def test_round_trip(name, batch, tmp_path):
     with torch.no_grad():
         for q in model.learned().values():
             q.add_(0.1 * torch.randn_like(q))
-    said, path = model.predict(batch), save(model, tmp_path / "m.safetensors")
+    said = model.predict(batch)
+    path = save(model, tmp_path / "m.safetensors")
     again = load(path)
     assert again.types == TYPES and again.p == model.p
     for part in ("map", "score", "type_map", "type_score"):
@@ -705,7 +725,8 @@ def test_training_learns_types(name, rate, drawn, tmp_path):
     "A few steps on eight images: the loss falls, the result repeats, evaluation runs."
     auxiliary, target = drawn
     rows = auxiliary[auxiliary["category"].isin(sorted(auxiliary["category"].unique())[:3])]
-    recipe, logs = recipe_of(name, epochs=6, batch_size=9, lr_scale=rate), []
+    recipe = recipe_of(name, epochs=6, batch_size=9, lr_scale=rate)
+    logs = []
     for _ in range(2):
         model = small(name, types=None).prepare(rows, training=True)
         logs.append(

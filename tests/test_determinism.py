@@ -147,7 +147,8 @@ def close(a, b):
 
 def test_batch_size(method, data):
     index = target(data)
-    ones, eights = predictions(method, index, 1), predictions(method, index, 8)
+    ones = predictions(method, index, 1)
+    eights = predictions(method, index, 8)
     for a, b in zip(ones, eights):
         assert a.shape == b.shape and (a - b).abs().max() < TOLERANCE
     assert ones[0].std() > 1e-4, "flat maps agree for the wrong reason"
@@ -158,11 +159,9 @@ def test_company_in_the_batch(method, data):
     "An image's map does not depend on the other images of its batch."
     index = target(data)
     batch = next(iter(batches(index, SIZE, 8)))
-    whole, flipped, alone = (
-        method.predict(batch),
-        method.predict(batch[list(range(7, -1, -1))]),
-        method.predict(batch[[3]]),
-    )
+    whole = method.predict(batch)
+    flipped = method.predict(batch[list(range(7, -1, -1))])
+    alone = method.predict(batch[[3]])
     assert (whole.map - flipped.map.flip(0)).abs().max() < TOLERANCE and (
         whole.map[3] - alone.map[0]
     ).abs().max() < TOLERANCE
@@ -208,7 +207,8 @@ def test_threads_in_training(data, on_threads):
         method = create("visualad", weights="random:0", image_size=SIZE)
         return fit(method, index, Recipe(epochs=1, batch_size=8), progress=False).iloc[0]
 
-    one, two = on_threads(1, job), on_threads(2, job)
+    one = on_threads(1, job)
+    two = on_threads(2, job)
     for name in ("total", "cls", "ctr", "focal", "dice"):
         assert abs(one[name] - two[name]) < TOLERANCE, name
 
@@ -227,7 +227,8 @@ def test_order_of_the_rows(method, data):
         assert plain.per_class.equals(found.per_class), (
             "rows are evaluated in the order of their names, whatever their order in the table"
         )
-        a, b = plain.per_image.set_index("image"), found.per_image.set_index("image")
+        a = plain.per_image.set_index("image")
+        b = found.per_image.set_index("image")
         pd.testing.assert_frame_equal(
             a.drop(columns="position"), b.drop(columns="position").loc[a.index], atol=TOLERANCE, rtol=0
         )
@@ -248,12 +249,15 @@ def test_shuffled_batches_are_the_same_images(method, data):
 
 
 def test_sigma_and_top_share(data, first):
-    path, batch = first[2] / "checkpoint.safetensors", next(iter(batches(target(data), SIZE, 8)))
+    path = first[2] / "checkpoint.safetensors"
+    batch = next(iter(batches(target(data), SIZE, 8)))
 
     def predict(**changes):
         return load(path, **changes).predict(batch)
 
-    plain, raw, wide = predict(), predict(sigma=0.0), predict(sigma=12.0)
+    plain = predict()
+    raw = predict(sigma=0.0)
+    wide = predict(sigma=12.0)
     for other in (raw, wide):
         assert all(torch.equal(plain.layers[k], other.layers[k]) for k in plain.layers), (
             "the smoothing comes after the taps"
@@ -294,6 +298,7 @@ def test_sigma_and_top_share(data, first):
 )
 def test_what_changes_the_map(data, first, changes, same_map):
     "Training parameters leave a trained model's maps alone; others do not."
-    path, batch = first[2] / "checkpoint.safetensors", next(iter(batches(target(data), SIZE, 4)))
+    path = first[2] / "checkpoint.safetensors"
+    batch = next(iter(batches(target(data), SIZE, 4)))
     difference = (load(path).predict(batch).map - load(path, **changes).predict(batch).map).abs().max()
     assert difference == 0 if same_map else difference > 1e-5

@@ -43,7 +43,8 @@ def shaken(**changes) -> DMASAP:
 
 
 def batch_of(image: torch.Tensor) -> Batch:
-    n, mask = len(image), torch.zeros(len(image), 1, *image.shape[-2:], dtype=torch.bool)
+    n = len(image)
+    mask = torch.zeros(len(image), 1, *image.shape[-2:], dtype=torch.bool)
     mask[::2, :, 8:24, 16:40] = True
     bad = mask.flatten(1).any(1)
     return Batch(
@@ -76,7 +77,8 @@ def model() -> DMASAP:
 )
 def test_shapes_at_any_grid(image_size, dino_size, shape, grids):
     "CLIP and DINO on different grids, images of other sizes than the towers'."
-    model, batch = shaken(image_size=image_size, dino_size=dino_size), batch_of(torch.rand(2, 3, *shape))
+    model = shaken(image_size=image_size, dino_size=dino_size)
+    batch = batch_of(torch.rand(2, 3, *shape))
     features = model.encode(batch)
     assert {len(v) for v in features.values()} == {2} and not any(v.requires_grad for v in features.values())
     assert features["clip_0"].shape == (2, grids[0] ** 2, model.clip.width) and features["dino_0"].shape == (
@@ -160,11 +162,9 @@ def test_full_size_counts():
         (37, 37),
     )
     assert parts["clip"] + parts["text"] == 427_944_192 and parts["dino"] == 86_582_016  # without CLIP's logit scale
-    prompts, dma, sap = (
-        2 * 12 * 768 + 8 * 4 * 768,
-        3 * ((768 + 1) * 1024 + (768 + 1) * 1024 + (1024 + 1) * 1024 + 1),
-        (768 + 1) * 768 + 1,
-    )
+    prompts = 2 * 12 * 768 + 8 * 4 * 768
+    dma = 3 * ((768 + 1) * 1024 + (768 + 1) * 1024 + (1024 + 1) * 1024 + 1)
+    sap = (768 + 1) * 768 + 1
     assert (parts["prompts"], parts["fuse"], parts["levels"], parts["sap"]) == (prompts, dma, 3, sap) and counts[
         "D"
     ] == prompts + dma + 3 + sap
@@ -214,7 +214,8 @@ def test_a_batch_mean_would_matter():
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
 def test_blank_images(centre, value):
     "Black, grey and white: finite maps and scores, in a pass with gradients too."
-    model, batch = shaken(centre=centre), batch_of(torch.full((2, 3, SIZE, SIZE), value))
+    model = shaken(centre=centre)
+    batch = batch_of(torch.full((2, 3, SIZE, SIZE), value))
     prediction = model.predict(batch)
     assert prediction.map.isfinite().all() and prediction.score.isfinite().all()
     model.train()
@@ -304,14 +305,16 @@ def test_who_waits_at_the_start(batch):
 def test_literal_formula(batch):
     "theta = 0, threshold off: F_fusion is softmax(3 cos) V through the frozen projections, summed with the level weights."
     model = small(threshold=False, project_first=False, centre=False)
-    features, text = model.encode(batch), model.text_features()
+    features = model.encode(batch)
+    text = model.text_features()
     by_hand = 0
     for i, ((tap, _), weight) in enumerate(zip(model.pairs, (0.5, 0.5, 1.0))):
         f = features[f"dino_{i}"]
         cosine = torch.einsum("bid,bjd->bij", f, f) / f.norm(dim=-1)[:, :, None] / f.norm(dim=-1)[:, None]
         weights = torch.exp(3.0 * (cosine - 1.2 * cosine.mean((1, 2), keepdim=True)))
         mixed = weights / weights.sum(-1, keepdim=True) @ features[f"clip_{i}"]
-        block, tower = model.clip.tower.transformer.resblocks[tap - 1], model.clip.tower
+        block = model.clip.tower.transformer.resblocks[tap - 1]
+        tower = model.clip.tower
         by_hand = by_hand + weight * (
             tower.ln_post(mixed @ block.attn.out_proj.weight.T + block.attn.out_proj.bias) @ tower.proj
         )
@@ -328,7 +331,10 @@ def test_literal_formula(batch):
 def test_text_term(batch):
     "(A_dino + theta A_clip) V, with A_clip one row for all patches."
     torch.manual_seed(0)
-    dma, f, v, g = DMA(24, 32, 16, theta=0.6), torch.randn(2, 20, 24), torch.randn(2, 20, 32), torch.randn(2, 16)
+    dma = DMA(24, 32, 16, theta=0.6)
+    f = torch.randn(2, 20, 24)
+    v = torch.randn(2, 20, 32)
+    g = torch.randn(2, 16)
     dino, clip = dma.attend(f, g)
     projected = f @ dma.dino_proj.weight.T + dma.dino_proj.bias
     logits = (
@@ -367,12 +373,10 @@ def test_resized_values():
 
 def test_sap_by_hand(batch):
     torch.manual_seed(0)
-    sap, p, d, cls = (
-        SAP(16, gate=0.7),
-        F.normalize(torch.randn(2, 9, 16), dim=-1),
-        torch.randn(2, 9),
-        torch.randn(2, 16),
-    )
+    sap = SAP(16, gate=0.7)
+    p = F.normalize(torch.randn(2, 9, 16), dim=-1)
+    d = torch.randn(2, 9)
+    cls = torch.randn(2, 16)
     for b in range(2):
         w = torch.exp(d[b]) / torch.exp(d[b]).sum()
         base = sum(w[i] * p[b, i] for i in range(9))
@@ -390,7 +394,9 @@ def test_sap_by_hand(batch):
 def test_prediction_by_hand(batch):
     "From features to map and score, without the method's shortcuts for two classes."
     model = shaken(sigma=0.0)
-    features, text, tau = model.encode(batch), model.text_features(), 0.07
+    features = model.encode(batch)
+    text = model.text_features()
+    tau = 0.07
     local = [model.fused(features, text), features["self"]]
     logits = [(f @ text.T / tau).transpose(1, 2).unflatten(2, (4, 4)) for f in local]
     prediction = model.predict(batch)
@@ -419,7 +425,8 @@ def test_prediction_by_hand(batch):
 def test_losses_by_hand(batch, upsampling):
     model = shaken(upsampling=upsampling, weight_focal=2.0, weight_dice=3.0, weight_ce=0.2).train()
     prediction = model(model.encode(batch), batch)
-    losses, mask = model.loss(prediction, batch), batch.mask[:, 0]
+    losses = model.loss(prediction, batch)
+    mask = batch.mask[:, 0]
     maps = [
         F.interpolate(
             prediction.layers[k][:, None],
@@ -468,7 +475,10 @@ def test_encode_is_the_frozen_part(batch, model):
 
 def test_encode_key(model):
     "Features of two settings may be shared exactly when their keys are equal."
-    key = lambda **changes: json.dumps(small(**changes).encode_key())
+
+    def key(**changes):
+        return json.dumps(small(**changes).encode_key())
+
     base = key()
     for changes in (
         dict(clip_weights="random:1"),
@@ -523,7 +533,8 @@ def test_level_weights(batch):
 def test_every_option_acts(batch):
     "Each option changes the prediction of the same learned values, or the loss where it belongs to training."
     base = shaken()
-    reference, features = base.predict(batch), base.encode(batch)
+    reference = base.predict(batch)
+    features = base.encode(batch)
     for changes in (
         dict(clip_taps=(1, 3, 5)),
         dict(dino_taps=(1, 3, 5)),
@@ -569,7 +580,8 @@ def test_every_option_acts(batch):
 
 def test_projection_keeps_or_ignores_the_raw_cosines(batch):
     "Untrained, both orders agree (Crane's D-Attn); once the projection is trained, only one follows it."
-    first, raw = small(), small(project_first=False)
+    first = small()
+    raw = small(project_first=False)
     assert (first.predict(batch).map - raw.predict(batch).map).abs().max() < SAME
     with torch.no_grad():
         for m in (first, raw):
@@ -633,7 +645,8 @@ def test_save_and_load(batch, tmp_path):
     model = shaken(clip_taps=(1, 3, 5), levels=(0.2, 0.3, 1.0))
     model.trained_on = ["set/a"]
     back = load(save(model, tmp_path / "m.safetensors")).eval()
-    one, two = model.predict(batch), back.predict(batch)
+    one = model.predict(batch)
+    two = back.predict(batch)
     assert torch.equal(one.map, two.map) and torch.equal(one.score, two.score)
     assert (back.clip.taps, back.p.levels, back.trained_on) == ((1, 3, 5), (0.2, 0.3, 1.0), ["set/a"]) and set(
         back.backbones()
@@ -686,7 +699,9 @@ def test_upsampled_attention_by_hand():
     "Both axes of A_dino and the one of A_clip are enlarged bilinearly, and rows sum to one again."
     torch.manual_seed(0)
     dma = DMA(24, 32, 16, theta=0.6, upsample="attention")
-    patches, values, query = torch.randn(2, 6, 24), torch.randn(2, 35, 32), torch.randn(2, 16)
+    patches = torch.randn(2, 6, 24)
+    values = torch.randn(2, 35, 32)
+    query = torch.randn(2, 16)
 
     def enlarged(rows):  # (..., 2, 3) -> (..., 5, 7)
         flat = F.interpolate(rows.reshape(-1, 1, 2, 3), (5, 7), mode="bilinear", align_corners=False)
@@ -720,9 +735,11 @@ def test_upsampled_attention_by_hand():
 )
 def test_a_reading_changes_what_it_names(changes, batch):
     "Learned projections start as nothing; the others change score or map where their part has a say."
-    usual, other = shaken(), small(**changes)
+    usual = shaken()
+    other = small(**changes)
     other.load_state_dict(usual.state_dict(), strict=False)
-    a, b = usual.predict(batch), other.predict(batch)
+    a = usual.predict(batch)
+    b = other.predict(batch)
     if changes in (dict(dma_projections="learned"), dict(dma_upsample="attention")):
         assert (a.map - b.map).abs().max() < 1e-5, "a projection that starts as the identity, and one grid"
     else:

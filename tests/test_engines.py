@@ -36,7 +36,8 @@ EXTERNAL = ("openvino", "onnxruntime")
 
 
 def batch_of(image: torch.Tensor) -> Batch:
-    n, mask = len(image), torch.zeros(len(image), 1, *image.shape[-2:], dtype=torch.bool)
+    n = len(image)
+    mask = torch.zeros(len(image), 1, *image.shape[-2:], dtype=torch.bool)
     mask[::2, :, 8:24, 16:40] = True
     bad = mask.flatten(1).any(1)
     return Batch(
@@ -112,15 +113,14 @@ def test_learned_tokens_inside_the_backbone(method, batch, folder, engine):
 
 def test_frozen_features_for_training_and_evaluation(batch, folder, tmp_path):
     pytest.importorskip("openvino")
-    plain, other = (
-        create("ssvp", image_size=SIZE, hsvs="none", vcpg=False).eval(),
-        create("ssvp", image_size=SIZE, hsvs="none", vcpg=False, engine="openvino").eval(),
-    )
+    plain = create("ssvp", image_size=SIZE, hsvs="none", vcpg=False).eval()
+    other = create("ssvp", image_size=SIZE, hsvs="none", vcpg=False, engine="openvino").eval()
     other.load_state_dict(plain.state_dict())
     other.use_engine("openvino", folder=folder)
     assert far(other.predict(batch), plain.predict(batch)) < SAME
     with torch.no_grad():
-        expected, found = plain.features(batch), other.features(batch)
+        expected = plain.features(batch)
+        found = other.features(batch)
     assert list(found) == list(expected) and all((found[k] - v).norm() < 1e-5 * v.norm() for k, v in expected.items())
     before = other.train().loss(other(found, batch), batch)
     before["total"].backward()
@@ -129,7 +129,8 @@ def test_frozen_features_for_training_and_evaluation(batch, folder, tmp_path):
         p.grad is None for p in other.clip.parameters()
     )
     calls = []
-    cache, other.engine._torch = FeatureCache(tmp_path), lambda *a: calls.append(a)
+    cache = FeatureCache(tmp_path)
+    other.engine._torch = lambda *a: calls.append(a)
     assert plain.encode_key() | {"engine": "openvino fp32"} == other.encode_key() and "engine" not in plain.encode_key()
     for m in (plain.eval(), other.eval()):
         m.predict(batch, cache)
@@ -152,7 +153,8 @@ def test_training_is_pytorch_where_tokens_are_inside(tower_file, batch, folder, 
 )
 def test_large_learned_products_take_bf16_where_the_engine_does(name, part, batch, monkeypatch):
     seed_everything(0)
-    method, seen = create(name, image_size=SIZE, precision="bf16"), []
+    method = create(name, image_size=SIZE, precision="bf16")
+    seen = []
     part(method).register_forward_hook(lambda module, given, found: seen.append(found.dtype))
     found = method.predict(batch)
     with torch.no_grad():
@@ -181,7 +183,8 @@ def test_compiled(name, method, batch, monkeypatch):
 
 def test_features_objects_and_other_sizes(folder):
     pytest.importorskip("onnxruntime")
-    method, wide = frozen(), batch_of(torch.rand(2, 3, 48, 80))  # resized inside the graph
+    method = frozen()
+    wide = batch_of(torch.rand(2, 3, 48, 80))  # resized inside the graph
     expected = method.predict(wide)
     found = method.use_engine("onnxruntime", folder=folder).predict(wide)
     assert far(found, expected) < SAME and found.map.shape == (2, 48, 80)
@@ -252,7 +255,8 @@ def test_copies_and_checkpoints(method, batch, folder, tmp_path, tower_file):
     pytest.importorskip("onnxruntime")
     method.use_engine("onnxruntime", folder=folder)
     try:
-        expected, other = method.predict(batch), copy.deepcopy(method)
+        expected = method.predict(batch)
+        other = copy.deepcopy(method)
         assert (
             other.engine is not method.engine
             and other.engine.folder == folder
@@ -378,9 +382,11 @@ def test_what_cannot_be_drawn_is_said():
 # ---- parts
 def test_constants_hold_and_let_go():
     for name in ("tiny-dino", "tiny-clip"):
-        tower, image = create_backbone(name, "random:0", size=SIZE), torch.rand(2, 3, 96, 80)
+        tower = create_backbone(name, "random:0", size=SIZE)
+        image = torch.rand(2, 3, 96, 80)
         with torch.no_grad():
-            plain, known = tower(image), set(tower.__dict__)
+            plain = tower(image)
+            known = set(tower.__dict__)
             with constants(tower):
                 held = tower(image)
         assert (
@@ -398,7 +404,8 @@ def test_constants_hold_and_let_go():
 
 
 def test_rotations_are_constants():
-    tower, image = create_backbone("dinov3-vits16", "random:0", size=48), torch.rand(2, 3, 48, 48)
+    tower = create_backbone("dinov3-vits16", "random:0", size=48)
+    image = torch.rand(2, 3, 48, 48)
     tower.tower.blocks = tower.tower.blocks[:2]
     with torch.no_grad():
         expected = tower(image, taps=(1, 2)).patches
@@ -435,7 +442,8 @@ def switch():
     if not hasattr(torch.backends.mkldnn, "matmul"):
         pytest.skip("no such switch")
     found = torch.backends.mkldnn.matmul
-    was, found.fp32_precision = found.fp32_precision, "none"
+    was = found.fp32_precision
+    found.fp32_precision = "none"
     yield found
     found.fp32_precision = was
 
@@ -478,7 +486,8 @@ def test_prediction_and_training_use_it(switch, monkeypatch, tmp_path):
 
     if not onednn_pays():
         pytest.skip("this processor multiplies fast as it is")
-    method, seen = create("dma_sap", clip_weights="random:0", dino_weights="random:0", image_size=SIZE), []
+    method = create("dma_sap", clip_weights="random:0", dino_weights="random:0", image_size=SIZE)
+    seen = []
     real = method.forward
     monkeypatch.setattr(method, "forward", lambda *a: (seen.append(switch.fp32_precision), real(*a))[1])
     index = synthetic_index(tmp_path, "auxiliary", SIZE, 1, 1).iloc[:4]

@@ -135,10 +135,8 @@ def test_ssvp_draws_the_same_latents_every_time(exported):
 def test_the_description_is_in_the_file_and_beside_it(exported):
     onnx = pytest.importorskip("onnx")
     method, folder, about = exported("visualad")
-    beside, inside = (
-        json.loads((folder / "export.json").read_text()),
-        {p.key: p.value for p in onnx.load(folder / "model.onnx").metadata_props},
-    )
+    beside = json.loads((folder / "export.json").read_text())
+    inside = {p.key: p.value for p in onnx.load(folder / "model.onnx").metadata_props}
     inside = json.loads(inside["zsad_nb"])
     tower = beside["backbones"]["backbone"]
     assert tower["hash"] == method.backbone.hash and tower["mean"] == [0.5, 0.5, 0.5] and tower["size"] == SIZE
@@ -157,10 +155,8 @@ def test_the_description_is_in_the_file_and_beside_it(exported):
 
 def test_pictures_of_any_kind(exported, tmp_path):
     method, folder, _ = exported("visualad")
-    loaded, pixels = (
-        load_exported(folder),
-        (drawn_images((90, 70), 1, 3)[0].permute(1, 2, 0).numpy() * 255).round().astype("uint8"),
-    )
+    loaded = load_exported(folder)
+    pixels = (drawn_images((90, 70), 1, 3)[0].permute(1, 2, 0).numpy() * 255).round().astype("uint8")
     Image.fromarray(pixels).save(tmp_path / "a b.png")
     ways = [
         loaded.predict(x)

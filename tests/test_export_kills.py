@@ -16,7 +16,8 @@ from zsad_nb.deploy import export as module
 from zsad_nb.deploy.export import export, load_exported, read_description
 from zsad_nb.methods.base import create
 
-ROOT, SIZE = Path(__file__).parent.parent, 32
+ROOT = Path(__file__).parent.parent
+SIZE = 32
 KILLS = int(os.environ.get("ZSAD_KILLS", 2))
 
 
@@ -39,7 +40,8 @@ def whole(folder: Path) -> int:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> dict:
     "tap -> what an export that nobody disturbed answers, its folder, its graphs."
-    room, made = tmp_path_factory.mktemp("undisturbed"), {}
+    room = tmp_path_factory.mktemp("undisturbed")
+    made = {}
     for tap in (1, 2):
         graphs = module.graphs_of(method(tap).eval(), SIZE)
         with pytest.MonkeyPatch.context() as patch:
@@ -148,7 +150,8 @@ def test_killed_where_folders_cannot_be_exchanged(undisturbed, traced, tmp_path,
     folder = tmp_path / "system"
     copied(undisturbed[1][1], folder)
     monkeypatch.setattr(module, "_exchange", lambda one, other: False)
-    real, calls = os.rename, []
+    real = os.rename
+    calls = []
 
     def stop(one, other):
         calls.append(one)
@@ -242,7 +245,8 @@ def test_a_link_and_a_file_stay(undisturbed, traced, tmp_path):
 
 def test_what_appears_meanwhile_is_kept(undisturbed, traced, tmp_path, monkeypatch):
     "Between the last look and the exchange somebody puts a file into the folder."
-    folder, real = tmp_path / "system", module._exchange
+    folder = tmp_path / "system"
+    real = module._exchange
     copied(undisturbed[1][1], folder)
 
     def late(one, other):

@@ -24,7 +24,8 @@ from zsad_nb.data.images import Batch
 from zsad_nb.methods.base import create
 from zsad_nb.training.fit import fit, recipe_of
 
-SIZE, KEY = 64, dict(tower="toy", taps=(1, 2))
+SIZE = 64
+KEY = dict(tower="toy", taps=(1, 2))
 TOWERS = dict(clip_weights="random:0", dino_weights="random:0", image_size=SIZE)
 
 
@@ -75,7 +76,8 @@ def index(tmp_path_factory) -> pd.DataFrame:
 def train(name: str, index, cache, epochs: int = 3):
     "Train; also the number of images that each tower saw."
     seed_everything(0)
-    method, seen = create(name, **TOWERS), dict(clip=0, dino=0)
+    method = create(name, **TOWERS)
+    seen = dict(clip=0, dino=0)
 
     def count(role):
         return lambda m, args, kwargs=None: seen.__setitem__(role, seen[role] + len(args[0]))
@@ -136,8 +138,10 @@ def test_a_second_epoch_runs_no_backbone(name, index, tmp_path):
 
 def test_the_pixels_decide(tmp_path):
     "Not the file's name, nor when it was written: an image that was replaced under the same path, size and time is another image."
-    cache, encode = FeatureCache(tmp_path / "cache"), Toy()
-    old, new = images(1, 0), images(1, 1)
+    cache = FeatureCache(tmp_path / "cache")
+    encode = Toy()
+    old = images(1, 0)
+    new = images(1, 1)
     for image in (old, new, old):
         found = cache(KEY, batch_of(image, ["a.png"]), encode)
         assert torch.equal(found["cls"], image.mean((2, 3)))
@@ -147,7 +151,8 @@ def test_the_pixels_decide(tmp_path):
 
 
 def test_views_share_what_they_found(tmp_path):
-    cache, encode = FeatureCache(tmp_path), Toy()
+    cache = FeatureCache(tmp_path)
+    encode = Toy()
     view = cache.view(precision="bf16")
     for c in (cache, view, view):
         c(KEY, batch_of(images(3)), encode)
@@ -160,7 +165,8 @@ def test_views_share_what_they_found(tmp_path):
 
 
 def test_half_precision_keeps_what_it_cannot_hold(tmp_path):
-    large, image = torch.tensor([[1.0, 1e5], [1.0, 2.0]]), batch_of(images(2))
+    large = torch.tensor([[1.0, 1e5], [1.0, 2.0]])
+    image = batch_of(images(2))
     cache = FeatureCache(tmp_path, "float16")
     for _ in range(2):
         found = cache(KEY, image, lambda b: dict(x=large))
@@ -211,7 +217,8 @@ def flip(at: int):
     ],
 )
 def test_damage_is_found_and_mended(damage, tmp_path):
-    batch, encode = batch_of(images(3)), Toy()
+    batch = batch_of(images(3))
+    encode = Toy()
     want = FeatureCache(tmp_path)(KEY, batch, encode)
     cache = FeatureCache(tmp_path)
     cache(KEY, batch, encode)
@@ -298,7 +305,8 @@ def test_killed_while_writing(tmp_path):
     child.communicate(timeout=30)
     rest = list(tmp_path.rglob("*.tmp"))
     assert len(entries(tmp_path)) == 3 and len(rest) == 1
-    cache, encode = FeatureCache(tmp_path, limit_gb=1), Toy()
+    cache = FeatureCache(tmp_path, limit_gb=1)
+    encode = Toy()
     cache(KEY, batch_of(images(4)), encode)
     assert (cache.hits, cache.misses, encode.seen) == (3, 1, 1) and rest[0].exists(), (
         "another process may still be writing it"
@@ -312,7 +320,8 @@ def test_killed_while_writing(tmp_path):
 
 
 def test_the_least_recently_used_goes_first(tmp_path):
-    cache, encode = FeatureCache(tmp_path), Toy()
+    cache = FeatureCache(tmp_path)
+    encode = Toy()
     everything = images(10)
     names = image_keys(everything)
     cache(KEY, batch_of(everything[:1]), encode)
@@ -334,7 +343,8 @@ def test_the_least_recently_used_goes_first(tmp_path):
 
 
 def test_a_limit_below_one_image(tmp_path):
-    cache, encode = FeatureCache(tmp_path, limit_gb=1e-7), Toy()
+    cache = FeatureCache(tmp_path, limit_gb=1e-7)
+    encode = Toy()
     with pytest.warns(UserWarning, match="less than one image's features"):
         found = cache(KEY, batch_of(images(2)), encode)
     assert torch.equal(found["cls"], images(2).mean((2, 3))) and cache.size() == 0
@@ -347,7 +357,8 @@ def test_a_full_disk_costs_time_only(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(module, "write_atomically", full)
-    cache, encode = FeatureCache(tmp_path), Toy()
+    cache = FeatureCache(tmp_path)
+    encode = Toy()
     with pytest.warns(UserWarning, match="cannot be kept in .*No space left on device"):
         found = cache(KEY, batch_of(images(2)), encode)
     with warnings.catch_warnings():

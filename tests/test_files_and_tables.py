@@ -287,7 +287,8 @@ def test_a_link_is_replaced_not_followed(tmp_path):
 
 @pytest.mark.parametrize("kind", ["link", "dangling", "second name", "folder", "pipe"])
 def test_a_lock_is_a_file_of_its_own(tmp_path, kind):
-    victim, place = tmp_path / "thesis", tmp_path / ".lock"
+    victim = tmp_path / "thesis"
+    place = tmp_path / ".lock"
     victim.write_text("years of work")
     if kind == "link":
         os.symlink(victim, place)

@@ -56,7 +56,9 @@ def contents(folder: Path) -> dict:
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     "Four photographs of 64 pixels, two of them defective, and their Index."
-    root, rng, rows = tmp_path_factory.mktemp("images"), np.random.default_rng(0), []
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    rows = []
     for k in range(4):
         Image.fromarray(rng.integers(0, 255, (64, 64, 3), "uint8")).save(root / f"{k}.png")
         mask = np.zeros((64, 64), "uint8")
@@ -255,7 +257,8 @@ def test_index_and_split_and_meta(images, tmp_path):
 
 def test_inspection_goes_on(method, images, tmp_path):
     "What was looked at before the disk was full is not looked at again."
-    what, out = [str(Path(images.attrs["root"]) / name) for name in images["image"]], tmp_path / "out"
+    what = [str(Path(images.attrs["root"]) / name) for name in images["image"]]
+    out = tmp_path / "out"
     inspector = Inspector(method)
     inspector.predict(what[:2], out=out, pictures="none", progress=False)
     grown = (out / "results.csv").stat().st_size

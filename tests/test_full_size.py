@@ -30,11 +30,9 @@ def test_parameter_counts(name):
 
     with torch.device("meta"):
         method = create(name, **CASES[name])
-    clip, dino, learned = (
-        count(method.clip) + count(method.text),
-        count(method.dino),
-        sum(p.numel() for p in method.learned().values()),
-    )
+    clip = count(method.clip) + count(method.text)
+    dino = count(method.dino)
+    learned = sum(p.numel() for p in method.learned().values())
     print(f"{name}: CLIP {clip / 1e6:.1f} M, DINO {dino / 1e6:.1f} M, trainable {learned / 1e6:.2f} M")
     assert round(clip / 1e6, 1) == 427.9  # both towers
     if name == "dma_sap":  # the paper: 436 M in all, without DINO (its section on efficiency)

@@ -24,7 +24,8 @@ SIDES = st.integers(1, 17)
 @st.composite
 def heats(draw, values=(0.0, 0.25, 0.5, 0.75, 1.0)):
     "A small heatmap of few different values, so that ties and plateaus occur."
-    h, w = draw(SIDES), draw(SIDES)
+    h = draw(SIDES)
+    w = draw(SIDES)
     return (
         np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
         .choice(values, (h, w), p=(0.4, 0.3, 0.1, 0.1, 0.1))
@@ -146,11 +147,13 @@ def test_every_pixel_of_a_mosaic(height, width, bad, masked):
         )
     (image, masks, anomalous, defect, category), pixels, mask = join(tiles)
     assert pixels.shape == (3, height, width) and mask.shape == (1, height, width)
-    top, left = height // 2, width // 2
+    top = height // 2
+    left = width // 2
     for y in range(height):
         for x in range(width):
             k = 2 * (y >= top) + (x >= left)
-            inner_y, inner_x = y - top * (y >= top), x - left * (x >= left)
+            inner_y = y - top * (y >= top)
+            inner_x = x - left * (x >= left)
             assert (
                 pixels[:, y, x].tolist() == [k, inner_y, inner_x] and mask[0, y, x] == tiles[k][2][0, inner_y, inner_x]
             )
@@ -196,7 +199,9 @@ def test_tiles_of_a_mosaic(rows, seed, epoch, one_type):
 
 @st.composite
 def masks(draw):
-    h, w, seed = draw(st.integers(1, 24)), draw(st.integers(1, 24)), draw(st.integers(0, 2**32 - 1))
+    h = draw(st.integers(1, 24))
+    w = draw(st.integers(1, 24))
+    seed = draw(st.integers(0, 2**32 - 1))
     return np.random.default_rng(seed).random((h, w)) < draw(st.sampled_from([0.0, 0.02, 0.2, 1.0]))
 
 
@@ -232,7 +237,9 @@ NAMES = st.text(alphabet="aZ0 _-.$é螺{}%'", min_size=1, max_size=8).filter(lam
 )
 def test_crops_are_slices_of_their_parents(tmp_path_factory, size, images, seed):
     "Pixels say where they come from: every crop, and its mask, is a slice of one parent; names are unique, safe and inside the folder; the list reads back."
-    folder, rng, rows = tmp_path_factory.mktemp("crops"), np.random.default_rng(seed), []
+    folder = tmp_path_factory.mktemp("crops")
+    rng = np.random.default_rng(seed)
+    rows = []
     parents = {}
     for k, (h, w, defective, category, defect) in enumerate(images):
         mask = (rng.random((h, w)) < 0.1) & defective
@@ -271,7 +278,9 @@ def test_crops_are_slices_of_their_parents(tmp_path_factory, size, images, seed)
         path = folder / "out" / row.image
         assert path.resolve().is_relative_to((folder / "out").resolve()) and path.is_file()
         pixels = np.asarray(Image.open(path))
-        k, top, left = pixels[0, 0, 2], pixels[0, 0, 0] // 12, pixels[0, 0, 1] // 12
+        k = pixels[0, 0, 2]
+        top = pixels[0, 0, 0] // 12
+        left = pixels[0, 0, 1] // 12
         parent, mask = parents[k]
         assert np.array_equal(pixels, parent[top : top + size, left : left + size]) and pixels.shape == (size, size, 3)
         part = mask[top : top + size, left : left + size]

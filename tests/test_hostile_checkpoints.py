@@ -50,11 +50,13 @@ class SmallParameters(ParameterSet):
 class Small(Method):
     "Two learned tensors and no tower: quick."
 
-    name, Parameters = "small-test", SmallParameters
+    name = "small-test"
+    Parameters = SmallParameters
 
     def __init__(self, parameters):
         super().__init__(parameters)
-        self.weight, self.scale = nn.Parameter(torch.randn(parameters.hidden, 3)), nn.Parameter(torch.tensor(0.5))
+        self.weight = nn.Parameter(torch.randn(parameters.hidden, 3))
+        self.scale = nn.Parameter(torch.tensor(0.5))
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +73,8 @@ def saved(tmp_path):
 
 def rewritten(saved, path, tensors=lambda t: None, header=lambda h: None, keep=True):
     "A copy with tensors and header changed in place."
-    state, head = load_file(saved), read_header(saved)
+    state = load_file(saved)
+    head = read_header(saved)
     tensors(state)
     header(head)
     save_file(state, path, {"zsad_nb": json.dumps(head)})
@@ -81,7 +84,8 @@ def rewritten(saved, path, tensors=lambda t: None, header=lambda h: None, keep=T
 # ---- every bit
 def test_every_flipped_bit_is_found(saved, tmp_path):
     "One bit in each byte of the tensors, in turn; the message names the tensor."
-    content, path = saved.read_bytes(), tmp_path / "bit.safetensors"
+    content = saved.read_bytes()
+    path = tmp_path / "bit.safetensors"
     length = struct.unpack("<Q", content[:8])[0]
     table = {k: v["data_offsets"] for k, v in json.loads(content[8 : 8 + length]).items() if k != "__metadata__"}
     for at in range(8 + length, len(content)):
@@ -187,7 +191,8 @@ def test_what_nothing_can_have_learned_is_not_saved(tmp_path, value):
 def test_tensors_that_share_memory_are_saved(tmp_path):
     method = create("small-test")
     both = torch.randn(2, 4, 3)
-    method.weight, method.other = nn.Parameter(both[0]), nn.Parameter(both[1])
+    method.weight = nn.Parameter(both[0])
+    method.other = nn.Parameter(both[1])
     assert set(load_file(save(method, tmp_path / "shared.safetensors"))) == {"weight", "other", "scale"}
 
 

@@ -449,7 +449,8 @@ DESCRIPTIONS = {
 
 @pytest.mark.parametrize("what", DESCRIPTIONS)
 def test_an_odd_description_is_one_sentence(made, tmp_path, what):
-    folder, change = copied(made, tmp_path / "copy"), DESCRIPTIONS[what]
+    folder = copied(made, tmp_path / "copy")
+    change = DESCRIPTIONS[what]
     about = json.loads((folder / "export.json").read_text())
     (folder / "export.json").write_text(change if isinstance(change, str) else json.dumps((change(about), about)[1]))
     with pytest.raises(ValueError, match=r"export\.json") as caught:
@@ -515,7 +516,8 @@ def test_operators_are_of_one_library():
 @pytest.fixture(scope="module")
 def linear(tmp_path_factory) -> Path:
     onnx = pytest.importorskip("onnx")
-    helper, path = onnx.helper, tmp_path_factory.mktemp("onnx") / "model.onnx"
+    helper = onnx.helper
+    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
     weight = onnx.numpy_helper.from_array(torch.eye(4).numpy(), "weight")
     made = helper.make_graph(
         [helper.make_node("MatMul", ["image", "weight"], ["map"])],
@@ -535,7 +537,8 @@ def outside(location, **more):
         tensor.data_location = 1
         for key, value in dict(location=location, **more).items():
             entry = tensor.external_data.add()
-            entry.key, entry.value = key, str(value)
+            entry.key = key
+            entry.value = str(value)
 
     return change
 
@@ -575,7 +578,8 @@ ONNX = {
 def test_a_model_that_asks_for_more_than_itself(linear, tmp_path, what):
     import onnx
 
-    model, path = onnx.load(linear), tmp_path / "model.onnx"
+    model = onnx.load(linear)
+    path = tmp_path / "model.onnx"
     ONNX[what](model)
     path.write_bytes(model.SerializeToString())
     (tmp_path / "model.onnx.data").write_bytes(bytes(64))
@@ -601,9 +605,11 @@ def test_a_file_that_is_no_onnx(tmp_path, content):
 def test_models_run_from_what_was_checked(linear, tmp_path):
     "With its tensors inside, and in the one file beside it that the description knows."
     onnx = pytest.importorskip("onnx")
-    path, x = tmp_path / "model.onnx", torch.rand(3, 4)
+    path = tmp_path / "model.onnx"
+    x = torch.rand(3, 4)
     onnx.save(onnx.load(linear), path, save_as_external_data=True, location="model.onnx.data", size_threshold=0)
-    hashes, good = {f.name: file_hash(f) for f in tmp_path.iterdir()}, (tmp_path / "model.onnx.data").read_bytes()
+    hashes = {f.name: file_hash(f) for f in tmp_path.iterdir()}
+    good = (tmp_path / "model.onnx.data").read_bytes()
     for engine in ("onnxruntime", "openvino"):
         if not available(engine):
             continue

@@ -319,7 +319,8 @@ def test_a_record_that_cannot_be_repeated_says_so(tmp_path):
 @pytest.mark.parametrize("kind", ["folder", "link", "dangling", "binary", "list"])
 def test_predict_goes_on_in_a_folder_with_odd_files(tmp_path, photographs, name, kind):
     inspector, images = photographs
-    victim, out = tmp_path / "thesis.tex", tmp_path / "out"
+    victim = tmp_path / "thesis.tex"
+    out = tmp_path / "out"
     victim.write_text("years of work")
     out.mkdir()
     if kind == "folder":

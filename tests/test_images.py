@@ -250,7 +250,8 @@ def test_resizing_agrees_with_torch():
     want = interpolate(torch.from_numpy(MASK > 0)[None, None].float(), (23, 31), mode="bilinear", antialias=True)[
         0, 0
     ].numpy()
-    got, sure = resize_mask(MASK > 0, (23, 31)), np.abs(want - 0.5) > 0.01  # an exact half falls either way
+    got = resize_mask(MASK > 0, (23, 31))
+    sure = np.abs(want - 0.5) > 0.01  # an exact half falls either way
     assert (
         got.dtype == bool
         and got.shape == (23, 31)
@@ -401,7 +402,9 @@ def test_numbers_do_not_depend_on_batch_size_or_workers(index):
 
 
 def test_shuffling_is_seeded_and_new_in_every_pass(index):
-    paths = lambda loader: [path for b in loader for path in b.path]
+    def paths(loader):
+        return [path for b in loader for path in b.path]
+
     loader = batches(index, 8, 4, shuffle=True, seed=1)
     passes = [paths(loader) for _ in range(3)]
     again = batches(index, 8, 4, shuffle=True, seed=1)
@@ -460,7 +463,8 @@ def test_defects_can_be_numbered_from_outside(index):
 def test_official_order_of_rgb_changes_palettes_only(tmp_path):
     Image.fromarray(NOISE).quantize(8).save(tmp_path / "p.png"), save(tmp_path / "a.png")
     index = make_index([row("p.png"), row("a.png")], tmp_path, "t")
-    before, after = Batch.cat(batches(index, 16)), Batch.cat(batches(index, 16, rgb="after"))
+    before = Batch.cat(batches(index, 16))
+    after = Batch.cat(batches(index, 16, rgb="after"))
     assert not torch.equal(before.image[0], after.image[0]) and torch.equal(before.image[1], after.image[1])
 
 

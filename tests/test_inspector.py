@@ -132,7 +132,8 @@ REASONS = {
 
 
 def test_every_good_image_gets_its_result_and_every_bad_one_a_reason(inspector, tmp_path, permissions_hold):
-    good, bad = as_it_comes(tmp_path / "in"), REASONS
+    good = as_it_comes(tmp_path / "in")
+    bad = REASONS
     inspector.use_values(0.0, 0.05)
     table = look(inspector, tmp_path / "in", out=tmp_path / "out")
     assert sorted(names(table)) == sorted([*good, *bad]) and exit_code(table) == 1
@@ -423,7 +424,8 @@ def test_types_where_the_method_has_them(tmp_path):
 class Odd(SelfDistance):
     "Not a number for a black image."
 
-    name, Parameters = "odd", SelfDistanceParameters
+    name = "odd"
+    Parameters = SelfDistanceParameters
 
     def forward(self, features, batch):
         dark = torch.where(batch.image.flatten(1).amax(1) > 0, 1.0, torch.nan)
@@ -496,7 +498,10 @@ def test_arrays_that_are_not_guessed_at(inspector, array, message):
 def test_folders_patterns_lists(tmp_path, monkeypatch):
     for name in ("a/1.png", "a/2.JPG", "b/c/3.tiff", "b/[4].png"):
         write(tmp_path / name)
-    short = lambda found: [Path(s.name).name for s in found]
+
+    def short(found):
+        return [Path(s.name).name for s in found]
+
     assert short(sources(tmp_path)) == ["1.png", "2.JPG", "[4].png", "3.tiff"]
     assert short(sources(f"{tmp_path}/**/*.png")) == ["1.png", "[4].png"] and short(
         sources(tmp_path / "b" / "[4].png")
@@ -558,7 +563,9 @@ def test_a_row_of_something_else_is_not_believed(inspector, tmp_path, change):
     files = pictures(tmp_path / "in", 5)
     inspector.use_values(0.0, 0.05)
     first = look(inspector, tmp_path / "in", out=tmp_path / "out")
-    other, redone, aside = inspector, 5, True
+    other = inspector
+    redone = 5
+    aside = True
     if change == "bytes":
         write(files[2], PHOTO)
         redone, aside = 1, False
@@ -567,7 +574,8 @@ def test_a_row_of_something_else_is_not_believed(inspector, tmp_path, change):
     if change == "threshold":
         inspector.use_values(0.2, 0.05)
     if change == "category":
-        other, aside = Inspector(inspector.method, inspector.calibration, category="leather"), False
+        other = Inspector(inspector.method, inspector.calibration, category="leather")
+        aside = False
     if change == "max_side":
         other = Inspector(inspector.method, inspector.calibration, max_side=30)
     if change == "size":
@@ -663,7 +671,8 @@ def test_a_killed_run_goes_on(tmp_path):
 
 def test_a_full_disk_keeps_the_rows(inspector, tmp_path, monkeypatch):
     pictures(tmp_path / "in", 6)
-    real, calls = os.write, []
+    real = os.write
+    calls = []
 
     def full(handle, data):
         calls.append(len(data))
@@ -711,7 +720,9 @@ def test_somebody_elses_table_is_not_overwritten(inspector, tmp_path):
 def test_maps_are_not_held(inspector, tmp_path, monkeypatch):
     "Sixty images, at most two maps at their size at any time; a batch of the method's own at most."
     pictures(tmp_path / "in", 10)
-    items, alive, most = [np.roll(PHOTO, i, 0) for i in range(60)], [], []
+    items = [np.roll(PHOTO, i, 0) for i in range(60)]
+    alive = []
+    most = []
 
     def watched(heat, size):
         found = at_size(heat, size).copy()
@@ -828,7 +839,8 @@ def test_comparable_scores(method, tmp_path):
     index = index[index["category"].isin(["leather", "gear"])].pipe(
         lambda t: (t.attrs.update(root=str(tmp_path / "set")), t)[1]
     )
-    normal, defective = index[~index["anomalous"]], index[index["anomalous"]]
+    normal = index[~index["anomalous"]]
+    defective = index[index["anomalous"]]
     inspector = Inspector(method, category="folder")
     assert look(inspector, defective)["comparable"].isna().all()  # off by default
     for how in ("quantile", "robust"):
@@ -909,10 +921,14 @@ def test_from_a_checkpoint_a_run_a_name_a_method(tmp_path):
 
 
 def test_the_command_line(tmp_path, good, capsys):
-    folder, out = tmp_path / "in", tmp_path / "out"
+    folder = tmp_path / "in"
+    out = tmp_path / "out"
     pictures(folder, 3)
     small = ["-p", "image_size", "64", "-p", "sigma", "2.0"]
-    call = lambda *more: (main(["predict", str(folder), "--out", str(out), *small, *more]), capsys.readouterr())
+
+    def call(*more):
+        return (main(["predict", str(folder), "--out", str(out), *small, *more]), capsys.readouterr())
+
     code, said = call()
     assert (
         code == 0

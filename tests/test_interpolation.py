@@ -63,7 +63,8 @@ def read_by_hand(index, way: str = "bilinear") -> torch.Tensor:  # (n, 3, SIDE, 
 
 
 def maps_by_hand(model, index) -> dict:  # image -> map
-    images, no = read_by_hand(index), torch.zeros(len(index), dtype=torch.bool)
+    images = read_by_hand(index)
+    no = torch.zeros(len(index), dtype=torch.bool)
     batch = Batch(
         images,
         torch.zeros(len(index), 1, SIDE, SIDE, dtype=torch.bool),
@@ -91,7 +92,8 @@ def far(found, expected) -> float:
 
 
 def test_the_two_ways_differ(index):
-    expected, other = maps_by_hand(model_of(), index), model_of(way="bicubic")
+    expected = maps_by_hand(model_of(), index)
+    other = model_of(way="bicubic")
     first = next(iter(batches_for(other, index, SIDE, 1)))
     assert far(other.predict(first).map[0], expected[index["image"][0]]) > 1e-3, "the other tests could not fail"
 
@@ -145,7 +147,8 @@ def by_export(model, index, folder):
 def test_the_same_map(index, tmp_path, door):
     torch.manual_seed(0)
     model = model_of("april_gan", templates=("a {}.",)) if door is by_cache else model_of()
-    expected, found = maps_by_hand(model, index), door(model, index, tmp_path)
+    expected = maps_by_hand(model, index)
+    found = door(model, index, tmp_path)
     assert set(found) == set(index["image"])
     for name, m in found.items():
         assert far(m, expected[name]) < SAME, name
@@ -154,7 +157,8 @@ def test_the_same_map(index, tmp_path, door):
 @pytest.mark.parametrize("kind", ["path", "bytes", "picture", "array"])
 def test_inspector(index, kind):
     model = model_of()
-    expected, path = maps_by_hand(model, index), Path(index.attrs["root"]) / index["image"][1]
+    expected = maps_by_hand(model, index)
+    path = Path(index.attrs["root"]) / index["image"][1]
     what = dict(
         path=path, bytes=io.BytesIO(path.read_bytes()), picture=Image.open(path), array=np.asarray(Image.open(path))
     )[kind]
@@ -176,7 +180,8 @@ def test_evaluate_and_scales(index):
 
 def spied(model, door) -> list:
     "The images that reach the towers."
-    seen, own = [], model.encode
+    seen = []
+    own = model.encode
     model.encode = lambda batch: seen.append(batch.image) or own(batch)
     door(model)
     return seen

@@ -105,13 +105,12 @@ COMMANDS = dict(
 @pytest.mark.parametrize(("name", "number"), [*((name, signal.SIGINT) for name in COMMANDS), ("run", signal.SIGTERM)])
 def test_stopped_at_any_moment(place, tmp_path, name, number):
     "Every other time while it loads, otherwise while it works."
-    moments, latest = random.Random(f"{name} {number} {TIMES}"), 2.0
+    moments = random.Random(f"{name} {number} {TIMES}")
+    latest = 2.0
     few = TIMES <= 2  # then one moment of each: what works costs seconds
     for turn in range(1 if few else TIMES):
-        out, loading = (
-            tmp_path / f"out{turn}",
-            (name, number) not in (("predict", signal.SIGINT), ("run", signal.SIGTERM)) if few else turn % 2,
-        )
+        out = tmp_path / f"out{turn}"
+        loading = (name, number) not in (("predict", signal.SIGINT), ("run", signal.SIGTERM)) if few else turn % 2
         seconds = moments.uniform(0.1, latest)
         begun = (lambda: True) if name == "check" or loading else (lambda out=out: any(out.glob(BEGUN[name])))
         code, text, left = stopped_after(

@@ -50,7 +50,8 @@ def forked(work) -> int:
 
 def killed_after(seconds, work) -> int | None:
     "Do some work in another process and kill it; its status, None where it was killed."
-    child, end = forked(work), time.monotonic() + seconds
+    child = forked(work)
+    end = time.monotonic() + seconds
     while time.monotonic() < end:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -76,11 +77,15 @@ def test_predict(tmp_path):
     inspector = Inspector.load("self_distance", image_size=64, batch_size=2).use_values(0.1, 0.05)
     begun = time.monotonic()
     inspector.predict(tmp_path / "in", tmp_path / "undisturbed", progress=False)
-    took, moments, killed, kept = time.monotonic() - begun, random.Random(TIMES), 0, []
+    took = time.monotonic() - begun
+    moments = random.Random(TIMES)
+    killed = 0
+    kept = []
     for turn in range(20 * TIMES):
         if killed == TIMES:
             break
-        out, begun = tmp_path / f"out{turn // 3}", time.monotonic()  # three in a row into one folder
+        out = tmp_path / f"out{turn // 3}"
+        begun = time.monotonic()  # three in a row into one folder
         if (
             killed_after(
                 moments.uniform(0, took), lambda out=out: inspector.predict(tmp_path / "in", out, progress=False)
@@ -112,7 +117,10 @@ def test_sweep(tmp_path):
     log = open(os.devnull, "w")
     begun = time.monotonic()
     sweep(specs, tmp_path / "undisturbed", executor=ThreadPoolExecutor(1), stream=log)
-    took, moments, killed, finished = time.monotonic() - begun, random.Random(TIMES), 0, []
+    took = time.monotonic() - begun
+    moments = random.Random(TIMES)
+    killed = 0
+    finished = []
     for turn in range(5 * TIMES):
         if killed == TIMES:
             break
@@ -154,7 +162,8 @@ class Forked:
     "Shards in copies of this process."
 
     def __init__(self):
-        self.pids, self._pool = set(), ThreadPoolExecutor(2)
+        self.pids = set()
+        self._pool = ThreadPoolExecutor(2)
 
     def submit(self, function, *arguments) -> Future:
         return self._pool.submit(self._call, function, arguments)
@@ -173,16 +182,13 @@ class Forked:
 
 def test_sharded_evaluation(tmp_path):
     "A shard is killed and repeated; more than two kills: in the processes that `evaluate_shards` starts by itself."
-    index, method = (
-        synthetic_index(tmp_path / "set", "target", size=64, normal=3, defective=3),
-        create("self_distance", image_size=64),
-    )
-    undisturbed, moments, killed = (
-        evaluate(method, index, size=64, batch_size=2, progress=False),
-        random.Random(TIMES),
-        [],
-    )
-    executor, stop = (Forked() if TIMES <= 2 else LocalExecutor(2, cores=1, gpus=[])), threading.Event()
+    index = synthetic_index(tmp_path / "set", "target", size=64, normal=3, defective=3)
+    method = create("self_distance", image_size=64)
+    undisturbed = evaluate(method, index, size=64, batch_size=2, progress=False)
+    moments = random.Random(TIMES)
+    killed = []
+    executor = Forked() if TIMES <= 2 else LocalExecutor(2, cores=1, gpus=[])
+    stop = threading.Event()
     pids = (lambda: list(executor.pids)) if TIMES <= 2 else (lambda: list(executor._alive))
 
     def kill():

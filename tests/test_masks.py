@@ -253,7 +253,8 @@ def test_the_threshold_reaches_evaluation_and_crops(tmp_path):
         tmp_path,
         "t",
     )
-    method, found = create("self_distance", image_size=32).eval(), {}
+    method = create("self_distance", image_size=32).eval()
+    found = {}
     for threshold in (0, 127):
         found[threshold] = evaluate(method, index, progress=False, mask_threshold=threshold)
         assert found[threshold].reading["mask_threshold"] == threshold

@@ -22,7 +22,8 @@ from zsad_nb.methods.base import MODULES, create, describe, load, method_class, 
 from zsad_nb.synthetic.benchmark import synthetic_index
 from zsad_nb.training.fit import Recipe, cosine_rate, fit
 
-SIZE, SMALL = 64, dict(weights="random:0", image_size=64)
+SIZE = 64
+SMALL = dict(weights="random:0", image_size=64)
 PIXEL = ["pixel_auroc", "pixel_ap", "pixel_f1max", "pixel_aupro", "pixel_aupro_200"]
 IMAGE = ["image_auroc", "image_ap", "image_f1max"]
 
@@ -55,7 +56,8 @@ def category(index: pd.DataFrame, number: int):
 
 
 def batch_of(image: torch.Tensor, anomalous=False) -> Batch:
-    n, mask = len(image), torch.zeros(len(image), 1, *image.shape[-2:], dtype=torch.bool)
+    n = len(image)
+    mask = torch.zeros(len(image), 1, *image.shape[-2:], dtype=torch.bool)
     if anomalous:
         mask[:, :, 10:30, 20:40] = True
     return Batch(
@@ -248,7 +250,8 @@ def four(full: pd.DataFrame) -> pd.DataFrame:
 
 def poisoned(method, steps: set, where: str):
     "The method with a loss (or only its gradient) that is not finite at some steps."
-    true, count = method.loss, itertools.count()
+    true = method.loss
+    count = itertools.count()
 
     def loss(prediction, batch):
         parts = true(prediction, batch)
@@ -265,7 +268,8 @@ def poisoned(method, steps: set, where: str):
 
 @pytest.mark.parametrize("where", ["nan", "inf", "gradient"])
 def test_steps_that_are_not_finite_are_skipped(full, where):
-    recipe, index = Recipe(epochs=2, batch_size=2), four(full)
+    recipe = Recipe(epochs=2, batch_size=2)
+    index = four(full)
     method = poisoned(small(), {1, 2}, where)
     log = fit(method, index, recipe, progress=False)
     assert log["skipped"].tolist() == [False, True, True, False] and log["step"].tolist() == [0, 1, 2, 3]
@@ -293,7 +297,8 @@ def test_mostly_not_finite_is_an_error(full):
 
 
 def test_training_is_remembered(full, tmp_path):
-    seen, unseen = rows(full, category(full, 0) | category(full, 1)), rows(full, category(full, 2))
+    seen = rows(full, category(full, 0) | category(full, 1))
+    unseen = rows(full, category(full, 2))
     names = sorted(set(seen["dataset"] + "/" + seen["category"]))
     method = small()
     log = fit(method, seen, Recipe(epochs=1), progress=False)
@@ -308,7 +313,8 @@ def test_training_is_remembered(full, tmp_path):
     again = load(save(method, tmp_path / "trained.safetensors"))
     for m in (method, again):
         tested = rows(full, category(full, 0) | category(full, 2))
-        both, data = sorted(set(tested["dataset"] + "/" + tested["category"])), names[0].split("/")[0]
+        both = sorted(set(tested["dataset"] + "/" + tested["category"]))
+        data = names[0].split("/")[0]
         with pytest.warns(
             UserWarning, match=f"trained on {names[0]}, {names[1]}: the rows of {both[0]}, {both[1]} are not zero-shot"
         ):
@@ -362,7 +368,8 @@ def test_tokens_are_clipped_one_by_one():
 
 def test_training_learns(full):
     "Forty steps on four images: the loss falls, and defects get higher maps than their surroundings."
-    method, index = small(), four(full)
+    method = small()
+    index = four(full)
     log = fit(method, index, Recipe(epochs=40, batch_size=4, lr_scale=5.0), progress=False)
     assert log["total"].iloc[-5:].mean() < log["total"].iloc[:5].mean() - 0.3
     batch = next(iter(batches(index, SIZE, 4)))
@@ -451,7 +458,8 @@ def test_final_norm():
 
     def moved(**changes):
         method = small(dropout=0.0, **changes)
-        before, training = method.predict(batch).map, method.train()(None, batch).map.detach()
+        before = method.predict(batch).map
+        training = method.train()(None, batch).map.detach()
         if "norm_weight" in method.learned():
             with torch.no_grad():
                 method.norm_weight.mul_(1.5)
@@ -578,7 +586,8 @@ def test_predicting_does_not_end_the_training(model):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_every_parameter_has_a_source(name):
-    table, fields = describe(name), dataclasses.fields(method_class(name).Parameters)
+    table = describe(name)
+    fields = dataclasses.fields(method_class(name).Parameters)
     assert table["parameter"].tolist() == [f.name for f in fields] and table["parameter"].is_unique
     assert all(isinstance(s, str) and len(s.strip()) > 2 for s in table["source"]), table[table["source"].str.len() < 3]
     assert all(isinstance(h, str) and h.strip() for h in table["help"])

@@ -113,7 +113,8 @@ def test_binned_metrics_and_their_bounds_are_fractions(given_maps, bits):
     )
 )
 def test_image_metrics_are_fractions_and_scikit_learns(rows):
-    scores, labels = np.array([score for score, _ in rows]), np.array([label for _, label in rows])
+    scores = np.array([score for score, _ in rows])
+    labels = np.array([label for _, label in rows])
     found = image_metrics(scores, labels)
     held(found, found.reasons)
     if labels.any() and not labels.all():
@@ -152,7 +153,8 @@ def test_type_metrics_are_fractions(given_maps):
     st.sampled_from([0.3, 1.0]),
 )
 def test_the_200_step_area_is_a_fraction(curve, variant, limit):
-    fpr, pro = np.array(sorted(x for x, _ in curve))[::-1], np.array(sorted(y for _, y in curve))[::-1]
+    fpr = np.array(sorted(x for x, _ in curve))[::-1]
+    pro = np.array(sorted(y for _, y in curve))[::-1]
     value, why = aupro_200(fpr, pro, variant, limit)
     found = Metrics({"pixel_aupro_200": value}, {"pixel_aupro_200": why} if why else {})
     held(found, found.reasons)
@@ -174,7 +176,8 @@ def test_means_over_classes_are_fractions(values):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_scores_that_are_no_numbers_are_refused(bad):
-    maps, masks = np.zeros((2, 3, 3)), np.zeros((2, 3, 3), bool)
+    maps = np.zeros((2, 3, 3))
+    masks = np.zeros((2, 3, 3), bool)
     maps[1, 0, 0], masks[0, 0] = bad, True
     for refuse in (
         lambda: pixel_metrics(maps, masks),

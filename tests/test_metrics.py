@@ -41,7 +41,8 @@ def regions_of(masks):
     for i, mask in enumerate(masks):
         todo = set(zip(*np.nonzero(mask)))
         while todo:
-            region, front = set(), [todo.pop()]
+            region = set()
+            front = [todo.pop()]
             while front:
                 y, x = front.pop()
                 region.add((y, x))
@@ -74,7 +75,8 @@ def brute_aupro(maps, masks, limit):
 def brute_aupro_200(maps, masks, variant):
     "The public loop: a pass per threshold over all pixels and regions; float32 scores against float64 thresholds"
     regions = list(regions_of(masks))
-    low, high = maps.min(), maps.max()
+    low = maps.min()
+    high = maps.max()
     fpr, pro = [], []
     for t in np.arange(low, high, (high - low) / 200):
         above = maps.astype(np.float64) > t
@@ -126,7 +128,8 @@ def test_pixel_metrics_against_references(kind, seed):
         list(got.values())[3:7], [brute_aupro(maps, masks, l) for l in LIMITS], rtol=0, atol=1e-12
     )
     for variant in ("anomalyclip", "visualad"):
-        want, value = brute_aupro_200(maps, masks, variant), pixel_metrics(maps, masks, variant_200=variant)
+        want = brute_aupro_200(maps, masks, variant)
+        value = pixel_metrics(maps, masks, variant_200=variant)
         np.testing.assert_allclose(value["pixel_aupro_200"], want, rtol=0, atol=1e-12)
         assert math.isnan(want) == ("pixel_aupro_200" in value.reasons)
 
@@ -197,7 +200,8 @@ def test_ten_shards_of_different_sizes_and_tensors():
 def test_power_of_the_scores_moves_only_the_200_threshold_value():
     maps, masks = sample("continuous", 0)
     maps = np.round((maps - maps.min() + 1) * 64) / 64
-    a, b = pixel_metrics(maps, masks), pixel_metrics(maps.astype(np.float64) ** 20, masks)
+    a = pixel_metrics(maps, masks)
+    b = pixel_metrics(maps.astype(np.float64) ** 20, masks)
     assert {k: v for k, v in a.items() if k != "pixel_aupro_200"} == {
         k: v for k, v in b.items() if k != "pixel_aupro_200"
     }
@@ -213,7 +217,8 @@ def test_zero_and_minus_zero_tie():
 
 def test_perfect_and_reversed():
     _, masks = sample("continuous", 1)
-    best, worst = pixel_metrics(masks.astype(np.float32), masks), pixel_metrics(-masks.astype(np.float32), masks)
+    best = pixel_metrics(masks.astype(np.float32), masks)
+    worst = pixel_metrics(-masks.astype(np.float32), masks)
     assert all(
         best[k] == pytest.approx(1, abs=1e-12) for k in ("pixel_auroc", "pixel_ap", "pixel_f1max", "pixel_aupro")
     )
@@ -229,7 +234,8 @@ def test_undefined_is_nan_with_a_reason():
         (pixel_metrics(maps, masks & False, np.zeros(len(maps), bool)), f"{len(maps)} images without a mask"),
     ):
         assert len(got) == 5 and all(map(math.isnan, got.values())) and all(word in got.reasons[k] for k in got)
-    constant, p = pixel_metrics(np.full_like(maps, -0.25), masks), masks.mean()
+    constant = pixel_metrics(np.full_like(maps, -0.25), masks)
+    p = masks.mean()
     assert list(constant.values())[:4] == pytest.approx([0.5, p, 2 * p / (1 + p), 0.15], abs=1e-12)
     assert math.isnan(constant["pixel_aupro_200"]) and list(constant.reasons) == ["pixel_aupro_200"]
     assert image_metrics([], []).reasons["image_auroc"] == "no image"
@@ -432,7 +438,8 @@ def test_thresholds_decide_like_the_public_loop():
     for seed in range(200):
         rng = np.random.default_rng(seed)
         low, high = np.sort(rng.standard_normal(2).astype(np.float32) * np.float32(10.0 ** rng.integers(-6, 6)))
-        t, exact = thresholds_200(low, high), np.arange(low, high, (high - low) / 200)
+        t = thresholds_200(low, high)
+        exact = np.arange(low, high, (high - low) / 200)
         near = np.concatenate([t, np.nextafter(t, np.float32(np.inf)), np.nextafter(t, np.float32(-np.inf))])
         assert ((near[:, None] > t) == (near[:, None].astype(np.float64) > exact)).all()
     assert len(thresholds_200(0, np.float32(1e-45))) == 0  # the step underflows

@@ -25,11 +25,14 @@ SIDE = 24
 @pytest.fixture(scope="module")
 def index(tmp_path_factory) -> pd.DataFrame:
     "Two categories of six images each: flat, each of a colour of its own, three of them with a rectangle that the mask marks."
-    folder, rows = tmp_path_factory.mktemp("flat"), []
+    folder = tmp_path_factory.mktemp("flat")
+    rows = []
     for c, category in enumerate(("nut", "cap")):
         for i in range(6):
-            pixels, mask = np.full((SIDE, SIDE, 3), 20 + 40 * i + 10 * c, "uint8"), np.zeros((SIDE, SIDE), "uint8")
-            name, bad = f"{category}{i}.png", i % 2 == 1
+            pixels = np.full((SIDE, SIDE, 3), 20 + 40 * i + 10 * c, "uint8")
+            mask = np.zeros((SIDE, SIDE), "uint8")
+            name = f"{category}{i}.png"
+            bad = i % 2 == 1
             if bad:
                 mask[4 : 4 + 4 * i, 6:18] = 255
                 pixels[mask > 0] = 255
@@ -71,13 +74,15 @@ def test_a_mosaic_of_normals_is_normal(index):
 @pytest.mark.parametrize("size", [SIDE, 25, (16, 31)])
 def test_pixels_and_masks_are_where_their_tiles_are(index, size):
     "Every tile is the file, read at its quarter's size; the mask is where the defects are, and nowhere else."
-    root, found = index.attrs["root"], 0
+    root = index.attrs["root"]
+    found = 0
     height, width = (size, size) if isinstance(size, int) else size
     corners = [(0, 0), (0, width // 2), (height // 2, 0), (height // 2, width // 2)]
     for batch in batches(index, size, 5, mosaic=1.0, seed=2):
         assert batch.image.shape[-2:] == batch.mask.shape[-2:] == (height, width)
         for image, mask, path, bad, defect in zip(batch.image, batch.mask, batch.path, batch.anomalous, batch.defect):
-            names, area = path.split(" + "), {}
+            names = path.split(" + ")
+            area = {}
             for name, (h, w), (top, left) in zip(names, quarters(size), corners):
                 row = index[index["image"] == name].iloc[0]
                 expected = (
@@ -287,7 +292,8 @@ def mvtec_tree(root: Path, categories=("screw", "grid")) -> Path:
 
 def trained_on(method, index, recipe) -> list:
     "The batches that `fit` hands to a method."
-    seen, own = [], method.encode
+    seen = []
+    own = method.encode
     method.encode = lambda batch: seen.append(batch) or own(batch)
     fit(method, index, recipe, size=28, workers=0, progress=False)
     return seen

@@ -27,15 +27,14 @@ SIZE = 64
 class Oracle(TypeMethod):
     "Knows the masks; `wrong` turns every defect into the first type of the list."
 
-    name, Parameters = "oracle", DAPOParameters
+    name = "oracle"
+    Parameters = DAPOParameters
 
     def __init__(self, types=None, wrong=False):
         super().__init__(DAPOParameters(clip_weights="random:0", types=types))
-        self.clip, self.text, self.wrong = (
-            create_backbone("tiny-clip", "random:0", SIZE),
-            create_text("tiny-clip", "random:0"),
-            wrong,
-        )
+        self.clip = create_backbone("tiny-clip", "random:0", SIZE)
+        self.text = create_text("tiny-clip", "random:0")
+        self.wrong = wrong
         self._first_types()
 
     def encode(self, batch):
@@ -118,7 +117,8 @@ def test_scikit_learns_numbers(kind, memory):
         table = metrics.compute()
         assert (memory == 2**11) == any(h.end for h in metrics.own + metrics.rest)
         pd.testing.assert_frame_equal(table, metrics.compute())  # asking twice changes nothing
-    y, s = labels.ravel(), maps.transpose(0, 2, 3, 1).reshape(-1, 4)
+    y = labels.ravel()
+    s = maps.transpose(0, 2, 3, 1).reshape(-1, 4)
     for k, r in enumerate(table.itertuples()):
         assert r.auroc == pytest.approx(roc_auc_score(y == k, s[:, k]), abs=1e-9) and r.ap == pytest.approx(
             average_precision_score(y == k, s[:, k]), abs=1e-9
@@ -151,7 +151,8 @@ def test_the_multiclass_convention_of_the_code():
 @pytest.mark.parametrize("step", [1, 2, 7, 64, 10**6])
 def test_slices(step):
     rng = np.random.default_rng(0)
-    scores, heap = rng.integers(0, 60, 3000).astype(np.float32), RankCounts(size=100, room=4000)
+    scores = rng.integers(0, 60, 3000).astype(np.float32)
+    heap = RankCounts(size=100, room=4000)
     scores[:1500] = 7  # half of them equal
     for part in np.split(rng.permutation(scores), 30):
         heap.add(part)
@@ -164,7 +165,8 @@ def test_slices(step):
 
 def test_memory_is_bounded(tmp_path):
     "Twelve million scores with room for half a million: four times the images, the same peak."
-    limit, peaks = 2**21, []
+    limit = 2**21
+    peaks = []
     for batches in (12, 48):
         rng = np.random.default_rng(0)
         with TypeMetrics(["normal", "a", "b"], tmp_path, limit) as metrics:
@@ -226,7 +228,8 @@ def test_errors_change_nothing():
 
 
 def test_an_oracle_is_perfect(target):
-    model, image = Oracle(), len(target)
+    model = Oracle()
+    image = len(target)
     found = evaluate_types(model, target, progress=False, trained_on=["synthetic-auxiliary"])
     rows = found.per_product.set_index(["choice", "category"])
     assert rows[
@@ -366,7 +369,8 @@ def test_a_type_keeps_its_colour():
     assert len(set(colours.values())) == 21 and list(type_colours(types[:5]).values()) == [
         colours[t] for t in types[:5]
     ]
-    image, labels = np.full((4, 4, 3), 0.5), np.zeros((4, 4), int)
+    image = np.full((4, 4, 3), 0.5)
+    labels = np.zeros((4, 4), int)
     labels[0, 0], labels[1, 1] = 1, 21
     painted = paint_types(image, labels, colours, strength=1.0)
     assert (
@@ -379,8 +383,10 @@ def test_a_type_keeps_its_colour():
 
 
 def test_legend_names_what_is_seen():
-    image, one = np.full((8, 8, 3), 0.5), np.zeros((8, 8), int)
-    truth, said = one.copy(), one.copy()
+    image = np.full((8, 8, 3), 0.5)
+    one = np.zeros((8, 8), int)
+    truth = one.copy()
+    said = one.copy()
     truth[:2], said[3:5] = 1, 3
     figure = type_figure(
         [dict(image=image, truth=truth, said=said, left="x"), dict(image=image, truth=one, said=one, has_mask=False)],

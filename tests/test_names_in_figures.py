@@ -129,7 +129,9 @@ def numbers_of(names, metrics=("image_auroc", "pixel_auroc")) -> pd.DataFrame:
 
 def every_figure(names):
     "Every function that puts a name into a figure: name of the function, the figure."
-    few, picture, labels = names[:5], np.full((8, 8, 3), 0.5), np.arange(64).reshape(8, 8) % (len(names[:6]) + 1)
+    few = names[:5]
+    picture = np.full((8, 8, 3), 0.5)
+    labels = np.arange(64).reshape(8, 8) % (len(names[:6]) + 1)
     table = results_table(numbers_of(few), ["image_auroc", "pixel_auroc"])
     numbers = table.numbers[table.numbers["row"] == table.numbers["row"].iloc[0]]
     history = pd.DataFrame(dict(step=range(6), epoch=[0, 1, 2, 3, 4, 5], total=1.0, **{name: 0.5 for name in few[:3]}))
@@ -273,10 +275,8 @@ def test_a_font_installed_since_is_found(monkeypatch, tmp_path):
     monkeypatch.setattr(manager, "ttflist", [font for font in manager.ttflist if font.name != "DejaVu Serif"])
     monkeypatch.setattr(matplotlib.font_manager, "findSystemFonts", lambda: [str(added), str(tmp_path / "absent.ttf")])
     paper_style.families.cache_clear()
-    logger, before = (
-        logging.getLogger("matplotlib.font_manager"),
-        logging.getLogger("matplotlib.font_manager").filters[:],
-    )
+    logger = logging.getLogger("matplotlib.font_manager")
+    before = logging.getLogger("matplotlib.font_manager").filters[:]
     try:
         assert paper_style.families() == ("DejaVu Sans", "DejaVu Serif")
     finally:
@@ -498,7 +498,8 @@ def test_ascii_pictures_did_not_change():
 
 
 def test_uploads_are_told_as_text():
-    upload, data = Upload(create("self_distance", weights="random:0", image_size=32, tap=1)), io.BytesIO()
+    upload = Upload(create("self_distance", weights="random:0", image_size=32, tap=1))
+    data = io.BytesIO()
     upload.look(BAD, b"no picture")
     inert(upload.message.value)
     assert "not an image" in upload.message.value

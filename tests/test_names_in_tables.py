@@ -112,7 +112,8 @@ def evaluation(categories, defect="d") -> Evaluation:
         for n, c in enumerate(categories)
         for k in (0, 1)
     ]
-    test, rng = pd.DataFrame(rows), np.random.default_rng(0)
+    test = pd.DataFrame(rows)
+    rng = np.random.default_rng(0)
     found = {
         c: (
             [dict(image=f"{n}-{k}.png", score=rng.random(), map_low=0.0, map_high=1.0, pixel_ap=0.5) for k in (0, 1)],
@@ -432,7 +433,8 @@ def test_studies_come_back(tmp_path, monkeypatch):
     "A second call takes what the first one left, to the last digit."
     import zsad_nb.evaluation.study as module
 
-    made, names = [], [*WORDS[:9], *FORMULAS[:6]]
+    made = []
+    names = [*WORDS[:9], *FORMULAS[:6]]
 
     class Small:
         def backbones(self):
@@ -457,10 +459,21 @@ def test_studies_come_back(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "recipe_of", lambda *a, **k: _Recipe())
     monkeypatch.setattr(module, "fingerprint", lambda index: "x")
     variants = {name: dict(a=k) for k, name in enumerate(names)}
-    call = lambda: module.study(
-        "m", variants, pd.DataFrame(), pd.DataFrame(), (0, 1), out=tmp_path, progress=False, recipe=dict(x=float("nan"))
-    )
-    first, second = call(), call()
+
+    def call():
+        return module.study(
+            "m",
+            variants,
+            pd.DataFrame(),
+            pd.DataFrame(),
+            (0, 1),
+            out=tmp_path,
+            progress=False,
+            recipe=dict(x=float("nan")),
+        )
+
+    first = call()
+    second = call()
     assert len(made) == 2 * len(names)
     pd.testing.assert_frame_equal(first, second, check_dtype=False, check_exact=True)
     assert (

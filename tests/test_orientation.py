@@ -223,7 +223,8 @@ def test_reduced_copies_are_no_pages(reduced, page):
 
 
 def test_the_photograph_of_a_phone_has_a_second_picture_beside_it(tmp_path):
-    main, depth = Image.fromarray(PHOTO), Image.new("RGB", (8, 5))
+    main = Image.fromarray(PHOTO)
+    depth = Image.new("RGB", (8, 5))
     main.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[depth], quality=95)
     with Image.open(tmp_path / "a.jpg") as image:
         assert image.format == "MPO" and image.n_frames == 2

@@ -108,14 +108,12 @@ class Folder:
     "Runs as the notebooks leave them, with invented numbers."
 
     def __init__(self, root: Path, data="synthetic-target", train="synthetic-auxiliary", size=64):
-        self.root, self.data, self.train, self.size, self.count, self.rng = (
-            root,
-            data,
-            train,
-            size,
-            0,
-            np.random.default_rng(0),
-        )
+        self.root = root
+        self.data = data
+        self.train = train
+        self.size = size
+        self.count = 0
+        self.rng = np.random.default_rng(0)
 
     def leave(self, notebook, fill, given, after=None, **result):
         self.count += 1
@@ -315,7 +313,8 @@ def drawn(whole, tmp_path_factory):
     "All runs, drawn."
     out = tmp_path_factory.mktemp("figures")
     (out / "README.md").write_text("# Ours\n\nA line of our own.\n")
-    kept, save = {}, paper_figures.save_figure
+    kept = {}
+    save = paper_figures.save_figure
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             paper_figures,
@@ -368,7 +367,8 @@ def test_everything_is_made(out, whole):
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_figure_can_be_printed(out, name):
     "A vector PDF whose letters are letters, a PNG that is not blank, at the width of a column or a page, without a date."
-    pdf, png = (out / f"{name}.pdf").read_bytes(), out / f"{name}.png"
+    pdf = (out / f"{name}.pdf").read_bytes()
+    png = out / f"{name}.png"
     assert (
         pdf.startswith(b"%PDF")
         and b"/CIDFontType2" in pdf
@@ -418,7 +418,8 @@ def test_twice_is_the_same(out, whole, tmp_path):
         ],
         dpi=DPI,
     )
-    first, second = files_of(out), files_of(tmp_path)
+    first = files_of(out)
+    second = files_of(tmp_path)
     assert len(second) > 25 and not again.missing
     assert {k: v == first[k] for k, v in second.items()} == dict.fromkeys(second, True)
 
@@ -682,7 +683,9 @@ def test_each_paper_takes_the_training_of_its_printed_number(tmp_path):
 
 def test_a_damaged_run_takes_no_figure_with_it(tmp_path, capsys):
     folder = Folder(tmp_path / "runs")
-    views, study, half = folder.views("dma_sap"), folder.study(*STUDIES[0]), folder.training("ssvp", 0)
+    views = folder.views("dma_sap")
+    study = folder.study(*STUDIES[0])
+    half = folder.training("ssvp", 0)
     folder.training("dma_sap", 0), folder.views("crane")
     (views / "views" / "dma_sap" / "views.npz").write_bytes(b"PK\x03\x04 cut off")
     (study / "ablation.csv").write_text("variant\n")
@@ -690,7 +693,8 @@ def test_a_damaged_run_takes_no_figure_with_it(tmp_path, capsys):
     assert (
         main(["figures", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--dpi", str(COARSE)]) == 1
     )  # one could have been drawn, and was not
-    said, text = capsys.readouterr().out, (tmp_path / "out" / "README.md").read_text()
+    said = capsys.readouterr().out
+    text = (tmp_path / "out" / "README.md").read_text()
     assert (
         "1 made in" in said
         and re.search(r"dma_sap_fig09_qualitative .*\n  .*holds no views", said)

@@ -61,7 +61,8 @@ def rows(paper) -> pd.DataFrame:
 
 @pytest.mark.parametrize("paper", TABLES)
 def test_every_row_of_every_table_has_its_run(paper, evaluated, studied):
-    printed, missing = rows(paper), []
+    printed = rows(paper)
+    missing = []
     for r in printed.itertuples():
         if r.variant and r.variant != "DINOv2":
             there = any(

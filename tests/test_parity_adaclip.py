@@ -59,7 +59,8 @@ def released_groups(x, falling, k):
 @pytest.fixture
 def stored_groups(case, monkeypatch):
     "The groups of the release instead of our own k-means: the stored ones where the candidates are those of the fixture, else drawn as it drew them."
-    own, stored = adaclip.fuse, [case.tensors[f"out.hsf.{k}"] for k in ("indices", "labels")]
+    own = adaclip.fuse
+    stored = [case.tensors[f"out.hsf.{k}"] for k in ("indices", "labels")]
 
     def drawn(x, falling, k):
         for indices, labels in zip(*stored):
@@ -89,7 +90,9 @@ def adapted(model, batch):  # (B, N, L, C)
 
 @torch.no_grad()
 def stages(case) -> dict:
-    model, batch, cfg = build(case), batch_of(case), case.cfg
+    model = build(case)
+    batch = batch_of(case)
+    cfg = case.cfg
     cls = model.encode(batch)["cls"]
     found = {"out.cls_plain": cls}
     for tower, key in (("image", "out.dynamic_visual"), ("text", "out.dynamic_text")):
@@ -104,7 +107,8 @@ def stages(case) -> dict:
             said = sentences(name, ADACLIP_STATES[state], model.p.templates, blank_for_dash)
             start, end, normal = model.started(name)
             z = read_prompted(model.text, start, end, model.tokens["text"](cls[i : i + 1]))
-            ours, theirs = model.text.tokenize(said).tolist(), case.tensors[f"out.tokens_{state}"][i].tolist()
+            ours = model.text.tokenize(said).tolist()
+            theirs = case.tensors[f"out.tokens_{state}"][i].tolist()
             assert sorted(ours) == sorted(theirs), "the same sentences; their order is free, since they are averaged"
             rows = [ours.index(t) for t in theirs]
             ids.append(torch.tensor(ours)[rows])
@@ -148,8 +152,11 @@ def pieces(model, values) -> dict:
 
 def training(case, prefix, **changes) -> dict:
     "Images 0 and 1, each a batch of its own."
-    model, found = build(case, **changes).train(), {}
-    names, values, losses_of = list(released_names(model)), model.learned(), []
+    model = build(case, **changes).train()
+    found = {}
+    names = list(released_names(model))
+    values = model.learned()
+    losses_of = []
     for i in (0, 1):
         batch = batch_of(case)[[i]]
         prediction = model(model.encode(batch), batch)
@@ -170,9 +177,11 @@ def training(case, prefix, **changes) -> dict:
 
 
 def numbers(case) -> dict:
-    stored, found = case.stored(), stages(case) | training(case, "") | case.preprocessed()
+    stored = case.stored()
+    found = stages(case) | training(case, "") | case.preprocessed()
     for name, changes in VARIANTS.items():
-        model, batch = build(case, **changes), batch_of(case)
+        model = build(case, **changes)
+        batch = batch_of(case)
         with torch.no_grad():
             texts = model.text_features(batch.category, model.encode(batch)["cls"])
         more = training(case, f"{name}.", **changes)
@@ -243,7 +252,8 @@ def test_adaclip_own_groups_are_within_the_release_s_draws(case):
 
 def test_adaclip_what_was_set_matters(case, stored_groups):
     "Or the check above would show nothing."
-    batch, limits = batch_of(case), case.limits
+    batch = batch_of(case)
+    limits = case.limits
     for changes in (
         dict(quick_gelu=True),
         dict(position_resize="bilinear"),
@@ -310,7 +320,8 @@ def test_adaclip_a_file_that_does_not_fit(case, tmp_path, change, why):
 
 
 def test_adaclip_maps_of_a_tap_are_enlarged_before_the_softmax(case):
-    model, batch = build(case, sigma=0.0), batch_of(case)
+    model = build(case, sigma=0.0)
+    batch = batch_of(case)
     layers = model.predict(batch).layers
     mean = sum(enlarge(v[:, None], batch.image.shape[-2:])[:, 0] for v in layers.values()) / len(layers)
     assert case.difference(mean.sigmoid(), case.tensors["out.map"]) < case.limits["maps"]

@@ -49,8 +49,10 @@ def batch_of(case):
 
 @torch.no_grad()
 def stages(case) -> dict:
-    model, batch = build(case), batch_of(case)
-    found, names = {}, dict.fromkeys(case.cfg["class_names"])
+    model = build(case)
+    batch = batch_of(case)
+    found = {}
+    names = dict.fromkeys(case.cfg["class_names"])
     words, texts = model.sentence_features(list(names))
     for i, name in enumerate(names):
         found[f"out.{name}.text_features"] = texts[i]
@@ -65,7 +67,8 @@ def stages(case) -> dict:
             if any((all_views[n][0] - v).abs().max() < case.limits["views"] for v in case.tensors["out.views"])
         ]
     )
-    clip, image = model.clip, batch.image
+    clip = model.clip
+    image = batch.image
     seen = dual_path(clip, image, (clip.depth,), model.dual_blocks)
     cls = [joint(clip, seen.cls)] + [
         clip(v * clip.std + clip.mean, (clip.depth,)).cls @ clip.tower.proj for v in all_views[1:]
@@ -81,7 +84,10 @@ def stages(case) -> dict:
 
 def adaptation(case, given="in.", **changes) -> tuple:
     "Prediction, and what one optimiser saw: the gradients of every image's first step and its bias after the last."
-    model, batch, seen, after = build(case, given, **changes), batch_of(case), [], []
+    model = build(case, given, **changes)
+    batch = batch_of(case)
+    seen = []
+    after = []
     own = torch.optim.AdamW.step
 
     def step(optimiser, *args, **named):
@@ -97,7 +103,8 @@ def adaptation(case, given="in.", **changes) -> tuple:
 
 
 def adapted(case) -> dict:
-    steps, n = case.cfg["steps"], len(case.tensors["in.batch"])
+    steps = case.cfg["steps"]
+    n = len(case.tensors["in.batch"])
     said, grads, after = adaptation(case, release_compat=True)
     found = {
         "out.adapt_loss": said.layers["losses"],
@@ -121,7 +128,8 @@ def visa(case) -> dict:
     model = build(case, "visa.in.", **AnoVL.variants["visa"])
     image = case.tensors["visa.in.image"]
     batch = case.batch(image, case.cfg["class_names"][:1])
-    said, patches = model.predict(batch), model.encode(batch)["patches"]
+    said = model.predict(batch)
+    patches = model.encode(batch)["patches"]
     return {
         "visa.tiles_left": torch.tensor([left for _, left in squares(batch.image, 2)[1]]),
         "visa.image_score": said.score[0],
@@ -202,7 +210,8 @@ def test_anovl_the_same_image_the_same_result(case):
     "Seeded draws by default; the release draws from whatever state there is."
     batch = batch_of(case)
     for compat in (False, True):
-        model, seen = build(case, given="", release_compat=compat), []
+        model = build(case, given="", release_compat=compat)
+        seen = []
         for _ in range(2):
             model.prepare(None)
             seen.append(model.predict(batch).map)
@@ -252,7 +261,8 @@ def test_anovl_what_was_set_matters(case):
 def test_anovl_start_and_noise_are_the_framework_s(case):
     "As a linear layer starts: uniform up to one over the root of its inputs; noise of the stated deviation, absolute or in lengths."
     model = build(case, given="")
-    words, patches = torch.randn(200, 48), 7 * torch.randn(300, 48)
+    words = torch.randn(200, 48)
+    patches = 7 * torch.randn(300, 48)
     weight, bias, noise = model.draws(words, patches)
     limit = 48**-0.5
     for drawn in (weight, bias):

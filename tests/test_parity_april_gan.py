@@ -48,10 +48,14 @@ def references(case):
 @torch.no_grad()
 def stages(case) -> dict:
     "From the towers to the few-shot score."
-    model, batch, tau = build(case, case.tensors["out.text_features"]), batch_of(case), case.cfg["temperature"]
-    text, seen = model.text_features(batch.category), model.clip(batch.image)
+    model = build(case, case.tensors["out.text_features"])
+    batch = batch_of(case)
+    tau = case.cfg["temperature"]
+    text = model.text_features(batch.category)
+    seen = model.clip(batch.image)
     found = {"out.image_features_raw": seen.cls @ model.clip.tower.proj}
-    features, prediction = model.encode(batch), model.predict(batch)
+    features = model.encode(batch)
+    prediction = model.predict(batch)
     for tap, patches, prefix in zip(model.clip.taps, seen.patches, seen.prefix):
         adapted = F.normalize(model.adapters[f"tap_{tap}"](features[f"tap_{tap}"]), dim=-1)
         found |= {
@@ -85,11 +89,13 @@ def training(case, model) -> dict:
     "Losses a tap, their sum and the gradients of the linear layers."
     model, batch, names = model.train(), batch_of(case), released_names(model)
     features = model.encode(batch)
-    losses, values = model.loss(model(features, batch), batch), model.learned()
+    losses = model.loss(model(features, batch), batch)
+    values = model.learned()
     found = {"loss.total": losses["total"].detach()}
     for ours, grad in zip(names, gradients(losses, [values[k] for k in names])):
         found["grad." + names[ours].removeprefix("trainable_linearlayer.")] = grad
-    each, adapters = [], model.adapters
+    each = []
+    adapters = model.adapters
     for name in list(adapters):  # one tap at a time
         model.adapters = torch.nn.ModuleDict({name: adapters[name]})
         parts = model.loss(model(features, batch), batch)
@@ -100,7 +106,8 @@ def training(case, model) -> dict:
 
 def variant(case, prefix, texts, gradients_too=False, **changes) -> dict:
     "The results that are stored again with one thing changed; of their maps only the first image."
-    model, batch = build(case, texts, **changes), batch_of(case)
+    model = build(case, texts, **changes)
+    batch = batch_of(case)
     found = {"out.map": model.predict(batch).map[:1], "out.image_score": model.predict(batch).score}
     if texts is None:
         found["out.text_features"] = model.text_features(batch.category)
@@ -186,7 +193,8 @@ def test_april_gan_the_name_is_written_as_the_data_set_spells_it(case, tmp_path)
             ]
             rows.append(F.normalize(torch.stack(each).mean(0), dim=0))
         assert case.difference(model.text_features([name])[0], torch.stack(rows)) < 1e-6, name
-    own, words = build(case), build(case, names="words")
+    own = build(case)
+    words = build(case, names="words")
     for key in [
         k for k in case.tensors if k.startswith("names.")
     ]:  # 35 other sentences of the same kind: the right spelling is the nearer one
@@ -199,7 +207,9 @@ def test_april_gan_the_name_is_written_as_the_data_set_spells_it(case, tmp_path)
 
 def test_april_gan_what_was_set_matters(case):
     "Or the check above would show nothing."
-    batch, texts, limits = batch_of(case), case.tensors["out.text_features"], case.limits
+    batch = batch_of(case)
+    texts = case.tensors["out.text_features"]
+    limits = case.limits
     for changes in (
         dict(quick_gelu=True),
         dict(position_resize="bilinear"),

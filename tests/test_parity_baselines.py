@@ -23,7 +23,8 @@ INPUTS = ("clip.", "clip_sparse.", "dino.", "ckpt.", "in.")  # everything else i
 
 
 def difference(a, b, relative=False) -> float:
-    a, b = torch.as_tensor(a).detach().double(), torch.as_tensor(b).double()
+    a = torch.as_tensor(a).detach().double()
+    b = torch.as_tensor(b).double()
     assert a.shape == b.shape, f"{tuple(a.shape)} for {tuple(b.shape)}"
     return ((a - b).abs().max() / (b.abs().max() if relative else 1)).item()
 
@@ -41,8 +42,10 @@ def opened(parity_fixture, folder, name):
     )
     towers = dict(clip="clip", clip_weights=str(folder / "clip.safetensors"), image_size=cfg["image_size"])
     model = create("winclip", **towers, scales=())  # any method: for the normalisation
-    image, n = tensors["in.batch"] * model.clip.std + model.clip.mean, len(tensors["in.batch"])
-    mask, labels = tensors.get("in.masks", torch.zeros(n, *image.shape[-2:])), tensors.get("in.labels", torch.zeros(n))
+    image = tensors["in.batch"] * model.clip.std + model.clip.mean
+    n = len(tensors["in.batch"])
+    mask = tensors.get("in.masks", torch.zeros(n, *image.shape[-2:]))
+    labels = tensors.get("in.labels", torch.zeros(n))
     batch = Batch(
         image,
         mask[:, None] > 0,
@@ -113,17 +116,21 @@ def winclip_case(parity_fixture, tmp_path_factory):
 @torch.no_grad()
 def winclip_numbers(case) -> dict:
     tensors, meta, batch, build, references = case
-    model, name, found = build(), meta["cfg"]["class_name"], {}
+    model = build()
+    name = meta["cfg"]["class_name"]
+    found = {}
     for s in ("normal", "abnormal"):
         texts = sentences(name, WINCLIP_STATES[s], ANOMALIB_TEMPLATES)
-        ids, z = model.text.tokenize(texts), model.text.encode(texts)
+        ids = model.text.tokenize(texts)
+        z = model.text.encode(texts)
         stored = tensors[f"out.tokens_{s}"].tolist()
         assert len(texts) == meta["cfg"][f"n_{s}_prompts"] and sorted(stored) == sorted(ids.tolist())
         rows = [ids.tolist().index(t) for t in stored]  # the order of the templates is free: they are averaged
         found |= {f"out.tokens_{s}": ids[rows], f"out.prompt_embeddings_{s}": z[rows]}
     text = model.text_features([name])[0]
     found["out.text_embeddings"] = text, lambda t: F.normalize(t, dim=-1)
-    features, prediction = model.encode(batch), model.predict(batch)
+    features = model.encode(batch)
+    prediction = model.predict(batch)
     found |= {
         "out.image_embeddings": features["cls"],
         "out.patch_embeddings": features["patches"],
@@ -161,7 +168,8 @@ def winclip_numbers(case) -> dict:
 
 def test_winclip_every_stored_number(winclip_case):
     tensors, meta, *_ = winclip_case
-    t, found = suggested(meta), winclip_numbers(winclip_case)
+    t = suggested(meta)
+    found = winclip_numbers(winclip_case)
 
     def tolerance(key):
         return (
@@ -244,7 +252,8 @@ def gradients(prompts) -> dict:
 def anomalyclip_case(parity_fixture, tmp_path_factory):
     folder = tmp_path_factory.mktemp("anomalyclip")
     tensors, meta, batch, towers = opened(parity_fixture, folder, "anomalyclip")
-    cfg, path = meta["cfg"], checkpoint(tensors, folder)
+    cfg = meta["cfg"]
+    path = checkpoint(tensors, folder)
 
     def build(**changes):
         options = dict(
@@ -265,17 +274,18 @@ def anomalyclip_case(parity_fixture, tmp_path_factory):
 
 def anomalyclip_numbers(case) -> dict:
     tensors, meta, batch, build = case
-    model, size, taps, found = build(), meta["cfg"]["image_size"], tuple(meta["cfg"]["features_list_1based"]), {}
+    model = build()
+    size = meta["cfg"]["image_size"]
+    taps = tuple(meta["cfg"]["features_list_1based"])
+    found = {}
     with torch.no_grad():
         found |= {
             "out.prompt_embeddings": model.prompts.embeddings()[0],
             "out.tokenized_prompts": model.prompts.ids,
             "out.text_features_raw": model.prompts(),
         }
-        seen, features = (
-            dual_path(model.clip, batch.image, taps, model.dual_blocks, model.p.attention),
-            model.encode(batch),
-        )
+        seen = dual_path(model.clip, batch.image, taps, model.dual_blocks, model.p.attention)
+        features = model.encode(batch)
         found["out.image_features_raw"] = joint(model.clip, seen.cls, model.p.cls_norm)
         assert (
             difference(features["cls"], F.normalize(tensors["out.image_features_raw"], dim=-1))
@@ -324,7 +334,8 @@ def anomalyclip_numbers(case) -> dict:
 
 def test_anomalyclip_every_stored_number(anomalyclip_case):
     tensors, meta, *_ = anomalyclip_case
-    t, found = suggested(meta), anomalyclip_numbers(anomalyclip_case)
+    t = suggested(meta)
+    found = anomalyclip_numbers(anomalyclip_case)
 
     def tolerance(key):
         if "tokenized" in key:
@@ -401,7 +412,8 @@ def test_anomalyclip_what_was_set_matters(anomalyclip_case):
 def crane_case(parity_fixture, tmp_path_factory):
     folder = tmp_path_factory.mktemp("crane")
     tensors, meta, batch, towers = opened(parity_fixture, folder, "crane")
-    cfg, path = meta["cfg"], checkpoint(tensors, folder)
+    cfg = meta["cfg"]
+    path = checkpoint(tensors, folder)
     save_file(
         {k.removeprefix("dino."): v.contiguous() for k, v in tensors.items() if k.startswith("dino.")},
         folder / "dino.safetensors",
@@ -461,10 +473,12 @@ def raw_features(model, batch) -> list:
 
 def crane_numbers(case, which) -> dict:
     tensors, meta, batch, build = case
-    cfg, found = meta["cfg"], {}
+    cfg = meta["cfg"]
+    found = {}
     model = build(which)
     with torch.no_grad():
-        features, text = model.encode(batch), model.text_features(None)
+        features = model.encode(batch)
+        text = model.text_features(None)
         found |= {
             "out.prompt_embeddings": model.prompts.embeddings()[0],
             "out.tokenized_prompts": model.prompts.ids,
@@ -474,14 +488,16 @@ def crane_numbers(case, which) -> dict:
             ),
         }
         assert difference(features["cls"], F.normalize(found["out.image_features_raw"], dim=-1)) < 1e-6
-        raw, logits = raw_features(model, batch), [features[f] @ text[0].T / model.p.tau for f in model.local.values()]
+        raw = raw_features(model, batch)
+        logits = [features[f] @ text[0].T / model.p.tau for f in model.local.values()]
         stored = 1 if which == "base" else len(raw)  # base: all are identical, one is stored
         assert which == "plus" or all(torch.equal(r, raw[0]) for r in raw)
         for i in range(stored):
             found |= {f"out.feature_{i}.patch_features_raw": raw[i], f"out.feature_{i}.logits": logits[i]}
         compared = model.compare(features, text)
         found["out.pooled_feature"] = pool(model.patches(features), compared["weights"], "class")
-    plain, smooth = build(which, sigma=0.0), model.predict(batch)
+    plain = build(which, sigma=0.0)
+    smooth = model.predict(batch)
     found |= {
         "out.map": plain.predict(batch).map,
         "out.smoothed_map": smooth.map,
@@ -501,10 +517,8 @@ def crane_numbers(case, which) -> dict:
         "alt.out.image_score": alt.predict(batch).score,
     }
     if which == "plus":
-        alone, patches = (
-            build(which, sigma=0.0, batch_mean=False).predict(batch),
-            model.dino(batch.image.clamp(0, 1), norm=True).patches[0],
-        )
+        alone = build(which, sigma=0.0, batch_mean=False).predict(batch)
+        patches = model.dino(batch.image.clamp(0, 1), norm=True).patches[0]
         unit = F.normalize(patches, dim=-1)
         means = (unit @ unit.transpose(1, 2)).mean((1, 2))
         found |= {
@@ -529,7 +543,8 @@ def crane_numbers(case, which) -> dict:
     }
     found |= {f"train.grad.{k}": v for k, v in gradients(model.prompts).items()}
     assert all(q.grad is None for b in model.backbones().values() for q in b.parameters())
-    each, local = [], model.local
+    each = []
+    local = model.local
     for name in local:  # the loss of one local feature at a time
         model.local = {name: local[name]}
         parts = model.loss(prediction, batch)
@@ -541,7 +556,8 @@ def crane_numbers(case, which) -> dict:
 @pytest.mark.parametrize("which", ["base", "plus"])
 def test_crane_every_stored_number(crane_case, which):
     tensors, meta, *_ = crane_case
-    t, found = suggested(meta), crane_numbers(crane_case, which)
+    t = suggested(meta)
+    found = crane_numbers(crane_case, which)
 
     def tolerance(key):
         if "tokenized" in key:
@@ -609,7 +625,8 @@ def test_crane_default_is_the_repaired_variant(crane_case):
 
 def test_crane_what_was_set_matters(crane_case):
     tensors, meta, batch, build = crane_case
-    blocks, limits = len(meta["cfg"]["dual_path_blocks_1based"]), suggested(meta)
+    blocks = len(meta["cfg"]["dual_path_blocks_1based"])
+    limits = suggested(meta)
     for which in ("base", "plus"):
         taps = (build(which).clip.depth,)
         options = [

@@ -30,7 +30,8 @@ def case(parity_fixture, tmp_path_factory):
 
 def build(case, second_stage=False, **changes):
     "The method with the fixture's checkpoint, and the draws that the fixture's own run made."
-    cfg, noise = case.cfg, case.part("in.noise.")
+    cfg = case.cfg
+    noise = case.part("in.noise.")
     sizes = dict(
         clip_taps=tuple(cfg["features_list_1based"]),
         bank=cfg["prompt_num"],
@@ -63,7 +64,8 @@ def image_key(image) -> bytes:
 
 
 def batch_of(case, kind):
-    names, images = case.cfg[f"{kind}_class_names"], case.tensors[f"in.{kind}.batch"]
+    names = case.cfg[f"{kind}_class_names"]
+    images = case.tensors[f"in.{kind}.batch"]
     if kind == "test":
         return case.batch(images, names)
     batch = case.batch(images, names, case.tensors["in.train.masks"])
@@ -78,8 +80,12 @@ def batch_of(case, kind):
 @torch.no_grad()
 def stages(case, model) -> dict:
     "A training step, from the towers to the logits."
-    cfg, batch, found = case.cfg, batch_of(case, "train"), {}
-    features, count, bank = model.encode(batch), len(batch), cfg["prompt_num"]
+    cfg = case.cfg
+    batch = batch_of(case, "train")
+    found = {}
+    features = model.encode(batch)
+    count = len(batch)
+    bank = cfg["prompt_num"]
     words = [model.spell(model.p)(c) for c in batch.category]
     assert [f"X {w}" for w in words] == cfg["train_sentences"]
     found |= {
@@ -119,7 +125,9 @@ def stages(case, model) -> dict:
         "out.train.image_logits": logits.flatten(1),
         "out.train.selected_image_logits": logits[..., cfg["index_prompt"]],
     }
-    size, pair, scale = tuple(batch.image.shape[-2:]), [cfg["index_prompt"]], model.log_scale[1].exp()
+    size = tuple(batch.image.shape[-2:])
+    pair = [cfg["index_prompt"]]
+    scale = model.log_scale[1].exp()
     for i, t in enumerate(model.clip.taps):
         patches, attended = model.attended(i, features[f"tap_{t}"], texts)
         found |= {
@@ -136,7 +144,9 @@ def stages(case, model) -> dict:
 @torch.no_grad()
 def judged(case, model) -> dict:
     "The test set: draws, texts, maps and scores."
-    cfg, batch, found = case.cfg, batch_of(case, "test"), {}
+    cfg = case.cfg
+    batch = batch_of(case, "test")
+    found = {}
     features = model.encode(batch)
     words = [model.spell(model.p)(c) for c in batch.category]
     assert [f"X {w}" for w in words] == cfg["test_sentences"]
@@ -184,8 +194,10 @@ def results(model, batch) -> dict:
 
 def training(case, **options) -> tuple:
     "Losses and gradients of one batch, under the released names."
-    model, batch = build(case, **options).train(), batch_of(case, "train")
-    names, values = released_names(model), model.learned()
+    model = build(case, **options).train()
+    batch = batch_of(case, "train")
+    names = released_names(model)
+    values = model.learned()
     prediction = model(model.encode(batch), batch)
     losses = model.loss(prediction, batch)
     grads = gradients(losses, [values[k] for k in names])
@@ -207,7 +219,8 @@ def first_stage(case) -> dict:
     nothing = [k for k, g in grads.items() if g is None or not g.any()]
     assert sorted(nothing) == sorted(case.meta["scalars"]["without_gradient_in_stage_1"])
     found = {f"grad.{k}": g for k, g in grads.items() if k not in nothing}
-    batch, each = batch_of(case, "train"), []
+    batch = batch_of(case, "train")
+    each = []
     with torch.no_grad():
         for i in range(len(model.clip.taps)):  # one tap at a time
             alone = copy.copy(prediction)
@@ -230,7 +243,8 @@ def first_stage(case) -> dict:
 
 @torch.no_grad()
 def second_stage(case, **options) -> dict:
-    model, batch = build(case, second_stage=True, **options), batch_of(case, "train")
+    model = build(case, second_stage=True, **options)
+    batch = batch_of(case, "train")
     features = model.encode(batch)
     texts = model.texts(model.sampled(model.training_noise(len(batch)), features["cls"]), batch.category)
     found = {
@@ -305,7 +319,8 @@ def test_bayes_pfl_every_stored_number(case):
 
 
 def test_bayes_pfl_scalars(case):
-    scalars, limits = case.meta["scalars"], case.limits
+    scalars = case.meta["scalars"]
+    limits = case.limits
     _, losses, _, _ = training(case)
     for name, found in dict(
         loss_total=losses["total"],
@@ -326,7 +341,9 @@ def test_bayes_pfl_scalars(case):
 
 def test_bayes_pfl_what_was_set_matters(case):
     "Or the check above would show nothing."
-    batch, limits, cfg = batch_of(case, "test"), case.limits, case.cfg
+    batch = batch_of(case, "test")
+    limits = case.limits
+    cfg = case.cfg
     parts = torch.stack([case.tensors[f"out.test.{k}"] for k in ("probability", "top_mean_used")], 1)
     resized = [dict(position_resize="bilinear")] if cfg["pretrain_grid"] != cfg["patches_per_side"] else []
     for changes in (
@@ -371,7 +388,8 @@ def test_bayes_pfl_what_was_set_matters(case):
 
 def test_bayes_pfl_default_looks_at_one_image(case):
     "The release to the letter is a variant with a mark, and its noise depends on who came first."
-    table, batch = describe("bayes_pfl").variants.set_index("variant"), batch_of(case, "test")
+    table = describe("bayes_pfl").variants.set_index("variant")
+    batch = batch_of(case, "test")
     assert table["transductive"].eq("yes").sum() == 1 and table.loc["released", "transductive"] == "yes"
     options = dict(case.towers, num_heads=case.cfg["num_heads"])
     default = create("bayes_pfl", **options)

@@ -20,7 +20,8 @@ MODES = {"released": "", "fixed": "fixed."}
 @pytest.fixture(scope="module")
 def case(parity_fixture, tmp_path_factory):
     tensors, meta = parity_fixture("dapo")
-    cfg, folder = meta["cfg"], tmp_path_factory.mktemp("dapo")
+    cfg = meta["cfg"]
+    folder = tmp_path_factory.mktemp("dapo")
     table = torch.zeros(cfg["vocab"], cfg["text_width"])
     table[tensors["clip_sparse.token_embedding.ids"]] = tensors["clip_sparse.token_embedding.rows"]
     clip = {k.removeprefix("clip."): v.contiguous() for k, v in tensors.items() if k.startswith("clip.")}
@@ -86,7 +87,8 @@ def difference(a, b):
 
 def test_prompts(case):
     tensors, meta, build, batch, tolerance = case
-    cfg, prompts = meta["cfg"], build("fixed").prompts
+    cfg = meta["cfg"]
+    prompts = build("fixed").prompts
     ids = prompts.text.tokenize(prompts.sentences(cfg["defect_words"]))
     assert ids.repeat_interleave(cfg["prompt_count"], 0).tolist() == tensors["out.tokenized_prompts"].tolist()
     rows, end = prompts.embeddings(cfg["defect_words"])
@@ -97,7 +99,8 @@ def test_prompts(case):
 @pytest.mark.parametrize("mode", MODES)
 def test_text_features(case, mode):
     tensors, meta, build, batch, tolerance = case
-    prompts, key = build(mode).prompts, MODES[mode] + "out."
+    prompts = build(mode).prompts
+    key = MODES[mode] + "out."
     raw = prompts.features(meta["cfg"]["defect_words"])
     z = F.normalize(raw, dim=-1)
     assert difference(raw, tensors[key + "text_features_raw"]) < tolerance["features"]
@@ -128,7 +131,9 @@ def test_image_tokens(case):
 @pytest.mark.parametrize("mode", MODES)
 def test_maps_and_scores(case, mode):
     tensors, meta, build, batch, tolerance = case
-    model, prefix, size = build(mode), MODES[mode], (meta["cfg"]["image_size"],) * 2
+    model = build(mode)
+    prefix = MODES[mode]
+    size = (meta["cfg"]["image_size"],) * 2
     prediction = model.predict(batch)
     for tap in meta["cfg"]["taps_1based"]:
         s = prediction.layers[f"tap_{tap}"].softmax(1)
@@ -155,7 +160,8 @@ def test_maps_and_scores(case, mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_losses_and_gradients(case, mode):
     tensors, meta, build, batch, tolerance = case
-    model, prefix = build(mode).train(), MODES[mode]
+    model = build(mode).train()
+    prefix = MODES[mode]
     prediction = model(None, batch)
     losses = model.loss(prediction, batch)
     losses["total"].backward()
@@ -166,7 +172,8 @@ def test_losses_and_gradients(case, mode):
         assert difference(losses[name], stored[:, i].sum()) < tolerance["losses"]
     local = losses["focal"] + losses["dice_normal"] + losses["dice_abnormal"]
     assert difference(meta["cfg"]["lambda_local"] * local, tensors[prefix + "loss.local_times_4"]) < tolerance["losses"]
-    mask, kind = batch.mask[:, 0], model.kinds(batch)
+    mask = batch.mask[:, 0]
+    kind = model.kinds(batch)
     assert kind.tolist() == tensors["in.defect_ids"].tolist()
     for tap, row in zip(meta["cfg"]["taps_1based"], stored):
         logits = prediction.layers[f"tap_{tap}"]
@@ -180,7 +187,8 @@ def test_losses_and_gradients(case, mode):
     else:
         assert difference(losses["total"], meta["scalars"]["loss_total"]) < tolerance["losses"]
 
-    gradients, names = {n: q.grad for n, q in model.learned().items()}, released_names(model)
+    gradients = {n: q.grad for n, q in model.learned().items()}
+    names = released_names(model)
     compared = {
         theirs: (
             gradients["prompts.deep"][int(ours.rsplit(".", 1)[1])]

@@ -30,7 +30,8 @@ def towers(tensors, cfg, folder):
         {k.removeprefix("clip."): v.contiguous() for k, v in tensors.items() if k.startswith("clip.")},
         folder / "clip.safetensors",
     )
-    clip, dino = create_backbone("clip", str(folder / "clip.safetensors"), size=cfg["image_size"]), None
+    clip = create_backbone("clip", str(folder / "clip.safetensors"), size=cfg["image_size"])
+    dino = None
     if "dino" in cfg:
         save_file(
             {k.removeprefix("dino."): v.contiguous() for k, v in tensors.items() if k.startswith("dino.")},
@@ -99,7 +100,8 @@ def test_sizes_are_the_fixtures(anomalyclip, crane):
 
 def test_vv_path(anomalyclip):
     tensors, meta, cfg, clip, _, image, tolerance = anomalyclip
-    seen, first = seen_by_anomalyclip(anomalyclip), cfg["dual_path_blocks_1based"][0]
+    seen = seen_by_anomalyclip(anomalyclip)
+    first = cfg["dual_path_blocks_1based"][0]
     assert seen.grid == (cfg["patches_per_side"],) * 2
     for tap, tokens, plain in zip(cfg["features_list_1based"], seen.layers, seen.plain):
         assert (
@@ -114,7 +116,9 @@ def test_vv_path(anomalyclip):
 
 def test_vv_maps_and_score(anomalyclip):
     tensors, meta, cfg, clip, _, image, tolerance = anomalyclip
-    seen, size, text = seen_by_anomalyclip(anomalyclip), cfg["image_size"], tensors["out.text_features"][0]
+    seen = seen_by_anomalyclip(anomalyclip)
+    size = cfg["image_size"]
+    text = tensors["out.text_features"][0]
     maps = []
     for tap, tokens in zip(cfg["features_list_1based"], seen.layers):
         p = grids(logits(joint(clip, tokens[:, 1:]), text).softmax(-1), seen.grid)
@@ -146,7 +150,8 @@ def test_other_attention_is_not_the_same(anomalyclip):
 
 def seen_by_crane(case, value_from="attended"):
     tensors, meta, cfg, clip, _, image, _ = case
-    taps, deep = tuple(cfg["base"]["features_list"]), clip.depth
+    taps = tuple(cfg["base"]["features_list"])
+    deep = clip.depth
     with torch.no_grad():
         return dual_path(clip, image, taps, len(cfg["dual_path_blocks_1based"]), "qkv", (deep,), value_from)
 
@@ -179,7 +184,10 @@ def read_crane(features, cls, text, cfg, soft_mean, grid):
     mean = each.mean(0)
     weights = pooling_weights(mean[..., 1] - mean[..., 0], "class")
     pooled = pool(torch.stack([F.normalize(f, dim=-1) for f in features]).mean(0), weights, "class")
-    up = lambda values: to_pixels(grids(values, grid), cfg["image_size"])
+
+    def up(values):
+        return to_pixels(grids(values, grid), cfg["image_size"])
+
     pixels = torch.stack([up(p) for p in each.softmax(-1)]).mean(0)[:, 1] if soft_mean else up(mean).softmax(1)[:, 1]
     return pixels, pooled, logits(image_feature(pooled, cls, 0.5), text).softmax(-1)[:, 1]
 
@@ -201,8 +209,12 @@ def test_e_attention(crane):
 
 def test_base_maps_pooling_and_score(crane):
     tensors, meta, cfg, clip, _, image, tolerance = crane
-    seen, text, size = seen_by_crane(crane), tensors["base.out.text_features"][0], cfg["image_size"]
-    features, cls, soft = [joint(clip, t[:, 1:]) for t in seen.layers], joint(clip, seen.cls), cfg["base"]["soft_mean"]
+    seen = seen_by_crane(crane)
+    text = tensors["base.out.text_features"][0]
+    size = cfg["image_size"]
+    features = [joint(clip, t[:, 1:]) for t in seen.layers]
+    cls = joint(clip, seen.cls)
+    soft = cfg["base"]["soft_mean"]
     pixels, _, score = read_crane(features, cls, text, cfg, soft, seen.grid)
     assert difference(pixels, tensors["base.alt.out.map"]) < tolerance["maps"]
     assert difference(to_pixels(pixels, size, cfg["sigma"]), tensors["base.alt.out.smoothed_map"]) < tolerance["maps"]
@@ -247,13 +259,12 @@ def test_dino(crane):
 def test_d_attention_as_released(crane):
     "Values after the in-place addition, mean cosine over the whole batch."
     tensors, meta, cfg, clip, _, image, tolerance = crane
-    seen, text, size, soft = (
-        seen_by_crane(crane),
-        tensors["plus.out.text_features"][0],
-        cfg["image_size"],
-        cfg["plus"]["soft_mean"],
-    )
-    features, cls = [d_attention(crane, mean="batch"), joint(clip, seen.layers[-1][:, 1:])], joint(clip, seen.cls)
+    seen = seen_by_crane(crane)
+    text = tensors["plus.out.text_features"][0]
+    size = cfg["image_size"]
+    soft = cfg["plus"]["soft_mean"]
+    features = [d_attention(crane, mean="batch"), joint(clip, seen.layers[-1][:, 1:])]
+    cls = joint(clip, seen.cls)
     for i, f in enumerate(features):
         assert difference(f, tensors[f"plus.out.feature_{i}.patch_features_raw"]) < tolerance["features"], i
         assert difference(logits(f, text), tensors[f"plus.out.feature_{i}.logits"]) < tolerance["features"], i
@@ -276,8 +287,10 @@ def test_d_attention_as_released(crane):
 def test_d_attention_of_each_image(crane):
     "The default: every image has its own mean, as in a batch of one."
     tensors, meta, cfg, clip, _, image, tolerance = crane
-    seen, text = seen_by_crane(crane), tensors["plus.out.text_features"][0]
-    features, cls = [d_attention(crane), joint(clip, seen.layers[-1][:, 1:])], joint(clip, seen.cls)
+    seen = seen_by_crane(crane)
+    text = tensors["plus.out.text_features"][0]
+    features = [d_attention(crane), joint(clip, seen.layers[-1][:, 1:])]
+    cls = joint(clip, seen.cls)
     pixels, _, score = read_crane(features, cls, text, cfg, cfg["plus"]["soft_mean"], seen.grid)
     assert difference(pixels, tensors["plus.alone.map"]) < tolerance["maps"]
     assert (
@@ -291,8 +304,11 @@ def test_d_attention_of_each_image(crane):
 
 def test_values_of_the_block_input(crane):
     tensors, meta, cfg, clip, _, image, tolerance = crane
-    seen, text, size = seen_by_crane(crane), tensors["plus.out.text_features"][0], cfg["image_size"]
-    features, cls = [d_attention(crane, "input", "batch"), joint(clip, seen.layers[-1][:, 1:])], joint(clip, seen.cls)
+    seen = seen_by_crane(crane)
+    text = tensors["plus.out.text_features"][0]
+    size = cfg["image_size"]
+    features = [d_attention(crane, "input", "batch"), joint(clip, seen.layers[-1][:, 1:])]
+    cls = joint(clip, seen.cls)
     pixels, _, score = read_crane(features, cls, text, cfg, cfg["plus"]["soft_mean"], seen.grid)
     assert difference(pixels, tensors["plus.alt.out.map"]) < tolerance["maps"]
     assert difference(to_pixels(pixels, size, cfg["sigma"]), tensors["plus.alt.out.smoothed_map"]) < tolerance["maps"]
@@ -306,13 +322,16 @@ def test_values_of_the_block_input(crane):
 def test_training_loss_of_stored_prompts(crane, name):
     "Focal and dice of every local feature on nearest-upsampled maps; each image has a prompt of its own in training."
     tensors, meta, cfg, clip, _, image, tolerance = crane
-    seen, text = seen_by_crane(crane), tensors[f"{name}.train.text_features"]  # (B, 2, C)
-    last, cls = joint(clip, seen.layers[-1][:, 1:]), joint(clip, seen.cls)
+    seen = seen_by_crane(crane)
+    text = tensors[f"{name}.train.text_features"]  # (B, 2, C)
+    last = joint(clip, seen.layers[-1][:, 1:])
+    cls = joint(clip, seen.cls)
     features = (
         [last] * len(cfg["base"]["features_list"]) if name == "base" else [d_attention(crane, mean="batch"), last]
     )
     each = [F.normalize(f, dim=-1) @ F.normalize(text, dim=-1).transpose(1, 2) / TAU for f in features]
-    mask, expected = tensors["in.masks"] > 0, tensors[f"{name}.train.loss.focal_dice_per_feature"]
+    mask = tensors["in.masks"] > 0
+    expected = tensors[f"{name}.train.loss.focal_dice_per_feature"]
     parts = []
     for row in each:
         p = F.interpolate(grids(row.softmax(-1), seen.grid), cfg["image_size"], mode="nearest")[:, 1]

@@ -43,10 +43,12 @@ def close(got, want, tolerance, what):
 
 @pytest.fixture(scope="module")
 def data():
-    tensors, cfg = load_file(FOLDER / "metrics.safetensors"), META["cfg"]
+    tensors = load_file(FOLDER / "metrics.safetensors")
+    cfg = META["cfg"]
 
     def of(name):
-        maps, bits = tensors[f"{name}.map"], tensors[f"{name}.mask_bits"]
+        maps = tensors[f"{name}.map"]
+        bits = tensors[f"{name}.mask_bits"]
         masks = np.unpackbits(bits, axis=1)[:, : maps[0].size].reshape(maps.shape).astype(bool)
         assert maps.shape[1:] == (cfg["height"], cfg["width"])
         return (
@@ -64,11 +66,9 @@ def data():
 @pytest.mark.parametrize("name", CLASSES)
 def test_image_metrics(data, name):
     _, _, scores, labels, _ = data(name)
-    got, want, tolerance = (
-        image_metrics(scores, labels),
-        META["values"][name]["image"],
-        float(TOLERANCE["auroc/ap/f1max"]),
-    )
+    got = image_metrics(scores, labels)
+    want = META["values"][name]["image"]
+    tolerance = float(TOLERANCE["auroc/ap/f1max"])
     for metric in ("auroc", "ap", "f1max"):
         if not labels.any():  # recommended: NaN, where scikit-learn says 0
             assert math.isnan(got[f"image_{metric}"]) and "no anomalous image" in got.reasons[f"image_{metric}"]
@@ -113,10 +113,8 @@ def test_pixel_metrics(data, name, part):
 @pytest.mark.parametrize("name", CLASSES)
 def test_streamed_and_spilled_are_the_same_numbers(data, name):
     maps, masks, _, _, has_mask = data(name)
-    whole, spilled = (
-        pixel_metrics(maps, masks, has_mask),
-        pixel_metrics(maps, masks, has_mask, memory_limit=0, block=1000),
-    )
+    whole = pixel_metrics(maps, masks, has_mask)
+    spilled = pixel_metrics(maps, masks, has_mask, memory_limit=0, block=1000)
     assert repr(dict(whole)) == repr(dict(spilled))  # NaN is not equal to itself, its name is
 
 
@@ -124,7 +122,8 @@ def test_streamed_and_spilled_are_the_same_numbers(data, name):
 def test_constant_and_edge_cases_follow_the_recommendation(data, name):
     maps, masks, scores, labels, _ = data(name)
     if maps.min() == maps.max() and masks.any():
-        p, q = masks.mean(), labels.mean()
+        p = masks.mean()
+        q = labels.mean()
         got = pixel_metrics(maps, masks, limits=(0.3, 0.05)) | image_metrics(scores, labels)
         want = dict(
             pixel_auroc=0.5,

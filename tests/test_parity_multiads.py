@@ -57,7 +57,9 @@ def target_batch(case):
 
 @torch.no_grad()
 def stages(case, model) -> dict:
-    batch, size, found = training_batch(case), case.tensors["in.train.batch"].shape[-2:], {}
+    batch = training_batch(case)
+    size = case.tensors["in.train.batch"].shape[-2:]
+    found = {}
     for name in dict.fromkeys([*case.cfg["train_names"], *case.cfg["test_names"]]):
         said = [
             s for word in ("", *model.p.words) for s in sentences(name, model.states(word), model.p.templates, as_spelt)
@@ -81,7 +83,8 @@ def stages(case, model) -> dict:
 
 def judged(case, model) -> dict:
     batch = target_batch(case)
-    said, later = model.predict(batch), build(case, **MultiADS.variants["later"]).predict(batch)
+    said = model.predict(batch)
+    later = build(case, **MultiADS.variants["later"]).predict(batch)
     found = {
         "out.test.type_maps": torch.cat([said.layers["normal"][:, None], said.type_map], 1),
         "out.test.map": said.map,
@@ -114,8 +117,10 @@ def judged(case, model) -> dict:
 
 def training(case, **changes) -> tuple:
     "Losses and gradients of one batch, under the released names."
-    model, batch = build(case, **changes).train(), training_batch(case)
-    names, values = released_names(model), model.learned()
+    model = build(case, **changes).train()
+    batch = training_batch(case)
+    names = released_names(model)
+    values = model.learned()
     losses = model.loss(model(model.encode(batch), batch), batch)
     grads = gradients(losses, [values[k] for k in names])
     return model, losses, {theirs.removeprefix("trainable_linearlayer."): g for theirs, g in zip(names.values(), grads)}
@@ -133,7 +138,9 @@ def totals(case) -> dict:
 
 @torch.no_grad()
 def each_tap(case, model) -> torch.Tensor:  # (taps, 2)
-    batch, adapters, found = training_batch(case), model.adapters, []
+    batch = training_batch(case)
+    adapters = model.adapters
+    found = []
     prediction = model(model.encode(batch), batch)
     for name in list(adapters):
         model.adapters = torch.nn.ModuleDict({name: adapters[name]})
@@ -148,7 +155,8 @@ def numbers(case) -> dict:
     with torch.no_grad():
         found = stages(case, model) | judged(case, model)
     found |= totals(case) | {"loss.focal_dice_per_tap": each_tap(case, model)}
-    quick, batch = build(case, quick_gelu=True), training_batch(case)
+    quick = build(case, quick_gelu=True)
+    batch = training_batch(case)
     with torch.no_grad():
         said, (_, losses, _) = quick.predict(target_batch(case)), training_quick(case)
         more = {
@@ -191,7 +199,8 @@ def test_multiads_every_stored_number(case):
         return "features", t["features"], False
 
     case.compare(numbers(case), tolerance)
-    scalars, said = case.meta["scalars"], build(case).predict(target_batch(case))
+    scalars = case.meta["scalars"]
+    said = build(case).predict(target_batch(case))
     assert case.difference(said.score, scalars["score_max"]) < case.limits["scores"]
     for name, changes in dict(
         first={}, later=MultiADS.variants["later"], multi_seg=MultiADS.variants["multi-type"]
@@ -204,7 +213,8 @@ def test_multiads_every_stored_number(case):
 
 def test_multiads_what_was_set_matters(case):
     "Or the check above would show nothing."
-    batch, limits = target_batch(case), case.limits
+    batch = target_batch(case)
+    limits = case.limits
     for changes in (
         dict(quick_gelu=True),
         dict(position_resize="bilinear"),

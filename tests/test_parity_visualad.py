@@ -15,7 +15,8 @@ pytestmark = pytest.mark.parity
 @pytest.fixture(scope="module")
 def case(parity_fixture, tmp_path_factory):
     tensors, meta = parity_fixture("visualad")
-    cfg, folder = meta["cfg"], tmp_path_factory.mktemp("visualad")
+    cfg = meta["cfg"]
+    folder = tmp_path_factory.mktemp("visualad")
     save_file(
         {k.removeprefix("clip."): v.contiguous() for k, v in tensors.items() if k.startswith("clip.")},
         folder / "clip.safetensors",
@@ -70,7 +71,8 @@ def difference(a, b):
 
 def test_token_features(case):
     tensors, meta, build, batch, tolerance = case
-    model, taps = build(), meta["cfg"]["taps_1based"]
+    model = build()
+    taps = meta["cfg"]["taps_1based"]
     b = model.backbone
     with torch.no_grad():
         seen = b(batch.image, taps=b.taps + (b.depth,), extra=model.tokens, norm=True)
@@ -123,7 +125,8 @@ def test_sca_and_saf(case):
 
 def test_maps_and_scores(case):
     tensors, meta, build, batch, tolerance = case
-    model, size = build(), meta["cfg"]["image_size"]
+    model = build()
+    size = meta["cfg"]["image_size"]
     prediction = model.predict(batch)
     maps = {tap: to_pixels(prediction.layers[f"tap_{tap}"], size) for tap in model.backbone.taps}
     for tap, m in maps.items():

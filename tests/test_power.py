@@ -38,9 +38,11 @@ def test_many_pixels_are_binned_closely():
 
 def test_delong_by_hand():
     "Three anomalous, two normal: DeLong's two variances, with n in the place of n - 1"
-    values, truth = np.array([3.0, 1.0, 2.0, 0.0, 2.5]), np.array([True, True, True, False, False])
+    values = np.array([3.0, 1.0, 2.0, 0.0, 2.5])
+    truth = np.array([True, True, True, False, False])
     auroc, parts = contributions(values, truth)
-    first, second = np.array([1, 0.5, 0.5]), np.array([1, 1 / 3])
+    first = np.array([1, 0.5, 0.5])
+    second = np.array([1, 1 / 3])
     assert auroc == pytest.approx(first.mean())
     assert parts[truth] == pytest.approx((first - auroc) / 3) and parts[~truth] == pytest.approx((second - auroc) / 2)
 
@@ -53,10 +55,12 @@ def test_one_class_has_no_auroc(truth):
 
 def rows(seed: int, categories: int = 2, scenes: int = 100, both: float = 1.0) -> pd.DataFrame:
     "Flawless and defective images of scenes; `both` is what a scene adds to both of its scores"
-    rng, frames = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    frames = []
     for c in range(categories):
         common = np.random.default_rng(100 + c).normal(size=scenes)
-        truth, scene = np.arange(2 * scenes) % 2 == 0, np.arange(2 * scenes) // 2
+        truth = np.arange(2 * scenes) % 2 == 0
+        scene = np.arange(2 * scenes) // 2
         value = contributions(both * common[scene] + truth + rng.normal(size=2 * scenes), truth)[1]
         paths = [f"{'bad' if t else 'good'}/{s}" for t, s in zip(truth, scene)]
         frames.append(
@@ -79,7 +83,8 @@ def test_a_scene_is_one_draw():
 
 
 def test_a_difference_needs_the_same_images():
-    a, b = rows(0), rows(1)
+    a = rows(0)
+    b = rows(1)
     assert standard_error(a, "image", a) == 0
     assert paired_errors(dict(a=a, b=b), "image")["error"].tolist() == [standard_error(b, "image", a)]
     with pytest.raises(ValueError, match="same images in the same order"):

@@ -163,7 +163,8 @@ def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("commands")
     (root / "nbs").symlink_to(ROOT / "nbs")
     data_sets(root)
-    model, peer = create("visualad", image_size=64), create("crane", image_size=64)
+    model = create("visualad", image_size=64)
+    peer = create("crane", image_size=64)
     for place in (
         "CHECKPOINT.safetensors",
         "visualad.safetensors",
@@ -337,7 +338,10 @@ def treat(command: str, root: Path) -> str:
 def test_every_printed_command(world, monkeypatch, capfd):
     monkeypatch.chdir(world)
     monkeypatch.setenv("TQDM_DISABLE", "1")
-    everything, counts, wrong, took = printed(), Counter(), [], []
+    everything = printed()
+    counts = Counter()
+    wrong = []
+    took = []
     assert len(everything) > 70
     for command, where in everything.items():
         begun = time.process_time()

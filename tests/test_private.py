@@ -41,7 +41,9 @@ class Watch(threading.Thread):
 
     def __init__(self):
         super().__init__(daemon=True)
-        self.wide, self.all, self.stop = set(), set(), threading.Event()
+        self.wide = set()
+        self.all = set()
+        self.stop = threading.Event()
 
     def run(self):
         while not self.stop.is_set():
@@ -143,7 +145,8 @@ def test_a_sweep_over_tls(tmp_path, capsys):
 
     from zsad_nb.cli.commands import main
 
-    tls, port = authority(tmp_path), free_port()
+    tls = authority(tmp_path)
+    port = free_port()
     options = [
         word for name, path in tls.items() for word in (f"--tls-{name}" + ("-file" if name == "ca" else ""), str(path))
     ]
@@ -245,7 +248,8 @@ class Here:
 
 @pytest.mark.parametrize("umask", [0o002, 0o000])
 def test_shards_are_private_whatever_the_umask(index, tmp_path, umask):
-    before, executor = os.umask(umask), Here()
+    before = os.umask(umask)
+    executor = Here()
     try:
         evaluate_shards(
             create("self_distance", image_size=32),
@@ -382,7 +386,8 @@ def test_a_run_records_what_executed_it(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["link", "dangling", "hard link", "folder", "fifo", "text", "binary"])
 def test_what_is_called_like_a_lock_is_left_alone(tmp_path, kind):
-    victim, folder = tmp_path / "thesis.tex", tmp_path / "run"
+    victim = tmp_path / "thesis.tex"
+    folder = tmp_path / "run"
     victim.write_text("years of work")
     folder.mkdir()
     at = folder / ".lock"
@@ -406,7 +411,8 @@ def test_what_is_called_like_a_lock_is_left_alone(tmp_path, kind):
 
 
 def test_a_run_goes_on_beside_it(tmp_path):
-    victim, spec = tmp_path / "thesis.tex", Spec(small(tmp_path / "n.ipynb"))
+    victim = tmp_path / "thesis.tex"
+    spec = Spec(small(tmp_path / "n.ipynb"))
     victim.write_text("years of work")
     folder = spec.folder(tmp_path / "runs")
     folder.mkdir(parents=True)

@@ -159,7 +159,8 @@ def test_names_without_a_text_tower():
 
 
 def test_pretrained_reads_the_image_tower_s_file(tmp_path, monkeypatch):
-    path, asked = put(clip().state_dict(), tmp_path / "open_clip_model.safetensors"), []
+    path = put(clip().state_dict(), tmp_path / "open_clip_model.safetensors")
+    asked = []
     monkeypatch.setattr(module, "_pretrained_file", lambda row: asked.append(row) or path)
     with pytest.raises(WeightsError, match=r"text tower of clip-vitb32: .*missing transformer\.resblocks\.2"):
         create_text("clip-vitb32")
@@ -239,11 +240,14 @@ def test_end_of_text_and_causality(text):
     end = ids.argmax(1)
     assert end.tolist() == [6, 7] and ids[0, 6] == END and ids[0, 0] == START and ids[0, 7:].abs().sum() == 0
     rows = text.embed(ids)
-    base, behind, before = text(rows, end), rows.clone(), rows.clone()
+    base = text(rows, end)
+    behind = rows.clone()
+    before = rows.clone()
     behind[0, 7:] += torch.randn(behind[0, 7:].shape)
     before[0, 2] += torch.randn(128)
     assert largest(text(behind, end), base) < TOLERANCE < largest(text(before, end)[0], base[0])
-    open_, open_behind = text(rows, end, causal=False), text(behind, end, causal=False)
+    open_ = text(rows, end, causal=False)
+    open_behind = text(behind, end, causal=False)
     assert largest(open_[0], base[0]) > 100 * TOLERANCE and largest(open_behind[0], open_[0]) > 100 * TOLERANCE
     assert largest(text(rows[:, :9], end), base) < TOLERANCE, "a shorter row of the same words"
     assert largest(text(rows, end - 1)[0], base[0]) > 100 * TOLERANCE
@@ -255,7 +259,8 @@ def test_end_of_text_and_causality(text):
 @torch.no_grad()
 def test_deep_tokens(text, half, sets, tokens, causal):
     "Against the whole context, written out block by block."
-    ids, deep = text.tokenize(SENTENCES), torch.randn(sets, tokens, text.width)
+    ids = text.tokenize(SENTENCES)
+    deep = torch.randn(sets, tokens, text.width)
     x = text.embed(ids) + text.tower.positional_embedding
     for i, block in enumerate(text.tower.transformer.resblocks):
         if i in range(1, sets + 1):
@@ -268,7 +273,8 @@ def test_deep_tokens(text, half, sets, tokens, causal):
 
 def test_what_the_tower_refuses(text):
     ids = text.tokenize(SENTENCES)
-    rows, end = text.embed(ids), ids.argmax(1)
+    rows = text.embed(ids)
+    end = ids.argmax(1)
     with pytest.raises(ValueError, match="40 x 64; the text tower tiny-clip takes at most 40 x 128"):
         text(torch.zeros(4, 40, 64), end)
     with pytest.raises(ValueError, match="41 x 128"):
@@ -281,7 +287,8 @@ def test_what_the_tower_refuses(text):
 
 
 def test_too_long(text):
-    fits, long = "scratch " * 38, "scratch " * 39
+    fits = "scratch " * 38
+    long = "scratch " * 39
     assert text.tokenize([fits]).argmax(1).item() == 39
     with pytest.raises(
         ValueError, match=r"'scratch scratch .*' has 41 tokens with start and end, the text tower tiny-clip reads 40"
@@ -326,7 +333,8 @@ def test_reduced_table_equals_the_whole_one(tmp_path):
     ids = torch.cat([vocabulary(SENTENCES), torch.tensor([UNKNOWN])])
     rows = torch.cat([state["token_embedding.weight"][ids[:-1]], torch.randn(1, 64)])
     path = put({**state, "token_embedding.weight": rows, "token_ids": ids}, tmp_path / "reduced.safetensors")
-    whole, reduced = create_text("clip", put(state, tmp_path / "whole.safetensors")), create_text("clip", path)
+    whole = create_text("clip", put(state, tmp_path / "whole.safetensors"))
+    reduced = create_text("clip", path)
     assert torch.equal(reduced.tokenize(SENTENCES), whole.tokenize(SENTENCES)), "ids are CLIP's, whatever the table"
     assert largest(reduced.encode(SENTENCES), whole.encode(SENTENCES)) < TOLERANCE
     assert reduced.unknown(["a screw with a scratch"]) == ["with", "scratch"] and whole.unknown(["a scratch"]) == []
@@ -373,7 +381,8 @@ def test_token_ids_of_another_table(tmp_path):
 def test_tiny_clip_from_a_file(tmp_path):
     "As the shipped file will be: half precision, both towers, its own words."
     ids = torch.cat([vocabulary(["a photo of a screw.", "damaged"]), torch.tensor([UNKNOWN])])
-    own, image = create_text("tiny-clip", "random:4", token_ids=ids), create_backbone("tiny-clip", "random:4")
+    own = create_text("tiny-clip", "random:4", token_ids=ids)
+    image = create_backbone("tiny-clip", "random:4")
     assert own.tower.token_embedding.num_embeddings == len(ids) == 10
     state = {
         **own.tower.state_dict(),
@@ -501,7 +510,8 @@ def test_gradients_reach_prompts_and_nothing_else(text, prompts):
         assert p.grad.isfinite().all() and (p.grad.abs().amax(-1) > 0).all(), name
     assert all(p.grad is None for p in text.parameters())
     holder = nn.Module()
-    holder.text, holder.prompts = text, learned
+    holder.text = text
+    holder.prompts = learned
     names = [n for n, _ in holder.named_parameters() if not n.startswith("text.")]
     assert names == [f"prompts.{n}" for n, _ in learned.named_parameters()]
     assert set(learned.state_dict()) == {n for n, _ in learned.named_parameters()} and list(learned.children()) == [], (
@@ -511,7 +521,8 @@ def test_gradients_reach_prompts_and_nothing_else(text, prompts):
 
 def test_features_are_forward_without_gradients(prompts):
     learned, given = prompts
-    forward, kept = learned(*given), learned.features(*given)
+    forward = learned(*given)
+    kept = learned.features(*given)
     assert forward.requires_grad and not kept.requires_grad and largest(forward, kept) < TOLERANCE
 
 
@@ -638,7 +649,8 @@ def test_another_dtype_and_back(calls):
 def test_another_device():
     holder = nn.Module()
     holder.text = create_text("tiny-clip", "random:0")
-    holder.object, holder.state = ObjectPrompts(holder.text), StatePrompts(holder.text)
+    holder.object = ObjectPrompts(holder.text)
+    holder.state = StatePrompts(holder.text)
     before = holder.object.features(), holder.state.features(["screw"])
     holder.to("cuda")
     after = holder.object.features(), holder.state.features(["screw"])
@@ -686,7 +698,8 @@ def test_object_prompts(text):
 
 
 def test_image_in_the_prompt(text):
-    p, images = ObjectPrompts(text), torch.randn(3, 128)
+    p = ObjectPrompts(text)
+    images = torch.randn(3, 128)
     rows, end = p.embeddings(images)
     static, static_end = p.embeddings()
     assert rows.shape == (3, 2, 40, 128) and torch.equal(end, (static_end + 1).expand(3, 2))
@@ -744,7 +757,8 @@ def test_state_prompts_row_by_row(text, shared):
     for q in p.parameters():
         q.data.normal_()
     assert p.background.shape == (1 if shared else 4, 2, 128) and p.state.shape == (2, 4, 3, 128)
-    found, words = p(["metal_nut"])[0], text.embed(text.tokenize(["metal nut"]))[0]
+    found = p(["metal_nut"])[0]
+    words = text.embed(text.tokenize(["metal nut"]))[0]
     for s in range(2):
         for i in range(4):
             row = torch.cat([words[:1], p.background[0 if shared else i], p.state[s, i], words[1:4]])[
@@ -755,7 +769,8 @@ def test_state_prompts_row_by_row(text, shared):
 
 def test_state_prompts_start(text):
     torch.manual_seed(0)
-    p, bayes = StatePrompts(text, 30, 5), StatePrompts(text, state_mean=0.5)
+    p = StatePrompts(text, 30, 5)
+    bayes = StatePrompts(text, state_mean=0.5)
     for q in p.parameters():
         assert abs(q.mean().item()) < 2e-3 and abs(q.std().item() - 0.02) < 2e-3
     assert [round(s.mean().item(), 2) for s in bayes.state] == [0.5, -0.5] and abs(
@@ -786,7 +801,9 @@ class Nothing:
 def test_a_method_of_both_towers(text, tmp_path):
     "Towers are backbones, prompts are learned; a checkpoint names both towers."
     method = Method(Nothing())
-    method.name, method.clip, method.text = "both", create_backbone("tiny-clip", "random:0"), text
+    method.name = "both"
+    method.clip = create_backbone("tiny-clip", "random:0")
+    method.text = text
     method.prompts = ObjectPrompts(method.text)
     assert list(method.backbones()) == ["clip", "text"] and set(method.learned()) == {"prompts.context", "prompts.deep"}
     save(method, tmp_path / "both.safetensors")
@@ -888,7 +905,8 @@ def test_real_checkpoints(shared, name):
     state = read_state(path)
     from open_clip.transformer import QuickGELU, TextTransformer
 
-    inner, rows = state["prompt_learner"], vocabulary(["X damaged object."])
+    inner = state["prompt_learner"]
+    rows = vocabulary(["X damaged object."])
     torch.manual_seed(0)
     tower = TextTransformer(
         vocab_size=len(rows) + 1, width=768, heads=12, layers=9, mlp_ratio=1 / 12, output_dim=768, act_layer=QuickGELU
@@ -1027,18 +1045,17 @@ def test_text_features_with_and_without_the_cast(read):
 def test_anomalyclip_losses_and_gradients(read, half):
     "The text side of a training step, on the stored image features."
     tensors, meta, build, tolerance = read("anomalyclip")
-    p, side, g, prefix = (
-        build(half),
-        meta["cfg"]["patches_per_side"],
-        tensors["in.masks"].float(),
-        "" if half else "nohalf.",
-    )
+    p = build(half)
+    side = meta["cfg"]["patches_per_side"]
+    g = tensors["in.masks"].float()
+    prefix = "" if half else "nohalf."
     t = F.normalize(p(), dim=1)
 
     def logits(x):
         return F.normalize(x, dim=-1) @ t.T / meta["cfg"]["temperature"]
 
-    ce, local = F.cross_entropy(logits(tensors["out.image_features_raw"]), tensors["in.labels"].long()), 0
+    ce = F.cross_entropy(logits(tensors["out.image_features_raw"]), tensors["in.labels"].long())
+    local = 0
     for layer in meta["cfg"]["features_list_1based"]:
         share = (
             logits(tensors[f"out.layer_{layer}.patch_features_raw"][:, 1:])
@@ -1088,7 +1105,8 @@ def crane_patches(tensors, meta, m):
 @pytest.mark.parametrize("m", ["base", "plus"])
 def test_crane_with_the_image_in_the_prompt(read, m):
     tensors, meta, build, tolerance = read("crane")
-    p, cls = build(), tensors[f"{m}.out.image_features_raw"]
+    p = build()
+    cls = tensors[f"{m}.out.image_features_raw"]
     rows, end = p.embeddings(cls)
     assert (
         largest(rows.flatten(0, 1), tensors[f"{m}.train.prompt_embeddings"].transpose(0, 1).flatten(0, 1))
@@ -1108,14 +1126,13 @@ def test_crane_with_the_image_in_the_prompt(read, m):
 @pytest.mark.parametrize("m", ["base", "plus"])
 def test_crane_losses_and_gradients(read, m):
     tensors, meta, build, tolerance = read("crane")
-    p, cls, side, g = (
-        build(),
-        tensors[f"{m}.out.image_features_raw"],
-        meta["cfg"]["patches_per_side"],
-        tensors["in.masks"].float(),
-    )
+    p = build()
+    cls = tensors[f"{m}.out.image_features_raw"]
+    side = meta["cfg"]["patches_per_side"]
+    g = tensors["in.masks"].float()
     per, cosines = crane_image_logits(crane_patches(tensors, meta, m), cls, F.normalize(p(cls), dim=-1))
-    ce, local = F.cross_entropy(cosines / 0.01, tensors["in.labels"].long()), 0
+    ce = F.cross_entropy(cosines / 0.01, tensors["in.labels"].long())
+    local = 0
     for logits in per:
         share = F.interpolate(
             logits.softmax(-1).transpose(1, 2).unflatten(2, (side, side)), g.shape[-2:], mode="nearest"
@@ -1139,7 +1156,8 @@ def test_crane_losses_and_gradients(read, m):
 @torch.no_grad()
 def test_winclip_ensemble(parity_fixture, tmp_path):
     tensors, meta = parity_fixture("winclip")
-    tower, name = fixture_tower(tensors, meta, tmp_path), meta["cfg"]["class_name"]
+    tower = fixture_tower(tensors, meta, tmp_path)
+    name = meta["cfg"]["class_name"]
     tolerance = meta["tolerances_measured"]["suggested_absolute_tolerances"]["embeddings"]
     for row, s in enumerate(("normal", "abnormal")):
         said = sentences(name, WINCLIP_STATES[s], ANOMALIB_TEMPLATES)
@@ -1156,8 +1174,10 @@ def test_winclip_ensemble(parity_fixture, tmp_path):
 
 def test_the_embedded_pair_tells_damaged_from_flawless():
     "Two sentences, nothing trained, the images of its model card, which says 94.1 (with many sentences)."
-    tower, words = create_backbone("tiny-clip"), create_text("tiny-clip")
-    pair, found = F.normalize(words.encode(["a photo of a flawless object", "a photo of a damaged object"]), dim=-1), {}
+    tower = create_backbone("tiny-clip")
+    words = create_text("tiny-clip")
+    pair = F.normalize(words.encode(["a photo of a flawless object", "a photo of a damaged object"]), dim=-1)
+    found = {}
     for category in categories("target"):
         samples = [draw(category, 900_000 + i, 256, (2 * defects("target"))[i] if i < 20 else None) for i in range(40)]
         images = torch.stack([torch.from_numpy(s.image) for s in samples]).permute(0, 3, 1, 2).float() / 255

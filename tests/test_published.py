@@ -72,7 +72,8 @@ def specs(shared):
 
 def cells(text, heading):
     "(row, column, text) of the first Markdown table below a heading, without bold."
-    lines, found = text[text.index(heading) :].split("\n"), []
+    lines = text[text.index(heading) :].split("\n")
+    found = []
     for line in lines[1:]:
         if line.startswith("|"):
             found.append([c.strip().replace("**", "") for c in line.strip("| ").split("|")])
@@ -271,7 +272,8 @@ def test_reference_prefers_the_own_paper_and_never_a_variant():
 
 
 def test_averages_that_do_not_follow_from_their_rows():
-    every, wrong = averages(every=True), averages()
+    every = averages(every=True)
+    wrong = averages()
     assert len(every) == 36 + 12 + 2 + 10 and (every.loc[every["dataset"] == "mean", "rows"] == 7).all()
     assert {(r.paper, r.method, r.metric, r.printed, round(r.recomputed, 2)) for r in wrong.itertuples()} == {
         ("dma_sap", "anomalyclip", "image_f1max", 87.2, 86.24),

@@ -68,7 +68,10 @@ def mvtec(*classes, good="good", bad="bent", image="png", mask="_mask.png"):
 def one(category, tree_and_want, prefix=""):
     "MVTec layout whose root is one class."
     tree, want = tree_and_want
-    cut = lambda path: path.split("/", 1)[1] if path else ""
+
+    def cut(path):
+        return path.split("/", 1)[1] if path else ""
+
     return {prefix + cut(k): v for k, v in tree.items()}, {
         cut(k): (category, s, d, cut(m)) for k, (_, s, d, m) in want.items()
     }
@@ -750,7 +753,9 @@ def test_masks_belong_by_name_not_by_position(tmp_path):
 
 
 def test_ambiguous_masks_raise(tmp_path):
-    P = lambda *names: [tmp_path / name for name in names]
+    def P(*names):
+        return [tmp_path / name for name in names]
+
     with pytest.raises(LayoutError, match="1.png has 2 masks"):
         pair(P("1.png"), P("1_mask.png", "1.bmp"))
     with pytest.raises(LayoutError, match="belongs by name to 1.png and 1.jpg"):

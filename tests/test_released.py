@@ -358,7 +358,8 @@ def test_one_convention(name):
 @pytest.mark.parametrize("name", [n for n in MODULES if method_class(n).compat])
 def test_checkpoints_with_the_old_switch(tmp_path, name):
     "release_compat of older versions, and None for what it decided."
-    cls, own = method_class(name), dict(clip_weights="random:0", image_size=SIDE)
+    cls = method_class(name)
+    own = dict(clip_weights="random:0", image_size=SIDE)
     defaults = {k: describe(name).set_index("parameter").loc[k, "default"] for k in cls.compat}
     for switch, expected in ((True, cls.compat), (False, defaults)):
         found = create(name, **own, release_compat=switch, **dict.fromkeys(cls.compat, None)).p

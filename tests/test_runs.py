@@ -485,7 +485,8 @@ def test_full_disk(small_disk, tmp_path, twice):
 
 def test_disk_full_at_the_very_end(tmp_path, twice, monkeypatch):
     "The result is there, but the record that vouches for it cannot be written (a patched writer)."
-    write, calls = runs_module.write_atomically, []
+    write = runs_module.write_atomically
+    calls = []
 
     def full(path, *rest):
         calls.append(path)
@@ -565,7 +566,8 @@ def test_progress_on_a_terminal(twice, monkeypatch):
         Task(Spec(twice, dict(n=i)), f"twice n={i}", status=s, seconds=10.0 if s == "done" else None)
         for i, s in enumerate(["done", "running", "waiting", "failed"])
     ]
-    show, tasks[1].begun = Progress(tasks, Terminal()), time.monotonic()
+    show = Progress(tasks, Terminal())
+    tasks[1].begun = time.monotonic()
     show.slots = 2
     assert show.eta() == pytest.approx(10, abs=0.5)  # ten seconds each, one waiting and one begun, two at a time
     show.draw()
@@ -631,10 +633,8 @@ def test_train_and_evaluate_leave_what_tables_need(tmp_path):
     )
     done, said = quiet([learnt, tested], tmp_path / "runs")
     assert done.ok, said
-    result, record = (
-        result_of(tested.folder(tmp_path / "runs")).result,
-        result_of(tested.folder(tmp_path / "runs")).record,
-    )
+    result = result_of(tested.folder(tmp_path / "runs")).result
+    record = result_of(tested.folder(tmp_path / "runs")).record
     assert (
         len(result["trained_on"]) == 19
         and result["transductive"] is False

@@ -24,7 +24,8 @@ from zsad_nb.methods.ssvp import AUXILIARY, PAPER, SSVP, SWEEPS, SSVPParameters,
 from zsad_nb.synthetic.benchmark import synthetic_index
 from zsad_nb.training.fit import fit, recipe_of
 
-SIZE, SMALL = 64, dict(clip_weights="random:0", image_size=64)
+SIZE = 64
+SMALL = dict(clip_weights="random:0", image_size=64)
 
 
 def small(**changes):
@@ -45,7 +46,8 @@ def stirred(**changes):
 
 
 def batch_of(image, category=("bottle", "cable"), anomalous=()):
-    n, mask = len(image), torch.zeros(len(image), 1, *image.shape[-2:], dtype=torch.bool)
+    n = len(image)
+    mask = torch.zeros(len(image), 1, *image.shape[-2:], dtype=torch.bool)
     bad = torch.tensor([i in anomalous for i in range(n)])
     mask[bad, :, 10:30, 20:40] = True
     return Batch(
@@ -94,11 +96,14 @@ def attention(query, key, value, heads):
 
 def literal(method, batch, size):
     "Eqs 2-5, 10-11 and 13-19 for one image after another, in loops, with interpolation and softmax as torch has them."
-    p, f, out = method.p, method.encode(batch), []
+    p = method.p
+    f = method.encode(batch)
+    out = []
     for b in range(len(batch)):
         levels = []
         for i, (project, block) in enumerate(zip(method.hsvs.project, method.hsvs.local_blocks)):
-            c, d = f[f"clip_{i}"][b] @ project.weight.T, f[f"dino_{i}"][b]
+            c = f[f"clip_{i}"][b] @ project.weight.T
+            d = f[f"dino_{i}"][b]
             qc, kc, vc, qd, kd, vd = (
                 x @ getattr(block, n).weight.T
                 for x, n in (
@@ -118,18 +123,25 @@ def literal(method, batch, size):
                 1,
             )
             levels.append(c + block.mlp(joined))
-        g, block = f["clip_global"][b], method.hsvs.global_block
+        g = f["clip_global"][b]
+        block = method.hsvs.global_block
         seen = g + block.mlp(
             torch.cat([block.norm_clip(block.dino_value(f["dino_global"][b])), block.norm_dino(block.clip_value(g))])
         )
-        init, vcpg = method.prompts([batch.category[b]])[0], method.vcpg
+        init = method.prompts([batch.category[b]])[0]
+        vcpg = method.vcpg
         noise = torch.randn(1, p.latents, vcpg.vae.latent, generator=torch.Generator().manual_seed(p.noise_seed))[0]
         z = vcpg.vae.mu(seen) + noise * torch.exp(vcpg.vae.logvar(seen) / 2)
         weights = torch.softmax(vcpg.query(init) @ vcpg.key(z).T / math.sqrt(vcpg.query.weight.shape[0]), -1)
         final = vcpg.norm(init + vcpg.alpha * (weights @ vcpg.value(z)))
-        tau, K = method.vtam.log_tau.exp(), p.prompts
-        up = lambda x: F.interpolate(x.reshape(1, 1, *method.grid), size, mode="bilinear", align_corners=False)[0, 0]
-        gate, total = torch.softmax(method.vtam.global_gate(seen), -1), 0
+        tau = method.vtam.log_tau.exp()
+        K = p.prompts
+
+        def up(x):
+            return F.interpolate(x.reshape(1, 1, *method.grid), size, mode="bilinear", align_corners=False)[0, 0]
+
+        gate = torch.softmax(method.vtam.global_gate(seen), -1)
+        total = 0
         for w, v in zip(gate, levels):
             pairs = [
                 torch.stack(
@@ -162,7 +174,8 @@ def literal(method, batch, size):
     ids=["defaults", "changed", "96 px"],
 )
 def test_forward_is_the_equations(changes):
-    method, batch = stirred(sigma=0.0, **changes), mixed_batch(3, size=80)
+    method = stirred(sigma=0.0, **changes)
+    batch = mixed_batch(3, size=80)
     with torch.no_grad():
         maps, scores = literal(method, batch, (80, 80))
     found = method.predict(batch)
@@ -171,10 +184,13 @@ def test_forward_is_the_equations(changes):
 
 
 def test_the_total_is_equation_22():
-    method, batch = stirred(xi=0.999).train(), mixed_batch()
+    method = stirred(xi=0.999).train()
+    batch = mixed_batch()
     features = method.encode(batch)
     prediction = method(features, batch)
-    got, found, mask = method.loss(prediction, batch), prediction.layers, batch.mask[:, 0]
+    got = method.loss(prediction, batch)
+    found = prediction.layers
+    mask = batch.mask[:, 0]
     y = batch.anomalous.float()
     s = torch.sigmoid(prediction.score)
     expected = dict(
@@ -200,13 +216,15 @@ def test_the_total_is_equation_22():
 
 
 def test_focal_is_equation_20():
-    p, y = torch.rand(2, 30, 30) * 0.98 + 0.01, torch.rand(2, 30, 30) > 0.7
+    p = torch.rand(2, 30, 30) * 0.98 + 0.01
+    y = torch.rand(2, 30, 30) > 0.7
     printed = -torch.where(y, (1 - p) ** 2 * p.log(), p**2 * (1 - p).log()).mean()
     assert torch.allclose(focal(p, y), printed, atol=2e-4), "up to the smoothing of 1e-5"
 
 
 def test_losses_that_are_options():
-    method, batch = stirred().train(), mixed_batch()
+    method = stirred().train()
+    batch = mixed_batch()
     features = method.encode(batch)
 
     def loss(**changes):
@@ -221,7 +239,8 @@ def test_losses_that_are_options():
         assert torch.allclose(
             found["total"], both["total"] - sum(both[k] for k in {"focal_map", "focal_levels"} - terms), atol=1e-6
         )
-    probability, y = loss(image_loss="probability")["cls"], batch.anomalous.float()
+    probability = loss(image_loss="probability")["cls"]
+    y = batch.anomalous.float()
     torch.manual_seed(3)
     s = method(features, batch).score
     assert torch.allclose(
@@ -240,7 +259,8 @@ def test_losses_that_are_options():
     ids=str,
 )
 def test_batch_mates_do_not_matter(changes):
-    method, batch = stirred(**changes), mixed_batch(5, category=("bottle", "cable", "pcb1"))
+    method = stirred(**changes)
+    batch = mixed_batch(5, category=("bottle", "cable", "pcb1"))
     together = method.predict(batch)
     for rows in ([0], [3], [4, 1], [2, 2, 0]):
         alone = method.predict(batch[rows])
@@ -250,11 +270,13 @@ def test_batch_mates_do_not_matter(changes):
 
 
 def test_evaluation_does_not_look_at_the_global_random_numbers():
-    method, batch = stirred(), mixed_batch()
+    method = stirred()
+    batch = mixed_batch()
     torch.manual_seed(1)
     first = method.predict(batch)
     torch.rand(13)
-    again, state = method.predict(batch), torch.get_rng_state()
+    again = method.predict(batch)
+    state = torch.get_rng_state()
     assert torch.equal(first.map, again.map) and torch.equal(first.score, again.score)
     method.predict(batch)
     assert torch.equal(torch.get_rng_state(), state), "a prediction drew from the global generator"
@@ -265,7 +287,8 @@ def test_evaluation_does_not_look_at_the_global_random_numbers():
 
 
 def test_all_images_get_the_same_noise():
-    method, image = stirred(), torch.rand(1, 3, SIZE, SIZE)
+    method = stirred()
+    image = torch.rand(1, 3, SIZE, SIZE)
     prediction = method.predict(batch_of(image.repeat(3, 1, 1, 1), category=("cable",)))
     assert (
         torch.allclose(prediction.layers["final"][0], prediction.layers["final"][2], atol=1e-6)
@@ -275,7 +298,8 @@ def test_all_images_get_the_same_noise():
 
 
 def test_latents_in_training_are_new_each_time():
-    method, batch = stirred().train(), mixed_batch()
+    method = stirred().train()
+    batch = mixed_batch()
     features = method.encode(batch)
     a, b = (method(features, batch).layers["z"] for _ in range(2))
     assert a.shape == (4, 1, 128) and not torch.equal(a, b)
@@ -296,10 +320,8 @@ def test_the_mean_latent():
 @pytest.mark.parametrize("level", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("changes", [{}, dict(hsvs="none", vcpg=False, vtam=False)], ids=["full", "baseline"])
 def test_black_and_uniform_images(level, changes):
-    method, batch = (
-        stirred(**changes),
-        batch_of(torch.full((2, 3, SIZE, SIZE), level), category=("bottle",), anomalous=[0]),
-    )
+    method = stirred(**changes)
+    batch = batch_of(torch.full((2, 3, SIZE, SIZE), level), category=("bottle",), anomalous=[0])
     prediction = method.predict(batch)
     assert (
         prediction.map.isfinite().all()
@@ -311,7 +333,8 @@ def test_black_and_uniform_images(level, changes):
 
 @pytest.mark.parametrize("size", [32, 80, 160])
 def test_any_grid(size):
-    method, batch = stirred(image_size=size), mixed_batch(2, size=size)
+    method = stirred(image_size=size)
+    batch = mixed_batch(2, size=size)
     grid = size // 16
     assert method.grid == (grid, grid) and method.dino.size == size
     features = method.encode(batch)
@@ -369,10 +392,12 @@ def test_grids_that_differ():
 
 
 def test_hsvs_starts_as_clip():
-    batch, proj = mixed_batch(), None
+    batch = mixed_batch()
+    proj = None
     for mode in ("atf", "concat", "none"):
         method = small(hsvs=mode).eval()
-        features, proj = method.encode(batch), method.clip.tower.proj
+        features = method.encode(batch)
+        proj = method.clip.tower.proj
         local, seen, *_ = method.condition(features, batch.category)
         for i, level in enumerate(local):
             assert torch.allclose(level, features[f"clip_{i}"] @ proj, atol=1e-5), (mode, i)
@@ -389,7 +414,8 @@ def test_at_alpha_zero_only_the_normalisation_acts():
         method = small(**changes).eval()
         found = method.predict(batch).layers
         assert torch.equal(found["final"], F.layer_norm(found["init"], (128,)))
-    with_it, without = small().eval(), small(vcpg=False).eval()
+    with_it = small().eval()
+    without = small(vcpg=False).eval()
     with torch.no_grad():
         for p, q in zip(with_it.hsvs.parameters(), without.hsvs.parameters()):
             q.copy_(p)
@@ -403,7 +429,8 @@ def test_at_alpha_zero_only_the_normalisation_acts():
 
 def test_gates():
     batch = mixed_batch()
-    start, moved = small().eval().predict(batch), stirred().predict(batch)
+    start = small().eval().predict(batch)
+    moved = stirred().predict(batch)
     assert torch.equal(start.layers["gate"], torch.full((4, 4), 0.25)) and start.layers[
         "masks"
     ].mean() == pytest.approx(torch.sigmoid(torch.tensor(2.0)).item(), abs=0.05)
@@ -419,7 +446,9 @@ def test_gates():
 
 def test_one_latent_moves_all_prompts_alike():
     torch.manual_seed(0)
-    vcpg, init, seen = VCPG(32, latents=1).eval(), torch.randn(3, 6, 32), torch.randn(3, 32)
+    vcpg = VCPG(32, latents=1).eval()
+    init = torch.randn(3, 6, 32)
+    seen = torch.randn(3, 32)
     z = vcpg.vae(seen, vcpg.noise(seen))["z"]
     weights = vcpg.attend(init, z)
     assert (weights == 1).all()
@@ -431,8 +460,10 @@ def test_one_latent_moves_all_prompts_alike():
 
 def test_smoothing_is_for_evaluation_and_not_for_the_score():
     batch = mixed_batch()
-    smooth, raw = stirred(sigma=4.0), stirred(sigma=0.0)
-    a, b = smooth.predict(batch), raw.predict(batch)
+    smooth = stirred(sigma=4.0)
+    raw = stirred(sigma=0.0)
+    a = smooth.predict(batch)
+    b = raw.predict(batch)
     assert torch.equal(a.score, b.score) and a.map.std() < b.map.std() and torch.equal(a.layers["map"], b.map)
     assert torch.allclose(b.score, 0.5 * b.layers["image_term"] + 0.5 * b.map.amax((1, 2)), atol=1e-6)
     features = smooth.encode(batch)
@@ -487,7 +518,8 @@ def blocks(method):  # everything in front of the zero layers of the ATF blocks
 )
 def test_gradient_reaches_every_learned_parameter(changes, never):
     "In the first step nothing in front of a zero layer or of alpha = 0 learns; from the second on everything does, but W_Q and W_K where one latent leaves a softmax nothing to choose."
-    method, batch = small(**changes).train(), mixed_batch()
+    method = small(**changes).train()
+    batch = mixed_batch()
     optimiser = torch.optim.Adam(method.param_groups(), betas=(0.5, 0.999))
     assert step(method, batch, optimiser) == FIRST | blocks(method)
     before = {n: p.clone() for n, p in method.learned().items()}
@@ -497,7 +529,8 @@ def test_gradient_reaches_every_learned_parameter(changes, never):
 
 def test_gradient_of_the_ablations():
     for name, changes in SSVP.ablations.items():
-        method, batch = small(**changes).train(), mixed_batch()
+        method = small(**changes).train()
+        batch = mixed_batch()
         optimiser = torch.optim.Adam(method.param_groups(), betas=(0.5, 0.999))
         expected = (FIRST if method.p.vtam else {n for n in FIRST if method.p.vcpg and n.startswith("vcpg")}) | (
             blocks(method) if method.p.hsvs == "atf" else set()
@@ -587,7 +620,8 @@ def test_training_repeats_and_learns(index, tmp_path):
     )
     assert not log["skipped"].any() and log["total"].iloc[-2:].mean() < log["total"].iloc[:2].mean()
     assert {"total", "focal_map", "focal_levels", "cls", "reconstruction", "kl", "margin"} <= set(log.columns)
-    filled, kept = small(), small()
+    filled = small()
+    kept = small()
     first = fit(filled, index, recipe, progress=False, cache=FeatureCache(tmp_path))
     fit(kept, index, recipe, progress=False, cache=FeatureCache(tmp_path))
     assert all(torch.equal(p, q) for p, q in zip(filled.learned().values(), kept.learned().values())), (
@@ -601,7 +635,8 @@ def test_training_repeats_and_learns(index, tmp_path):
 
 
 def test_encode_is_frozen(tmp_path):
-    method, batch = small(), mixed_batch()
+    method = small()
+    batch = mixed_batch()
     before = method.encode(batch)
     with torch.no_grad():
         for p in method.learned().values():
@@ -612,7 +647,9 @@ def test_encode_is_frozen(tmp_path):
     )
     method = stirred()
     cache = FeatureCache(tmp_path)
-    plain, first, again = method.predict(batch), method.predict(batch, cache), method.predict(batch, cache)
+    plain = method.predict(batch)
+    first = method.predict(batch, cache)
+    again = method.predict(batch, cache)
     assert torch.equal(first.map, again.map) and torch.allclose(plain.map, again.map, atol=1e-6) and cache.hits == 4
 
 
@@ -636,7 +673,8 @@ def test_prompts_see_the_class_name():
     def score(method, name):
         return method.predict(batch_of(image, category=(name,))).score
 
-    named, agnostic = stirred(), stirred(class_agnostic=True)
+    named = stirred()
+    agnostic = stirred(class_agnostic=True)
     assert not torch.equal(score(named, "bottle"), score(named, "cable"))
     assert torch.equal(score(named, "pcb1"), score(named, "pcb4")), "both are printed circuit boards"
     assert torch.equal(score(agnostic, "bottle"), score(agnostic, "cable")) and torch.equal(
@@ -645,7 +683,8 @@ def test_prompts_see_the_class_name():
 
 
 def test_prompts_are_not_stale():
-    method, batch = stirred(), mixed_batch()
+    method = stirred()
+    batch = mixed_batch()
     before = method.predict(batch).map
     with torch.no_grad():
         method.prompts.state.add_(0.5)
@@ -699,7 +738,8 @@ def test_the_papers_ablations():
         list(SSVP.ablations) == ["A baseline", "B naive concatenation", "C ATF", "D ATF, VCPG", "E full"]
         and SSVP.ablations["E full"] == {}
     )
-    batch, found = mixed_batch(), {}
+    batch = mixed_batch()
+    found = {}
     for name, changes in SSVP.ablations.items():
         method = stirred(**changes)
         found[name] = (sum(p.numel() for p in method.learned().values()), method.predict(batch).map)
@@ -808,10 +848,12 @@ def test_defaults_agree():
     ids=str,
 )
 def test_save_and_load(changes, tmp_path):
-    method, batch = stirred(**changes), mixed_batch()
+    method = stirred(**changes)
+    batch = mixed_batch()
     method.trained_on = ["a/b"]
     again = load(save(method, tmp_path / "m.safetensors"))
-    a, b = method.predict(batch), again.predict(batch)
+    a = method.predict(batch)
+    b = again.predict(batch)
     assert (
         torch.equal(a.map, b.map)
         and torch.equal(a.score, b.score)
@@ -827,7 +869,8 @@ def test_save_and_load(changes, tmp_path):
 
 def test_scales_of_the_vae():
     torch.manual_seed(0)
-    v, losses = torch.randn(6, 40), {}
+    v = torch.randn(6, 40)
+    losses = {}
     for scale in ("sum", "mean", "unit"):
         torch.manual_seed(1)
         vae = VAE(40, scale=scale)
@@ -840,7 +883,8 @@ def test_the_target_of_the_vae_is_detached():
     "Otherwise the image features could make the loss small by all being alike; the encoder's input stays attached."
     torch.manual_seed(0)
     for detach in (True, False):
-        vae, seen = VAE(40, detach=detach), torch.randn(6, 40, requires_grad=True)
+        vae = VAE(40, detach=detach)
+        seen = torch.randn(6, 40, requires_grad=True)
         drawn = {k: v.detach() for k, v in vae(seen, None).items()}
         (target,) = torch.autograd.grad(vae.loss(seen, drawn)[0], seen, allow_unused=True)
         assert (target is None) == detach
@@ -859,7 +903,8 @@ def test_alignment(index):
     assert alignment(small(vcpg=False), index, "init")["scd_normal"] == pytest.approx(0, abs=1e-5), (
         "without VCPG the text is static"
     )
-    some, every = alignment(method, index), alignment(method, index, batch_size=3)
+    some = alignment(method, index)
+    every = alignment(method, index, batch_size=3)
     assert some == pytest.approx(every, abs=1e-5), "depends on the batch size"
     assert method.training, "the mode was changed"
     with pytest.raises(ValueError, match="use written or init"):
@@ -875,7 +920,9 @@ def test_alignment(index):
 
 def test_measures_of_alignment():
     torch.manual_seed(0)
-    patches, text, mask = torch.randn(2, 16, 8), torch.randn(2, 3, 8), torch.zeros(2, 1, 64, 64, dtype=torch.bool)
+    patches = torch.randn(2, 16, 8)
+    text = torch.randn(2, 3, 8)
+    mask = torch.zeros(2, 1, 64, 64, dtype=torch.bool)
     assert len(tir_fg(patches, text, mask, (4, 4))) == 0
     mask[1, :, 16:32, 32:48] = True  # patch 6
     assert torch.allclose(
@@ -883,7 +930,8 @@ def test_measures_of_alignment():
     )
     mask[1, :, 30:34, 30:34] = True  # specks in its neighbours
     assert len(tir_fg(patches, text, mask, (4, 4))) == 1 and len(tir_fg(patches, text, mask, (4, 4), cover=0.001)) == 4
-    a, b = torch.randn(5, 8), torch.randn(5, 8)
+    a = torch.randn(5, 8)
+    b = torch.randn(5, 8)
     assert torch.allclose(scd(a, b), (2 - 2 * F.cosine_similarity(a, b, dim=-1)).sqrt(), atol=1e-6) and torch.allclose(
         scd(a, b, unit=False), (a - b).norm(dim=-1)
     )

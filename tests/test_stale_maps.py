@@ -117,7 +117,8 @@ def test_the_same_pixels_are_not_computed_again(method, data, tmp_path, store, m
         os.utime(tmp_path / "data" / f"{i}.bmp", ns=(1, 10**18))
     shutil.copy(tmp_path / "data" / "0.bmp", tmp_path / "data" / "x")
     os.replace(tmp_path / "data" / "x", tmp_path / "data" / "0.bmp")
-    hashed, real = [], maps_store._content
+    hashed = []
+    real = maps_store._content
     monkeypatch.setattr(maps_store, "_content", lambda path: (hashed.append(path), real(path))[1])
     monkeypatch.setattr(maps_store, "_settled", lambda state: state)  # as two seconds later
     assert (
@@ -140,7 +141,8 @@ def test_ten_thousand_rows_are_looked_at_quickly(method, data, tmp_path, store, 
 
 
 def test_an_image_replaced_while_it_is_looked_at_is_not_kept(method, data, tmp_path, monkeypatch):
-    made, real = make_store(method, data, tmp_path / "maps", dtype="float32"), type(method).predict
+    made = make_store(method, data, tmp_path / "maps", dtype="float32")
+    real = type(method).predict
 
     def predict(self, batch, *a):
         same_name(tmp_path / "data" / "2.bmp", "renamed")
@@ -269,7 +271,8 @@ HEADERS = {
 
 @pytest.mark.parametrize("what", HEADERS)
 def test_an_odd_description(method, data, tmp_path, store, what):
-    change, path = HEADERS[what], store.folder / "store.json"
+    change = HEADERS[what]
+    path = store.folder / "store.json"
     path.write_text(change if isinstance(change, str) else json.dumps({**json.loads(path.read_text()), **change}))
     for door in (
         lambda: open_store(store.folder),

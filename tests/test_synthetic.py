@@ -102,7 +102,8 @@ def test_masks_are_exact(which):
     areas = []
     for name in categories(which):
         for k, defect in enumerate(defects(which)):
-            a, b = draw(name, 900 + k, 128), draw(name, 900 + k, 128, defect)
+            a = draw(name, 900 + k, 128)
+            b = draw(name, 900 + k, 128, defect)
             change = np.abs(a.image.astype(int) - b.image.astype(int)).max(2)
             assert not a.mask.any() and b.mask.any()
             assert not change[~b.mask].any(), (name, defect)
@@ -121,7 +122,8 @@ def test_every_size_shows_the_same_scene(name):
         return v.astype(float).reshape(n, v.shape[0] // n, n, v.shape[1] // n, -1).mean((1, 3))
 
     for defect in [None] + defects(CATEGORIES[name].set):
-        a, b = draw(name, 3, 128, defect), draw(name, 3, 320, defect)
+        a = draw(name, 3, 128, defect)
+        b = draw(name, 3, 320, defect)
         assert np.abs(small(a.image) - small(b.image)).mean() < 5
         if defect:
             assert abs(a.mask.mean() - b.mask.mean()) < 0.015 and np.abs(small(a.mask) - small(b.mask)).max() < 0.6

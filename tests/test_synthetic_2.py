@@ -51,7 +51,8 @@ def source_of(notebook: str) -> str:
 
 def test_the_towers_see_neither_the_renderers_nor_a_mask():
     "Their notebooks draw the pretraining categories with the twelve defects of version 1, and look at masks only after training"
-    clip, dino = source_of("pretrain_tiny_clip"), source_of("pretrain_tiny")
+    clip = source_of("pretrain_tiny_clip")
+    dino = source_of("pretrain_tiny")
     names = {}
     start = clip.index("NAMES = dict(")
     exec(clip[start : clip.index("names, kinds")], names)
@@ -67,7 +68,8 @@ def test_the_towers_see_neither_the_renderers_nor_a_mask():
 @pytest.mark.parametrize("name, defect", PAIRS)
 def test_masks_are_exact_at_every_strength(name, defect):
     "Outside the mask the pair is equal, inside it differs; the stronger, the more"
-    clean, changes = draw(name, 900, 96).image.astype(int), []
+    clean = draw(name, 900, 96).image.astype(int)
+    changes = []
     for strength in STRENGTHS:
         spoilt = draw(name, 900, 96, defect, strength)
         change = np.abs(spoilt.image - clean).max(2)

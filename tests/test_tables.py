@@ -37,7 +37,8 @@ def training_of(method, data):
 
 def leave_scores(folder: Path, classes: str, seed: int, noise: float = 0.0):
     "Results of twelve images a class, equally hard for every run but for `noise`: without it any two different means are told apart."
-    bad, rows = np.arange(12) >= 6, []
+    bad = np.arange(12) >= 6
+    rows = []
     for name in classes:
         hard = np.random.default_rng(ord(name)).normal(size=12) + bad
         rows.append(
@@ -317,7 +318,9 @@ def test_bold_only_where_the_best_is_told_apart(tmp_path):
                 leave(folder / f"{method}{seed}", method, "visa", seed, (level, level), noise=noise)
         return results_table(read_runs(folder), "image_auroc")
 
-    alike, apart, unknown = table(0.0), table(2.0), table(None)
+    alike = table(0.0)
+    apart = table(2.0)
+    unknown = table(None)
     assert (
         alike.numbers.query("best")["method"].tolist() == ["dma_sap"]
         and legend(alike, "Not told apart") is None
@@ -649,7 +652,8 @@ def test_text_of_the_bars_does_not_overlap(paper):
         assert figure.get_figwidth() == COLUMN and 2.3 <= figure.get_figheight() < 2.5
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
-        renderer, texts = canvas.get_renderer(), figure.axes[0].texts
+        renderer = canvas.get_renderer()
+        texts = figure.axes[0].texts
         boxes = [t.get_window_extent(renderer) for t in texts]
         assert len(boxes) == 18 and min(t.get_fontsize() for t in texts) >= 4.6
         assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])

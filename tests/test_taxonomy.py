@@ -91,7 +91,8 @@ def test_mvtec_folders_make_the_products_lists():
 
 
 def test_words_of_the_specification():
-    train, test = type_words("mvtec", "train"), type_words("mvtec", "test")
+    train = type_words("mvtec", "train")
+    test = type_words("mvtec", "test")
     assert (
         list(train)
         == list(test)

@@ -54,7 +54,8 @@ def test_every_order_is_as_likely_as_any_other(n):
 )
 def test_coverage(n, rate, sure):
     "2,000 calibrations: the realised rate is Beta distributed (Kolmogorov-Smirnov), its mean and its interval are what is reported, `sure` is kept."
-    rng, k = np.random.default_rng(n), rank(n, rate, sure)
+    rng = np.random.default_rng(n)
+    k = rank(n, rate, sure)
     rates = 1 - np.sort(rng.random((2000, n)), 1)[:, k - 1]
     mean, low, high = realised(n, k)
     assert ks_1samp(rates, beta(n + 1 - k, k).cdf).pvalue > 1e-3
@@ -75,7 +76,8 @@ def test_coverage(n, rate, sure):
 )
 def test_any_distribution(draw):
     "On held-out images the rate is kept on average; where scores are equal it is smaller, never larger."
-    rng, found = np.random.default_rng(1), []
+    rng = np.random.default_rng(1)
+    found = []
     for _ in range(400):
         found.append(from_normals(draw(rng, 60), 0.1)(draw(rng, 200)).mean())
     assert np.mean(found) < 0.1 + 4 * np.std(found) / 400**0.5 + 1e-12
@@ -126,7 +128,9 @@ def test_clopper_pearson_is_scipys():
 
 def test_check_expects_what_really_comes():
     "Alarms among held-out images are beta-binomial: the interval that `check` calls plausible holds them at least as often as it says."
-    rng, inside, counts = np.random.default_rng(3), [], []
+    rng = np.random.default_rng(3)
+    inside = []
+    counts = []
     for _ in range(600):
         found = from_normals(rng.normal(size=80), 0.05).check(rng.normal(size=100))
         inside.append(found["plausible"]), counts.append(found["alarms"])
@@ -152,7 +156,11 @@ def good(tmp_path_factory) -> pd.DataFrame:
 def test_the_rate_holds_on_held_out_images(good, what, rate, sure):
     """20 times: half of the images make the threshold, the other half is asked. The images of a set are exchangeable, so the number of alarms is beta-binomial whatever the scores are:
     it lies in the 95 % interval of the threshold itself about 19 times, and the mean rate is the promised one."""
-    values, rng, rates, held, kept = good[what].to_numpy(), np.random.default_rng(20), [], [], []
+    values = good[what].to_numpy()
+    rng = np.random.default_rng(20)
+    rates = []
+    held = []
+    kept = []
     assert len(np.unique(values)) == len(values) == 360
     for _ in range(20):
         order = rng.permutation(len(values))
@@ -172,7 +180,9 @@ def test_the_rate_holds_on_held_out_images(good, what, rate, sure):
 
 def test_the_rate_holds_in_every_category_where_scores_are_comparable(good):
     "20 times, thresholds of each category from 25 images, asked about the other 20: the count of all categories is a sum of eight beta-binomials."
-    rng, rates, names = np.random.default_rng(7), {"": [], "quantile": [], "robust": []}, good.category.unique()
+    rng = np.random.default_rng(7)
+    rates = {"": [], "quantile": [], "robust": []}
+    names = good.category.unique()
     worst = {how: [] for how in rates}
     for _ in range(20):
         part = good.iloc[rng.permutation(len(good))]
@@ -207,14 +217,16 @@ def every_cut(scores):
 )
 def test_no_cut_is_better(seed, miss, false_alarm, share):
     rng = np.random.default_rng(seed)
-    scores, labels = rng.integers(0, 12, 40) / 4, rng.random(40) < 0.3
+    scores = rng.integers(0, 12, 40) / 4
+    labels = rng.random(40) < 0.3
     labels[:2], labels[-2:] = True, False
     t = from_labels(scores, labels, miss, false_alarm, share, rounds=3)
     p = labels.sum() if share is None else share
     n = (~labels).sum() if share is None else 1 - share
 
     def value(c):
-        caught, alarms = (scores[labels] > c).mean(), (scores[~labels] > c).mean()
+        caught = (scores[labels] > c).mean()
+        alarms = (scores[~labels] > c).mean()
         return (
             2 * p * caught / (p + p * caught + n * alarms)
             if miss is None
@@ -229,7 +241,8 @@ def test_no_cut_is_better(seed, miss, false_alarm, share):
 
 def test_dear_misses_lower_the_threshold():
     rng = np.random.default_rng(0)
-    scores, labels = np.concatenate([rng.normal(0, 1, 80), rng.normal(1.5, 1, 40)]), np.repeat([0, 1], [80, 40])
+    scores = np.concatenate([rng.normal(0, 1, 80), rng.normal(1.5, 1, 40)])
+    labels = np.repeat([0, 1], [80, 40])
     values = [from_labels(scores, labels, m, 1, rounds=3).value for m in (0.1, 1, 10, 1000)]
     assert (
         values == sorted(values, reverse=True)
@@ -242,8 +255,10 @@ def test_dear_misses_lower_the_threshold():
 def test_the_uncertainty_is_honest():
     "Pure noise: the best F1 of the set flatters; deciding every image without itself does not. Same seed, same words; large sets are cut into 200 parts."
     rng = np.random.default_rng(5)
-    scores, labels = rng.random(60), np.repeat([False, True], 30)
-    a, b = from_labels(scores, labels, 1, 1, seed=1), from_labels(scores, labels, 1, 1, seed=1)
+    scores = rng.random(60)
+    labels = np.repeat([False, True], 30)
+    a = from_labels(scores, labels, 1, 1, seed=1)
+    b = from_labels(scores, labels, 1, 1, seed=1)
     assert a == b
     wrong = a.facts["missed"] + a.facts["alarms"]
     assert wrong > 60 * (a.facts["alarm_rate"] + 1 - a.facts["caught_rate"]) / 2  # more than on the set itself
@@ -283,11 +298,13 @@ def test_labels_that_are_refused(arguments, message):
 
 def test_another_scale_changes_nothing_within_a_category():
     rng = np.random.default_rng(0)
-    scores, where = rng.normal(size=200), np.repeat(["a", "b"], 100)
+    scores = rng.normal(size=200)
+    where = np.repeat(["a", "b"], 100)
     moved = np.where(where == "b", scores * 7 - 3, scores)
     probe = rng.normal(size=50) * 2
     for how in ("robust", "quantile"):
-        one, other = compare_with(scores, where, how), compare_with(moved, where, how)
+        one = compare_with(scores, where, how)
+        other = compare_with(moved, where, how)
         assert np.allclose(one(probe, "b"), other(probe * 7 - 3, "b"), atol=1e-9) and np.array_equal(
             one(probe, "a"), other(probe, "a")
         )
@@ -298,7 +315,8 @@ def test_another_scale_changes_nothing_within_a_category():
 
 def test_the_quantile_is_a_p_value():
     "One minus it exceeds no rate too often, and both ways of deciding are one."
-    rng, under = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    under = []
     for _ in range(3000):
         r = rng.exponential(size=30)
         by = compare_with(r, ["a"] * 30, "quantile")
@@ -312,8 +330,10 @@ def test_the_quantile_is_a_p_value():
 
 def test_robust_takes_scale_and_threshold_from_different_images():
     "One threshold for three categories of other scales: the rate is kept on new images of the same mixture."
-    rng, found = np.random.default_rng(0), []
-    names, scale = np.repeat(["a", "b", "c"], 60), np.repeat([1.0, 20.0, 0.1], 60)
+    rng = np.random.default_rng(0)
+    found = []
+    names = np.repeat(["a", "b", "c"], 60)
+    scale = np.repeat([1.0, 20.0, 0.1], 60)
     for _ in range(120):
         made = calibration(table(rng.normal(size=180) * scale, names), KEY, rate=0.1, comparable="robust")
         new = rng.normal(size=180) * scale

@@ -46,14 +46,13 @@ needs_accelerate = pytest.mark.skipif(
 
 def drawn(root: Path, count: int) -> pd.DataFrame:
     "Images of two categories, three of four with a defect of one of three kinds, of very unequal size."
-    rng, rows = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    rows = []
     root.mkdir(parents=True, exist_ok=True)
     for i in range(count):
-        image, mask, bad = (
-            rng.integers(90, 140, (SIZE, SIZE, 3), dtype=np.uint8),
-            np.zeros((SIZE, SIZE), np.uint8),
-            i % 4 != 0,
-        )
+        image = rng.integers(90, 140, (SIZE, SIZE, 3), dtype=np.uint8)
+        mask = np.zeros((SIZE, SIZE), np.uint8)
+        bad = i % 4 != 0
         if bad:
             image[8 : 12 + 7 * i, 16:40], mask[8 : 12 + 7 * i, 16:40] = 250 - 40 * (i % 3), 255
         Image.fromarray(image).save(root / f"{i}.png")
@@ -86,7 +85,8 @@ def short(name: str, **changes):
 
 def job(index: pd.DataFrame, count: int = 1) -> dict:
     "Every method in float32 (two epochs) and in float64 (one), by `count` processes: losses and learned parameters."
-    out, real = {}, reading.Batches._collect
+    out = {}
+    real = reading.Batches._collect
 
     def doubled(self, results):
         batch = real(self, results)
@@ -196,7 +196,8 @@ def test_two_processes_take_the_steps_of_one(name, both):
 @needs_accelerate
 def test_fit_starts_its_own_processes(index, tmp_path):
     "With a cache that both share; as from a notebook: no guard around the call, nothing prepared."
-    alone, cache = made("dma_sap"), FeatureCache(tmp_path)
+    alone = made("dma_sap")
+    cache = FeatureCache(tmp_path)
     a = fit(alone, index, short("dma_sap"), progress=False)
     together = made("dma_sap")
     identity = {k: id(p) for k, p in together.learned().items()}
@@ -323,7 +324,8 @@ def test_shares_are_the_rows_of_one_process(index, workers):
     def loader():
         return reading.batches(index, SIZE, 4, shuffle=True, seed=3, workers=workers)
 
-    whole, parts = loader(), [Shares.of(loader(), r, 3) for r in range(3)]
+    whole = loader()
+    parts = [Shares.of(loader(), r, 3) for r in range(3)]
     for _ in range(2):  # another order in the second pass
         for batch, *own in zip(whole, *parts, strict=True):
             rows = [own[r].path[: s.stop - s.start] for r in range(3) for s in [share(r, 3, len(batch))]]
@@ -334,7 +336,8 @@ def test_shares_are_the_rows_of_one_process(index, workers):
 
 
 def test_a_draw_belongs_to_its_image():
-    x, layer = torch.rand(5, 4, 6), nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.4))
+    x = torch.rand(5, 4, 6)
+    layer = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.4))
 
     def draw(x):
         seed_everything(3)
@@ -380,13 +383,12 @@ def test_a_draw_belongs_to_its_image():
 @pytest.mark.parametrize("name", ["visualad", "dapo"])
 def test_checkpointing_changes_no_number(name, index):
     "Losses and parameters to the last bit; afterwards the blocks are as they were."
-    plain, less = made(name), made(name)
+    plain = made(name)
+    less = made(name)
     blocks = frozen_blocks(less)
     assert len(blocks) >= 3
-    a, b = (
-        fit(plain, index, short(name), progress=False),
-        fit(less, index, short(name), progress=False, checkpointing=True),
-    )
+    a = fit(plain, index, short(name), progress=False)
+    b = fit(less, index, short(name), progress=False, checkpointing=True)
     assert a.drop(columns="seconds").equals(b.drop(columns="seconds")) and all(
         torch.equal(p, less.learned()[k]) for k, p in plain.learned().items()
     )
@@ -403,7 +405,8 @@ def test_checkpointing_keeps_less(name, share_left, index):
     batch = next(iter(reading.batches(index, SIZE, 4)))
 
     def waiting(on):
-        method, kept = made(name), {}
+        method = made(name)
+        kept = {}
         method.prepare(index, training=True)
         method.train()
         frozen = {p.untyped_storage().data_ptr() for p in method.parameters()}
@@ -436,7 +439,8 @@ def test_batch_8_at_518_px_fits_24_gb():
             ["x"] * images,
             torch.ones(images) > 0,
         )
-    weights, found = {p.untyped_storage()._cdata: p.untyped_storage().nbytes() for p in method.parameters()}, {}
+    weights = {p.untyped_storage()._cdata: p.untyped_storage().nbytes() for p in method.parameters()}
+    found = {}
     for on in (False, True):
         kept, alive = {}, []
 
@@ -452,7 +456,8 @@ def test_batch_8_at_518_px_fits_24_gb():
         ):
             method(None, batch)
         found[on] = sum(v for k, v in kept.items() if k not in weights) / giga
-    block, fixed = (found[False] - found[True]) / 24, sum(weights.values()) / giga
+    block = (found[False] - found[True]) / 24
+    fixed = sum(weights.values()) / giga
     print(
         f"VisualAD, ViT-L/14, {images} images of {size} px: {found[False]:.1f} GB wait for the way back,"
         f" {found[True]:.1f} GB with checkpointing; a block {block:.1f} GB, weights {fixed:.1f} GB"
@@ -475,7 +480,8 @@ def test_batch_8_at_518_px_fits_24_gb():
 )
 def test_half_precision(name, precision, limit, index, tmp_path):
     "Losses stay within 5 % (bf16, 8 bits) and 2 % (fp16, 11 bits, scaled) of float32 over six steps; parameters stay float32."
-    full, half = made(name), made(name)
+    full = made(name)
+    half = made(name)
     a = fit(full, index, short(name), progress=False)
     b = fit(half, index, short(name), progress=False, precision=precision, cache=tmp_path)
     error = ((a["total"] - b["total"]) / a["total"]).abs().max()

@@ -25,7 +25,9 @@ from zsad_nb.training import resume as module
 from zsad_nb.training.fit import Recipe, fit, recipe_of
 from zsad_nb.training.resume import trained_state
 
-SIZE, NAN, INF = 32, math.nan, math.inf
+SIZE = 32
+NAN = math.nan
+INF = math.inf
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +143,8 @@ def test_what_is_no_recipe(index, fresh):
 
 def test_no_epoch_leaves_no_mark(index, fresh):
     method = fresh()
-    before, history = weights(method), run(method, index, epochs=0)
+    before = weights(method)
+    history = run(method, index, epochs=0)
     assert (
         same(before, weights(method))
         and method.trained_on == []
@@ -161,7 +164,8 @@ def test_no_usable_image(index, fresh, monkeypatch):
 
 
 def test_steps_that_were_left_out_are_counted(index, fresh, monkeypatch):
-    real, count = training.Alone.backward, [0]
+    real = training.Alone.backward
+    count = [0]
 
     def sometimes(self, method, forward, features, batch, loader, scale, parameters):
         losses = real(self, method, forward, features, batch, loader, scale, parameters)
@@ -191,7 +195,8 @@ def test_weights_that_are_no_numbers_end_the_training(value, at, index, fresh, m
     "In the first epoch the method is as before; in the third it holds the second's weights, and says so."
     expected = fresh()
     run(expected, index, epochs=2, changes=dict(schedule="constant"))
-    real, count = torch.optim.AdamW.step, [0]
+    real = torch.optim.AdamW.step
+    count = [0]
 
     def ruin(self, *a, **kw):
         found = real(self, *a, **kw)
@@ -227,7 +232,8 @@ def test_weights_that_are_no_numbers_end_the_training(value, at, index, fresh, m
 def test_every_interruption_leaves_an_epoch(what, index, fresh, monkeypatch):
     expected = fresh()
     run(expected, index, epochs=1, changes=dict(schedule="constant"))
-    real, count = training._Loop._step, [0]
+    real = training._Loop._step
+    count = [0]
 
     def interrupted(self, batch, epoch):
         count[0] += 1
@@ -252,7 +258,8 @@ class Killed(BaseException):
 
 def killed(method, index, after: int, **options):
     "Train until a state was written for the `after`-th time."
-    real, count = module.TrainingState.write, [0]
+    real = module.TrainingState.write
+    count = [0]
 
     def write(self, *a):
         real(self, *a)
@@ -328,7 +335,8 @@ def test_another_training_starts_from_its_beginning(change, index, fresh, tmp_pa
     "The state of the one is named and left alone, and says nothing to the other."
     index = bright_squares(tmp_path / "images", 4)
     killed(fresh(), index, 1, epochs=1, resume=tmp_path / "state")
-    method, options = fresh(), dict(CHANGES.get(change, {}))
+    method = fresh()
+    options = dict(CHANGES.get(change, {}))
     if options.get("cache"):
         options["cache"] = FeatureCache(tmp_path / "cache")
     if change == "start":
@@ -383,7 +391,8 @@ def a_word(f):  # of the header, of the same length
 
 def without_numbers(f):
     with safe_open(f, "pt") as opened:
-        header, tensors = opened.metadata(), {n: opened.get_tensor(n) for n in opened.keys()}
+        header = opened.metadata()
+        tensors = {n: opened.get_tensor(n) for n in opened.keys()}
     tensors = {n: t * NAN if n.startswith("method.") and t.is_floating_point() else t for n, t in tensors.items()}
     save_file(tensors, f, dict(header, sha256=module.tensor_hash(tensors, header["about"])))
 

@@ -41,7 +41,8 @@ def small(name, **changes):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_variants_can_be_created_and_are_described(name):
-    cls, table = method_class(name), describe(name).variants
+    cls = method_class(name)
+    table = describe(name).variants
     fields = {f.name for f in dataclasses.fields(cls.Parameters)}
     assert (
         table["variant"].tolist() == list(cls.variants)
@@ -59,10 +60,8 @@ def test_variants_can_be_created_and_are_described(name):
 def test_two_tables_with_one_name_for_two_sets():
     class Both(method_class("self_distance")):
         readings = {"strong": Variant("More.", sigma=9.0)}
-        ablations, studies = (
-            {"full": {}, "strong": dict(sigma=8.0), "more": dict(sigma=9.0)},
-            {"blur": {"strong": dict(sigma=8.0), "none": dict(sigma=0.0)}},
-        )
+        ablations = {"full": {}, "strong": dict(sigma=8.0), "more": dict(sigma=9.0)}
+        studies = {"blur": {"strong": dict(sigma=8.0), "none": dict(sigma=0.0)}}
 
     assert Both.variants == {"strong": dict(sigma=9.0), "ablations: strong": dict(sigma=8.0), "none": dict(sigma=0.0)}
     assert Both.variants["none"].note == "A row of the table 'blur'." and Both.variants["strong"].recipe == {}
@@ -170,7 +169,8 @@ def test_settings_a_tower_does_not_have():
 
 def test_older_names_and_silent_values():
     "A checkpoint says what it was trained with; what its version could not say is what that version did."
-    dapo, winclip = method_class("dapo"), method_class("winclip")
+    dapo = method_class("dapo")
+    winclip = method_class("winclip")
     assert dapo.from_older(dict(clip="tiny-clip", positions="bilinear")) == dict(
         clip="tiny-clip", position_resize="bilinear"
     )

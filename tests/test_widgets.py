@@ -67,7 +67,8 @@ def asked(monkeypatch):
     "Counts how often a method is asked."
     from zsad_nb.methods.base import Method
 
-    count, predict = [], Method.predict
+    count = []
+    predict = Method.predict
     monkeypatch.setattr(Method, "predict", lambda self, *a, **k: count.append(self) or predict(self, *a, **k))
     return count
 
@@ -76,9 +77,11 @@ def asked(monkeypatch):
 
 
 def test_the_first_picture_is_the_method_s(explorer):
-    store, row = explorer.store, explorer.row
+    store = explorer.store
+    row = explorer.row
     assert row == explorer.gallery.order[0] and store.rows["score"][row] == store.rows["score"][explorer.rows].max()
-    drawing, view = Drawing(*store.picture(row)[:1], store.map(row), store.picture(row)[1]), explorer.view()
+    drawing = Drawing(*store.picture(row)[:1], store.map(row), store.picture(row)[1])
+    view = explorer.view()
     for name in ORDER:
         assert same(explorer.pictures[name].data, drawing.panel(name, view)), name
 
@@ -96,7 +99,8 @@ def test_the_first_picture_is_the_method_s(explorer):
     ],
 )
 def test_a_slider_draws_what_it_changes_and_nothing_else(explorer, asked, control, value, changed):
-    before, control = {n: p.data for n, p in explorer.pictures.items()}, getattr(explorer, control)
+    before = {n: p.data for n, p in explorer.pictures.items()}
+    control = getattr(explorer, control)
     control.value = control.min + 0.9 * (control.max - control.min) if value is None else value
     assert {n for n, p in explorer.pictures.items() if p.data != before[n]} == changed
     view = explorer.view()
@@ -122,7 +126,8 @@ def test_contour_follows_its_slider(explorer):
 
 
 def test_threshold_counts_like_scikit_learn(explorer):
-    scores, labels = explorer.store.rows["score"][explorer.rows], explorer.index["anomalous"].to_numpy()[explorer.rows]
+    scores = explorer.store.rows["score"][explorer.rows]
+    labels = explorer.index["anomalous"].to_numpy()[explorer.rows]
     for share in (0.2, 0.5, 0.8):
         explorer.threshold.value = explorer.threshold.min + share * (explorer.threshold.max - explorer.threshold.min)
         called = scores >= explorer.threshold.value
@@ -144,7 +149,8 @@ def test_threshold_counts_like_scikit_learn(explorer):
 
 
 def test_filters_list_what_they_say(explorer):
-    labels, scores = explorer.index["anomalous"].to_numpy(), explorer.store.rows["score"]
+    labels = explorer.index["anomalous"].to_numpy()
+    scores = explorer.store.rows["score"]
     explorer.category.value = ""
     explorer.threshold.value = float(np.median(scores))
     for show, wanted in {
@@ -209,7 +215,8 @@ def test_another_category_brings_its_own_scale(explorer):
 
 def test_another_method_keeps_the_image(explorer):
     touch(explorer.gallery.widget, clicked=[2, 1])
-    row, before = explorer.row, explorer.pictures["heatmap"].data
+    row = explorer.row
+    before = explorer.pictures["heatmap"].data
     explorer.method.value = "two"
     assert explorer.row == row and explorer.pictures["heatmap"].data != before
     assert same(
@@ -223,7 +230,9 @@ def test_another_method_keeps_the_image(explorer):
 
 def test_a_pixel_tells_its_score_and_what_is_similar(explorer):
     touch(explorer.pictures["heatmap"], clicked=[0.3, 0.7, 1])
-    store, row, at = explorer.store, explorer.row, (int(0.3 * SIZE), int(0.7 * SIZE))
+    store = explorer.store
+    row = explorer.row
+    at = (int(0.3 * SIZE), int(0.7 * SIZE))
     said = words(explorer.pixel)
     assert (
         f"x {at[0]}, y {at[1]} of {SIZE}" in said
@@ -346,26 +355,19 @@ def test_wipe_between_two_methods(explorer, asked):
 
 
 def test_save_writes_what_is_on_the_screen_and_code_that_draws_it(explorer, tmp_path, monkeypatch):
-    (
-        explorer.opacity.value,
-        explorer.smoothing.value,
-        explorer.clip.value,
-        explorer.compare.value,
-        explorer.wipe.value,
-    ) = (
-        0.4,
-        2.5,
-        1.25,
-        "two",
-        0.3,
-    )
+    explorer.opacity.value = 0.4
+    explorer.smoothing.value = 2.5
+    explorer.clip.value = 1.25
+    explorer.compare.value = "two"
+    explorer.wipe.value = 0.3
     explorer.layer.value = explorer.store.layers[1]
     touch(explorer.pictures["contour"], clicked=[0.123456, 0.9, 1])
     explorer.code_button.value = True
     explorer.save_button.click()
     path = next((tmp_path / "out").glob("*.png"))
     assert path.name in words(explorer.message) and "one-and-two" in path.name
-    saved, code = np.asarray(Image.open(path)), path.with_suffix(".py").read_text()
+    saved = np.asarray(Image.open(path))
+    code = path.with_suffix(".py").read_text()
     assert words(explorer.shown_code).replace("&#x27;", "'") == " ".join(code.split())
     monkeypatch.chdir(tmp_path)
     (tmp_path / "nothing").mkdir()
@@ -380,7 +382,8 @@ def test_save_writes_what_is_on_the_screen_and_code_that_draws_it(explorer, tmp_
 
 def test_a_view_means_the_same_elsewhere(explorer):
     "The panels of a saved picture are those on the screen, pixel by pixel."
-    page, view = np.asarray(explorer.snapshot()), explorer.view()
+    page = np.asarray(explorer.snapshot())
+    view = explorer.view()
     left, top = 10, 34
     for i, name in enumerate(ORDER):
         np.testing.assert_array_equal(
@@ -454,7 +457,9 @@ class BrokenParameters(SelfDistanceParameters):
 class Broken(SelfDistance):
     "Says what is no number in one corner, and stumbles where it is asked for its parts."
 
-    name, Parameters, stumbles = "broken", BrokenParameters, False
+    name = "broken"
+    Parameters = BrokenParameters
+    stumbles = False
 
     def forward(self, features, batch):
         if Broken.stumbles:
@@ -476,7 +481,8 @@ def test_a_map_with_nan_is_shown_and_told(room, index, broken):
     explorer = HeatmapExplorer(broken, index, room / "maps", progress=False)
     assert "64 pixels of this map are not numbers" in words(explorer.verdict)
     assert np.abs(decode(explorer.pictures["heatmap"].data)[:7, :7].astype(int) - 128).max() < 12
-    explorer.level.value, explorer.smoothing.value = explorer.level.min, 3.0
+    explorer.level.value = explorer.level.min
+    explorer.smoothing.value = 3.0
     assert not explorer.drawing.found(explorer.view())[:8, :8].any() and np.isfinite(explorer.view().low)
     assert "1 scores are not numbers" in words(explorer.numbers)
     explorer.open(
@@ -561,7 +567,8 @@ def test_ten_thousand_rows_cost_one_page(tmp_path):
         and "page 1 of 834" in words(explorer.pages)
     )
     explorer.gallery.turn(500)
-    explorer.threshold.value, explorer.show.value = explorer.threshold.min, "false alarms"
+    explorer.threshold.value = explorer.threshold.min
+    explorer.show.value = "false alarms"
     assert len(explorer.gallery._kept) <= 60 and len(explorer.gallery.order) == 5000
 
 
@@ -616,7 +623,8 @@ def file(picture, kind="PNG") -> bytes:
 
 
 def test_upload_shows_what_the_method_says(index):
-    method, photo = visualad(), np.asarray(Image.open(Path(index.attrs["root"]) / index.image[20]))
+    method = visualad()
+    photo = np.asarray(Image.open(Path(index.attrs["root"]) / index.image[20]))
     upload = Upload(method)
     touch(upload.zone, name="mine.png", data=file(photo), count=1)
     found = Inspector(method).predict(photo)

@@ -334,7 +334,8 @@ def methods():
 
 
 def batch_of(categories):
-    n, image = len(categories), torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    n = len(categories)
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     return Batch(
         image.expand(n, -1, -1, -1),
         torch.zeros(n, 1, 64, 64, dtype=torch.bool),
@@ -422,7 +423,8 @@ def test_released_names(name):
     assert model.p.names == "released" and table["words"].tolist() == words
     assert all(words[0] in s for s in model.class_sentences(model.p, "hex-head_nut"))
     spelt = ["metal_nut", "metal nut", "metal-nut"]
-    found, said = model.predict(batch_of(spelt)).map, [model.spell(model.p)(c) for c in spelt]
+    found = model.predict(batch_of(spelt)).map
+    said = [model.spell(model.p)(c) for c in spelt]
     assert (
         all(torch.equal(found[i], found[j]) == (said[i] == said[j]) for i, j in ((0, 1), (1, 2), (0, 2)))
         and len(set(said)) > 1

@@ -110,14 +110,12 @@ class Engine:
         need(f"engine={engine!r}", *PACKAGES[engine], *(("onnxruntime",) if precision == "int8" else ()))
         if compile and engine != "torch":
             raise EngineError(f"compile=True belongs to engine='torch', not to {engine!r}")
-        self.engine, self.precision, self.compile, self.folder, self.limit, self.calibration = (
-            engine,
-            precision,
-            compile,
-            None if folder is None else Path(folder),
-            limit_gb * 1e9,
-            calibration,
-        )
+        self.engine = engine
+        self.precision = precision
+        self.compile = compile
+        self.folder = None if folder is None else Path(folder)
+        self.limit = limit_gb * 1e9
+        self.calibration = calibration
         self._kept, self._learned = {}, None
 
     def __repr__(self):
@@ -177,7 +175,8 @@ class Engine:
             key = dict(key, learned=self._learned[1])
         name = key_hash(key)
         if name not in self._kept:
-            folder, example = (self.folder or engine_folder()) / name, drawn_images(tuple(image.shape[-2:]), 2)
+            folder = (self.folder or engine_folder()) / name
+            example = drawn_images(tuple(image.shape[-2:]), 2)
             try:
                 found = self._open(folder, example, image.device.type)
             except EngineError:
@@ -234,7 +233,8 @@ class Engine:
 
     def _open(self, folder, example, device) -> tuple:
         "Load, compare with PyTorch the first time, remember when."
-        about, file = read_json(folder / "about.json"), folder / "graph.onnx"
+        about = read_json(folder / "about.json")
+        file = folder / "graph.onnx"
         if wrong := [f for f, h in about["hashes"].items() if _file_hash(folder / f) != h]:
             raise ValueError(f"{', '.join(wrong)} of {folder} are damaged")
         if self.precision == "int8":
@@ -246,13 +246,12 @@ class Engine:
             file = folder / f"int8-{_hash(samples)}.onnx"
             if not file.is_file():
                 quantise(folder / "graph.onnx", file, samples)
-        session, checked = (
-            Session(file, self.engine, self.precision, device=device),
-            folder / f"checked-{self.engine}-{self.precision}.json",
-        )
+        session = Session(file, self.engine, self.precision, device=device)
+        checked = folder / f"checked-{self.engine}-{self.precision}.json"
         if not checked.is_file():
             reference = load_file(folder / "reference.safetensors")
-            found, far = _run(session, about, example), {}
+            found = _run(session, about, example)
+            far = {}
             for n, r in reference.items():
                 far[n] = ((found[n] - r).square().mean().sqrt() / r.square().mean().sqrt().clamp(min=SMALL)).item()
             worst = max(far, key=lambda n: far[n] if math.isfinite(far[n]) else math.inf)
@@ -348,8 +347,11 @@ def probe_matmul(
     if (switch := products_switch()) is None:
         return dict(speedup=1.0, error=0.0, why=f"torch {torch.__version__} has no such switch")
     generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(rows, inner, generator=generator), torch.randn(columns, inner, generator=generator)
-    exact, was, found = a.double() @ b.double().T, switch.fp32_precision, {}
+    a = torch.randn(rows, inner, generator=generator)
+    b = torch.randn(columns, inner, generator=generator)
+    exact = a.double() @ b.double().T
+    was = switch.fp32_precision
+    found = {}
     try:
         for name, value in (("usual", "none"), ("routed", "bf16")):
             switch.fp32_precision = value

@@ -144,10 +144,14 @@ class FeatureCache:
             raise ValueError(f"dtype={dtype!r}; use float32 or float16")
         if limit_gb is not None and not limit_gb > 0:
             raise ValueError(f"limit_gb={limit_gb}; it must be above 0, or None for no limit")
-        self.folder, self.dtype = _without_tilde(folder), getattr(torch, dtype)
+        self.folder = _without_tilde(folder)
+        self.dtype = getattr(torch, dtype)
         self.limit = None if limit_gb is None else limit_gb * 1e9
         self.counts = dict(hits=0, misses=0, damaged=0, evicted=0)  # of this process; shared by all views
-        self.more, self._sound, self._marked, self._disk = {}, set(), set(), dict(bytes=None, since=0.0, warned=set())
+        self.more = {}
+        self._sound = set()
+        self._marked = set()
+        self._disk = dict(bytes=None, since=0.0, warned=set())
         self.writes = True  # False: only what others keep is read
 
     @property
@@ -306,7 +310,8 @@ class FeatureCache:
 
     def trim(self) -> float:  # bytes that are left
         "Delete what was not read for longest until nine tenths of the limit are left, and what killed processes left half-written."
-        entries, late = [], time.time() - 3600
+        entries = []
+        late = time.time() - 3600
         for name, file, at in _own_files(self.folder):
             if ENTRY_NAME.fullmatch(name):
                 entries.append((at.st_atime_ns, at.st_size, file))

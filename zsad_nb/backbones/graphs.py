@@ -156,7 +156,9 @@ class Graph(nn.Module):
 
     def __init__(self, owner: nn.Module, function: Callable):
         super().__init__()
-        self.owner, self.function, self.names = owner, function, ()
+        self.owner = owner
+        self.function = function
+        self.names = ()
 
     def forward(self, *inputs):
         found = self.function(*inputs)
@@ -181,19 +183,20 @@ def trace(
     inputs: dict,  # name -> example, two images or more in each
 ) -> Drawn:
     "A function as a graph without Python; run it once before, so that what is kept between calls is kept."
-    graph, values = Graph(owner, function).eval(), tuple(inputs.values())
+    graph = Graph(owner, function).eval()
+    values = tuple(inputs.values())
     with torch.inference_mode(False), torch.no_grad(), constants(owner):
         try:
-            reference, batch, program = graph(*values), None, None
+            reference = graph(*values)
+            batch = None
+            program = None
         except (AttributeError, TypeError) as error:
             raise EngineError(
                 f"{type(owner).__name__} cannot be drawn: it reads more than its inputs ({error}); use engine='torch'"
             ) from error
         if any(len(r) != len(values[0]) for r in reference):  # made for the first image alone
-            batch, reference = (
-                1,
-                [torch.cat(r) for r in zip(*(graph(*one) for one in zip(*(v.split(1) for v in values))))],
-            )
+            batch = 1
+            reference = [torch.cat(r) for r in zip(*(graph(*one) for one in zip(*(v.split(1) for v in values))))]
         with quiet():
             if batch is None:
                 with contextlib.suppress(Exception):
@@ -202,7 +205,8 @@ def trace(
                     )
             try:
                 if program is None:
-                    batch, program = 1, torch.export.export(graph, tuple(v[:1] for v in values))
+                    batch = 1
+                    program = torch.export.export(graph, tuple(v[:1] for v in values))
             except Exception as error:
                 raise EngineError(
                     f"{type(owner).__name__} cannot be drawn as a graph ({type(error).__name__}: {str(error)[:300]});"
@@ -213,7 +217,8 @@ def trace(
 
 def _pruned(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     "Without the weights that are never read."
-    graph, signature = program.graph_module.graph, program.graph_signature
+    graph = program.graph_module.graph
+    signature = program.graph_signature
     unread = {n.name for n in graph.nodes if n.op == "placeholder" and not n.users}
     gone = [s for s in signature.input_specs if s.arg.name in unread and s.target is not None]
     for node in [n for n in graph.nodes if n.name in {s.arg.name for s in gone}]:
@@ -297,7 +302,8 @@ class Session:
     ):  # "cuda": onnxruntime-gpu, where it is there
         check_choice(engine, precision)
         (self.library,), threads = need(f"engine={engine!r}", engine), threads or torch.get_num_threads()
-        self.engine, self.precision = engine, precision
+        self.engine = engine
+        self.precision = precision
         if engine == "openvino":
             hint = (
                 "bf16" if precision == "bf16" else "f32"
@@ -313,7 +319,8 @@ class Session:
             )
         else:
             options = self.library.SessionOptions()
-            options.intra_op_num_threads, options.log_severity_level = threads, 3
+            options.intra_op_num_threads = threads
+            options.log_severity_level = 3
             wanted = ["CUDAExecutionProvider"] * (device == "cuda") + ["CPUExecutionProvider"]
             self.model = self.library.InferenceSession(
                 path if isinstance(path, bytes) else str(path),

@@ -360,7 +360,8 @@ def _payloads(config: dict, kind: str, members: dict) -> dict:  # the same table
         raise ValueError(f"its table of {kind} is another one")
     for name, entry in table.items():
         _dotted(name)
-        file, meta = str(entry.get("path_name")), entry.get("tensor_meta")
+        file = str(entry.get("path_name"))
+        meta = entry.get("tensor_meta")
         if entry.get("use_pickle") is not False:
             raise ValueError(f"{name} is stored as a pickle, which could run code")
         if (
@@ -370,7 +371,8 @@ def _payloads(config: dict, kind: str, members: dict) -> dict:  # the same table
         ):
             raise ValueError(f"{name} lies in {file[:60]!r}, which is no tensor of the archive")
         sizes, strides = ([_whole(d.get("as_int")) for d in meta[part]] for part in ("sizes", "strides"))
-        offset, dtype = _whole(meta["storage_offset"].get("as_int")), dtypes.get(_whole(meta["dtype"]))
+        offset = _whole(meta["storage_offset"].get("as_int"))
+        dtype = dtypes.get(_whole(meta["dtype"]))
         if dtype is None or dtype.is_complex or len(sizes) != len(strides):
             raise ValueError(f"{name} is of a type that no exported tensor has")
         last = offset + sum((n - 1) * s for n, s in zip(sizes, strides)) + 1 if 0 not in sizes else 0
@@ -466,7 +468,8 @@ def _varint(data: memoryview, at: int) -> tuple:  # value, where it ends
         if at >= len(data) or shift > 63:
             raise ValueError("it is cut short or no ONNX")
         value |= (data[at] & 0x7F) << shift
-        at, shift = at + 1, shift + 7
+        at = at + 1
+        shift = shift + 7
         if not data[at - 1] & 0x80:
             return value, at
 
@@ -476,14 +479,16 @@ def _fields(data: memoryview) -> Iterator[tuple]:  # number of a field, its valu
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)
-        number, wire = tag >> 3, tag & 7
+        number = tag >> 3
+        wire = tag & 7
         if wire == 0:
             value, at = _varint(data, at)
         elif wire in (1, 2, 5):
             size = {1: 8, 5: 4}.get(wire)
             if size is None:
                 size, at = _varint(data, at)
-            value, at = data[at : at + size], at + size
+            value = data[at : at + size]
+            at = at + size
             if at > len(data):
                 raise ValueError("it is cut short or no ONNX")
         else:
@@ -552,7 +557,8 @@ def read_onnx(
     expected: dict | None = None,  # name of a file in its folder -> of `file_hash`
 ) -> tuple:  # its content; name of the file with its data, or ""
     "The content of an ONNX file that asks for nothing outside of itself."
-    path, expected = Path(path), expected or {}
+    path = Path(path)
+    expected = expected or {}
     content = verified(path, expected.get(path.name))
     data = path.with_name(f"{path.name}.data")
     outside = {data.name: data.stat().st_size} if data.is_file() else {}

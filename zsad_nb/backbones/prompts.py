@@ -33,7 +33,8 @@ class TextPrompts(nn.Module):
             and all(p.device == q.device and p.dtype == q.dtype and torch.equal(p, q) for p, q in zip(now, self._seen))
         )
         if not same:
-            self._kept, self._seen = {}, [p.detach().clone() for p in now]
+            self._kept = {}
+            self._seen = [p.detach().clone() for p in now]
         return self._kept
 
 
@@ -54,7 +55,9 @@ class ObjectPrompts(TextPrompts):
         super().__init__(text)
         if len(suffixes) != 2:
             raise ValueError(f"suffixes={suffixes!r}; give the words of the normal and of the abnormal prompt")
-        self.count, self.deep_half, sets = count, deep_half, min(deep_sets, text.depth - 1)
+        self.count = count
+        self.deep_half = deep_half
+        sets = min(deep_sets, text.depth - 1)
         self.register_buffer(
             "ids", text.tokenize([" ".join(["X"] * count + [s]) for s in suffixes]), persistent=False
         )  # X holds a learned vector's place
@@ -65,7 +68,8 @@ class ObjectPrompts(TextPrompts):
 
     def embeddings(self, context_image: Tensor | None = None) -> tuple:  # rows ([B,] 2, L, width), end of text ([B,] 2)
         "What enters the tower, before positions."
-        words, end = self.text.embed(self.ids), self.ids.argmax(1)
+        words = self.text.embed(self.ids)
+        end = self.ids.argmax(1)
         rows = torch.cat([words[:, :1], self.context, words[:, 1 + self.count :]], 1)
         if context_image is None:
             return rows, end
@@ -123,7 +127,9 @@ class StatePrompts(TextPrompts):
                 f"background={background}, state={state}, count={count}; there must be at least one prompt with one"
                 " state vector"
             )
-        self.count, self.places, self.names = count, background + state, names
+        self.count = count
+        self.places = background + state
+        self.names = names
         text.tokenize([" ".join(["X"] * self.places)])  # raises now where no class name could ever fit
         self.background = nn.Parameter(torch.empty(1 if shared_background else count, background, text.width))
         self.state = nn.Parameter(torch.empty(2, count, state, text.width))
@@ -139,7 +145,8 @@ class StatePrompts(TextPrompts):
         names = [rewrite(n, self.names) for n in class_names]
         distinct = list(dict.fromkeys(names))
         ids = self.text.tokenize([" ".join(["X"] * self.places + [n]) for n in distinct])
-        words, prompts = self.text.embed(ids)[:, None], 2 * self.count  # (n, 1, L, width)
+        words = self.text.embed(ids)[:, None]
+        prompts = 2 * self.count  # (n, 1, L, width)
         learned = torch.cat([self.background.expand(2, self.count, -1, -1), self.state], 2).flatten(
             0, 1
         )  # (2 * count, places, width)

@@ -70,14 +70,15 @@ class TextTower(Frozen):
         self, row: BackboneRow, tower: nn.Module
     ):  # tower: open_clip's TextTransformer, with `token_ids` where its table is reduced
         super().__init__()
-        self.row, self.tower, self.weights = row, tower.eval().requires_grad_(False), "unknown"
-        self.width, self.depth, self.context, self.embed_dim = (
-            tower.width,
-            len(tower.transformer.resblocks),
-            tower.context_length,
-            tower.output_dim,
-        )
-        self.size, ids = self.context, getattr(tower, "token_ids", None)
+        self.row = row
+        self.tower = tower.eval().requires_grad_(False)
+        self.weights = "unknown"
+        self.width = tower.width
+        self.depth = len(tower.transformer.resblocks)
+        self.context = tower.context_length
+        self.embed_dim = tower.output_dim
+        self.size = self.context
+        ids = getattr(tower, "token_ids", None)
         lookup = (
             None
             if ids is None
@@ -96,7 +97,8 @@ class TextTower(Frozen):
         texts,  # sentences
     ) -> Tensor:  # (n, context) CLIP's ids: start, words, end, zeros
         "Byte-pair ids; a text that does not fit, or that would end the sentence early, raises instead of losing its end."
-        texts, ids = [texts] if isinstance(texts, str) else list(texts), []
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        ids = []
         for text in texts:
             words = tokenizer().encode(text)
             if START in words or END in words:
@@ -142,7 +144,8 @@ class TextTower(Frozen):
     ) -> Tensor:  # (n, embed_dim), not normalised
         "Positions, blocks, final norm and projection at the end of text."
         t, (n, length, width) = self.tower, embeddings.shape
-        eot, m = eot.to(embeddings.device), 0 if deep is None else deep.shape[1]
+        eot = eot.to(embeddings.device)
+        m = 0 if deep is None else deep.shape[1]
         if width != self.width or length > self.context:
             raise ValueError(
                 f"embeddings are {length} x {width}; the text tower {self.row.name} takes at most {self.context} x"
@@ -209,10 +212,8 @@ def text_shapes(
     for key in ("token_embedding.weight", "positional_embedding", "text_projection"):
         if state[key].ndim != 2:
             raise WeightsError(f"{key} is {tuple(state[key].shape)}, expected two dimensions")
-    width, layers = (
-        state["token_embedding.weight"].shape[1],
-        len({k.split(".")[2] for k in state if k.startswith("transformer.resblocks.")}),
-    )
+    width = state["token_embedding.weight"].shape[1]
+    layers = len({k.split(".")[2] for k in state if k.startswith("transformer.resblocks.")})
     heads = max(1, width // 64)
     if width % heads:
         raise WeightsError(
@@ -320,7 +321,10 @@ def create_text(
     known = [n for n, row in BACKBONES.items() if row.library == "open_clip"]
     if name not in known:
         raise ValueError(f"{name!r} has no text tower; those that have one: {', '.join(known)}")
-    row, seed, state, weights = BACKBONES[name], 0, None, str(weights)
+    row = BACKBONES[name]
+    seed = 0
+    state = None
+    weights = str(weights)
     if weights.startswith("random:"):
         if not weights[7:].isdigit():
             raise ValueError(f"weights={weights!r}: write random:SEED with a whole number, such as random:0")

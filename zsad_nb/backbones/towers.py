@@ -222,8 +222,10 @@ class Backbone(Frozen):
     def __init__(self, row: BackboneRow, tower: nn.Module, size: int | None = None, taps: tuple | None = None):
         super().__init__()
         self.row, self.tower, self.patch = row, tower.eval().requires_grad_(False), self._conv(tower).weight.shape[-1]
-        self.width, self.depth = self._conv(tower).weight.shape[0], len(self._blocks(tower))
-        self.size, self.taps = size or row.size, tuple(taps or row.taps or _default_taps(self.depth))
+        self.width = self._conv(tower).weight.shape[0]
+        self.depth = len(self._blocks(tower))
+        self.size = size or row.size
+        self.taps = tuple(taps or row.taps or _default_taps(self.depth))
         self.weights = "unknown"
         self.interpolation = "bicubic"  # how an image is brought to this tower's size; one of INTERPOLATIONS
         if self.size % self.patch:
@@ -290,7 +292,8 @@ class Backbone(Frozen):
         taps: tuple,  # 1-based block numbers
     ) -> tuple:  # list of (B, K+P+N, D) after each tap, and the tokens after the last block
         "All blocks once; every tap is the residual stream after its block, before any norm."
-        context, kept = self._context(tokens, grid), {}
+        context = self._context(tokens, grid)
+        kept = {}
         for number, block in enumerate(self._blocks(self.tower), 1):
             tokens = self._call(block, tokens, context)
             if number in taps:
@@ -491,10 +494,8 @@ def _tower(row: BackboneRow, state: dict | None, quick_gelu: bool, seed: int) ->
             tower = timm.create_model(row.model, pretrained=False, num_classes=0, **sized)
             if state is None:
                 return tower
-            expected, given = (
-                tower.patch_embed.proj.weight.shape,
-                getattr(state.get("patch_embed.proj.weight"), "shape", None),
-            )
+            expected = tower.patch_embed.proj.weight.shape
+            given = getattr(state.get("patch_embed.proj.weight"), "shape", None)
             if given not in (None, expected):  # the filter would resample patches of another size
                 raise WeightsError(
                     f"the state dict does not fit {row.name}: patch_embed.proj.weight is {tuple(given)}, expected"
@@ -570,7 +571,10 @@ def create_backbone(
     if name not in BACKBONES:
         raise ValueError(f"unknown backbone {name!r}; known: {', '.join(BACKBONES)}")
     require_interpolation(interpolation)
-    row, seed, state, weights = BACKBONES[name], 0, None, str(weights)
+    row = BACKBONES[name]
+    seed = 0
+    state = None
+    weights = str(weights)
     if weights.startswith("random:"):
         if not weights[7:].isdigit():
             raise ValueError(f"weights={weights!r}: write random:SEED with a whole number, such as random:0")
@@ -586,7 +590,8 @@ def create_backbone(
     if size is None and row.size == 0:
         size = _native_size(tower, row)
     backbone = (ClipBackbone if row.library == "open_clip" else TimmBackbone)(row, tower, size, taps)
-    backbone.weights, backbone.interpolation = weights, interpolation
+    backbone.weights = weights
+    backbone.interpolation = interpolation
     return backbone
 
 

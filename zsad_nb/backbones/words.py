@@ -47,7 +47,8 @@ def _without_camels(text: str) -> str:
     "Step 2: a blank where a new word begins inside camelCase."
     parts = []
     for i, letter in enumerate(text):
-        before, after = text[max(0, i - 2) : i], text[i + 1 : i + 3]
+        before = text[max(0, i - 2) : i]
+        after = text[i + 1 : i + 3]
         begins = len(before) == 2 and before.isalpha() and before.islower()
         ends_acronym = before[-1:].isupper() and len(after) == 2 and after.isalpha() and after.islower()
         if letter.isupper() and (begins or ends_acronym):

@@ -320,7 +320,8 @@ def _predict(args) -> int:
             file=sys.stderr,
         )
         return 130
-    s, bad = table.attrs["summary"], table[table["decision"] == "error"]
+    s = table.attrs["summary"]
+    bad = table[table["decision"] == "error"]
     for r in bad.head(20).itertuples():
         print(f"{r.path}: {r.error}", file=sys.stderr)
     if len(bad) > 20:

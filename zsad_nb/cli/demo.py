@@ -19,7 +19,6 @@ from ..core.settings import require_known, seed_everything
 from ..core.tables import write_table
 from ..evaluation.evaluate import Evaluation, evaluate
 from ..figures.heatmaps import draw_cases
-from ..methods import controls, visualad  # noqa: F401  (registers the methods)
 from ..methods.base import create, save
 from ..synthetic.benchmark import synthetic_index
 from ..training.fit import Recipe, fit
@@ -55,7 +54,9 @@ def demo(
 ) -> pd.DataFrame:  # one row a category and the mean: trained, untrained and control
     "Draw the benchmark, train VisualAD, test it on unseen categories, write tables, checkpoint and pictures."
     require_known(settings, SETTINGS, "setting of the demo")
-    s, out, start = {**SETTINGS, **settings}, Path(out), time.perf_counter()
+    s = {**SETTINGS, **settings}
+    out = Path(out)
+    start = time.perf_counter()
 
     def stage(n, text):
         _say(f"[{n}/5] {time.perf_counter() - start:5.0f} s  {text}")
@@ -147,9 +148,11 @@ def demo_evaluation(
     with tempfile.TemporaryDirectory(prefix="zsad_bench_") as room:
         index = synthetic_index(room, "target", s["size"], s["target_normal"], s["target_defective"])
         method = create("visualad", image_size=s["size"], sigma=s["sigma"]).to(device)
-        start, busy = time.perf_counter(), time.process_time()
+        start = time.perf_counter()
+        busy = time.process_time()
         evaluate(method, index, progress=False)
-        wall, cpu = time.perf_counter() - start, time.process_time() - busy
+        wall = time.perf_counter() - start
+        cpu = time.process_time() - busy
     return dict(
         images=len(index),
         size=s["size"],

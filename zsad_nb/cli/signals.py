@@ -34,7 +34,11 @@ class Signals:
     CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
     def __init__(self, name: str):
-        self.name, self.code, self.loading, self._again, self._arrived = name, None, True, None, threading.Event()
+        self.name = name
+        self.code = None
+        self.loading = True
+        self._again = None
+        self._arrived = threading.Event()
 
     def __enter__(self):
         self._before = {number: signal.getsignal(number) for number in self.CODES}

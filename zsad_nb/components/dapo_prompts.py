@@ -39,14 +39,12 @@ class HybridPrompts(TextPrompts):
                 raise ValueError(f"{name}={value}; it must be at least {least}")
         if depth is not None and not 0 <= depth <= text.depth:
             raise ValueError(f"depth={depth}; the text tower {text.row.name} has {text.depth} blocks")
-        self.count, self.vectors, self.words, self.alpha, self.causal, self.true_end = (
-            prompts,
-            vectors,
-            (normal, noun, thing),
-            alpha,
-            causal,
-            true_end,
-        )
+        self.count = prompts
+        self.vectors = vectors
+        self.words = (normal, noun, thing)
+        self.alpha = alpha
+        self.causal = causal
+        self.true_end = true_end
         depth = text.depth if depth is None else depth
         self.normal, self.abnormal = (word_like(text, prompts, vectors) for _ in range(2))  # V, W
         self.deep = word_like(text, depth, tokens) if depth and tokens else None  # T
@@ -64,7 +62,8 @@ class HybridPrompts(TextPrompts):
 
     def embeddings(self, words) -> tuple:  # rows (1 + K, E, L, width), end of text (1 + K,)
         "What enters the tower, before positions."
-        ids, l = self.text.tokenize(self.sentences(words)).to(self.normal.device), self.vectors
+        ids = self.text.tokenize(self.sentences(words)).to(self.normal.device)
+        l = self.vectors
         fixed = self.text.embed(ids)[:, None].expand(-1, self.count, -1, -1)
         learned = torch.cat([self.normal[None], self.abnormal.expand(len(ids) - 1, -1, -1, -1)])
         return torch.cat([fixed[:, :, :1], learned, fixed[:, :, 1 + l :]], 2), ids.argmax(1)
@@ -89,7 +88,8 @@ class HybridPrompts(TextPrompts):
     def features(self, words) -> Tensor:  # (1 + K, embed_dim)
         "As forward, without gradients; kept for these words until a parameter changes."
         with torch.inference_mode(False), torch.no_grad():
-            kept, key = self.kept(), tuple(words)
+            kept = self.kept()
+            key = tuple(words)
             if key not in kept:
                 kept[key] = self(words)
             return kept[key].clone()

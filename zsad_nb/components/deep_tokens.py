@@ -35,9 +35,11 @@ def deep_blocks(
         if i < sets:
             own = tokens[i].expand(x.shape[0], -1, -1)
             mixed = own if i == 0 else alpha * x[:, 1 : 1 + m] + (1 - alpha) * own
-            x, held = torch.cat([x[:, :1], mixed, x[:, 1 + held :]], 1), m
+            x = torch.cat([x[:, :1], mixed, x[:, 1 + held :]], 1)
+            held = m
         elif held:
-            x, held = without(x, held), 0
+            x = without(x, held)
+            held = 0
         x = call(block, x)
         yield i + 1, x, held
 
@@ -111,7 +113,8 @@ def see_deep(
             f"deep tokens are {tokens.shape[2]} wide, the image tower {backbone.row.name} is {backbone.width}"
         )
     x, grid = backbone.embed(image)
-    context, kept = backbone._context(x, grid), {}
+    context = backbone._context(x, grid)
+    kept = {}
     for number, x, held in deep_blocks(
         x, backbone._blocks(backbone.tower), tokens, alpha, lambda block, x: backbone._call(block, x, context)
     ):

@@ -64,15 +64,11 @@ class DMA(nn.Module):
         super().__init__()
         if upsample not in ("values", "attention"):
             raise ValueError(f"upsample={upsample!r}; use values or attention")
-        self.similarity, self.project_first = (
-            dict(scale=scale, shift=shift, threshold=threshold, centre=centre),
-            project_first,
-        )
-        self.dino_proj, self.query, self.key = (
-            nn.Linear(dino_width, width),
-            nn.Linear(joint_dim, width),
-            nn.Linear(width, width),
-        )
+        self.similarity = dict(scale=scale, shift=shift, threshold=threshold, centre=centre)
+        self.project_first = project_first
+        self.dino_proj = nn.Linear(dino_width, width)
+        self.query = nn.Linear(joint_dim, width)
+        self.key = nn.Linear(width, width)
         self.theta = nn.Parameter(torch.tensor(float(theta)))
         nn.init.orthogonal_(self.dino_proj.weight)
         nn.init.zeros_(self.dino_proj.bias)

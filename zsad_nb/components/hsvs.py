@@ -37,14 +37,16 @@ class ATF(nn.Module):
     ):
         super().__init__()
         inner = inner or width
-        self.heads, self.attend, hidden = head_count(inner, num_heads), attend, int(ratio * width)
-        self.clip_value, self.dino_value = nn.Linear(width, inner, bias=False), nn.Linear(dino_width, inner, bias=False)
+        self.heads = head_count(inner, num_heads)
+        self.attend = attend
+        hidden = int(ratio * width)
+        self.clip_value = nn.Linear(width, inner, bias=False)
+        self.dino_value = nn.Linear(dino_width, inner, bias=False)
         if attend:
-            self.clip_query, self.dino_query = (
-                nn.Linear(width, inner, bias=False),
-                nn.Linear(dino_width, inner, bias=False),
-            )
-            self.clip_key, self.dino_key = nn.Linear(width, inner, bias=False), nn.Linear(dino_width, inner, bias=False)
+            self.clip_query = nn.Linear(width, inner, bias=False)
+            self.dino_query = nn.Linear(dino_width, inner, bias=False)
+            self.clip_key = nn.Linear(width, inner, bias=False)
+            self.dino_key = nn.Linear(dino_width, inner, bias=False)
         self.norm_clip, self.norm_dino = (
             nn.LayerNorm(inner),
             nn.LayerNorm(inner),
@@ -75,7 +77,8 @@ class ATF(nn.Module):
 
     def weights(self, clip: Tensor, dino: Tensor) -> Tensor:  # (B, heads, N, N): rows are CLIP's tokens, columns DINO's
         "The attention of CLIP's tokens over DINO's, for pictures; `read` never builds it."
-        query, key = self._heads(self.clip_query(clip)), self._heads(self.dino_key(dino))
+        query = self._heads(self.clip_query(clip))
+        key = self._heads(self.dino_key(dino))
         return (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1)
 
     def forward(

@@ -31,7 +31,8 @@ def dice(
     smooth: float = 1.0,  # (code)
 ) -> Tensor:  # scalar
     "Dice loss per image, averaged over the batch (code; Milletari et al., 3DV 2016)."
-    p, g = probability.flatten(1), target.to(probability.dtype).flatten(1)
+    p = probability.flatten(1)
+    g = target.to(probability.dtype).flatten(1)
     return (1 - (2 * (p * g).sum(1) + smooth) / (p.sum(1) + g.sum(1) + smooth)).mean()
 
 

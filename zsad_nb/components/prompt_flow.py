@@ -150,7 +150,8 @@ class PromptFlows(nn.Module):
         super().__init__()
         if planes < 0:
             raise ValueError(f"planes={planes}; it must be 0 or more")
-        self.invertible, kinds = invertible, ("context", "state")
+        self.invertible = invertible
+        kinds = ("context", "state")
         self.encoders = nn.ModuleDict({kind: Encoder(width, inner) for kind in kinds})
         self.decoders = nn.ModuleDict({kind: mlp(width, inner, inner, width) for kind in kinds})
         self.heads = nn.ModuleDict({name: nn.Linear(width, width) for name in ("context", *STATES)})  # behind a decoder
@@ -170,7 +171,8 @@ class PromptFlows(nn.Module):
         given = given if context else self.planes[name].vector
         mean, variance = self.encoders["context" if context else "state"](given)
         z = start = mean[:, None] + noise * variance.sqrt()[:, None]
-        logdet, steps = z.new_zeros(z.shape[:-1]), []
+        logdet = z.new_zeros(z.shape[:-1])
+        steps = []
         for u, w, b in zip(*self.planes[name](given)) if self.count else ():
             u = invertible_direction(u, w) if self.invertible else u
             z, step = planar(z, u[:, None], w[:, None], b[:, None])
@@ -212,7 +214,8 @@ class SampledPrompts(TextPrompts):
         spell,  # name -> words
     ):
         super().__init__(text)
-        self.places, self.spell = context + state, spell
+        self.places = context + state
+        self.spell = spell
         text.tokenize(self.sentences([""]))  # raises now where no class name could ever fit
         self.context = nn.Parameter(torch.empty(count, context, text.width))
         self.state = nn.Parameter(torch.empty(2, count, state, text.width))

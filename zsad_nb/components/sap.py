@@ -49,7 +49,8 @@ class SAP(nn.Module):
         gate: float = 0.0,  # start of alpha (ours: both pathways count half)
     ):
         super().__init__()
-        self.weights, self.query = weights, nn.Linear(width, width)
+        self.weights = weights
+        self.query = nn.Linear(width, width)
         self.gate = nn.Parameter(torch.tensor(float(gate)))
         pooling_weights(torch.zeros(1, 1), weights)  # an unknown kind is refused here, not in the first batch
 
@@ -63,7 +64,8 @@ class SAP(nn.Module):
         base = pool(patches, weights, self.weights)  # (B, C)
         keys = patches * weights.unsqueeze(-1)  # P (.) W
         attention = (keys @ self.query(base).unsqueeze(-1) / math.sqrt(patches.shape[-1])).softmax(1)  # (B, L, 1)
-        attended, gate = (attention * patches).sum(1), self.gate.sigmoid()
+        attended = (attention * patches).sum(1)
+        gate = self.gate.sigmoid()
         return (1 - gate) * base + gate * attended
 
 

@@ -29,7 +29,10 @@ class VAE(nn.Module):
         super().__init__()
         if scale not in ("mean", "sum", "unit"):
             raise ValueError(f"vae_scale={scale!r}; use mean, sum or unit")
-        self.latent, hidden, self.scale, self.detach = latent or width, hidden or max(1, 2 * width // 3), scale, detach
+        self.latent = latent or width
+        hidden = hidden or max(1, 2 * width // 3)
+        self.scale = scale
+        self.detach = detach
 
         def mlp(*sizes):
             return nn.Sequential(
@@ -48,7 +51,8 @@ class VAE(nn.Module):
         noise: Tensor | None,  # (B or 1, S, Z) standard normal; None: z = mu, one latent
     ) -> dict:  # z (B, S, Z), mu and logvar (B, Z)
         "Reparameterised latents (Eqs 7, 8)."
-        mu, logvar = self.mu(seen), self.logvar(seen)
+        mu = self.mu(seen)
+        logvar = self.logvar(seen)
         z = mu[:, None] if noise is None else mu[:, None] + noise * (0.5 * logvar)[:, None].exp()
         return dict(z=z, mu=mu, logvar=logvar)
 
@@ -99,14 +103,19 @@ class VCPG(nn.Module):
             raise ValueError(
                 f"latents={latents}, train_latents={train_latents}; both must be at least 1 (z='mu' for none)"
             )
-        self.latents, self.train_latents, self.z, self.seed = latents, train_latents, z, seed
-        self.vae, key_width = VAE(width, latent, hidden, scale, detach), key_width or max(1, width // 3)
+        self.latents = latents
+        self.train_latents = train_latents
+        self.z = z
+        self.seed = seed
+        self.vae = VAE(width, latent, hidden, scale, detach)
+        key_width = key_width or max(1, width // 3)
         self.query, self.key = (
             nn.Linear(width, key_width, bias=False),
             nn.Linear(self.vae.latent, key_width, bias=False),
         )  # W_Q, W_K
         self.value = nn.Linear(self.vae.latent, width, bias=False)  # W_V
-        self.alpha, self.norm = nn.Parameter(torch.zeros(1)), nn.LayerNorm(width)
+        self.alpha = nn.Parameter(torch.zeros(1))
+        self.norm = nn.LayerNorm(width)
 
     def noise(
         self,
@@ -170,5 +179,6 @@ def scd(
 ) -> Tensor:  # (...)
     "Distance between the conditioned and the static text (Eq. 24)."
     if unit:
-        final, static = F.normalize(final, dim=-1), F.normalize(static, dim=-1)
+        final = F.normalize(final, dim=-1)
+        static = F.normalize(static, dim=-1)
     return (final - static).norm(dim=-1)

@@ -44,9 +44,12 @@ class SCA(nn.Module):
         self.positions = nn.Parameter(torch.randn(1, rows, width) * 0.02)  # E
         self.scale = nn.Parameter(torch.full((1,), scale))  # alpha
         self.query, self.key, self.value = (nn.Linear(width, width, bias=False) for _ in range(3))
-        self.query_norm, self.key_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.gate, self.out = nn.Linear(width, anchors), nn.Linear(width, width)
-        self.attention_dropout, self.out_dropout = nn.Dropout(dropout), nn.Dropout(dropout)
+        self.query_norm = nn.LayerNorm(width)
+        self.key_norm = nn.LayerNorm(width)
+        self.gate = nn.Linear(width, anchors)
+        self.out = nn.Linear(width, width)
+        self.attention_dropout = nn.Dropout(dropout)
+        self.out_dropout = nn.Dropout(dropout)
         for layer in (self.query, self.key, self.value, self.out):
             nn.init.xavier_uniform_(layer.weight)
         nn.init.zeros_(self.out.bias)

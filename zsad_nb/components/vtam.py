@@ -58,7 +58,11 @@ class VTAM(nn.Module):
             raise ValueError(f"gamma={gamma}; it must be between 0 and 1")
         if not tau > 0:
             raise ValueError(f"tau={tau}; it must be above 0")
-        self.gamma, self.gates, self.pairing, self.global_score, self.pool = gamma, gates, pairing, global_score, pool
+        self.gamma = gamma
+        self.gates = gates
+        self.pairing = pairing
+        self.global_score = global_score
+        self.pool = pool
         self.log_tau = nn.Parameter(torch.full((1,), math.log(tau)))
         if not gates:
             return
@@ -101,13 +105,15 @@ class VTAM(nn.Module):
             -1, tuple(grid)
         )  # (B, L, K, h, w)
         pairs = to_pixels(logits, size).sigmoid()  # (B, L, K, H, W)
-        experts, found = pairs.mean(2), {}
+        experts = pairs.mean(2)
+        found = {}
         if self.gates:
             gate = self.global_gate(seen).softmax(-1)  # (B, L)
             masks = to_pixels(
                 self.local_gate(tokens)[..., 0].unflatten(-1, tuple(grid)), size
             ).sigmoid()  # (B, L, H, W)
-            found, trust = dict(gate=gate, masks=masks), gate[..., None, None] * masks
+            found = dict(gate=gate, masks=masks)
+            trust = gate[..., None, None] * masks
         else:
             trust = torch.full_like(experts[:, :, :1, :1], 1 / len(levels))
         map = (trust * experts).sum(1)

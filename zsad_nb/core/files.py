@@ -77,7 +77,8 @@ def write_atomically(
     write: Callable,  # write(temporary path): does the writing
 ) -> Path:  # the final path
     "Let `write` fill a temporary file in the same folder, then rename it; nothing is left behind when it fails."
-    path, temporary = Path(path), None
+    path = Path(path)
+    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = _temporary(path)

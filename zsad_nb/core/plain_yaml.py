@@ -82,7 +82,10 @@ class _Growing:
 
     def __init__(self, event):
         self.value = {} if isinstance(event, yaml.MappingStartEvent) else []
-        self.anchor, self.size, self.key, self.has_key = event.anchor, 1, None, False
+        self.anchor = event.anchor
+        self.size = 1
+        self.key = None
+        self.has_key = False
 
     def put(self, value, mark, quoted: bool):
         "The next item, key or value."
@@ -97,7 +100,8 @@ class _Growing:
                 _refuse(mark, "merge keys (<<) are not read; write the keys out")
             if value in self.value:
                 _refuse(mark, f"the key {value!r} stands twice")
-            self.key, self.has_key = value, True
+            self.key = value
+            self.has_key = True
 
 
 # %% ../../nbs/core/04_plain_yaml.ipynb #039f403f
@@ -126,13 +130,16 @@ def _read(events, values: int) -> object:
             if documents > 1:
                 _refuse(event.start_mark, "a second document begins; one is read")
             continue
-        quoted, anchor = False, getattr(event, "anchor", None)
+        quoted = False
+        anchor = getattr(event, "anchor", None)
         if isinstance(event, yaml.AliasEvent):
             if anchor not in anchors:
                 _refuse(event.start_mark, f"*{anchor} names nothing that is complete by then")
             (value, size), anchor = anchors[anchor], None
         elif isinstance(event, yaml.ScalarEvent):
-            value, size, quoted = _scalar(event), 1, event.style is not None
+            value = _scalar(event)
+            size = 1
+            quoted = event.style is not None
         elif isinstance(event, yaml.CollectionStartEvent):
             kind = "map" if isinstance(event, yaml.MappingStartEvent) else "seq"
             if event.tag not in (None, "!", f"tag:yaml.org,2002:{kind}"):
@@ -144,7 +151,9 @@ def _read(events, values: int) -> object:
             continue
         elif isinstance(event, yaml.CollectionEndEvent):
             done = open_.pop()
-            value, size, anchor = done.value, done.size, done.anchor
+            value = done.value
+            size = done.size
+            anchor = done.anchor
         else:
             continue
         if anchor is not None:
@@ -169,7 +178,8 @@ def require_bounded(
     depth: int = DEPTH,
 ):
     "Raise ValueError for data with more values, or more of them inside each other, than there may be."
-    left, waiting = values, [(value, 0)]
+    left = values
+    waiting = [(value, 0)]
     while waiting:
         item, level = waiting.pop()
         if not isinstance(item, (dict, list, tuple)):

@@ -76,7 +76,8 @@ def usual_defaults(
     blocks: bool = False,  # inside `with torch.device(...)` new tensors go there
 ) -> Iterator[None]:
     "Inside, PyTorch computes in float32, without autocast, with new tensors on the CPU; also a decorator."
-    dtype, lowered = torch.get_default_dtype(), [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    dtype = torch.get_default_dtype()
+    lowered = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
     with contextlib.ExitStack() as undo:
         if dtype != torch.float32:
             undo.callback(torch.set_default_dtype, dtype)

@@ -23,7 +23,9 @@ def turned(
     "Rotated about the centre, reflected at the border."
     height, width = pixels.shape[-2:]
     angle = np.deg2rad(degrees)
-    cos, sin, ratio = np.cos(angle), np.sin(angle), height / width
+    cos = np.cos(angle)
+    sin = np.sin(angle)
+    ratio = height / width
     matrix = torch.tensor([[[cos, -sin * ratio, 0], [sin / ratio, cos, 0]]], dtype=pixels.dtype)
     grid = F.affine_grid(matrix, (1, *pixels.shape), align_corners=False)
     return F.grid_sample(pixels[None], grid, mode=mode, padding_mode="reflection", align_corners=False)[0]
@@ -67,12 +69,14 @@ class Augmentation:
         "Quarter turns (half turns where the image is no square), then a turn."
         if rng.random() < self.quarter:
             count = int(rng.integers(1, 4)) if pixels.shape[-1] == pixels.shape[-2] else 2
-            pixels, mask = pixels.rot90(count, (1, 2)), mask.rot90(count, (1, 2))
+            pixels = pixels.rot90(count, (1, 2))
+            mask = mask.rot90(count, (1, 2))
         if rng.random() < self.turn:
             degrees = rng.uniform(-self.degrees, self.degrees)
             moved = turned(mask.float(), degrees, "nearest") > 0.5
             if moved.any() or not mask.any():
-                pixels, mask = turned(pixels, degrees, "bilinear"), moved
+                pixels = turned(pixels, degrees, "bilinear")
+                mask = moved
         return pixels, mask
 
     def appearance(self, rng: np.random.Generator, pixels: Tensor) -> Tensor:  # (3, h, w) float from 0 to 1
@@ -82,7 +86,8 @@ class Augmentation:
             return torch.from_numpy(np.asarray(rng.uniform(1 - spread, 1 + spread, shape), "float32"))
 
         if rng.random() < self.light:
-            brightness, contrast = factor(self.light_range), factor(self.light_range)
+            brightness = factor(self.light_range)
+            contrast = factor(self.light_range)
             mean = pixels.mean()
             pixels = ((pixels - mean) * contrast + mean) * brightness
         if rng.random() < self.noise:

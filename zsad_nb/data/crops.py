@@ -61,7 +61,8 @@ def normal_spots(
         at = rng.integers(len(ys))
         spots.append((int(ys[at]), int(xs[at])))
         far = np.maximum(np.abs(ys - spots[-1][0]), np.abs(xs - spots[-1][1])) >= size / 2
-        ys, xs = ys[far], xs[far]
+        ys = ys[far]
+        xs = xs[far]
     return spots
 
 
@@ -83,7 +84,8 @@ def defective_spots(
         if len(spots) == count:
             break
         ys, xs = np.nonzero(regions == rng.integers(1, number + 1))
-        at, shift = rng.integers(len(ys)), rng.uniform(-jitter, jitter, 2) * size
+        at = rng.integers(len(ys))
+        shift = rng.uniform(-jitter, jitter, 2) * size
         spot = tuple(
             int(np.clip(round(centre + move - size / 2), 0, length - 1))
             for centre, move, length in zip((ys[at], xs[at]), shift, counts.shape)
@@ -169,7 +171,8 @@ def cut_crops(
     "Cut normal and defective crops, written in MVTec layout; dataset, category, split and defect are kept."
     if size < 1:
         raise ValueError(f"size={size}; it must be at least 1 pixel")
-    source, how = root_of(index), reading_of(index, **reading)
+    source = root_of(index)
+    how = reading_of(index, **reading)
     out, part = _new_folder(out, overwrite)
     found, blind = [], []
     for row in index.itertuples(index=False):
@@ -191,7 +194,8 @@ def cut_crops(
                 for spot in defective_spots(mask, size, per_image_defective, rng, min_defect_fraction, jitter)
             ]
         for (top, left), defective in spots:
-            category, kind = _safe(row.category), _safe(row.defect) if defective else GOOD
+            category = _safe(row.category)
+            kind = _safe(row.defect) if defective else GOOD
             if defective and kind.lower() == GOOD:
                 kind = "defect"
             name = f"{_safe(str(Path(row.image).with_suffix('')).replace('/', '-'))}_{zlib.crc32(row.image.encode()):08x}_{top}_{left}"

@@ -78,7 +78,8 @@ def read_csv(
 ) -> pd.DataFrame:  # the Index
     "One row an image; labels are 0/1, 0.0/1.0, true/false, good/bad, ok/ng, normal/defective, ..."
     path = Path(path)
-    root, file = path.parent if root is None else Path(root), shown(path.name)
+    root = path.parent if root is None else Path(root)
+    file = shown(path.name)
     table, lines = numbered_table(path)
     names = _columns(table, file)
     name = dataset or root.absolute().name
@@ -114,11 +115,15 @@ def read_csv(
 # %% ../../nbs/data/12_folder.ipynb #2d689997
 def _plain_rows(folder: Path, root: Path, category: str, masks: bool) -> tuple[list[dict], bool]:
     "normal/, defective/ and masks/ of one product; whether it has a folder of masks."
-    normal, defective = find(folder, *NORMAL_NAMES), find(folder, *DEFECTIVE_NAMES)
+    normal = find(folder, *NORMAL_NAMES)
+    defective = find(folder, *DEFECTIVE_NAMES)
     truth = find(folder, *MASK_NAMES) if masks else None
-    found, shared, has_masks = rows(files(normal), root, category, "test") if normal else [], [], truth is not None
+    found = rows(files(normal), root, category, "test") if normal else []
+    shared = []
+    has_masks = truth is not None
     for kind in [defective] + folders(defective, MASK_NAMES) if defective else []:
-        images, defect = files(kind), "" if kind == defective else kind.name
+        images = files(kind)
+        defect = "" if kind == defective else kind.name
         own = find(truth, kind.name) if truth else None
         own = own or (find(kind, *MASK_NAMES) if masks else None)
         if own:
@@ -159,7 +164,8 @@ def read_folder(
     )
     if not root.is_dir():
         raise LayoutError(f"expected {expected}; {look(root)}")
-    name, lists = dataset or root.absolute().name, files(root, (".csv",))
+    name = dataset or root.absolute().name
+    lists = files(root, (".csv",))
     if find(root, *NORMAL_NAMES, *DEFECTIVE_NAMES):
         found, has_masks = _plain_rows(root, root, category or root.absolute().name, masks)
     elif lists:
@@ -171,5 +177,6 @@ def read_folder(
         return read_csv(lists[0], root, dataset, category)
     else:
         parts = [_plain_rows(folder, root, folder.name, masks) for folder in folders(root)]
-        found, has_masks = [row for part, _ in parts for row in part], any(has for _, has in parts)
+        found = [row for part, _ in parts for row in part]
+        has_masks = any(has for _, has in parts)
     return finish(found, root, name, expected, (has_masks or None) if masks else False, also=_lists(lists))

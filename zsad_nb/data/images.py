@@ -124,20 +124,25 @@ class Batches:
         interpolation: str = "bicubic",
         augment: Augmentation | None = None,
     ):
-        self.index, self.size, self.batch_size, self.shuffle, self.seed, self.workers = (
-            index,
-            size,
-            batch_size,
-            shuffle,
-            seed,
-            workers,
-        )
-        self.on_bad, self.rgb, self.defects, self.reading, self.mosaic = on_bad, rgb, defects, reading, mosaic
-        self.interpolation, self.augment = interpolation, augment
+        self.index = index
+        self.size = size
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.workers = workers
+        self.on_bad = on_bad
+        self.rgb = rgb
+        self.defects = defects
+        self.reading = reading
+        self.mosaic = mosaic
+        self.interpolation = interpolation
+        self.augment = augment
         self.resized: set[str] = set()  # images whose files have another size
         self.unsure: set[str] = set()  # images on which it is supposed how their mask lies
         self._warned = False
-        self.root, self.epoch, self.skipped = root_of(index), 0, []
+        self.root = root_of(index)
+        self.epoch = 0
+        self.skipped = []
         self.rows = list(index[["image", "mask", "anomalous", "defect", "category"]].itertuples(index=False, name=None))
 
     def __len__(self) -> int:
@@ -207,7 +212,8 @@ class Batches:
             if self.shuffle
             else list(range(len(self.rows)))
         )
-        self.epoch, self.skipped = self.epoch + 1, []
+        self.epoch = self.epoch + 1
+        self.skipped = []
         chunks = [order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)]
         if not self.workers:
             results = ([self._item(at) for at in chunk] for chunk in chunks)
@@ -232,7 +238,8 @@ class Batches:
     def _ahead(self, chunks: list[list[int]]) -> Iterator[list]:
         "Two batches ahead in threads: PIL decodes and resizes without holding Python's lock."
         with ThreadPoolExecutor(self.workers) as pool:
-            waiting, chunks = deque(), iter(chunks)
+            waiting = deque()
+            chunks = iter(chunks)
             try:
                 while True:
                     while len(waiting) < 3 and (chunk := next(chunks, None)) is not None:
@@ -369,7 +376,9 @@ def _check_mask(
 
 def _check_row(root: Path, image_path: str, mask_path: str, anomalous: bool, category: str, reading: Reading) -> _Seen:
     "Problems of one row, the hash of its image, and what only the whole set can judge."
-    seen, image, path = _Seen([]), None, root / image_path
+    seen = _Seen([])
+    image = None
+    path = root / image_path
     try:
         stored = open_stored(path)
         image = stored.image.size, stored.orientation
@@ -445,7 +454,8 @@ def check(
     **reading,  # see `Reading`; default: as the index says
 ) -> pd.DataFrame:  # row (<NA>: files of no row), image, problem, message: one row a problem; empty when all is well
     "Open every file of an Index and say what is wrong, per row."
-    root, how = root_of(index), reading_of(index, **reading)
+    root = root_of(index)
+    how = reading_of(index, **reading)
     rows = list(index[["image", "mask", "anomalous", "category", "split"]].itertuples(index=False, name=None))
     out, first = [], {}
     with ThreadPoolExecutor(max(workers, 1)) as pool:
@@ -458,7 +468,8 @@ def check(
         if seen.content is None or (problems and problems[0][0] == "unreadable"):
             continue
         if seen.content in first:
-            twin, other = first[seen.content], rows[first[seen.content]]
+            twin = first[seen.content]
+            other = rows[first[seen.content]]
             clash = (
                 " with the other label"
                 if bool(other[2]) != bool(row[2])

@@ -167,7 +167,8 @@ def _once(table: pd.DataFrame, places: Sequence[str]) -> None:
     if len(twice):
         number = int(twice[0])
         first = int(np.flatnonzero((rows == rows.iloc[number]).all(axis=1))[0])
-        row, other = table.iloc[number], table["image"].iloc[first]
+        row = table.iloc[number]
+        other = table["image"].iloc[first]
         if other != row["image"]:
             raise ValueError(
                 f"{places[number]}: {shown(row['image'])} ({ascii(row['image'])}) and {ascii(other)} of {places[first]}"
@@ -263,7 +264,8 @@ def concat_indices(
             f"the indices say that their files are read differently ({', '.join(map(str, readings))}); read_as(index,"
             " ...) makes them agree"
         )
-    tables, prefixes = [], [PurePosixPath(os.path.relpath(own, root).replace(os.sep, "/")) for own in roots]
+    tables = []
+    prefixes = [PurePosixPath(os.path.relpath(own, root).replace(os.sep, "/")) for own in roots]
     for index, prefix in zip(indices, prefixes):
         table = pd.DataFrame(index, copy=True)
         for name in ("image", "mask"):

@@ -373,7 +373,9 @@ def index_findings(
     index: pd.DataFrame,  # an Index
 ) -> list[tuple]:  # row (None: of no row), path, problem, message: further rows of `check`
     "What `check` says of files that no row names, and of names."
-    out, root, spelled = [], root_of(index), {}
+    out = []
+    root = root_of(index)
+    spelled = {}
     for number, (image, mask) in enumerate(zip(index["image"], index["mask"])):
         if mask and _same_file(root / image, root / mask):
             out.append(

@@ -177,7 +177,10 @@ def walk(
     above = [
         _identity(str(folder)) for folder in (Path(root).resolve(), *Path(root).resolve().parents)
     ]  # a link there leads back
-    entries, seen, folders, links = [], set(above), [("", False)], []
+    entries = []
+    seen = set(above)
+    folders = [("", False)]
+    links = []
     while folders or links:
         if folders:
             parent, concealed = folders.pop()
@@ -200,7 +203,8 @@ def walk(
             if len(entries) >= limit:
                 entries.append(Entry(parent, "more"))
                 return sorted(entries)
-            path, kind = f"{parent}/{item.name}" if parent else item.name, kind_of(item)
+            path = f"{parent}/{item.name}" if parent else item.name
+            kind = kind_of(item)
             unseen = concealed or item.name[0] in (hidden if kind == "folder" else ".")
             if kind == "folder" and (item.is_symlink() or getattr(item, "is_junction", bool)()):
                 links.append((path, unseen))

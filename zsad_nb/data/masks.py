@@ -39,7 +39,8 @@ LEVELS = 16  # even areas of at most so many values, all in the lower half of th
 def _painted(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     "The strongest channel as far as it is not transparent; alpha, where nothing else is painted."
     strength = colours.max(-1)
-    low, high = alpha.min(), alpha.max()
+    low = alpha.min()
+    high = alpha.max()
     if not strength.any() and low < high:
         return alpha
     if low < high and ((alpha > 0) & (alpha < high)).any():  # soft edges drawn in alpha
@@ -62,7 +63,8 @@ def _shades(
         return np.asarray(image).astype("uint8"), 1 if image.mode == "1" else 255, stored.numbers
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         rgba = np.asarray((image.convert("LA") if image.mode == "La" else image).convert("RGBA"))
-        values, colours = _painted(rgba[..., :3], rgba[..., 3]), rgba[..., :3][rgba[..., 3] > 0]
+        values = _painted(rgba[..., :3], rgba[..., 3])
+        colours = rgba[..., :3][rgba[..., 3] > 0]
     elif image.mode == "LAB":
         return np.asarray(image.getchannel("L")), 255, False
     else:
@@ -80,7 +82,8 @@ def _even(values: np.ndarray, between: np.ndarray) -> bool:
     "Are most of these pixels like a neighbour to the side and like one above or below?"
     if not between.any():
         return False
-    side, above = np.zeros(values.shape, bool), np.zeros(values.shape, bool)
+    side = np.zeros(values.shape, bool)
+    above = np.zeros(values.shape, bool)
     same = values[:, :-1] == values[:, 1:]
     side[:, :-1] |= same
     side[:, 1:] |= same
@@ -302,7 +305,8 @@ def mask_remarks(
     mask: np.ndarray,  # (H, W) bool: what it marks
 ) -> list[tuple[str, str]]:  # problem, what to say
     "What is odd about a mask that can be read."
-    found, image = [], stored.image
+    found = []
+    image = stored.image
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA"):
         alpha = image.getchannel("A" if image.mode[-1] == "A" else "a").getextrema()
         if alpha[0] < alpha[1]:

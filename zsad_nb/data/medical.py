@@ -167,12 +167,14 @@ def read_bmad(
     "BMAD layout: Brain_AD, HIS and others."
     if valid not in (None, "skip", "train", "test"):
         raise ValueError(f"valid={valid!r}; it must be 'skip', 'train' or 'test'")
-    root, found = enter(root), []
+    root = enter(root)
+    found = []
     for half, split in [("train", "train"), ("test", "test")] + (
         [("valid", valid)] if valid in ("train", "test") else []
     ):
         for kind in folders(find(root, half) or root / half):
-            images, label = files(find(kind, "img", "images") or kind), find(kind, *MASK_NAMES) if masks else None
+            images = files(find(kind, "img", "images") or kind)
+            label = find(kind, *MASK_NAMES) if masks else None
             if same_name(kind.name) in NORMAL_NAMES:
                 found += rows(images, root, category, split)
             elif same_name(kind.name) in DEFECTIVE_NAMES:
@@ -185,7 +187,8 @@ def read_bmad(
 
 def read_oct17(root: str | os.PathLike, category: str = "retina") -> pd.DataFrame:
     "OCT17: {train,test}/{NORMAL,CNV,DME,DRUSEN}; no masks. BMAD's version is read as such."
-    root, found = enter(root, "OCT2017"), []
+    root = enter(root, "OCT2017")
+    found = []
     if any(find(find(root, half) or root / half, "Ungood") for half in ("test",)):
         return read_bmad(root, "oct17", category, masks=False)
     for split in ("train", "test"):

@@ -161,7 +161,8 @@ def _localise(paths: list[str], root: Path, wheres: list[str] | None = None) -> 
     "Paths relative to root, absolute ones re-rooted; a path that leaves the root is refused."
     foreign = [path for path in paths if path and "\0" not in path and not _here(path, root)]
     prefix = _foreign_prefix(foreign, root) if foreign else ()
-    foreign, out = set(foreign), []
+    foreign = set(foreign)
+    out = []
     for path, where in zip(paths, wheres or [""] * len(paths)):
         if path in foreign:
             parts = _parts(path)
@@ -232,7 +233,8 @@ def _no_mask(mask: str, image: str, root: Path) -> bool:
 
 def _text(path: Path, limit_mb: float = 1024) -> str:
     "A file's text; ValueError names the file and the cure."
-    where, size = shown(str(path)), path.stat().st_size
+    where = shown(str(path))
+    size = path.stat().st_size
     if size > limit_mb * 2**20:
         raise ValueError(
             f"{where} has {size / 2**20:.0f} MB, more than a list of images needs ({limit_mb:g}); split it"
@@ -280,7 +282,8 @@ def read_meta(
         raise FileNotFoundError(
             f"{shown(str(path))} does not exist; expected a meta.json, a meta_<name>.json or a .jsonl file"
         )
-    rows, file = _records(_text(path), path, split), shown(path.name)
+    rows = _records(_text(path), path, split)
+    file = shown(path.name)
     if not rows:
         raise ValueError(
             f"{shown(str(path))} names no image; expected 'train' and 'test' with a list of records for each class"

@@ -47,7 +47,8 @@ def require_read_for(
     batch,  # anything with `image`
 ):
     "Refuse images that were resized otherwise than a method wants them: its map would be another one."
-    read, wanted = getattr(batch, "interpolation", ""), interpolation_of(method)
+    read = getattr(batch, "interpolation", "")
+    wanted = interpolation_of(method)
     if read and read != wanted:
         raise ValueError(
             f"the images of this batch were resized {read}, {method.name} wants them {wanted}: read them with "

@@ -72,7 +72,9 @@ class Mosaic:
         require_share(rate)
         if rule not in RULES:
             raise ValueError(f"the rule of a mosaic is {rule!r}; use {', '.join(RULES[:-1])} or {RULES[-1]}")
-        self.seed, self.one_type, self.defects = seed, rule == "one type", list(index["defect"])
+        self.seed = seed
+        self.one_type = rule == "one type"
+        self.defects = list(index["defect"])
         self.labels = [bool(a) for a in index["anomalous"]] if rule == "replaced" else None
         keys = list(zip(index["dataset"], index["category"]))
         self.rates = [rate.get(dataset, 0) if isinstance(rate, dict) else rate for dataset, _ in keys]

@@ -65,7 +65,8 @@ def to_8_bit(
         )
     if not np.isfinite(values).all():
         raise BadImage(name, "it holds pixels that are not numbers (NaN or infinity)", "repair them or remove its row")
-    low, high = values.min().item(), values.max().item()
+    low = values.min().item()
+    high = values.max().item()
     if low < 0:
         raise BadImage(
             name, f"it holds negative values (down to {low:g})", "shift it to start at 0, and save it as 16-bit PNG"

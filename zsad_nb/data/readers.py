@@ -66,7 +66,8 @@ class Reader:
     signs: tuple[tuple[str, ...], ...] = ()  # for `detect`: any of these groups of paths, in lower case, * for one name
 
 
-_IMAGES_MASKS, _KAGGLE = (("images", "masks"),), "see its page at Kaggle"
+_IMAGES_MASKS = (("images", "masks"),)
+_KAGGLE = "see its page at Kaggle"
 _NC = "CC BY-NC-SA 4.0"
 READERS = {
     "mvtec": Reader(
@@ -340,7 +341,8 @@ def reader_name(
 
 def _outside(root: str | os.PathLike, index: pd.DataFrame) -> list[dict]:
     "What lies beside the folder that a reader entered (data sets come wrapped in a folder of their own)."
-    home, given = index.attrs["root"], os.path.abspath(root)
+    home = index.attrs["root"]
+    given = os.path.abspath(root)
     if home == given or not home.startswith(os.path.join(given, "")) or not os.path.isdir(given):
         return []
     return grouped(unused(given, [os.path.relpath(home, given).replace(os.sep, "/")]))
@@ -403,7 +405,8 @@ _REBUILT = ("mvtec", "visa", "mpdd", "btad", "ksdd", "dagm", "dtd", "rsdd", "mad
 
 def _listing(root: Path, depth: int = 3, few: int = 6) -> set[str]:
     "Relative paths of folders down to a depth, and of a few files in each, in lower case."
-    out, level = set(), [root]
+    out = set()
+    level = [root]
     for _ in range(depth):
         inner = [folder for parent in level for folder in folders(parent)]
         for parent in level:
@@ -425,9 +428,12 @@ def detect(
     "Guess which reader a folder needs."
     root = enter(root)
     there = _listing(root)
-    fits = lambda sign: any(
-        path.count("/") == sign.count("/") and all(map(fnmatch, path.split("/"), sign.split("/"))) for path in there
-    )
+
+    def fits(sign):
+        return any(
+            path.count("/") == sign.count("/") and all(map(fnmatch, path.split("/"), sign.split("/"))) for path in there
+        )
+
     strength = {
         name: max(
             (sum(sign.count("/") + 1 for sign in group) for group in reader.signs if all(map(fits, group))), default=0

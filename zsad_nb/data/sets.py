@@ -102,8 +102,10 @@ def _visa_defects(path: Path) -> dict[str, str]:
 
 def _visa_rows(folder: Path, data: Path, root: Path, masks: bool) -> list[dict]:
     "The rows of one class."
-    images, truth = need(data, "Images", what="VisA"), find(data, "Masks") if masks else None
-    anomalous, defects = files(find(images, "Anomaly") or images / "Anomaly"), _visa_defects(folder / "image_anno.csv")
+    images = need(data, "Images", what="VisA")
+    truth = find(data, "Masks") if masks else None
+    anomalous = files(find(images, "Anomaly") or images / "Anomaly")
+    defects = _visa_defects(folder / "image_anno.csv")
     out = rows(files(find(images, "Normal") or images / "Normal"), root, folder.name, "test")
     owned = paired(anomalous, files(find(truth, "Anomaly") or truth) if truth else [])
     for image, mask in zip(anomalous, owned):
@@ -117,10 +119,8 @@ def read_visa(
     masks: bool = True,  # False: read without masks
 ) -> pd.DataFrame:  # the Index
     "VisA."
-    root, expected = (
-        Path(root),
-        "<class>/Data/Images/{Normal,Anomaly}/*.JPG and <class>/Data/Masks/Anomaly/*.png (VisA), or MVTec layout",
-    )
+    root = Path(root)
+    expected = "<class>/Data/Images/{Normal,Anomaly}/*.JPG and <class>/Data/Masks/Anomaly/*.png (VisA), or MVTec layout"
     if not root.is_dir():
         raise LayoutError(f"expected {expected}; {look(root)}")
     if Path(split_csv).name != split_csv:
@@ -216,11 +216,9 @@ def read_rsdd(
     if find(root, "test") or any(find(folder, "test") for folder in folders(root)):
         return read_mvtec(root, "rsdd", category if find(root, "test") else None, masks)
     expected = "neg/*.jpg (normal), pos/*.jpg and pos/*.png (RSDD), or MVTec layout"
-    normal, defective, truth = (
-        need(root, *NORMAL_NAMES, what="RSDD"),
-        need(root, *DEFECTIVE_NAMES, what="RSDD"),
-        find(root, *MASK_NAMES),
-    )
+    normal = need(root, *NORMAL_NAMES, what="RSDD")
+    defective = need(root, *DEFECTIVE_NAMES, what="RSDD")
+    truth = find(root, *MASK_NAMES)
     photographs = (".jpg", ".jpeg", ".jpe", ".jfif")
     images = files(defective, photographs)
     beside = (
@@ -284,7 +282,9 @@ def read_ksdd2(
     masks: bool = True,  # False: read without masks
 ) -> pd.DataFrame:  # the Index
     "KSDD2 (KolektorSDD2)."
-    root, found, unlabelled = enter(root, "KolektorSDD2"), [], []
+    root = enter(root, "KolektorSDD2")
+    found = []
+    unlabelled = []
     for split in ("train", "test"):
         pngs = files(find(root, split) or root / split, (".png",))
         images = [path for path in pngs if not path.stem.lower().endswith("_gt")]
@@ -314,7 +314,8 @@ def read_dagm(
     masks: bool = True,  # False: read without masks
 ) -> pd.DataFrame:  # the Index
     "DAGM 2007, both halves; rebuilt MVTec layout is read as such."
-    root, found = enter(root), []
+    root = enter(root)
+    found = []
     for folder in sorted(
         (f for f in folders(root) if re.fullmatch(r"class\d+", f.name.lower())), key=lambda f: int(f.name[5:])
     ):
@@ -327,7 +328,8 @@ def read_dagm(
             if half is None:
                 continue
             label = find(half, "Label") or half / "Label"
-            images, flagged = files(half), _flagged(label / "Labels.txt")
+            images = files(half)
+            flagged = _flagged(label / "Labels.txt")
             for image, mask in zip(images, paired(images, files(label), ("_label",))):
                 defect = "defect" if mask or same_name(image.name) in flagged else GOOD
                 found += rows([image], root, folder.name, split, defect, [mask if masks else None])
@@ -344,10 +346,12 @@ def _named(base: Path, prefix: str, path, where: str) -> Path:
 
 def _real_iad_rows(path: Path, root: Path, bases: list[Path]) -> list[dict]:
     "The rows of one JSON file; none of a file that is something else."
-    data, file = read_json(path), shown(path.name)
+    data = read_json(path)
+    file = shown(path.name)
     if not isinstance(data, dict) or not {"meta", "test"} <= set(data) or not isinstance(data["meta"], dict):
         return []
-    normal, prefix = data["meta"].get("normal_class", "OK"), data["meta"].get("prefix", "")
+    normal = data["meta"].get("normal_class", "OK")
+    prefix = data["meta"].get("prefix", "")
     halves = {split: data.get(split) or [] for split in ("train", "test")}
     for split, records in halves.items():
         wrong = [
@@ -424,8 +428,10 @@ def read_neu_seg(
     category: str = "steel strip",
 ) -> pd.DataFrame:  # the Index
     "NEU-Seg: anomalous images only; the defect is the type with the most pixels."
-    root, found = Path(root), []
-    images, labels = need(root, "images", what="NEU-Seg"), need(root, "annotations", what="NEU-Seg")
+    root = Path(root)
+    found = []
+    images = need(root, "images", what="NEU-Seg")
+    labels = need(root, "annotations", what="NEU-Seg")
     for split, name in (("train", "training"), ("test", "test")):
         pictures = files(find(images, name) or images / name)
         for image, mask in zip(pictures, paired(pictures, files(find(labels, name) or labels / name))):
@@ -469,7 +475,8 @@ def _box_mask(boxes: np.ndarray, size: tuple[int, int], path: Path) -> Path:
 
 def _box_names(images: list[Path], root: Path) -> list[str]:
     "A file name for the mask of each image; two images of one name have two masks."
-    stems, names = Counter(same_name(image.stem) for image in images), FileNames()
+    stems = Counter(same_name(image.stem) for image in images)
+    names = FileNames()
     texts = [
         (
             image.stem
@@ -511,7 +518,9 @@ def read_deeppcb(
     texts = paired(defective, boxes, ("",), ("", "_test"))
     derived = find(root, "derived_masks") if masks == "derived" else None
     owned = paired(defective, files(derived)) if derived else [None] * len(defective)
-    place, found, home = Path(out) if out is not None else root / "box_masks", [], root
+    place = Path(out) if out is not None else root / "box_masks"
+    found = []
+    home = root
     made = masks != "none" and not derived
     if made:
         home = Path(os.path.commonpath([root.absolute(), place.absolute()]))

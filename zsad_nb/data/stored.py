@@ -35,7 +35,8 @@ class BadImage(ValueError):
 
     def __init__(self, path: str | os.PathLike, why: str, cure: str, code: str = "unreadable"):
         super().__init__(f"{path}: {why}; {cure}")
-        self.path, self.code = str(path), code
+        self.path = str(path)
+        self.code = code
 
 
 @dataclass
@@ -124,9 +125,11 @@ def _go_to_the_page(image: Image.Image, name: str | os.PathLike) -> None:
     "The one picture of a file, or `BadImage` with the number of pages."
     if image.format in ONE_PICTURE or not getattr(image, "is_animated", False):
         return
-    count, what = image.n_frames, "an animation of {} pictures"
+    count = image.n_frames
+    what = "an animation of {} pictures"
     if image.format == "TIFF":
-        pages, what = [n for n in range(count) if _is_page(image, n)] or [0], "a file of {} pages"
+        pages = [n for n in range(count) if _is_page(image, n)] or [0]
+        what = "a file of {} pages"
         image.seek(pages[0])
         count = len(pages)
     if count > 1:
@@ -171,7 +174,8 @@ def _low_tiles(image: Image.Image) -> list | None:
 
 
 def _joined(high: Image.Image, low: Image.Image, rawmode: str) -> np.ndarray:
-    upper, lower = np.asarray(high).astype("uint16"), np.asarray(low).astype("uint16")
+    upper = np.asarray(high).astype("uint16")
+    lower = np.asarray(low).astype("uint16")
     if rawmode.startswith("LA;16"):
         return (lower[..., ::2] << 8) | lower[..., 1::2]
     return (upper << 8) | lower
@@ -192,7 +196,8 @@ def _ppm_maximum(head: bytes) -> int:
 
 def _describe(image: Image.Image, head: bytes, name: str | os.PathLike) -> Stored:
     "What an opened file says of its values, before it is decoded."
-    stored, tags = Stored(image), getattr(image, "tag_v2", {})
+    stored = Stored(image)
+    tags = getattr(image, "tag_v2", {})
     raw = [_rawmode(t) for t in image.tile]
     stored.numbers = image.mode == "L" and any(isinstance(r, str) and r.startswith(("L;2", "L;4")) for r in raw)
     stored.lossy = image.format in ("JPEG", "MPO", "AVIF") or image.format == "WEBP" and b"VP8L" not in head
@@ -255,7 +260,8 @@ def _decoded(source: Path | bytes, name: str | os.PathLike) -> Stored:
             head = file.read(65536)
     with again() as image:
         _go_to_the_page(image, name)
-        stored, page = _describe(image, head, name), image.tell()
+        stored = _describe(image, head, name)
+        page = image.tell()
         low = _low_tiles(image) if stored.cut and getattr(image, "_planar_configuration", 1) == 1 else None
         rawmode = _rawmode(image.tile[0]) if low else ""
         if low and image.format == "PPM":  # the library would scale the values to 8 bits
@@ -272,7 +278,8 @@ def _decoded(source: Path | bytes, name: str | os.PathLike) -> Stored:
                 other.tile = low
                 other.load()
                 ImageOps.exif_transpose(other, in_place=True)
-                stored.deep, stored.cut = _joined(image, other, rawmode), False
+                stored.deep = _joined(image, other, rawmode)
+                stored.cut = False
         return stored
 
 
@@ -389,9 +396,7 @@ def stored_image(
     elif image.mode[0] in "IF":
         stored.white = 65535 if image.format in ("PNG", "PPM") else None
     else:  # an 8-bit mode: who decoded a PNG cannot say whether it had 16
-        stored.cut, stored.perhaps_cut = (
-            depth > 8,
-            depth <= 8 and was_cut is not False and image.format in ("PNG", "PPM", "JPEG2000", "SGI"),
-        )
+        stored.cut = depth > 8
+        stored.perhaps_cut = depth <= 8 and was_cut is not False and image.format in ("PNG", "PPM", "JPEG2000", "SGI")
         stored.white = 65535 if stored.cut or stored.perhaps_cut else 255
     return stored

@@ -85,10 +85,8 @@ def type_of(
         raise ValueError(f"multi_label={multi_label!r}; it must be 'drop' or 'first'")
     if unknown not in ("error", "drop", "own"):
         raise ValueError(f"unknown={unknown!r}; it must be 'error', 'drop' or 'own'")
-    known, labels = (
-        _lookup(dataset, use),
-        [plain(part) for part in label.split(",")] if "," in label else [plain(label)],
-    )
+    known = _lookup(dataset, use)
+    labels = [plain(part) for part in label.split(",")] if "," in label else [plain(label)]
     if (len(labels) > 1 and multi_label == "drop") or not labels[0]:
         return ""
     if not known:
@@ -190,7 +188,8 @@ def index_types(
     **rules,  # multi_label, unknown: see `type_of`
 ) -> dict[str, str]:  # type -> word
     "The types of an Index: the whole list of a data set in the taxonomy, what occurs of any other."
-    found, names = {}, label_types(index, use, **rules)
+    found = {}
+    names = label_types(index, use, **rules)
     for dataset in index["dataset"].unique():
         own = names[index["dataset"] == dataset]
         listed = type_words(dataset, use) if _lookup(dataset, use) else {}
@@ -241,7 +240,8 @@ def check_types(
         raise ValueError(
             f"{bad!r} among the types is no word; write each defect as text, such as 'scratch' or 'faulty imprint'"
         )
-    types, words = tuple(map(plain, types)), tuple(map(plain, words))
+    types = tuple(map(plain, types))
+    words = tuple(map(plain, words))
     for what, found in (("types", types), ("words", words)):
         twice = sorted({x for x in found if found.count(x) > 1})
         if twice:

@@ -72,10 +72,14 @@ def clocks(
     repeats: int = 0,  # calls; 0: as `seconds` says
 ) -> list:  # of each: wall seconds and CPU seconds an image, both of its fastest call
     "How long pieces of work take that have been called before: in turn, so that what slows a machine for a while slows all of them."
-    walls, cpu, began, rounds = [math.inf] * len(works), [math.inf] * len(works), time.perf_counter(), 0
+    walls = [math.inf] * len(works)
+    cpu = [math.inf] * len(works)
+    began = time.perf_counter()
+    rounds = 0
     while rounds < (repeats or 2) or not repeats and time.perf_counter() - began < seconds * len(works):
         for k, work in enumerate(works):
-            start, busy = time.perf_counter(), time.process_time()
+            start = time.perf_counter()
+            busy = time.process_time()
             work()
             if torch.device(device).type == "cuda":
                 torch.cuda.synchronize()
@@ -98,7 +102,8 @@ class Memory:
     "The most a process held, stage by stage: of the GPU, or of the process where the system counts anew when asked (Linux)."
 
     def __init__(self, device: torch.device):
-        self.device, self.peak = device, 0
+        self.device = device
+        self.peak = 0
 
     def _now(self) -> tuple:  # held, and the most that was held, bytes
         if self.device.type == "cuda":
@@ -115,7 +120,9 @@ class Memory:
     ) -> Iterator[dict]:  # gets `bytes` at the end: beyond what was held before; nan where the system does not say
         "What happens inside is a stage."
         gc.collect()
-        self.peak, fresh, found = max(self.peak, self._now()[1]), True, dict(bytes=math.nan)
+        self.peak = max(self.peak, self._now()[1])
+        fresh = True
+        found = dict(bytes=math.nan)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
@@ -142,9 +149,11 @@ def matmul_rate(
     def rate():
         return 2 * side**3 / clock(lambda: a @ b, 1, 0.5, device)[torch.device(device).type == "cpu"]
 
-    rates, switch = [rate()], products_switch()
+    rates = [rate()]
+    switch = products_switch()
     if torch.device(device).type == "cpu" and dtype == torch.float32 and switch is not None:
-        was, expected = switch.fp32_precision, (a[:64].double() @ b.double()).float()
+        was = switch.fp32_precision
+        expected = (a[:64].double() @ b.double()).float()
         try:
             switch.fp32_precision = "bf16"
             if (a[:64] @ b - expected).norm() < 1e-5 * expected.norm():
@@ -186,7 +195,8 @@ def pixel_work(
             if device.type == "cuda":
                 torch.cuda.synchronize()
             inside.append(function)
-            start, busy = time.perf_counter(), time.process_time()
+            start = time.perf_counter()
+            busy = time.process_time()
             try:
                 found = function(*args, **named)
                 if device.type == "cuda":
@@ -232,7 +242,12 @@ def measure(
     some = [b for b, _ in zip(batches_for(method, index, size, batch), range(2))][-1]
     if len(some) < batch:
         raise ValueError(f"the index has {len(index)} images, too few for a batch of {batch}; give more")
-    some, found, spent, drawn, times, held = some.to(device), {}, [], [], {}, {}
+    some = some.to(device)
+    found = {}
+    spent = []
+    drawn = []
+    times = {}
+    held = {}
 
     def encode():
         found["features"] = method.features(some)
@@ -260,10 +275,8 @@ def measure(
         held[stage] = most["bytes"]
     peak, held["map"], which = memory.peak, math.nan, device.type == "cpu"  # the head's memory includes it
     backbones = [b for b in method.backbones().values() if isinstance(b, Backbone)]
-    flops, bare = (
-        sum(tower_flops(b, some.image[:1]) for b in backbones),
-        [_bare(method, b, some.image) for b in backbones],
-    )
+    flops = sum(tower_flops(b, some.image[:1]) for b in backbones)
+    bare = [_bare(method, b, some.image) for b in backbones]
     for f in bare:
         f()
     drawn.clear()
@@ -343,15 +356,14 @@ def bench_cases(
     **more,  # further keys of CASE
 ) -> list[dict]:  # for `bench`
     "All combinations, checked."
-    methods, parameters = tuple(methods) or tuple(MODULES), dict(parameters or {})
+    methods = tuple(methods) or tuple(MODULES)
+    parameters = dict(parameters or {})
     require_known(methods, MODULES, "method")
     require_known(more, CASE, "key of a case")
     if min((*sizes, *batch_sizes)) < 1:
         raise ValueError(f"sizes {tuple(sizes)}, batches {tuple(batch_sizes)}: give numbers from 1 on")
-    fields, own = (
-        {m: {f.name: f for f in dataclasses.fields(method_class(m).Parameters)} for m in methods},
-        {m: {} for m in methods},
-    )
+    fields = {m: {f.name: f for f in dataclasses.fields(method_class(m).Parameters)} for m in methods}
+    own = {m: {} for m in methods}
     for name, value in parameters.items():
         to, dot, bare = name.rpartition(".")
         if dot:
@@ -428,7 +440,8 @@ def bench(
     progress: bool = True,  # a line a case on stderr
 ) -> pd.DataFrame:  # one row a case; a case that failed has its error in `error`
     "Every case in its own process, one after the other."
-    rows, about = [], machine()
+    rows = []
+    about = machine()
     name = f"{about['cpu']}, {about['cores']} cores" + "".join(f"; {g}" for g in about["gpu"])
     if out:
         write_json(Path(out) / "machine.json", about)
@@ -495,7 +508,8 @@ def _shown(table: pd.DataFrame) -> pd.DataFrame:  # columns of STAGES, model, to
 
 def _engines(rows: pd.DataFrame) -> pd.Series:
     "What computed each row, as far as rows differ."
-    names, several = rows["engine"] + " " + rows["precision"], "products" in rows and rows["products"].nunique() > 1
+    names = rows["engine"] + " " + rows["precision"]
+    several = "products" in rows and rows["products"].nunique() > 1
     if several:
         names += (", " + rows["products"] + " products").where(
             names == "torch fp32", ""
@@ -537,8 +551,10 @@ def bench_figure(
     "Milliseconds an image by stage, one bar a case; the mark is the bare towers' time."
     rows = _shown(table)
     figure = Figure(figsize=(PAGE, 0.17 * len(rows) + 0.75), layout="constrained")
-    ax, left = figure.subplots(), 0
-    engines, several = _engines(rows), {c: rows[c].nunique() > 1 for c in ("size", "batch")}
+    ax = figure.subplots()
+    left = 0
+    engines = _engines(rows)
+    several = {c: rows[c].nunique() > 1 for c in ("size", "batch")}
     names = [
         r.method
         + (f", {e}" if set(engines) != {"torch fp32"} else "")

@@ -44,7 +44,9 @@ class _Images:
     "What a method sees of a batch: pixels, and one class name for all of them if it asks."
 
     def __init__(self, image: Tensor, category: str):
-        self.image, self._category, self.asked = image, category, False
+        self.image = image
+        self._category = category
+        self.asked = False
 
     @property
     def category(self) -> list:
@@ -65,7 +67,8 @@ def graphs_of(
     category: str = "object",  # class name, for a method that reads it
 ) -> tuple:  # name -> Drawn; what PyTorch says to the two images they were drawn with; whether the class name was read
     "Draw a method: one graph, or one for what is frozen and one for what is learned."
-    image, asked = drawn_images((size, size), 2), []
+    image = drawn_images((size, size), 2)
+    asked = []
 
     def batch(image):
         asked.append(_Images(image, category))
@@ -287,14 +290,16 @@ def export(
     optimise: bool = True,  # fold constants in the ONNX files; False writes faster, runtimes fold when they load
 ) -> dict:  # what export.json says
     "Write a method's graphs and their description; checked, and whole or not at all."
-    folder, formats = Path(folder), (formats,) if isinstance(formats, str) else tuple(formats)
+    folder = Path(folder)
+    formats = (formats,) if isinstance(formats, str) else tuple(formats)
     if not formats or set(formats) - {"torch", "onnx"}:
         raise ValueError(f"formats={formats!r}; use torch, onnx or both")
     _recover(folder)
     _require_replaceable(folder)
     if "onnx" in formats:
         need("an ONNX export", "onnx", "onnxscript", "onnxruntime")
-    size, was = size or next(iter(method.backbones().values())).size, (method.training, method.device, method.engine)
+    size = size or next(iter(method.backbones().values())).size
+    was = (method.training, method.device, method.engine)
     method.engine = None
     try:
         method.eval().cpu()
@@ -341,7 +346,8 @@ def _write(graph: dict, drawn, new: Path, formats: tuple, about: dict, optimise:
 
 
 def _check(method, folder, about, category, tolerance) -> dict:  # runtime -> largest difference of each output
-    images, found = drawn_images(tuple(about["input"]["size"]), 6, 7), {}
+    images = drawn_images(tuple(about["input"]["size"]), 6, 7)
+    found = {}
     runs = (["torch"] if "torch" in about["graphs"][0]["files"] else []) + (
         ["onnxruntime"] + ["openvino"] * available("openvino") if "onnx" in about["graphs"][0]["files"] else []
     )
@@ -471,7 +477,8 @@ class Exported:
         precision: str = "fp32",  # openvino: also bf16
         about: dict | None = None,
     ):  # default: what export.json says
-        folder, kind = Path(folder), "torch" if runtime == "torch" else "onnx"
+        folder = Path(folder)
+        kind = "torch" if runtime == "torch" else "onnx"
         self.about = read_description(folder) if about is None else about
         files = [g["files"].get(kind) for g in self.about["graphs"]]
         if None in files:

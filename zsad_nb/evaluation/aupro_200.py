@@ -18,7 +18,8 @@ def thresholds_200(
     steps: int = 200,  # evenly spaced steps between them
 ) -> np.ndarray:  # float32, ascending, `steps` or `steps + 1` of them, rounded down; empty where the public loop's step is 0 or not finite
     "Thresholds of the public AUPRO loop (AnomalyCLIP, `cal_pro_score`)"
-    low, high = np.float32(low), np.float32(high)
+    low = np.float32(low)
+    high = np.float32(high)
     with np.errstate(over="ignore"):
         step = (high - low) / steps
     if not (np.isfinite(step) and step > 0):
@@ -51,7 +52,8 @@ def aupro_200(
     keep = fpr < limit if variant == "anomalyclip" else fpr <= limit
     if keep.sum() < 2:
         return np.nan, f"only {keep.sum()} of {len(fpr)} thresholds have an FPR below {limit:g}; the area needs two"
-    x, y = fpr[keep], pro[keep]
+    x = fpr[keep]
+    y = pro[keep]
     if x.max() == x.min():
         return (
             np.nan,
@@ -66,7 +68,8 @@ def aupro_200(
 # %% ../../nbs/evaluation/02_aupro_200.ipynb #1cb3c7d4
 def _grid(low: np.float32, high: np.float32, steps: int) -> np.ndarray:
     "float32 grid from both ends, each point rounded once: bit for bit the grid of `torch.linspace`, on which the public code stands"
-    i, step = np.arange(steps), float((high - low) / np.float32(steps - 1))
+    i = np.arange(steps)
+    step = float((high - low) / np.float32(steps - 1))
     return np.where(i < steps // 2, float(low) + step * i, float(high) - step * (steps - 1 - i)).astype(np.float32)
 
 
@@ -92,7 +95,8 @@ def aupimo(
     steps: int = 300_000,  # thresholds
 ) -> Aupimo:  # per image, mean, reason
     "Area under each image's TPR over the log of the FPR shared by the normal images (AUPIMO, BMVC 2024)"
-    maps, masks = np.asarray(maps, np.float32), np.asarray(masks, bool)
+    maps = np.asarray(maps, np.float32)
+    masks = np.asarray(masks, bool)
     if maps.shape != masks.shape or maps.ndim != 3:
         raise ValueError(f"maps {maps.shape} and masks {masks.shape} must both be (n, H, W)")
     bad = ~np.isfinite(maps).all((1, 2))
@@ -104,9 +108,13 @@ def aupimo(
     if not 0 < lower < upper <= 1:
         raise ValueError(f"bounds {bounds} must satisfy 0 < lower < upper <= 1")
     used = np.ones(len(maps), bool) if has_mask is None else np.asarray(has_mask, bool)
-    defective, out = masks.any((1, 2)), np.full(len(maps), np.nan)
+    defective = masks.any((1, 2))
+    out = np.full(len(maps), np.nan)
     normal = maps[used & ~defective]
-    undefined = lambda why: Aupimo(out, np.nan, why)
+
+    def undefined(why):
+        return Aupimo(out, np.nan, why)
+
     if not len(normal):
         return undefined("no image without defect to take the shared FPR from")
     if not (used & defective).any():
@@ -117,7 +125,8 @@ def aupimo(
     fpr = (normal.size - sum(np.sort(m, axis=None).searchsorted(grid) for m in normal)) / normal.size
     if fpr.min() > lower:
         return undefined(f"the lowest FPR of the normal images, {fpr.min():.3g}, is above the lower bound {lower:g}")
-    first, last = np.abs(fpr - upper).argmin(), np.abs(fpr - lower).argmin()  # FPR falls along the grid
+    first = np.abs(fpr - upper).argmin()
+    last = np.abs(fpr - lower).argmin()  # FPR falls along the grid
     z = np.arange(first, last + 1)
     z = z[fpr[z] > 0]
     if len(z) < 2:

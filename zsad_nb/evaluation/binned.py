@@ -65,7 +65,8 @@ class BinnedPixelMetrics(PixelMetrics):
         if not 8 <= bits <= 24:
             raise ValueError(f"bits={bits}; use 8 to 24: fewer say nothing, more cost memory (24 bytes a bin)")
         super().__init__(limits)
-        self.bits, self.device = bits, torch.device(device)
+        self.bits = bits
+        self.device = torch.device(device)
         self.normal, self.hits = (torch.zeros(2**bits, dtype=torch.int64, device=self.device) for _ in range(2))
         self.weight = torch.zeros(
             2**bits, dtype=torch.float64, device=self.device
@@ -107,7 +108,8 @@ class BinnedPixelMetrics(PixelMetrics):
         self.images += len(maps)
         self.excluded += int((~has_mask).sum())
         self.regions += regions
-        self._low, self._high = min(self._low, low), max(self._high, high)
+        self._low = min(self._low, low)
+        self._high = max(self._high, high)
         return self
 
     def _count(self):
@@ -135,7 +137,8 @@ class BinnedPixelMetrics(PixelMetrics):
         self.images += other.images
         self.excluded += other.excluded
         self.regions += other.regions
-        self._low, self._high = min(self._low, other._low), max(self._high, other._high)
+        self._low = min(self._low, other._low)
+        self._high = max(self._high, other._high)
         return self
 
     def compute(
@@ -146,7 +149,8 @@ class BinnedPixelMetrics(PixelMetrics):
         aupro = {aupro_name(limit): limit for limit in self.limits}
         self._count()
         t, h, w = map(_in_order, (self.normal, self.hits, self.weight))
-        P, N = int(h.sum()), int(t.sum())
+        P = int(h.sum())
+        N = int(t.sum())
         if not P or not N:
             left_out = f" ({self.excluded} images without a mask file were left out)" if self.excluded else ""
             result = _undefined(
@@ -158,16 +162,21 @@ class BinnedPixelMetrics(PixelMetrics):
         at = np.flatnonzero(h)[
             ::-1
         ]  # from the highest score down: a bin without an anomalous pixel changes the counts only
-        c, t, w = (N - np.cumsum(t))[at], t[at], w[at] / self.regions
+        c = (N - np.cumsum(t))[at]
+        t = t[at]
+        w = w[at] / self.regions
         h = h[at].astype(np.float64)
-        a, c, t = np.cumsum(h) - h, c.astype(np.float64), t.astype(np.float64)
+        a = np.cumsum(h) - h
+        c = c.astype(np.float64)
+        t = t.astype(np.float64)
         ranges = dict(
             pixel_auroc=((h * (N - c - t)).sum() / P / N, (h * (N - c)).sum() / P / N),
             pixel_ap=((h - (c + t) * _digamma_step(a + c + t + 1, h)).sum() / P, (h * (a + h) / (a + h + c)).sum() / P),
             pixel_f1max=((2 * (a + h) / (P + a + h + c + t)).max(), (2 * (a + h) / (P + a + h + c)).max()),
         )
         for name, limit in aupro.items():
-            left, right = np.minimum(c / N, limit), np.minimum((c + t) / N, limit)
+            left = np.minimum(c / N, limit)
+            right = np.minimum((c + t) / N, limit)
             ranges[name] = ((w * (limit - right)).sum() / limit, (w * (limit - left)).sum() / limit)
         ranges = {
             name: (fraction(low, f"lowest {name}"), fraction(high, f"highest {name}"))

@@ -24,7 +24,8 @@ def behind(
     own: Iterable = SYSTEMS,  # methods that are looked at
 ) -> pd.DataFrame:  # method, metric, best, lead, low, high (points), ahead, close (how many): a row for every metric in which others have more
     "Where a method of `own` loses to one that is not: `ahead` of it are those whose paired interval excludes zero, `close` the others with a larger mean."
-    own, out = set(own), []
+    own = set(own)
+    out = []
     fair = numbers[~numbers["seen"] & ~numbers["unlike_row"] & numbers["mean"].notna()]
     for metric, cells in fair.groupby("metric", sort=False):
         others = cells[~cells["base"].isin(own)].sort_values("mean", ascending=False, kind="stable")
@@ -70,7 +71,8 @@ def loss_sentences(
     sentences = []
     for method in in_order([m for m in names if m.partition(" (")[0] in set(own)], dict.fromkeys(own)):
         mine = lost[lost["method"] == method]
-        ahead, close = mine[mine["ahead"] > 0], mine[mine["close"] > 0]
+        ahead = mine[mine["ahead"] > 0]
+        close = mine[mine["close"] > 0]
         said = (
             f"{names[method]} loses: {'; '.join(map(loss, ahead.itertuples()))}."
             if len(ahead)
@@ -109,7 +111,9 @@ def methods_table(
     row = MEAN if MEAN in set(made.numbers["row"]) else made.numbers["row"].iloc[0]
     numbers = made.numbers[made.numbers["row"] == row].reset_index(drop=True)
     order = list(dict.fromkeys(numbers["method"]))
-    names, at, cells = {m: method_name(m) for m in order}, numbers.set_index(["method", "metric"]), []
+    names = {m: method_name(m) for m in order}
+    at = numbers.set_index(["method", "metric"])
+    cells = []
     for method in order:
         parts = [at.loc[(method, m)] for m in metrics]
         cells.append([Cell([(value_text(p, digits), bool(p["best"]))]) for p in parts])

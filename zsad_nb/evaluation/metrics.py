@@ -72,7 +72,11 @@ class _Ranks:
     "AUROC, AP and F1-max of `p` anomalous and `n` normal scores, added up over slices of distinct anomalous scores"
 
     def __init__(self, p: int, n: int):
-        self.p, self.n, self.auroc, self.ap, self.f1max = p, n, 0.0, 0.0, 0.0
+        self.p = p
+        self.n = n
+        self.auroc = 0.0
+        self.ap = 0.0
+        self.f1max = 0.0
         self.seen = 0  # anomalous scores below the next slice
 
     def add(self, hits: np.ndarray, less: np.ndarray, ties: np.ndarray):
@@ -106,10 +110,8 @@ def image_metrics(
     labels: np.ndarray,  # (n,) bool or 0/1, True is anomalous
 ) -> Metrics:  # image_auroc, image_ap, image_f1max
     "Image AUROC, step-wise AP and F1-max over all thresholds (scikit-learn's definitions)"
-    scores, labels = (
-        np.asarray(scores.detach().cpu() if hasattr(scores, "detach") else scores, np.float64),
-        _flags(labels, "label"),
-    )
+    scores = np.asarray(scores.detach().cpu() if hasattr(scores, "detach") else scores, np.float64)
+    labels = _flags(labels, "label")
     if scores.ndim != 1 or scores.shape != labels.shape:
         raise ValueError(f"scores {scores.shape} and labels {labels.shape} must both be (n,), one per image")
     bad = np.flatnonzero(~np.isfinite(scores))
@@ -118,7 +120,8 @@ def image_metrics(
             f"score of image {bad[0]} is {scores[bad[0]]} ({len(bad)} of {len(scores)} are not finite); repair the"
             " method that made it"
         )
-    anomalous, normal = scores[labels], np.sort(scores[~labels])
+    anomalous = scores[labels]
+    normal = np.sort(scores[~labels])
     if not len(anomalous):
         return _undefined(
             ["image_auroc", "image_ap", "image_f1max"], "no anomalous image" if len(normal) else "no image"
@@ -159,7 +162,8 @@ def _areas(
     mask: np.ndarray,  # (H, W) bool with at least one True
 ) -> tuple[np.ndarray, int]:  # area of the region of each True pixel in reading order, number of regions
     "8-connected regions of a mask (MVTec's evaluation code)"
-    rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    rows = np.flatnonzero(mask.any(1))
+    cols = np.flatnonzero(mask.any(0))
     box = mask[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1]
     label, n = ndimage.label(box, np.ones((3, 3)))
     label = label[box]
@@ -179,8 +183,10 @@ def aupro_name(
 
 def _pro_area(weight: np.ndarray, less: np.ndarray, ties: np.ndarray, n: int, limit: float) -> float:
     "Area under the PRO curve up to FPR `limit`, divided by it, of anomalous scores with these weights (sum 1 = all regions)"
-    before, after = (n - less - ties) / n, (n - less) / n
-    left, right = np.minimum(before, limit), np.minimum(after, limit)
+    before = (n - less - ties) / n
+    after = (n - less) / n
+    left = np.minimum(before, limit)
+    right = np.minimum(after, limit)
     risen = np.divide(
         right - left, after - before, out=np.ones(len(weight)), where=ties > 0
     )  # fraction of the rise left of the limit
@@ -208,10 +214,14 @@ class PixelMetrics:
             raise ValueError(f"limits {limits} of the AUPRO must lie above 0 and not above 1")
         if variant_200 not in VARIANTS_200:
             raise ValueError(f"unknown variant_200 {variant_200!r}; choose one of {', '.join(VARIANTS_200)}")
-        self.limits, self.variant_200 = tuple(limits), variant_200
-        self._normal, self._anomalous = RankCounts(spill, memory_limit, block), []
+        self.limits = tuple(limits)
+        self.variant_200 = variant_200
+        self._normal = RankCounts(spill, memory_limit, block)
+        self._anomalous = []
         self.images = self.excluded = self.regions = 0  # images seen, images without mask, regions
-        self._low, self._high, self.closed = math.inf, -math.inf, False
+        self._low = math.inf
+        self._high = -math.inf
+        self.closed = False
 
     def update(
         self,
@@ -238,7 +248,8 @@ class PixelMetrics:
         self.images += len(maps)
         self.excluded += int((~has_mask).sum())
         self.regions += regions
-        self._low, self._high = min(self._low, low), max(self._high, high)
+        self._low = min(self._low, low)
+        self._high = max(self._high, high)
         return self
 
     def merge(self, other: "PixelMetrics") -> "PixelMetrics":
@@ -256,7 +267,8 @@ class PixelMetrics:
         self.images += other.images
         self.excluded += other.excluded
         self.regions += other.regions
-        self._low, self._high = min(self._low, other._low), max(self._high, other._high)
+        self._low = min(self._low, other._low)
+        self._high = max(self._high, other._high)
         return self
 
     def close(self):
@@ -297,12 +309,14 @@ def _checked(self: PixelMetrics, maps, masks, has_mask) -> tuple:
     has_mask = np.ones(len(maps), bool) if has_mask is None else _flags(has_mask, "has_mask")
     if has_mask.shape != maps.shape[:1]:
         raise ValueError(f"has_mask {has_mask.shape} must be ({len(maps)},), one per map")
-    low, high = math.inf, -math.inf
+    low = math.inf
+    high = -math.inf
     with np.errstate(over="ignore"):
         maps = maps.astype(np.float32, copy=False)
     for i, m in enumerate(maps):
         where = f"image {self.images + i} (number {i} of its batch)"
-        a, b = float(m.min(initial=np.inf)), float(m.max(initial=-np.inf))  # NaN passes through both
+        a = float(m.min(initial=np.inf))
+        b = float(m.max(initial=-np.inf))  # NaN passes through both
         if m.size and not (math.isfinite(a) and math.isfinite(b)):
             raise ValueError(
                 f"map of {where} has {(~np.isfinite(m)).sum()} scores of {m.size} that are NaN or infinite in float32;"
@@ -313,7 +327,8 @@ def _checked(self: PixelMetrics, maps, masks, has_mask) -> tuple:
                 f"mask of {where} has values other than 0 and 1, up to {masks[i].max()}; threshold it (say, mask > 0)"
             )
         if has_mask[i]:
-            low, high = min(low, a), max(high, b)
+            low = min(low, a)
+            high = max(high, b)
         elif masks[i].any():
             raise ValueError(f"{where} has has_mask False but its mask has anomalous pixels")
     return maps, masks.astype(bool, copy=False), has_mask, low, high
@@ -343,7 +358,8 @@ def compute(
     names = ["pixel_auroc", "pixel_ap", "pixel_f1max", *aupro, "pixel_aupro_200"]
     if len(self._anomalous) > 1:
         self._anomalous = [np.concatenate(self._anomalous)]
-    keys, n = self._anomalous[0] if self._anomalous else np.empty(0, np.uint64), self._normal.total
+    keys = self._anomalous[0] if self._anomalous else np.empty(0, np.uint64)
+    n = self._normal.total
     keys.sort()
     if not len(keys) or not n:
         left_out = f" ({self.excluded} images without a mask file were left out)" if self.excluded else ""
@@ -351,12 +367,16 @@ def compute(
             names,
             ("no image" if not n and not len(keys) else "no anomalous pixel" if n else "no normal pixel") + left_out,
         )
-    ranks, areas, grid = _Ranks(len(keys), n), dict.fromkeys(aupro, 0.0), thresholds_200(self._low, self._high)
+    ranks = _Ranks(len(keys), n)
+    areas = dict.fromkeys(aupro, 0.0)
+    grid = thresholds_200(self._low, self._high)
     found = np.zeros(len(grid) + 1)  # region weight with exactly k thresholds below its score
     for part in _slices(keys):
         scores, area = _unkey(part)
-        weight, first = 1 / area / self.regions, np.flatnonzero(np.r_[True, scores[1:] != scores[:-1]])
-        hits, less_ties = np.diff(first, append=len(part)), self._normal.counts(scores[first])
+        weight = 1 / area / self.regions
+        first = np.flatnonzero(np.r_[True, scores[1:] != scores[:-1]])
+        hits = np.diff(first, append=len(part))
+        less_ties = self._normal.counts(scores[first])
         ranks.add(hits, *less_ties)
         for name, limit in aupro.items():
             areas[name] += _pro_area(np.add.reduceat(weight, first), *less_ties, n, limit)
@@ -385,7 +405,8 @@ _MAGIC = b"zsad_pm1"
 
 def _state(file, path) -> tuple:  # header, where its data begin
     "The header of a file that `save` wrote: of the right kinds, and of a file of the right length"
-    start, size = file.read(16), os.fstat(file.fileno()).st_size
+    start = file.read(16)
+    size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(start[8:], "little")
     foreign = ValueError(
         f"{path} holds no pixel metrics: PixelMetrics.save did not write it; evaluate that shard again"

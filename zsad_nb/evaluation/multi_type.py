@@ -35,7 +35,8 @@ def distinct(
     blocks = list(heap)
     if not blocks:
         return
-    own, done = max(1, step // len(blocks)), [0] * len(blocks)
+    own = max(1, step // len(blocks))
+    done = [0] * len(blocks)
     pivots, times = np.unique(np.concatenate([np.append(b[own - 1 :: own], b[-1]) for b in blocks]), return_counts=True)
     cut = times > 1  # a value that many scores share must be counted, not copied: it ends a slice
     cut[len(blocks) - 1 :: len(blocks)] = cut[-1] = True
@@ -71,7 +72,8 @@ class TypeMetrics:
             2**10, memory_limit // (16 * n)
         )  # two heaps a state, 4 bytes a score: half of the limit for blocks being filled, half for full ones
         self.own, self.rest = ([RankCounts(spill, memory_limit // (4 * n), block) for _ in names] for _ in range(2))
-        self.confusion, self.images = np.zeros((n, n), np.int64), 0  # truth x largest state, in pixels
+        self.confusion = np.zeros((n, n), np.int64)
+        self.images = 0  # truth x largest state, in pixels
 
     def update(
         self,
@@ -97,7 +99,8 @@ class TypeMetrics:
         flat = labels.ravel()
         self.confusion += np.bincount(flat * n + maps.argmax(1).ravel(), minlength=n * n).reshape(n, n)
         for k in range(n):
-            s, mine = maps[:, k].ravel(), flat == k
+            s = maps[:, k].ravel()
+            mine = flat == k
             self.own[k].add(s[mine])
             self.rest[k].add(s[~mine])
         self.images += len(maps)
@@ -105,13 +108,17 @@ class TypeMetrics:
 
     def compute(self) -> pd.DataFrame:  # one row a state: pixels, auroc, ap, f1, precision, recall, reason
         "The metrics of every state so far; more batches may follow"
-        rows, hit = {}, np.diag(self.confusion)
+        rows = {}
+        hit = np.diag(self.confusion)
         for k, name in enumerate(self.names):
-            p, n = self.own[k].total, self.rest[k].total
-            ranks, why = _Ranks(p, n), "" if p and n else f"no pixel {'is' if not p else 'is anything but'} {name}"
+            p = self.own[k].total
+            n = self.rest[k].total
+            ranks = _Ranks(p, n)
+            why = "" if p and n else f"no pixel {'is' if not p else 'is anything but'} {name}"
             for values, hits in distinct(self.own[k]) if p else ():
                 ranks.add(hits, *self.rest[k].counts(values))
-            said, true = self.confusion[:, k].sum(), self.confusion[k].sum()
+            said = self.confusion[:, k].sum()
+            true = self.confusion[k].sum()
             values = dict(
                 auroc=ranks.auroc if p and n else np.nan,
                 ap=ranks.ap if p and n else np.nan,
@@ -259,11 +266,10 @@ def evaluate_types(
             f"the index has defects that are none of the method's types ({', '.join(method.types)}): {', '.join(lost)};"
             " give them with types=[...], or leave types to the index"
         )
-    trained, size = (
-        method.trained_on if trained_on is None else trained_on,
-        size or next(iter(method.backbones().values())).size,
-    )
-    found, was = dict(products=[], types=[], images=[]), method.training
+    trained = method.trained_on if trained_on is None else trained_on
+    size = size or next(iter(method.backbones().values())).size
+    found = dict(products=[], types=[], images=[])
+    was = method.training
     states = ["normal", *method.types]
     confusion = {c: pd.DataFrame(0, index=states, columns=states) for c in choices}
     method.eval()
@@ -280,7 +286,8 @@ def evaluate_types(
                     rows = _one_product(method, part, test, size, batch_size, workers, kept, metrics, bar, cache)
                     found["images"] += rows
                     for c in choices:
-                        table, right = metrics[c].compute(), [r["type"] == r[f"said_{c}"] for r in rows]
+                        table = metrics[c].compute()
+                        right = [r["type"] == r[f"said_{c}"] for r in rows]
                         found["types"].append(
                             table.reset_index().assign(
                                 choice=c, category=category, novel=[False, *(states[k] in novel for k in kept[c])]
@@ -324,7 +331,8 @@ def evaluate_types(
 
 
 def _own_types(method, dataset, category, part) -> tuple:  # numbers of the product's types, notes
-    words, listed = dict(zip(method.p.words, method.types)), product_types(dataset, category)
+    words = dict(zip(method.p.words, method.types))
+    listed = product_types(dataset, category)
     occurs = [t for t in method.types if t in {words.get(d, d) for d in part["defect"]}]
     keep = [t for t in listed if t in method.types] or occurs or list(method.types)
     extra = [t for t in occurs if t not in keep]
@@ -335,10 +343,13 @@ def _own_types(method, dataset, category, part) -> tuple:  # numbers of the prod
 
 @torch.inference_mode()
 def _one_product(method, part, test, size, batch_size, workers, kept, metrics, bar, cache) -> list[dict]:
-    rows, part = [], part.sort_values("image", kind="stable")
+    rows = []
+    part = part.sort_values("image", kind="stable")
     for batch in batches_for(method, part, size, batch_size, workers=workers, defects=defect_names(test)):
         batch = batch.to(method.device)
-        said, kinds, shape = method.predict(batch, cache), method.kinds(batch), tuple(batch.image.shape[-2:])
+        said = method.predict(batch, cache)
+        kinds = method.kinds(batch)
+        shape = tuple(batch.image.shape[-2:])
         found = [dict(image=path, category=c) for path, c in zip(batch.path, batch.category)]
         for choice, keep in kept.items():
             maps = (

@@ -57,7 +57,8 @@ def _metrics(
     "The three metrics of ranks; scores within a bin are ties."
     fp = np.cumsum(normal[:, ::-1], 1)[:, ::-1]
     tp = np.cumsum(hits[:, ::-1], 1)[:, ::-1]
-    negatives, positives = fp[:, 0], tp[:, 0]
+    negatives = fp[:, 0]
+    positives = tp[:, 0]
     with np.errstate(invalid="ignore", divide="ignore"):
         auroc = (hits * (negatives[:, None] - fp + normal / 2)).sum(1) / (negatives * positives)
         found = tp + fp
@@ -78,8 +79,10 @@ def _aupro(
     fp = np.cumsum(normal[:, ::-1], 1)[:, ::-1]
     negatives = fp[:, :1]
     with np.errstate(invalid="ignore", divide="ignore"):
-        before, after = (fp - normal) / negatives, fp / negatives
-        left, right = np.minimum(before, limit), np.minimum(after, limit)
+        before = (fp - normal) / negatives
+        after = fp / negatives
+        left = np.minimum(before, limit)
+        right = np.minimum(after, limit)
         risen = np.divide(right - left, after - before, out=np.ones_like(left), where=after > before)
         area = (weight * risen * ((right - left) / 2 + limit - right)).sum(1) / limit / regions
     return np.where((negatives[:, 0] > 0) & (regions > 0), area, np.nan)

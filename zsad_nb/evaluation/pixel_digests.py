@@ -141,7 +141,8 @@ def _require_consistent(
     fine = fine and arrays["normal_parts"].sum() == len(arrays["normal"])
     fine = fine and arrays["anomalous_parts"].sum() == len(arrays["anomalous"]) == len(arrays["weight"])
     for kind in ("normal", "anomalous"):
-        pixels, parts = arrays[f"{kind}_pixels"], arrays[f"{kind}_parts"]
+        pixels = arrays[f"{kind}_pixels"]
+        parts = arrays[f"{kind}_parts"]
         fine = fine and all(
             len(part_edges(total)) == used + 1 for total, used in set(zip(pixels.tolist(), parts.tolist()))
         )

@@ -34,7 +34,8 @@ def contributions(
 ) -> tuple[float, np.ndarray]:  # AUROC, (I,) L_i
     "An AUROC and what each image contributes to its deviation (DeLong 1988, section 2; Obuchowski 1997, section 2)"
     count = len(values)
-    values, truth = values.reshape(count, -1), truth.reshape(count, -1).astype(bool)
+    values = values.reshape(count, -1)
+    truth = truth.reshape(count, -1).astype(bool)
     if not truth.any() or truth.all():
         return float("nan"), np.full(count, np.nan)
     edges = np.unique(values)
@@ -44,7 +45,8 @@ def contributions(
     size = len(edges) + 1
     anomalous = np.stack([np.bincount(p[t], minlength=size) for p, t in zip(place, truth)]).astype(float)  # (I, bins)
     normal = np.stack([np.bincount(p[~t], minlength=size) for p, t in zip(place, truth)]).astype(float)
-    all_normal, all_anomalous = normal.sum(0), anomalous.sum(0)
+    all_normal = normal.sum(0)
+    all_anomalous = anomalous.sum(0)
     below = (np.cumsum(all_normal) - all_normal / 2) / all_normal.sum()  # F at every bin
     above = 1 - (np.cumsum(all_anomalous) - all_anomalous / 2) / all_anomalous.sum()  # G at every bin
     auroc = float(all_anomalous @ below / all_anomalous.sum())

@@ -132,7 +132,8 @@ def _read() -> pd.DataFrame:
 
 
 def _chosen(table: pd.DataFrame, column: str, wanted) -> pd.Series:
-    wanted, known = [wanted] if isinstance(wanted, str) else list(wanted), list(table[column].unique())
+    wanted = [wanted] if isinstance(wanted, str) else list(wanted)
+    known = list(table[column].unique())
     for name in wanted:
         if name in known:
             continue
@@ -152,7 +153,8 @@ def published(
     metric: str | Iterable | None = None,  # a column of metrics.csv
 ) -> pd.DataFrame:  # COLUMNS; `category` is "mean" for the mean over classes, `std` the printed deviation
     "The published numbers that fit, in the order of the tables."
-    table, keep = _read(), pd.Series(True, _read().index)
+    table = _read()
+    keep = pd.Series(True, _read().index)
     for column, wanted in dict(paper=paper, dataset=dataset, method=method, metric=metric).items():
         if wanted is not None:
             keep &= _chosen(table, column, wanted)
@@ -223,7 +225,8 @@ HOME = dict(crane_plus="crane")  # method -> the paper that introduced it, where
 
 @lru_cache(maxsize=None)
 def _by_key() -> dict:
-    table, found = _read(), {}
+    table = _read()
+    found = {}
     table = table[table["variant"] == ""]
     for row in (
         table.assign(rank=table["source"].map(SOURCES.index)).sort_values("rank", kind="stable").itertuples(index=False)
@@ -267,7 +270,8 @@ def averages(
         for printed, parts in groups:
             if len(printed) != 1 or len(parts) < 2:
                 continue
-            value, mean = printed["value"].iloc[0], parts["value"].mean()
+            value = printed["value"].iloc[0]
+            mean = parts["value"].mean()
             off = round(abs(value - mean), 9)
             found.append(
                 dict(

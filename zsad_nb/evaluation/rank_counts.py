@@ -39,16 +39,16 @@ class RankCounts:
         room: int = 0,  # bytes of full blocks kept in memory
         size: int = 2**26,  # scores per block (256 MB): smaller saves memory and costs time
     ):
-        self.folder, self.room, self.size = folder, room, size
-        self.blocks, self.file, self.end, self.tail, self.fill, self.total, self.unsorted = (
-            [],
-            None,
-            0,
-            None,
-            0,
-            0,
-            False,
-        )
+        self.folder = folder
+        self.room = room
+        self.size = size
+        self.blocks = []
+        self.file = None
+        self.end = 0
+        self.tail = None
+        self.fill = 0
+        self.total = 0
+        self.unsorted = False
 
     def add(self, scores: np.ndarray):
         "Append (n,) float32"
@@ -56,7 +56,8 @@ class RankCounts:
         while scores.size:
             if self.tail is None:
                 self.tail = np.empty(self.size, np.float32)
-            part, scores = scores[: self.size - self.fill], scores[self.size - self.fill :]
+            part = scores[: self.size - self.fill]
+            scores = scores[self.size - self.fill :]
             self.tail[self.fill : self.fill + part.size] = part
             self.fill += part.size
             self.unsorted = True
@@ -106,7 +107,8 @@ class RankCounts:
                 np.concatenate(c)
                 for c in zip(*(self.counts(values[i : i + _TOGETHER]) for i in range(0, len(values), _TOGETHER)))
             )
-        less, ties = np.zeros(len(values), np.int64), np.zeros(len(values), np.int64)
+        less = np.zeros(len(values), np.int64)
+        ties = np.zeros(len(values), np.int64)
         for b in self if len(values) else ():
             low, high = b.searchsorted(values[[0, -1]])  # search only the part of the block that the values span
             part = b[low : high + 1]

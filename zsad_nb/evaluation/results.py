@@ -209,7 +209,9 @@ def finished_runs(
     folder: str | Path,  # searched through all levels
 ) -> tuple[list[Finished], list[tuple[str, str]]]:  # runs; path and reason of what is none
     "Every run below a folder that ended well, whatever its notebook."
-    folder, found, skipped = Path(folder), [], []
+    folder = Path(folder)
+    found = []
+    skipped = []
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give the folder the runs were written to")
 
@@ -305,7 +307,9 @@ def _evaluation(
     run: Finished,
 ) -> pd.DataFrame | None:  # None for a run of another notebook
     "Rows of one evaluation."
-    result, record, file = run.result, run.record, run.folder / "metrics.csv"
+    result = run.result
+    record = run.record
+    file = run.folder / "metrics.csv"
     if result.get("notebook", "evaluate") != "evaluate" or (
         record and not file.is_file() and run.notebook != "evaluate"
     ):
@@ -374,7 +378,9 @@ def read_runs(
 
 def evaluations(runs: Iterable, skipped: Iterable = ()) -> pd.DataFrame:  # of `finished_runs`
     "The evaluations among finished runs, as `read_runs` gives them."
-    parts, skipped, runs = [], list(skipped), list(runs)
+    parts = []
+    skipped = list(skipped)
+    runs = list(runs)
     for run in runs:
         try:
             rows = _evaluation(run)

@@ -61,8 +61,10 @@ def study(
     **reading,  # of both sets, see `Reading`; default: as each index says
 ) -> pd.DataFrame:  # one row a variant, seed, stage ("untrained" or "trained") and category (with the mean): metrics, seconds; .attrs: views (variant -> folder), images (variant -> seed -> folder)
     "Train and evaluate every variant under every seed; go on where a stopped study ended."
-    options, recipe = options or {}, recipe or {}
-    auxiliary, target = read_as(auxiliary, **reading), read_as(target, **reading)
+    options = options or {}
+    recipe = recipe or {}
+    auxiliary = read_as(auxiliary, **reading)
+    target = read_as(target, **reading)
     shown = None if shown is None else read_as(shown, **reading)
     if isinstance(cache, (str, Path)):
         cache = FeatureCache(cache)
@@ -133,7 +135,9 @@ def _one(
     method, parameters, auxiliary, target, seed, recipe, cache, untrained, device, more=None, keep=None, home=None
 ) -> pd.DataFrame:
     seed_everything(seed)
-    model, stages, seconds = create(method, **parameters).to(device), [], 0.0
+    model = create(method, **parameters).to(device)
+    stages = []
+    seconds = 0.0
     quiet = dict(cache=cache, progress=False)
     if untrained:
         stages.append(("untrained", 0.0, evaluate(model, target, **quiet)))
@@ -177,7 +181,8 @@ def summary(
 ) -> pd.DataFrame:  # variant x metric: "mean ± standard deviation" over the seeds, percent
     "The means over classes, averaged over seeds; the deviation is that of a sample (n - 1), over seeds alone."
     rows = table[(table["category"] == MEAN) & (table["stage"] == stage)].groupby("variant", sort=False)[list(metrics)]
-    mean, deviation = rows.mean() * 100, rows.std() * 100
+    mean = rows.mean() * 100
+    deviation = rows.std() * 100
     return pd.DataFrame(
         {m: [f"{a:.1f} ± {d:.1f}" if d == d else f"{a:.1f}" for a, d in zip(mean[m], deviation[m])] for m in metrics},
         index=mean.index,
@@ -196,7 +201,9 @@ def ordering(
         )
         * 100
     )
-    names, folders, out = [n for n in expected if n in rows.columns], image_folders(table), []
+    names = [n for n in expected if n in rows.columns]
+    folders = image_folders(table)
+    out = []
 
     def draws(name):
         found = [read_draws(folders[name, seed]) if (name, seed) in folders else None for seed in rows.index]

@@ -317,7 +317,8 @@ def joined(
 
 def _seed_notes(there: pd.DataFrame, names: dict, place, with_mean: bool) -> list[str]:
     "Over how many seeds the deviations are."
-    most, few = there["runs"].max(), []
+    most = there["runs"].max()
+    few = []
     if not most > 1:
         return []
     for method, g in there.groupby("method", sort=False):  # a method with one count everywhere is named once
@@ -340,7 +341,8 @@ def verdict_notes(
     heading,  # row -> what a reader calls it
 ) -> list[str]:
     "What bold means, and who is not told apart from the best of a row."
-    notes, fair = [], numbers[numbers["against"] != ""]
+    notes = []
+    fair = numbers[numbers["against"] != ""]
     if fair.empty:
         return notes
     if numbers["best"].any():
@@ -435,7 +437,8 @@ def _training_notes(body: pd.DataFrame, names: dict, place, heading, published) 
 
 
 def _legend(numbers, rows, methods, metrics, by_data, data, published, skipped, names, heading) -> list[str]:
-    body, notes = numbers[numbers["row"].isin(rows) & (numbers["row"] != MEAN)], []
+    body = numbers[numbers["row"].isin(rows) & (numbers["row"] != MEAN)]
+    notes = []
 
     def place(r):
         return names[r.method] + (f" on {DATASET_NAMES.get(r.row, r.row)}" if by_data else f" on {r.row}")
@@ -559,11 +562,9 @@ def results_table(
     caption: str = "",
 ) -> Table:
     "Runs as the papers' tables: both deviations, bold where the best is told apart, what is missing or unfair in the legend."
-    metrics, skipped, folders = (
-        [metrics] if isinstance(metrics, str) else list(metrics),
-        runs.attrs.get("skipped", []),
-        runs.attrs.get("folders", {}),
-    )
+    metrics = [metrics] if isinstance(metrics, str) else list(metrics)
+    skipped = runs.attrs.get("skipped", [])
+    folders = runs.attrs.get("folders", {})
     runs = tidy_runs(runs)
     if rows not in ("data", "category"):
         raise ValueError(f"rows={rows!r}; it must be 'data' or 'category'")
@@ -592,7 +593,8 @@ def results_table(
         numbers["comparable"] & ~numbers["unlike_published"]
     )
     if by_data and len(lines) > 1:
-        numbers, lines = pd.concat([numbers, mean_row(numbers)], ignore_index=True), [*lines, MEAN]
+        numbers = pd.concat([numbers, mean_row(numbers)], ignore_index=True)
+        lines = [*lines, MEAN]
     numbers = compare(numbers)
     names = {m: method_name(m) for m in methods}
 
@@ -602,7 +604,8 @@ def results_table(
     kinds = (
         [("ours", "mean"), ("published", "published"), ("difference", "difference")] if published else [("", "mean")]
     )
-    at, cells = numbers.set_index(["row", "method", "metric"]), []
+    at = numbers.set_index(["row", "method", "metric"])
+    cells = []
     for row in lines:
         line = []
         for method in methods:

@@ -55,7 +55,9 @@ def column_draws(
     exact: list,  # the column's value of each seed, fractions
 ) -> tuple:  # as of `mean_draws`
     "A column under the resamples of the test images."
-    parts, found, hashed = images.get(column, [(column, images)]), [], []
+    parts = images.get(column, [(column, images)])
+    found = []
+    hashed = []
     for metric, folders in parts:
         draws = [read_draws(folders[variant, seed]) if (variant, seed) in folders else None for seed in seeds]
         values, of = mean_draws(draws, metric, None, [0.0] * len(seeds))
@@ -74,7 +76,8 @@ def variant_numbers(
     unlike: Iterable,  # (variant, column) whose published number is of another training
 ) -> pd.DataFrame:  # row, method (the variant), metric, mean, std, image_std, ...
     "The numbers of `variants_table`."
-    out, unlike = [], set(unlike)
+    out = []
+    unlike = set(unlike)
     for variant in dict.fromkeys(runs["variant"]):
         mine = runs[runs["variant"] == variant]
         if mine["seed"].duplicated().any():
@@ -83,10 +86,8 @@ def variant_numbers(
                 " variant and seed"
             )
         for name, (_, factor, _) in columns.items():
-            values, printed = (
-                mine.set_index("seed")[name].dropna() * factor,
-                (published or {}).get((variant, name), math.nan),
-            )
+            values = mine.set_index("seed")[name].dropna() * factor
+            printed = (published or {}).get((variant, name), math.nan)
             whole = factor == 100 and len(values) == len(mine)
             draws, hashed = (
                 column_draws(images, name, variant, mine["seed"].tolist(), mine[name].tolist()) if whole else (None, "")
@@ -137,7 +138,9 @@ def variants_table(
     if runs.empty:
         raise ValueError("there are no variants to show")
     numbers = variant_numbers(runs, columns, published, images or {}, unlike)
-    at, variants, cells = numbers.set_index(["method", "metric"]), list(dict.fromkeys(runs["variant"])), []
+    at = numbers.set_index(["method", "metric"])
+    variants = list(dict.fromkeys(runs["variant"]))
+    cells = []
     kinds = ("mean", "published") if published is not None else ("mean",)
     for variant in variants:
         line = []
@@ -151,7 +154,8 @@ def variants_table(
                 for value in kinds
             ]
         cells.append(line)
-    heads, most = {n: h for n, (h, *_) in columns.items()}, numbers["seeds"].max()
+    heads = {n: h for n, (h, *_) in columns.items()}
+    most = numbers["seeds"].max()
     counts = numbers.groupby("method", sort=False)["seeds"].max()
     fewer = "; fewer: " + ", ".join(f"{v} {n}" for v, n in counts.items() if n < most) if (counts < most).any() else ""
     legend = [

@@ -40,7 +40,9 @@ def choose(
 ) -> pd.DataFrame:  # rows of the Index, with a column `area`: the defect's share of the image
     "Defective images by the area of their defect, whatever a method says of them."
     index = read_as(index, **reading)
-    test, root, chosen = index[(index["split"] == "test") & index["anomalous"]], root_of(index), []
+    test = index[(index["split"] == "test") & index["anomalous"]]
+    root = root_of(index)
+    chosen = []
     threshold = reading_of(index).mask_threshold
     if lost := sorted(set(categories) - set(index["category"])):
         raise ValueError(
@@ -66,7 +68,8 @@ def colour_scale(
     rows: pd.DataFrame,  # images of one class: map_low, map_high
 ) -> tuple:  # low, high
     "One colour scale for a class: median of the minima to the 95th percentile of the maxima."
-    low, high = rows["map_low"].median(), rows["map_high"].quantile(0.95)
+    low = rows["map_low"].median()
+    high = rows["map_high"].quantile(0.95)
     return (low, high) if high > low else (low, low + 1)
 
 
@@ -81,7 +84,9 @@ def map_ranges(
 ) -> pd.DataFrame:  # image, category, map_low, map_high
     "Between which values the maps of a category lie."
     index = read_as(index, **reading)
-    size, rows, test = size or next(iter(method.backbones().values())).size, [], index[index["split"] == "test"]
+    size = size or next(iter(method.backbones().values())).size
+    rows = []
+    test = index[index["split"] == "test"]
     if each:
         test = (
             test.sort_values("image", kind="stable")
@@ -112,7 +117,8 @@ def look_at_types(
 ]:  # an image each: image, truth, largest (normal among them), likely (types alone), heat; type, guess, score
     "What a method with types says of every pixel (section 6 of DAPO)."
     ((dataset, category),) = set(zip(rows["dataset"], rows["category"]))
-    size, found = size or next(iter(method.backbones().values())).size, []
+    size = size or next(iter(method.backbones().values())).size
+    found = []
     part = test[(test["dataset"] == dataset) & (test["category"] == category)]
     keep = (
         _own_types(method, dataset, category, part)[0]
@@ -121,7 +127,9 @@ def look_at_types(
     )
     for batch in batches_for(method, rows, size, 8, defects=defect_names(test)):
         batch = batch.to(method.device)
-        said, kinds, kept = method.predict(batch), method.kinds(batch), torch.tensor([0, *keep], device=method.device)
+        said = method.predict(batch)
+        kinds = method.kinds(batch)
+        kept = torch.tensor([0, *keep], device=method.device)
         maps = method.type_maps(said.layers, tuple(batch.image.shape[-2:]), keep)
         best = method.type_scores(said.layers, maps, keep).argmax(1)
         for i in range(len(batch)):
@@ -187,7 +195,8 @@ class Views:
         folder: str | Path,  # is created
     ) -> Path:
         "views.csv and views.npz, each whole or absent."
-        folder, types = Path(folder), np.array(self.types, str)
+        folder = Path(folder)
+        types = np.array(self.types, str)
 
         def write(path):
             with open(path, "wb") as file:
@@ -253,7 +262,8 @@ def view(
     "Look at some images through a method."
     shown = read_as(shown, **reading)
     test = None if test is None else read_as(test, **{**reading_of(shown).stated, **reading})
-    size, found = size or next(iter(method.backbones().values())).size, []
+    size = size or next(iter(method.backbones().values())).size
+    found = []
     if method is not None and test is not None and hasattr(method, "type_maps"):
         test = typed(test[test["split"] == "test"])  # labels become types
         method.prepare(test)

@@ -72,17 +72,21 @@ def slider(
 def set_range(control: w.FloatSlider, low: float, high: float, value: float):
     "New ends and a new value for a slider."
     if not high > low:
-        low, high = low - 0.5, high + 0.5
+        low = low - 0.5
+        high = high + 0.5
     with control.hold_sync(), control.hold_trait_notifications():
-        control.min, control.max = min(low, control.min), max(high, control.max)
+        control.min = min(low, control.min)
+        control.max = max(high, control.max)
         control.value = min(max(value, low), high)
-        control.min, control.max = low, high
+        control.min = low
+        control.max = high
         put(control, control.value)
 
 
 def put(control: w.FloatSlider, value: float):
     "Another value, and steps that meet it: a page moves a slider to its nearest step."
-    value, room = min(max(value, control.min), control.max), control.max - control.min
+    value = min(max(value, control.min), control.max)
+    room = control.max - control.min
     away = value - control.min
     with control.hold_sync(), control.hold_trait_notifications():
         control.step = away / max(1, round(200 * away / room)) if away > 1e-7 * room else room / 200

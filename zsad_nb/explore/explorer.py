@@ -94,18 +94,20 @@ class HeatmapExplorer:
             raise ValueError(
                 "there is nothing to explore: give a method, a checkpoint, the folder of a run, or a dict of these"
             )
-        self.folder, self.size, self.out, self._compute, self._progress, self._batch = (
-            Path(folder),
-            size,
-            Path(out),
-            compute,
-            progress,
-            batch_size,
-        )
-        self._given, self._stores, self._quiet, self._later = index, {}, False, Later()
+        self.folder = Path(folder)
+        self.size = size
+        self.out = Path(out)
+        self._compute = compute
+        self._progress = progress
+        self._batch = batch_size
+        self._given = index
+        self._stores = {}
+        self._quiet = False
+        self._later = Later()
         self.row = self.drawing = self.at = None
         first = self.store_of(next(iter(self.sources)))
-        self.index, self.size = first.index, first.size
+        self.index = first.index
+        self.size = first.size
         self._known = {c: self.index[c].to_numpy(object) for c in ("dataset", "category", "image", "defect")}
         self._bad = self.index["anomalous"].to_numpy()
         tested = set(zip(self._known["dataset"], self._known["category"]))
@@ -206,24 +208,16 @@ class HeatmapExplorer:
     # ---- building
     def _build(self, page: int):
         names = list(self.sources)
-        self.method, self.compare = (
-            dropdown("Method", names),
-            dropdown("Compare with", [("–", "")], "a second method, right of the wipe"),
-        )
-        self.dataset, self.category = (
-            dropdown("Data", list(dict.fromkeys([*self._known["dataset"], *(d for d, _ in self._untested)]))),
-            dropdown("Category", [""]),
-        )
+        self.method = dropdown("Method", names)
+        self.compare = dropdown("Compare with", [("–", "")], "a second method, right of the wipe")
+        self.dataset = dropdown("Data", list(dict.fromkeys([*self._known["dataset"], *(d for d, _ in self._untested)])))
+        self.category = dropdown("Category", [""])
         self.show = choice(SHOW)
         self.sort = dropdown("Sort", list(SORT.items()))
-        self.back, self.forth = (
-            button("‹", "previous image (arrow left)", "34px"),
-            button("›", "next image (arrow right)", "34px"),
-        )
-        self.page_back, self.page_forth = (
-            button("‹", "previous page (page up)", "34px"),
-            button("›", "next page (page down)", "34px"),
-        )
+        self.back = button("‹", "previous image (arrow left)", "34px")
+        self.forth = button("›", "next image (arrow right)", "34px")
+        self.page_back = button("‹", "previous page (page up)", "34px")
+        self.page_forth = button("›", "next page (page down)", "34px")
         self.where, self.pages, self.verdict, self.numbers, self.pixel, self.inside, self.message, self.shown_code = (
             w.HTML() for _ in range(8)
         )
@@ -233,29 +227,21 @@ class HeatmapExplorer:
         self.layer = w.Dropdown(
             options=[("the method's map", "")], description="Shown", layout=wide(), style=dict(description_width=LABEL)
         )
-        self.opacity, self.smoothing = (
-            slider("Opacity", 0.65, 0, 1, 0.01),
-            slider("Smoothing, px", 0, 0, 16, 0.5, ".1f", "a Gaussian on top of the method's own"),
-        )
-        self.clip, self.level = (
-            slider("Clip, %", 0, 0, 5, 0.25, ".2f", "share of the pixels beyond each end of the colours"),
-            slider("Contour at", 0.5, 0, 1, 0.01, ".3g", "the contour encloses what is above"),
-        )
+        self.opacity = slider("Opacity", 0.65, 0, 1, 0.01)
+        self.smoothing = slider("Smoothing, px", 0, 0, 16, 0.5, ".1f", "a Gaussian on top of the method's own")
+        self.clip = slider("Clip, %", 0, 0, 5, 0.25, ".2f", "share of the pixels beyond each end of the colours")
+        self.level = slider("Contour at", 0.5, 0, 1, 0.01, ".3g", "the contour encloses what is above")
         self.scale = choice(["category", "image"], "Colours of")
-        self.threshold, self.best = (
-            slider("Threshold", 0.5, 0, 1, 0.01, ".3g"),
-            button("largest F1", "the threshold of the largest F1 on these labels: a look, not a result"),
-        )
+        self.threshold = slider("Threshold", 0.5, 0, 1, 0.01, ".3g")
+        self.best = button("largest F1", "the threshold of the largest F1 on these labels: a look, not a result")
         self.chart = Picture()
         self.wipe = slider("Wipe", 0.5, 0, 1, 0.01)
-        self.save_button, self.code_button = (
-            button("Save PNG", "what is on the screen, and the code that draws it again", icon="image"),
-            w.ToggleButton(description="Code", tooltip="the code that draws this again", icon="code", layout=wide()),
+        self.save_button = button("Save PNG", "what is on the screen, and the code that draws it again", icon="image")
+        self.code_button = w.ToggleButton(
+            description="Code", tooltip="the code that draws this again", icon="code", layout=wide()
         )
-        self.missing, self.compute_button = (
-            w.HTML(),
-            button("Compute the rest", "make all maps that are not there yet", icon="play"),
-        )
+        self.missing = w.HTML()
+        self.compute_button = button("Compute the rest", "make all maps that are not there yet", icon="play")
 
         for control, f in (
             (self.method, lambda: self._choose_data(self.row)),
@@ -316,7 +302,8 @@ class HeatmapExplorer:
             w.VBox([w.HTML("<h4>Pixel</h4>"), self.pixel]),
             kind="zsad-tools",
         )
-        self.gap, self.stage = box(self.missing, self.compute_button), box(*self.pictures.values(), kind="zsad-stage")
+        self.gap = box(self.missing, self.compute_button)
+        self.stage = box(*self.pictures.values(), kind="zsad-stage")
         self.root = w.VBox(
             [
                 box(
@@ -359,7 +346,8 @@ class HeatmapExplorer:
 
     @contextmanager
     def _quietly(self):
-        before, self._quiet = self._quiet, True
+        before = self._quiet
+        self._quiet = True
         try:
             yield
         finally:
@@ -423,7 +411,10 @@ class HeatmapExplorer:
 
     def _nothing(self):
         count = self._untested[self.dataset.value, self.category.value]
-        self.row, self.drawing, self.at, self.split = None, None, None, ScoreSplit([], [])
+        self.row = None
+        self.drawing = None
+        self.at = None
+        self.split = ScoreSplit([], [])
         self.gallery.row = None
         self.gallery.set(self.rows, self.store.rows["score"], 0.0)
         self.chart.svg = self.numbers.value = self.where.value = self.pages.value = ""
@@ -435,7 +426,8 @@ class HeatmapExplorer:
     def _blank(self, why: str):
         for picture in self.pictures.values():
             picture.data, picture.other, picture.mark, picture.wipe = b"", b"", [], -1.0
-        self.verdict.value, self.pixel.value = message(why, problem=True), ""
+        self.verdict.value = message(why, problem=True)
+        self.pixel.value = ""
 
     def _list(self, stay: bool = False):
         scores = np.where(self.store.rows["state"] == DONE, self.store.rows["score"], np.nan)
@@ -476,11 +468,9 @@ class HeatmapExplorer:
         "The threshold moved: numbers at once, the list when there is time."
         if self.row is None:
             return
-        t, score, there = (
-            self.threshold.value,
-            float(self.store.rows["score"][self.row]),
-            self.store.rows["state"][self.row] == DONE,
-        )
+        t = self.threshold.value
+        score = float(self.store.rows["score"][self.row])
+        there = self.store.rows["state"][self.row] == DONE
         self.chart.svg = self.histogram.svg(t, score if there else None)
         self.numbers.value = legend(
             len(self.split.normal), len(self.split.defective), there and np.isfinite(score)
@@ -515,7 +505,8 @@ class HeatmapExplorer:
     @told
     def open(self, row: int | str):
         "Show a row of the index, or an image by its path."
-        self.row, self.at = self.store.find(row), None
+        self.row = self.store.find(row)
+        self.at = None
         if self.gallery.row != self.row:
             self.gallery.row = self.row
             self.gallery._mark()
@@ -527,7 +518,8 @@ class HeatmapExplorer:
             return self._pages()
         aspect = min(max(self.store.aspect(self.row), 0.4), 3.0)
         for picture in self.pictures.values():
-            picture.aspect, picture.mark = aspect, []
+            picture.aspect = aspect
+            picture.mark = []
         self._draw(*ORDER)
         self._decide(again=False)
         self._pages()
@@ -535,7 +527,8 @@ class HeatmapExplorer:
         self._check_missing()
 
     def _load(self):
-        layer, replaced = self.layer.value, self.store.replaced(self.row)
+        layer = self.layer.value
+        replaced = self.store.replaced(self.row)
         if replaced or self.store.rows["state"][self.row] == 0 or layer:
             self.tell(f"{self.method.value} looks at {self._known['image'][self.row]} ...")
         self.drawing = self.store.drawing(self.row, layer)
@@ -651,7 +644,8 @@ class HeatmapExplorer:
             else f'<div class="soft">{html_text(self.method.value)} knows no types of defect</div>'
         )
         panel, tower = similarity_panel(self.store, self.row, self.at, ringed=False)
-        self.pictures["similar"].data, self.pictures["similar"].note = encode(panel), tower
+        self.pictures["similar"].data = encode(panel)
+        self.pictures["similar"].note = tower
 
     # ---- maps that are not there
     def _check_missing(self):
@@ -728,7 +722,8 @@ class HeatmapExplorer:
 
     def save(self) -> Path:
         "Write what is on the screen, and beside it the code that draws it again."
-        code, picture = self.code(), self.snapshot()
+        code = self.code()
+        picture = self.snapshot()
         path = write_atomically(inside(self.out, self.file_name()), lambda p: picture.save(p, "PNG"))
         write_atomically(path.with_suffix(".py"), lambda p: p.write_text(code, encoding="utf-8"))
         return path

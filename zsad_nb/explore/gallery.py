@@ -45,7 +45,8 @@ def arrange(
     if sort not in SORT.values():
         raise ValueError(f"sort={sort!r}; use {', '.join(SORT.values())}")
     rows = np.asarray(rows, int)
-    s, bad = scores[rows].astype(float), anomalous[rows]
+    s = scores[rows].astype(float)
+    bad = anomalous[rows]
     if show == "defective":
         keep = bad
     elif show == "normal":
@@ -56,7 +57,9 @@ def arrange(
         keep = bad & (s < threshold)
     else:
         keep = np.ones(len(rows), bool)
-    rows, s, bad = rows[keep], s[keep], bad[keep]
+    rows = rows[keep]
+    s = s[keep]
+    bad = bad[keep]
     if sort == "index":
         return rows
     value = {"highest": -s, "lowest": s, "error": np.where(bad, s - threshold, threshold - s)}[sort]
@@ -81,7 +84,8 @@ def thumbnail(
                 whole = to_rgb(ImageOps.exif_transpose(image))
         if not is_photograph:
             whole = read_image(path, bits, white)
-        small, out = ImageOps.fit(whole, (side, side), Image.Resampling.BICUBIC), io.BytesIO()
+        small = ImageOps.fit(whole, (side, side), Image.Resampling.BICUBIC)
+        out = io.BytesIO()
         small.save(out, "JPEG", quality=80)
         return out.getvalue()
     except Exception:
@@ -99,14 +103,18 @@ class Gallery:
         page: int = 12,  # thumbnails at a time
         most: int = 2000,  # thumbnails kept, 3 kB each
     ):
-        self.root, self.pick, self.size, self.most = root_of(index), pick, page, most
+        self.root = root_of(index)
+        self.pick = pick
+        self.size = page
+        self.most = most
         self.reading = reading_of(index)
-        self.widget, self.order, self.row, self.first = Thumbnails(), np.array([], int), None, 0
-        self._known, self._kept, self._later = (
-            {c: index[c].to_numpy(object) for c in ("image", "category", "defect", "anomalous")},
-            OrderedDict(),
-            Later(),
-        )
+        self.widget = Thumbnails()
+        self.order = np.array([], int)
+        self.row = None
+        self.first = 0
+        self._known = {c: index[c].to_numpy(object) for c in ("image", "category", "defect", "anomalous")}
+        self._kept = OrderedDict()
+        self._later = Later()
         self.widget.observe(lambda change: self.choose(self.first + change["new"][0]), "clicked")
         self.widget.observe(lambda change: self.key(change["new"][0]), "key")
 
@@ -128,7 +136,9 @@ class Gallery:
         self, order: np.ndarray, scores: np.ndarray, threshold: float, stay: bool = False
     ):  # stay: keep the page instead of the chosen row's
         "Another list, or other scores or threshold for the same one."
-        self.order, self.scores, self.threshold = order, scores, threshold
+        self.order = order
+        self.scores = scores
+        self.threshold = threshold
         if not stay:
             self.first = max(self.place, 0) // self.size * self.size
         self.first = min(self.first, max(self.pages - 1, 0) * self.size)
@@ -138,7 +148,8 @@ class Gallery:
         "Take the row at a place on the list."
         if not 0 <= place < len(self.order):
             return
-        self.row, first = int(self.order[place]), place // self.size * self.size
+        self.row = int(self.order[place])
+        first = place // self.size * self.size
         if first != self.first:
             self.first = first
             self._draw()
@@ -176,7 +187,8 @@ class Gallery:
         self.widget.chosen = int(next((i for i, r in enumerate(self._shown()) if r == self.row), -1))
 
     def _draw(self):
-        rows, items = self._shown(), []
+        rows = self._shown()
+        items = []
         for r, path, category, defect, bad in zip(rows.tolist(), *(v[rows] for v in self._known.values())):
             score = float(self.scores[r])
             wrong = "" if np.isnan(score) or (score >= self.threshold) == bad else "miss" if bad else "false alarm"
@@ -195,7 +207,8 @@ class Gallery:
             self._fill(rows)
 
     def _fill(self, rows):
-        start, unfinished = time.perf_counter(), False
+        start = time.perf_counter()
+        unfinished = False
         for r in rows.tolist():
             if r in self._kept:
                 self._kept.move_to_end(r)

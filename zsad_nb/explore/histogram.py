@@ -20,17 +20,17 @@ class ScoreSplit:
         scores: np.ndarray,  # (n,)
         anomalous: np.ndarray,  # (n,) bool
     ):
-        scores, anomalous = np.asarray(scores, float), np.asarray(anomalous, bool)
+        scores = np.asarray(scores, float)
+        anomalous = np.asarray(anomalous, bool)
         good = np.isfinite(scores)
-        self.lost, self.normal, self.defective = (
-            int((~good).sum()),
-            np.sort(scores[good & ~anomalous]),
-            np.sort(scores[good & anomalous]),
-        )
+        self.lost = int((~good).sum())
+        self.normal = np.sort(scores[good & ~anomalous])
+        self.defective = np.sort(scores[good & anomalous])
         everything = np.concatenate([self.normal, self.defective])
         self.low, self.high = (float(everything.min()), float(everything.max())) if len(everything) else (0.0, 1.0)
         if not self.high > self.low:
-            self.low, self.high = self.low - 0.5, self.high + 0.5  # one score only: in the middle
+            self.low = self.low - 0.5
+            self.high = self.high + 0.5  # one score only: in the middle
 
     def __len__(self) -> int:
         return len(self.normal) + len(self.defective)
@@ -39,8 +39,10 @@ class ScoreSplit:
         self, threshold: float
     ) -> dict:  # tp, fp, fn, tn, precision, recall, f1, false_alarms (share of the normal images)
         "What a threshold does."
-        fn, tn = int(np.searchsorted(self.defective, threshold)), int(np.searchsorted(self.normal, threshold))
-        tp, fp = len(self.defective) - fn, len(self.normal) - tn
+        fn = int(np.searchsorted(self.defective, threshold))
+        tn = int(np.searchsorted(self.normal, threshold))
+        tp = len(self.defective) - fn
+        fp = len(self.normal) - tn
 
         def share(a, b):
             return a / b if b else math.nan
@@ -60,10 +62,8 @@ class ScoreSplit:
         "The threshold of the largest F1, halfway to the next lower score; without defective images just above every score, without normal ones just below."
         if not len(self.defective):
             return self.high + 1e-3 * (self.high - self.low)
-        tp, fp = (
-            len(self.defective) - np.searchsorted(self.defective, self.defective),
-            len(self.normal) - np.searchsorted(self.normal, self.defective),
-        )
+        tp = len(self.defective) - np.searchsorted(self.defective, self.defective)
+        fp = len(self.normal) - np.searchsorted(self.normal, self.defective)
         at = self.defective[int(np.argmax(2 * tp / (tp + fp + len(self.defective))))]
         below = np.concatenate([self.normal[self.normal < at], self.defective[self.defective < at]])
         return float((at + below.max()) / 2) if len(below) else float(at - 1e-3 * (self.high - self.low))
@@ -78,10 +78,14 @@ class Histogram:
     "Scores of normal and defective images as an SVG."
 
     def __init__(self, split: ScoreSplit, bins: int = 40, width: int = 420, height: int = 120):
-        self.split, self.width, self.height = split, width, height
+        self.split = split
+        self.width = width
+        self.height = height
         edges = np.linspace(split.low, split.high, bins + 1)
         counts = [np.histogram(s, edges)[0] / max(len(s), 1) for s in (split.normal, split.defective)]
-        top, step, base = max(c.max() for c in counts) or 1, width / bins, height - FOOT
+        top = max(c.max() for c in counts) or 1
+        step = width / bins
+        base = height - FOOT
         self._bars = "".join(
             "<path"
             f' d="{" ".join(f"M{i * step + 0.5:.1f} {base}v{-v / top * (base - 6):.1f}h{step - 1:.1f}V{base}z" for i, v in enumerate(c) if v)}"'
@@ -112,7 +116,8 @@ class Histogram:
         mark: float | None = None,  # score of the image that is looked at
     ) -> str:
         "With a line at the threshold and a tick at one image's score."
-        base, at = self.height - FOOT, self._at(threshold)
+        base = self.height - FOOT
+        at = self._at(threshold)
         tick = (
             ""
             if mark is None or not math.isfinite(mark)

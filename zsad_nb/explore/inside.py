@@ -60,7 +60,8 @@ class Inside:
         if not types:
             return {}
         h, w = next(iter(types.values())).shape
-        row, column = min(int(y * h), h - 1), min(int(x * w), w - 1)
+        row = min(int(y * h), h - 1)
+        column = min(int(x * w), w - 1)
         found = {name: float(map[row, column]) for name, map in dict(normal=self.maps["normal"], **types).items()}
         total = sum(found.values())
         return {name: value / total if total > 0 else float("nan") for name, value in found.items()}
@@ -90,7 +91,8 @@ def _maps(name: str, tensor, prediction: Prediction) -> dict[str, torch.Tensor]:
 def look_inside(method: Method, batch) -> tuple:  # Prediction, list of Inside: one an image
     "Predict, and keep what the maps are made of."
     with ExitStack() as hooks:
-        levels, fusion = [], getattr(method, "levels", None)
+        levels = []
+        fusion = getattr(method, "levels", None)
         if isinstance(fusion, LevelFusion):
             hooks.callback(fusion.register_forward_hook(lambda module, given, out: levels.extend(given[0])).remove)
         prediction = method.predict(batch)

@@ -112,11 +112,17 @@ class MapStore:
     "Maps and scores of an index's test images; made by `make_store` and `open_store`."
 
     def __init__(self, folder: str | Path, header: dict, index: pd.DataFrame, method: Method | None = None):
-        self.folder, self.header, self.index, self.method = Path(folder), header, index, method
-        self.size, self.dtype, self.name = header["size"], np.dtype(header["dtype"]), header["method"]
+        self.folder = Path(folder)
+        self.header = header
+        self.index = index
+        self.method = method
+        self.size = header["size"]
+        self.dtype = np.dtype(header["dtype"])
+        self.name = header["method"]
         self._file = self.folder / f"maps.{DTYPES[header['dtype']]}"
         self.rows = self._read_rows()  # two hundred bytes a row
-        self._inside, self._patches = OrderedDict(), OrderedDict()
+        self._inside = OrderedDict()
+        self._patches = OrderedDict()
         self._gone = set()  # rows whose image was replaced
 
     def _read_rows(self) -> np.ndarray:
@@ -179,8 +185,12 @@ class MapStore:
                 f"{len(todo)} maps of {self.folder.name} are not computed, such as that of"
                 f" {self.index['image'].iat[todo[0]]}; open the store with its method: open_store(folder, method)"
             )
-        part, before = self.index.iloc[todo], {row: _file_state(self._path(row)) for row in todo}
-        part.attrs, reading, at, made = dict(self.index.attrs), self._batches(part, batch_size, workers), iter(todo), 0
+        part = self.index.iloc[todo]
+        before = {row: _file_state(self._path(row)) for row in todo}
+        part.attrs = dict(self.index.attrs)
+        reading = self._batches(part, batch_size, workers)
+        at = iter(todo)
+        made = 0
         with (
             warnings.catch_warnings(),
             tqdm(total=len(todo), desc=f"maps of {self.name}", disable=not progress, unit="image") as bar,
@@ -213,7 +223,8 @@ class MapStore:
     # ---- is it still the same image?
     def replaced(self, row: int) -> bool:
         "Is the image of a row another one than the one that its map was made from? Microseconds, as long as nothing touched the file."
-        kept, now = self.rows[row], _file_state(self._path(row))
+        kept = self.rows[row]
+        now = _file_state(self._path(row))
         if kept["state"] == 0 or not now.any() and kept["state"] == DONE:
             return False  # nothing was made; or nothing is there to compare with
         if (now == kept["file"]).all():
@@ -466,8 +477,10 @@ class MapStore:
             part = (c - CLIPS[i - 1]) / (CLIPS[i] - CLIPS[i - 1])
             return (1 - part) * kept[:, i - 1] + part * kept[:, i]
 
-        low, high = ends(clip), ends(100 - clip)
-        low, high = float(np.median(low)), float(np.quantile(high, 0.95))
+        low = ends(clip)
+        high = ends(100 - clip)
+        low = float(np.median(low))
+        high = float(np.quantile(high, 0.95))
         return (low, high) if high > low else (low, low + 1)
 
 
@@ -636,9 +649,11 @@ def snapshot(
 ):  # a PIL image
     "Image, mask, heatmap, overlay and contour of a row as one picture."
     row = store.find(image)
-    drawing, known = store.drawing(row, layer), store.index.iloc[row]
+    drawing = store.drawing(row, layer)
+    known = store.index.iloc[row]
     panels = {f"heatmap: {layer}" if layer and name == "heatmap" else name: drawing.panel(name, view) for name in ORDER}
-    score, lines = store.rows["score"][row], []
+    score = store.rows["score"][row]
+    lines = []
     said = f"score {score:.4g}" + (
         "" if threshold is None else f", {'defective' if score >= threshold else 'normal'} at {threshold:.4g}"
     )

@@ -62,28 +62,25 @@ class Upload:
                 f"the Inspector reads with {source.reading}; make it with bits={bits}, white={white}: its thresholds"
                 " depend on it"
             )
-        self.side, self.found, self.drawing, self._quiet = side, None, None, False
-        self.zone, self.word = (
-            DropZone(),
-            w.Text(
-                self.inspector.category,
-                description="It is a",
-                placeholder="screw",
-                tooltip="the word for the thing in the prompts of methods that read it",
-                continuous_update=False,
-                layout=w.Layout(width="220px"),
-                style=dict(description_width="initial"),
-            ),
+        self.side = side
+        self.found = None
+        self.drawing = None
+        self._quiet = False
+        self.zone = DropZone()
+        self.word = w.Text(
+            self.inspector.category,
+            description="It is a",
+            placeholder="screw",
+            tooltip="the word for the thing in the prompts of methods that read it",
+            continuous_update=False,
+            layout=w.Layout(width="220px"),
+            style=dict(description_width="initial"),
         )
         self.pictures = {name: Picture(label=name) for name in PANELS}
-        self.opacity, self.level = (
-            slider("Opacity", 0.65, 0, 1, 0.01),
-            slider("Contour at", 0.5, 0, 1, 0.01, ".3g", "the contour encloses what is above"),
-        )
-        self.smoothing, self.clip = (
-            slider("Smoothing, px", 0, 0, 16, 0.5, ".1f"),
-            slider("Clip, %", 0, 0, 5, 0.25, ".2f", "share of the pixels beyond each end of the colours"),
-        )
+        self.opacity = slider("Opacity", 0.65, 0, 1, 0.01)
+        self.level = slider("Contour at", 0.5, 0, 1, 0.01, ".3g", "the contour encloses what is above")
+        self.smoothing = slider("Smoothing, px", 0, 0, 16, 0.5, ".1f")
+        self.clip = slider("Clip, %", 0, 0, 5, 0.25, ".2f", "share of the pixels beyond each end of the colours")
         self.verdict, self.types, self.pixel, self.message = (w.HTML() for _ in range(4))
         for control, names in (
             (self.opacity, ("overlay",)),
@@ -176,7 +173,8 @@ class Upload:
             self._quiet = False
         aspect = min(max(size[0] / size[1], 0.4), 3.0)
         for picture in self.pictures.values():
-            picture.aspect, picture.mark = aspect, []
+            picture.aspect = aspect
+            picture.mark = []
         self._draw(*PANELS)
         parts = [
             (

@@ -64,15 +64,16 @@ def draw_on(
     names: dict | None = None,  # metric -> what stands below its bars, where it is none of the usual
 ) -> list:  # handles for a legend
     "Grouped bars with values and deviations on an axis."
-    metrics, methods = list(dict.fromkeys(numbers["metric"])), list(dict.fromkeys(numbers["method"]))
-    at, share, handles = numbers.set_index(["method", "metric"]), 0.84 / len(methods), []
+    metrics = list(dict.fromkeys(numbers["metric"]))
+    methods = list(dict.fromkeys(numbers["method"]))
+    at = numbers.set_index(["method", "metric"])
+    share = 0.84 / len(methods)
+    handles = []
     small = max(4.6, min(6.5, 62 * width * share / len(metrics)))  # points: the numbers are as wide as a bar at most
     for i, (method, colour) in enumerate(zip(methods, bar_colours(len(methods)))):
         cells = [at.loc[(method, m)] for m in metrics]
-        x, heights = (
-            np.arange(len(metrics)) + (i - (len(methods) - 1) / 2) * share,
-            np.array([c["mean"] for c in cells], float),
-        )
+        x = np.arange(len(metrics)) + (i - (len(methods) - 1) / 2) * share
+        heights = np.array([c["mean"] for c in cells], float)
         label = (
             method_name(method)
             + figure_marks(cells, published)
@@ -203,7 +204,8 @@ def draw_bars(
     **options,  # of `bar_figure`
 ) -> list[Path]:
     "The mean image and pixel metrics of every method as bars."
-    written, at_all = [], levels or {k: [m for m in v if m in runs] for k, v in LEVELS.items()}
+    written = []
+    at_all = levels or {k: [m for m in v if m in runs] for k, v in LEVELS.items()}
     for level, metrics in at_all.items():
         if not metrics:
             continue

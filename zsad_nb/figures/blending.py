@@ -41,7 +41,8 @@ from scipy.fft import dctn, idctn
 from .style import HEAT, OUTLINE, font_of, letters, style
 
 # %% ../../nbs/figures/02_blending.ipynb #9b8841f7
-TRUTH, FOUND = OUTLINE, "#FFB000"  # outlines: of the mask, of what the map finds
+TRUTH = OUTLINE
+FOUND = "#FFB000"  # outlines: of the mask, of what the map finds
 ORDER = ("image", "mask", "heatmap", "overlay", "contour")
 
 
@@ -128,7 +129,8 @@ def outline(
     colour: str,  # such as TRUTH or FOUND
 ) -> np.ndarray:  # a new picture
     "A region's outline in colour, with a dark rim."
-    picture, width = picture.copy(), line_width(min(inside.shape))
+    picture = picture.copy()
+    width = line_width(min(inside.shape))
     rim = edge(inside, width + max(1, width // 3))
     picture[rim] >>= 1
     picture[edge(inside, width)] = ImageColor.getrgb(colour)
@@ -173,14 +175,18 @@ class Drawing:
                 " one of them"
             )
         wrong = ~np.isfinite(map)
-        self.image, self.mask, self.bad = image, mask, int(wrong.sum())
+        self.image = image
+        self.mask = mask
+        self.bad = int(wrong.sum())
         self._wrong = wrong if self.bad else None
         self.map = np.asarray(map, np.float32)
         if self.bad:
             self.map = np.where(wrong, self.map[~wrong].min() if self.bad < wrong.size else 0, self.map).astype(
                 np.float32
             )
-        self._spectrum, self._smooth, self._levels = None, (0.0, self.map), (None, None)
+        self._spectrum = None
+        self._smooth = (0.0, self.map)
+        self._levels = (None, None)
 
     def smoothed(self, sigma: float) -> np.ndarray:  # (H, W)
         "The map under a Gaussian, reflected at the border."
@@ -231,7 +237,9 @@ class Drawing:
         if self.mask is None:
             return {}
         inside = self.found(view)
-        both, said, true = int((inside & self.mask).sum()), int(inside.sum()), int(self.mask.sum())
+        both = int((inside & self.mask).sum())
+        said = int(inside.sum())
+        true = int(self.mask.sum())
         if not said + true:
             return {}
         return dict(
@@ -256,7 +264,8 @@ def encode(
     quality: int = 88,  # of a JPEG
 ) -> bytes:
     "A picture as the bytes of a file."
-    out, options = io.BytesIO(), dict(quality=quality, subsampling=0) if kind == "JPEG" else dict(compress_level=4)
+    out = io.BytesIO()
+    options = dict(quality=quality, subsampling=0) if kind == "JPEG" else dict(compress_level=4)
     Image.fromarray(np.ascontiguousarray(picture)).save(out, kind, **options)
     return out.getvalue()
 
@@ -273,7 +282,8 @@ def wipe(
     position: float,  # share of the width that shows `left`
 ) -> np.ndarray:
     "Two pictures side by side in one."
-    at, width = round(position * left.shape[1]), max(1, line_width(left.shape[1]) // 2)
+    at = round(position * left.shape[1])
+    width = max(1, line_width(left.shape[1]) // 2)
     picture = right.copy()
     picture[:, :at] = left[:, :at]
     if 0 < at < left.shape[1]:
@@ -289,7 +299,8 @@ def similarity(
 ) -> np.ndarray:  # (h, w) cosines
     "Cosine of the patch under a point with every patch."
     h, w = grid
-    row, column = min(int(at[1] * h), h - 1), min(int(at[0] * w), w - 1)
+    row = min(int(at[1] * h), h - 1)
+    column = min(int(at[0] * w), w - 1)
     return (patches @ patches[row * w + column]).astype(np.float32).reshape(h, w)
 
 
@@ -309,7 +320,10 @@ def ring(
 ) -> np.ndarray:
     "A small white ring around a point."
     canvas, (h, w) = Image.fromarray(picture), picture.shape[:2]
-    x, y, r, line = at[0] * w, at[1] * h, max(3, min(h, w) / 40), line_width(min(h, w))
+    x = at[0] * w
+    y = at[1] * h
+    r = max(3, min(h, w) / 40)
+    line = line_width(min(h, w))
     draw = ImageDraw.Draw(canvas)
     draw.ellipse((x - r - 1, y - r - 1, x + r + 1, y + r + 1), outline=(0, 0, 0), width=line + 2)
     draw.ellipse((x - r, y - r, x + r, y + r), outline=(255, 255, 255), width=line)
@@ -362,9 +376,13 @@ def sheet(
 ) -> Image.Image:
     "Panels side by side on white."
     first = next(iter(panels.values()))
-    tile, columns, gap = tile or first.shape[1], columns or len(panels), 10
-    rows, height = -(-len(panels) // columns), round(tile / aspect * first.shape[0] / first.shape[1])
-    top, step = gap + (24 if heading else 0), height + 20 + gap
+    tile = tile or first.shape[1]
+    columns = columns or len(panels)
+    gap = 10
+    rows = -(-len(panels) // columns)
+    height = round(tile / aspect * first.shape[0] / first.shape[1])
+    top = gap + (24 if heading else 0)
+    step = height + 20 + gap
     out = Image.new(
         "RGB", (gap + columns * (tile + gap), top + rows * step + 18 * len(lines) + (gap if lines else 0)), "white"
     )
@@ -372,7 +390,8 @@ def sheet(
     if heading:
         write_on(draw, (gap, gap), heading, "#1f2328", 15)
     for i, (title, picture) in enumerate(panels.items()):
-        x, y = gap + (i % columns) * (tile + gap), top + (i // columns) * step
+        x = gap + (i % columns) * (tile + gap)
+        y = top + (i // columns) * step
         out.paste(
             (
                 Image.fromarray(picture).resize((tile, height), Image.Resampling.LANCZOS)

@@ -74,7 +74,8 @@ class Runs:
     ):
         found, self.skipped = finished_runs(folder)
         found = [r for r in found if r.notebook in KINDS]
-        by_hash, last = {r.hash: r for r in found if r.hash}, {}
+        by_hash = {r.hash: r for r in found if r.hash}
+        last = {}
         same = {r.path: _same(r, by_hash) for r in found}
         for r in sorted(found, key=lambda r: (r.record.get("finished", ""), r.path)):
             last[same[r.path]] = r

@@ -30,14 +30,19 @@ def loss_curves(
             f"the runs have {', '.join(str(len(h)) for h in histories)} steps; only runs of the same length have a mean"
         )
     parts = [c for c in histories[0].columns if c not in NOT_LOSSES and not c.startswith("Unnamed")]
-    epochs, steps = int(histories[0]["epoch"].max()) + 1, len(histories[0])
+    epochs = int(histories[0]["epoch"].max()) + 1
+    steps = len(histories[0])
     if epochs >= 5:
-        x, smooth = np.arange(1, epochs + 1, dtype=float), lambda h: h.groupby("epoch")[parts].mean().to_numpy()
+        x = np.arange(1, epochs + 1, dtype=float)
+
+        def smooth(h):
+            return h.groupby("epoch")[parts].mean().to_numpy()
     else:
-        x, smooth = (
-            (np.arange(steps) + 1) / steps * epochs,
-            lambda h: h[parts].rolling(max(1, steps // points), min_periods=1).mean().to_numpy(),
-        )
+        x = (np.arange(steps) + 1) / steps * epochs
+
+        def smooth(h):
+            return h[parts].rolling(max(1, steps // points), min_periods=1).mean().to_numpy()
+
     values = np.stack([smooth(h) for h in histories])  # (seeds, P, parts)
     return x, {
         p: (values[:, :, k].mean(0), values[:, :, k].std(0, ddof=1) if len(values) > 1 else None)
@@ -54,7 +59,8 @@ def loss_figure(
 ) -> Figure:
     "Loss over epochs (Fig. 5 of the DMA+SAP paper), a panel a training set."
     figure = Figure(figsize=(COLUMN if len(runs) == 1 else PAGE, height), layout="constrained")
-    axes, handles = figure.subplots(1, len(runs), squeeze=False)[0], {}
+    axes = figure.subplots(1, len(runs), squeeze=False)[0]
+    handles = {}
     for ax, (trained, histories) in zip(axes, runs.items()):
         x, curves = loss_curves(histories)
         for (part, (mean, deviation)), look in zip(
@@ -103,7 +109,9 @@ def sweep_figure(
     if not metrics:
         raise ValueError(f"none of the metrics of {name} has a value")
     figure = Figure(figsize=(COLUMN, height), layout="constrained")
-    ax, handles, order = figure.subplots(), [], sorted(values, key=values.get)
+    ax = figure.subplots()
+    handles = []
+    order = sorted(values, key=values.get)
     ticks = [values[v] for v in order]
     even = np.diff(ticks).min() >= 0.06 * (
         ticks[-1] - ticks[0]
@@ -160,16 +168,12 @@ def overview_figure(
     remark: str = "",
 ) -> Figure:
     "Every method on a line, a panel a metric."
-    methods, metrics = (
-        list(dict.fromkeys(numbers.loc[numbers["mean"].notna(), "method"])),
-        [m for m in metrics if m in set(numbers["metric"])],
-    )
+    methods = list(dict.fromkeys(numbers.loc[numbers["mean"].notna(), "method"]))
+    metrics = [m for m in metrics if m in set(numbers["metric"])]
     if not methods or not metrics:
         raise ValueError("there is no method with a value")
-    figure, at = (
-        Figure(figsize=(width, 0.165 * len(methods) + 0.6), layout="constrained"),
-        numbers.set_index(["method", "metric"]),
-    )
+    figure = Figure(figsize=(width, 0.165 * len(methods) + 0.6), layout="constrained")
+    at = numbers.set_index(["method", "metric"])
     axes = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
     for ax, metric, look in zip(axes, metrics, line_looks(len(metrics))):
         for y, method in enumerate(methods):

@@ -30,11 +30,9 @@ def side_by_side(
     common = set(largest.rows["image"]).intersection(*(set(v.rows["image"]) for v in views.values()))
     if not common:
         raise ValueError(f"{', '.join(views)} show no image in common; make their runs with the same data and images")
-    at, columns, size = (
-        {n: {image: i for i, image in enumerate(v.rows["image"])} for n, v in views.items()},
-        [],
-        largest.images.shape[1:3],
-    )
+    at = {n: {image: i for i, image in enumerate(v.rows["image"])} for n, v in views.items()}
+    columns = []
+    size = largest.images.shape[1:3]
 
     def scaled(v, i):
         level = np.clip((v.maps[i] - v.rows["low"][i]) / max(v.rows["high"][i] - v.rows["low"][i], 1e-12), 0, 1)

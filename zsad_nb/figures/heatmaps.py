@@ -108,7 +108,8 @@ def draw_cases(
     dpi: int = 130,
 ) -> list[Path]:
     "Write the figures of an evaluation: overview.png and one figure a class, called as the class where a file can be."
-    chosen, size = cases(evaluation), size or next(iter(method.backbones().values())).size
+    chosen = cases(evaluation)
+    size = size or next(iter(method.backbones().values())).size
     if len(chosen) == 0:
         return []
     shown = index.loc[sorted(set(chosen["position"]))]
@@ -120,8 +121,10 @@ def draw_cases(
         for i, at in enumerate(shown.index)
     }
     scales = {c: colour_scale(rows) for c, rows in evaluation.per_image.groupby("category")}
-    mean, front = evaluation.mean, f"{title}: " if title else ""
-    figures, names = {}, FileNames(reserved=["overview"])
+    mean = evaluation.mean
+    front = f"{title}: " if title else ""
+    figures = {}
+    names = FileNames(reserved=["overview"])
     if (chosen["case"] == "median").any():
         figures["overview"] = overview_figure(
             chosen,

@@ -51,8 +51,10 @@ def build(
     progress=None,  # called with every Item and "" or what is missing
 ) -> Built:
     "Draw what the runs allow, and write the index."
-    source, out = Runs(runs, where), Path(out)
-    items, only = plan(source, peer), tuple(only)
+    source = Runs(runs, where)
+    out = Path(out)
+    items = plan(source, peer)
+    only = tuple(only)
     if lost := [n for n in only if not any(i.name.startswith(n) for i in items)]:
         raise ValueError(f"no figure is called {', '.join(lost)}; there are {', '.join(i.name for i in items)}")
     done = Built(out, skipped=source.skipped)
@@ -63,7 +65,8 @@ def build(
         try:
             made, used = item.draw(source)
         except ValueError as error:
-            why, wrong = str(error), False
+            why = str(error)
+            wrong = False
         except Exception as error:
             why, wrong = (
                 f"it could not be drawn ({type(error).__name__}: {error})",
@@ -102,10 +105,8 @@ def build(
 
 
 # %% ../../nbs/figures/11_paper_figures.ipynb #7ef6aaa8
-BEGIN, END = (
-    "<!-- zsad figures: from here to the end mark this file is written by the command -->",
-    "<!-- zsad figures: end -->",
-)
+BEGIN = "<!-- zsad figures: from here to the end mark this file is written by the command -->"
+END = "<!-- zsad figures: end -->"
 
 
 def _given(run: Finished) -> dict:
@@ -120,7 +121,8 @@ def _given(run: Finished) -> dict:
 
 def _parameters(runs: list) -> str:
     "What a figure's runs have in common, and what differs."
-    own, said = [{k: v for k, v in _given(r).items() if not k.endswith("checkpoint")} for r in runs], []
+    own = [{k: v for k, v in _given(r).items() if not k.endswith("checkpoint")} for r in runs]
+    said = []
     for k in dict.fromkeys(k for g in own for k in g):
         values = sorted({json.dumps(g[k]) if not isinstance(g[k], str) else g[k] for g in own if k in g})
         said.append(f"{k} {', '.join(values[:6])}{' …' if len(values) > 6 else ''}")
@@ -165,7 +167,8 @@ def run_rows(
 
 def write_index(done: Built) -> Path:
     "README.md and runs.csv."
-    rows, out = run_rows(done), done.out
+    rows = run_rows(done)
+    out = done.out
     lines = [BEGIN, "", "## Figures and tables of the papers", ""]
     if done.made:
         states = rows["source"].dropna().unique()
@@ -184,7 +187,8 @@ def write_index(done: Built) -> Path:
             "|---|---|---|---|---|---|",
         ]
     for m in done.made:
-        used, name = m["runs"], m["name"]
+        used = m["runs"]
+        name = m["name"]
         where = [
             (f.suffix[1:], f.relative_to(out).as_posix()) for f in m["files"] if not f.name.endswith("_numbers.csv")
         ]
@@ -245,7 +249,8 @@ def write_index(done: Built) -> Path:
             "Folders that are no finished runs: " + _cell("; ".join(f"{p} ({r})" for p, r in done.skipped)) + ".",
         ]
     lines += ["", END]
-    readme, text = out / "README.md", "\n".join(lines)
+    readme = out / "README.md"
+    text = "\n".join(lines)
     before = readme.read_text(encoding="utf-8") if readme.is_file() else "# Figures and tables\n"
     if BEGIN in before and END in before.partition(BEGIN)[2]:
         text = before.partition(BEGIN)[0] + text + before.partition(BEGIN)[2].partition(END)[2]

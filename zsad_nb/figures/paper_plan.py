@@ -178,9 +178,11 @@ def _views(run, method=None) -> Views:
 
 
 def _samples(runs):
-    found, used = need([r for r in runs.of("qualitative") if r["views"]], "views of a data set"), {}
+    found = need([r for r in runs.of("qualitative") if r["views"]], "views of a data set")
+    used = {}
     for r in found:
-        data, best = r["data"], used.get(r["data"])
+        data = r["data"]
+        best = used.get(r["data"])
         if best is None or (r["images"] or 0, r["size"]) > (best["images"] or 0, best["size"]):
             used[data] = r
     used = {d: used[d] for d in [*[n for n in DATASET_NAMES if n in used], *sorted(set(used) - set(DATASET_NAMES))]}
@@ -317,11 +319,9 @@ def _qualitative(method, peer=""):
                 f"no finished run: views of {METHOD_NAMES.get(peer, peer) if peer else 'a peer'} on the images shown"
                 f" for {METHOD_NAMES[method]}"
             )
-        columns, used, sets = (
-            [],
-            [],
-            list(dict.fromkeys(r["data"] for r in ours if any(t["data"] == r["data"] for t in theirs[name]))),
-        )
+        columns = []
+        used = []
+        sets = list(dict.fromkeys(r["data"] for r in ours if any(t["data"] == r["data"] for t in theirs[name])))
         for data in sets:
             pair = {}
             for label, kind, runs_ in ((name, name, theirs[name]), (method, method, ours)):
@@ -347,7 +347,8 @@ def _types(runs, count=6):
         lambda r: ("dapo", r["data"], r.seed),
         "views",
     )
-    views, rows = _views(run, "dapo"), []
+    views = _views(run, "dapo")
+    rows = []
     if not views.typed:
         raise ValueError(f"{run.path} kept no types")
     heat = views.typed["heat"]
@@ -359,7 +360,8 @@ def _types(runs, count=6):
         .index[:count]
     ):  # every type once before any twice
         same = np.flatnonzero(views.rows["category"] == views.rows["category"][at])
-        low, high = np.median([heat[k].min() for k in same]), max(heat[k].max() for k in same)
+        low = np.median([heat[k].min() for k in same])
+        high = max(heat[k].max() for k in same)
         r = views.rows.loc[at]
         rows.append(
             dict(
@@ -390,7 +392,8 @@ def _types_run(runs, method="dapo"):
 def _confusion(unit):
     def draw(runs):
         run = _types_run(runs)
-        choice, seed = run["choice"] or "filtered", run["seeds"][0]
+        choice = run["choice"] or "filtered"
+        seed = run["seeds"][0]
         home = below(run, f"dapo-seed{seed}")
         try:
             if unit == "pixels":

@@ -118,7 +118,8 @@ def printed(
     "What the paper prints for the same variants on the same data."
     rows = published(method)
     rows = rows[(rows["variant"] != "") & rows["dataset"].isin([run["data"], "all"])]
-    values, unlike = {}, set()
+    values = {}
+    unlike = set()
     for variant in variants:
         for line in rows[rows["variant"].isin([variant, variant.split()[0]])].itertuples():
             if line.metric not in metrics:
@@ -164,7 +165,8 @@ def side_by_side_printed(
     metrics: list,
 ) -> tuple[dict, set]:  # (variant, column) -> value; those of another training
     "Published values for `side_by_side_rows`; their average is of what is printed."
-    values, unlike = {}, set()
+    values = {}
+    unlike = set()
     for run in found:
         mine, other = printed(method, run, variants, metrics)
         values |= {(v, _column(run["data"], m)): x for (v, m), x in mine.items()}
@@ -211,11 +213,9 @@ def study_table(
         chosen = [m for m in (metrics if len(found) == 1 else together) if m in rows]
         variants = list(dict.fromkeys(rows["variant"]))
         if len(found) == 1:
-            frame, columns, images = (
-                rows,
-                {m: (f"{METRIC_NAMES[m]}, %", 100, 1) for m in chosen},
-                image_results(found[0]),
-            )
+            frame = rows
+            columns = {m: (f"{METRIC_NAMES[m]}, %", 100, 1) for m in chosen}
+            images = image_results(found[0])
             values, unlike = printed(method, found[0], variants, chosen)
         else:
             frame, columns, images = side_by_side_rows(found, chosen)
@@ -298,7 +298,9 @@ def pair_figure(
         chosen = [m for m in (metrics if len(found) == 1 else together) if m in rows]
         names = None
         if len(found) == 1:
-            frame, heads, images = rows, {m: (m, 100, 1) for m in chosen}, image_results(found[0])
+            frame = rows
+            heads = {m: (m, 100, 1) for m in chosen}
+            images = image_results(found[0])
             values, unlike = printed(method, found[0], variants, chosen)
         else:
             frame, heads, images = side_by_side_rows(found, chosen)

@@ -210,7 +210,8 @@ def _warn_of(
 @contextlib.contextmanager
 def _drawing() -> Iterator[None]:
     "Letters and lines for a while, and one warning at the end of the outermost."
-    outermost, lost = _lost.get() is None, set()
+    outermost = _lost.get() is None
+    lost = set()
     token = _lost.set(lost) if outermost else None
     try:
         with matplotlib.rc_context({**LETTERS, "font.family": list(families()), **LINES}):
@@ -350,7 +351,8 @@ def note(figure: Figure, text: str):
     "A line below everything: what the figure was made of. A long one is broken between words."
     if not text:
         return
-    room, lines = figure.get_figwidth() - 0.12, [""]
+    room = figure.get_figwidth() - 0.12
+    lines = [""]
     text = re.sub(
         r"(?<=\d,) (?=\d)|(?<=\d) (?=px)", "\u00a0", letters(text)
     )  # numbers stay with their like and their unit

@@ -45,10 +45,8 @@ def paint_types(
     strength=0.75,  # opacity of the colour, one number or (H, W)
 ) -> np.ndarray:  # (H, W, 3)
     "A grey image with coloured types."
-    grey, strength = (
-        np.repeat(image.mean(-1, keepdims=True), 3, -1) * 0.55 + 0.4,
-        np.broadcast_to(strength, labels.shape)[..., None],
-    )
+    grey = np.repeat(image.mean(-1, keepdims=True), 3, -1) * 0.55 + 0.4
+    strength = np.broadcast_to(strength, labels.shape)[..., None]
     lut = np.array([(0, 0, 0), *colours.values()])
     return np.where((labels > 0)[..., None], (1 - strength) * grey + strength * lut[labels], grey)
 
@@ -62,11 +60,14 @@ def type_figure(
     height: float = 1.28,  # inches a row
 ) -> Figure:
     "Image, mask by type, prediction by type, likeliest type where it is anomalous; with a legend of the types that are seen."
-    colours, soft = type_colours(types), all("likely" in v for v in views)
+    colours = type_colours(types)
+    soft = all("likely" in v for v in views)
     figure = Figure(figsize=(PAGE if soft else 5.9, height * len(views) + 0.35), layout="compressed")
-    grid, shown = figure.subplots(len(views), 4 if soft else 3, squeeze=False), set()
+    grid = figure.subplots(len(views), 4 if soft else 3, squeeze=False)
+    shown = set()
     for i, (axes, view) in enumerate(zip(grid, views)):
-        known, image = view.get("has_mask", True), view["image"]
+        known = view.get("has_mask", True)
+        image = view["image"]
         pictures = [
             image,
             paint_types(image, view["truth"], colours) if known else None,
@@ -99,7 +100,8 @@ def confusion_figure(
 ) -> Figure:
     "Shares of the truth; rows and columns that hold nothing are left out."
     counts = confusion.sum(axis=1)
-    rows, columns = counts > 0, (confusion.sum(axis=0) > 0) | (counts.reindex(confusion.columns, fill_value=0) > 0)
+    rows = counts > 0
+    columns = (confusion.sum(axis=0) > 0) | (counts.reindex(confusion.columns, fill_value=0) > 0)
     table = confusion.loc[rows, columns]
     if table.empty:
         raise ValueError("the confusion holds no counts; nothing was evaluated")
@@ -151,19 +153,15 @@ def draw_types(
     index = read_as(index, **reading)
     if choice not in evaluation.confusion:
         raise ValueError(f"choice={choice!r}; this evaluation has {', '.join(evaluation.confusion)}")
-    test, size, front, was = (
-        typed(index[index["split"] == "test"]),
-        size or next(iter(method.backbones().values())).size,
-        f"{title}  " if title else "",
-        method.training,
-    )
+    test = typed(index[index["split"] == "test"])
+    size = size or next(iter(method.backbones().values())).size
+    front = f"{title}  " if title else ""
+    was = method.training
     method.prepare(test)
     method.eval()
-    numbers, figures, names = (
-        evaluation.per_product.set_index(["choice", "category"]).loc[choice],
-        {},
-        FileNames(reserved=["confusion"]),
-    )
+    numbers = evaluation.per_product.set_index(["choice", "category"]).loc[choice]
+    figures = {}
+    names = FileNames(reserved=["confusion"])
     for (dataset, category), part in test.groupby(["dataset", "category"], sort=True):
         rows = (
             part[part["anomalous"]]

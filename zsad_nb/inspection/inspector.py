@@ -103,7 +103,8 @@ def _ahead(items: list, read, workers: int, depth: int) -> Iterator:
         yield from map(read, items)
         return
     with ThreadPoolExecutor(workers) as pool:
-        waiting, rest = deque(), iter(items)
+        waiting = deque()
+        rest = iter(items)
         try:
             while True:
                 while len(waiting) < depth and (item := next(rest, None)) is not None:
@@ -144,15 +145,14 @@ class Inspector:
             raise ValueError("category is empty; name the thing, such as 'screw', or leave it out")
         self.method, self.size = method, size or next(iter(method.backbones().values())).size
         Reading(bits=bits, white=white)  # raises for values that cannot be
-        self.bits, self.white = bits, white
-        self.category, self.max_side, self.min_area, self.connectivity, self.batch_size, self.workers = (
-            category,
-            max_side,
-            min_area,
-            connectivity,
-            batch_size,
-            workers,
-        )
+        self.bits = bits
+        self.white = white
+        self.category = category
+        self.max_side = max_side
+        self.min_area = min_area
+        self.connectivity = connectivity
+        self.batch_size = batch_size
+        self.workers = workers
         self.identity = identity(method, self.size, bits=bits, white=white)
         self.use(calibration)
 
@@ -175,7 +175,8 @@ class Inspector:
         "Decide by these thresholds from now on; those of another method are refused."
         where = "the thresholds"
         if isinstance(thresholds, (str, os.PathLike)):
-            where, thresholds = str(thresholds), Calibration.load(thresholds)
+            where = str(thresholds)
+            thresholds = Calibration.load(thresholds)
         if thresholds is not None and thresholds.reading and thresholds.reading != self.reading:
             raise ValueError(
                 f"{where} were made from images read with {thresholds.reading}, this inspector reads with"
@@ -204,7 +205,9 @@ class Inspector:
         **how,  # rate, sure, pixel_rate, miss, false_alarm, share, comparable, level: see `use.thresholds.calibration`
     ) -> Calibration:
         "Make thresholds from images and decide by them from now on; `calibrated_on` has their rows, the most suspicious first."
-        bare, parts, notes = copy.copy(self).use(None), [], []
+        bare = copy.copy(self).use(None)
+        parts = []
+        notes = []
         for what, bad in ((normal, False), (defective, True)):
             if what is None:
                 continue
@@ -226,7 +229,8 @@ class Inspector:
         for part in parts:
             notes += [f"not looked at: {group['text']}" for group in part.attrs["summary"]["left_out"]]
         rows = pd.concat(parts, ignore_index=True)
-        bad, twice = rows[rows["decision"] == "error"], rows["duplicate_of"].ne("")
+        bad = rows[rows["decision"] == "error"]
+        twice = rows["duplicate_of"].ne("")
         if len(bad):
             notes.append(
                 f"{len(bad)} of {len(rows)} images could not be used, such as {bad['path'].iloc[0]}:"
@@ -245,7 +249,8 @@ class Inspector:
 
     # ---- one image after the other
     def _read(self, source: Source, keep: bool, known=None) -> _Read:
-        read, what = _Read(source, ""), source.what
+        read = _Read(source, "")
+        what = source.what
         try:
             what = _in_hand(what)
             if isinstance(what, Path):
@@ -263,7 +268,8 @@ class Inspector:
                 else contextlib.nullcontext()
             ):
                 image = read_image(what, self.bits, self.white)
-                read.pixels, read.size = resize_for(self.method, image, self.size), image.size
+                read.pixels = resize_for(self.method, image, self.size)
+                read.size = image.size
                 if keep:
                     read.shown = np.asarray(
                         image
@@ -292,11 +298,9 @@ class Inspector:
                 "look at the image (blank?), or use another method",
                 "no_score",
             )
-        c, category, shown = (
-            self.calibration,
-            read.source.category,
-            at_size(heat, display_size(read.size, self.max_side)),
-        )
+        c = self.calibration
+        category = read.source.category
+        shown = at_size(heat, display_size(read.size, self.max_side))
         limit, spot, colours = (
             (None, None, None) if c is None else (c.of("image", category), c.of("pixel", category), c.colours(category))
         )
@@ -351,11 +355,9 @@ class Inspector:
                     ~no,
                 )
             )
-            scores, maps, kinds = (
-                p.score.float().cpu().tolist(),
-                p.map.float().cpu().numpy(),
-                [None] * n if p.type_score is None else p.type_score.float().cpu().numpy(),
-            )
+            scores = p.score.float().cpu().tolist()
+            maps = p.map.float().cpu().numpy()
+            kinds = [None] * n if p.type_score is None else p.type_score.float().cpu().numpy()
         results = iter(range(len(todo)))
         for r in reads:
             if r.pixels is None:
@@ -394,7 +396,8 @@ class Inspector:
                     f" inspector reads with {self.reading}: make it with the same values"
                 )
         items = sources(what, self.category, out)
-        names, c = sorted({s.category for s in items}), self.calibration
+        names = sorted({s.category for s in items})
+        c = self.calibration
         check_names(self.method, names)
         for name in names if c is not None else ():
             c.of("image", name)  # unknown: raises before anything is done
@@ -483,14 +486,20 @@ class Inspector:
         )
 
     def _into(self, out: Path, items: list[Source], pictures: str, table: str, bar) -> pd.DataFrame:
-        mine, path, first, rows, kept, moved = key_hash(self.settings), out / "results.csv", {}, [], 0, ""
+        mine = key_hash(self.settings)
+        path = out / "results.csv"
+        first = {}
+        rows = []
+        kept = 0
+        moved = ""
         with lock(out):
             clear_temporary(out)  # of a killed process; the lock says that no other one is at work
             for name in ("results.csv", "settings.json", "results.parquet"):
                 make_way(out / name)
             journal = Journal(path, COLUMNS, (*NUMBERS, *COUNTS))
             if {r["settings"] for r in journal.rows} - {mine}:  # of other settings: neither believed nor lost
-                moved, dropped = str(aside(path, "before")), journal.dropped
+                moved = str(aside(path, "before"))
+                dropped = journal.dropped
                 journal = Journal(path, COLUMNS, (*NUMBERS, *COUNTS))
                 journal.dropped = dropped
             write_json(out / "settings.json", {mine: self.settings})
@@ -537,7 +546,10 @@ class Inspector:
 def _summed(rows: list[dict], kept: int, **more) -> pd.DataFrame:
     "The table with its summary."
     table = table_of(rows)
-    count = lambda word: int(table["decision"].eq(word).sum())
+
+    def count(word):
+        return int(table["decision"].eq(word).sum())
+
     table.attrs["summary"] = dict(
         images=len(table),
         errors=count("error"),

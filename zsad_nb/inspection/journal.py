@@ -48,7 +48,8 @@ def aside(
     why: str,  # a word for the new name
 ) -> Path:  # results.csv is now results.why.csv, or results.why2.csv, ...
     "Move a file out of the way without losing it."
-    path, n = Path(path), 1
+    path = Path(path)
+    n = 1
     while os.path.lexists(new := path.with_name(f"{path.stem}.{why}{'' if n == 1 else n}{path.suffix}")):
         n += 1
     os.replace(path, new)
@@ -64,7 +65,9 @@ class Journal:
         columns: Iterable[str],
         numbers: Iterable[str] = (),  # columns that hold numbers: no other cell may look like a formula
     ):
-        self.path, self.columns, self.numbers = Path(path), [*columns], frozenset(numbers)
+        self.path = Path(path)
+        self.columns = [*columns]
+        self.numbers = frozenset(numbers)
         if self.path.is_file() and self.path.stat().st_size and not self._ours():
             aside(self.path, "other")
         self.rows, self.dropped = self._read()  # rows as dicts of text; how many were not believed
@@ -77,12 +80,10 @@ class Journal:
     def _read(self) -> tuple[list[dict], int]:
         if not self.path.is_file():
             return [], 0
-        source, found, dropped, at = (
-            io.StringIO(self.path.read_bytes().decode("utf-8", "replace"), newline=""),
-            [],
-            0,
-            0,
-        )
+        source = io.StringIO(self.path.read_bytes().decode("utf-8", "replace"), newline="")
+        found = []
+        dropped = 0
+        at = 0
         while True:
             source.seek(at)
             try:

@@ -76,7 +76,9 @@ def find_regions(
     if not count:
         return mask, []
     (h, w), (W, H) = heat.shape, size or heat.shape[::-1]
-    sx, sy, every = W / w, H / h, np.arange(1, count + 1)
+    sx = W / w
+    sy = H / h
+    every = np.arange(1, count + 1)
     areas = np.bincount(labels.ravel(), minlength=count + 1)[1:] * (sx * sy)
     found = []
     for n, (rows, columns), (y, x), peak, area in zip(

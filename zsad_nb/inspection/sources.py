@@ -191,7 +191,8 @@ def _paths(what, out: Path | None, left: list[Unused]) -> list:
 
 def _pictures(names: list[str]) -> list[str]:
     "Names of overlays that no two share on any disk."
-    taken, out = set(), []
+    taken = set()
+    out = []
     for name in names:
         stem = name.rpartition("/")[2]
         if len(stem.encode()) > 240:
@@ -223,7 +224,9 @@ def sources(
     if not found:
         raise ValueError("there is nothing to look at: the list is empty")
     folders = [os.path.dirname(os.path.abspath(path)) for path, _ in found if not _is_array(path)]
-    base, items, owner = os.path.commonpath(folders) if folders else "", [], {}
+    base = os.path.commonpath(folders) if folders else ""
+    items = []
+    owner = {}
     for number, (path, kind) in enumerate(found):
         name = (
             f"{'bytes' if _is_file(path) else 'array'}-{number:05d}" if _is_array(path) else utf8(Path(path).as_posix())
@@ -301,7 +304,8 @@ def _released_in(parameters: dict, found, changes: dict) -> Method:
     name, path = split_released(text)
     towers = {k: parameters[k] for k in ("backbone", "clip", "dino", "weights") if parameters.get(k)}
     path = Path(found.record.get("cwd", "."), path)
-    noted, now = found.result.get("released"), file_record(path)
+    noted = found.result.get("released")
+    now = file_record(path)
     if isinstance(noted, dict) and noted.get("sha256") != now["sha256"]:
         raise ValueError(
             f"the run in {found.folder} used {noted.get('file')} with the SHA-256 {str(noted.get('sha256'))[:16]}..., "

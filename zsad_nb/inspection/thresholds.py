@@ -130,7 +130,8 @@ class Threshold:
         return np.asarray(scores, np.float64) > self.value
 
     def __str__(self):
-        f, front = self.facts, f"{self.value:.6g}"
+        f = self.facts
+        front = f"{self.value:.6g}"
         if self.kind == "given":
             return f"{front}, as given: nothing is known of its false alarms"
         if self.kind == "normals":
@@ -160,12 +161,14 @@ class Threshold:
     ) -> dict:  # alarms, images, rate, low, high (Clopper-Pearson); expected (fewest, most), plausible: for a threshold from normal images
         "Hold the threshold against other normal images."
         scores = _numbers(scores)
-        n, alarms = len(scores), int(self(scores).sum())
+        n = len(scores)
+        alarms = int(self(scores).sum())
         low, high = clopper_pearson(alarms, n, level)
         found = dict(alarms=alarms, images=n, rate=alarms / n, low=low, high=high)
         if self.kind != "normals":
             return found
-        a, b = self.facts["images"] + 1 - self.facts["rank"], self.facts["rank"]
+        a = self.facts["images"] + 1 - self.facts["rank"]
+        b = self.facts["rank"]
         expected = tuple(int(betabinom.ppf(q, n, a, b)) for q in ((1 - level) / 2, (1 + level) / 2))
         return dict(found, expected=expected, plausible=expected[0] <= alarms <= expected[1])
 
@@ -203,12 +206,14 @@ def _cut(
     gaps = np.diff(values)
     between = values[:-1] + gaps / 2
     between = np.where(between >= values[1:], values[:-1], between)  # neighbours without a number between them
-    cuts, gaps = (
-        np.concatenate([[np.nextafter(values[0], -np.inf)], between, values[-1:]]),
-        np.concatenate([[0.0], gaps, [0.0]]),
-    )
-    above = lambda scores: 1 - np.searchsorted(np.sort(scores), cuts, "right") / len(scores)
-    alarms, caught = above(normal), above(bad)
+    cuts = np.concatenate([[np.nextafter(values[0], -np.inf)], between, values[-1:]])
+    gaps = np.concatenate([[0.0], gaps, [0.0]])
+
+    def above(scores):
+        return 1 - np.searchsorted(np.sort(scores), cuts, "right") / len(scores)
+
+    alarms = above(normal)
+    caught = above(bad)
     p, n = (len(bad), len(normal)) if share is None else (share, 1 - share)
     gain = (
         2 * p * caught / (p + p * caught + n * alarms)
@@ -231,7 +236,8 @@ def from_labels(
     seed: int = 0,
 ) -> Threshold:
     "The cut with the best F1 or the least cost, and how far it can be trusted."
-    scores, labels = _numbers(scores), np.asarray(labels)
+    scores = _numbers(scores)
+    labels = np.asarray(labels)
     if labels.dtype != bool:
         if not np.isin(labels, (0, 1)).all():
             raise ValueError(f"labels are True/False or 1/0, found {labels[~np.isin(labels, (0, 1))][0]!r}")
@@ -244,13 +250,15 @@ def from_labels(
         raise ValueError(f"miss={miss}, false_alarm={false_alarm}; costs are above 0")
     if share is not None:
         _check_share("share", share)
-    normal, bad = scores[~labels], scores[labels]
+    normal = scores[~labels]
+    bad = scores[labels]
     if min(len(normal), len(bad)) < 2:
         raise ValueError(
             f"{len(normal)} normal and {len(bad)} defective images; at least two of each are"
             f" needed{'. With normal images alone use from_normals' if len(bad) < 2 else ''}"
         )
-    goal, rng = (miss, false_alarm, share), np.random.default_rng(seed)
+    goal = (miss, false_alarm, share)
+    rng = np.random.default_rng(seed)
     value, alarms, caught = _cut(normal, bad, *goal)
     others = [_cut(rng.choice(normal, len(normal)), rng.choice(bad, len(bad)), *goal)[0] for _ in range(rounds)]
     part, decided = (
@@ -261,7 +269,8 @@ def from_labels(
         out = part == i
         if (labels & ~out).any() and (~labels & ~out).any():
             decided[out] = scores[out] > _cut(scores[~labels & ~out], scores[labels & ~out], *goal)[0]
-    missed, wrong = int((labels & ~decided).sum()), int((~labels & decided).sum())
+    missed = int((labels & ~decided).sum())
+    wrong = int((~labels & decided).sum())
     (ml, mh), (al, ah), (vl, vh) = (
         clopper_pearson(missed, len(bad), level),
         clopper_pearson(wrong, len(normal), level),
@@ -316,7 +325,8 @@ class Comparable:
 
     def __call__(self, scores, category: str) -> np.ndarray:
         "Comparable scores; the larger, the more anomalous."
-        scores, r = np.asarray(scores, np.float64), self._of(category)
+        scores = np.asarray(scores, np.float64)
+        r = self._of(category)
         if self.how == "quantile":
             return np.searchsorted(r, scores, "left") / (len(r) + 1)
         median, spread = self.scale(category)
@@ -327,7 +337,8 @@ def compare_with(scores, categories, how: str) -> Comparable:  # of normal image
     "What scores of other images will be set against."
     if how not in HOW[1:]:
         raise ValueError(f"comparable={how!r}; use {' or '.join(HOW[1:])}, or '' for scores as they are")
-    scores, categories = _numbers(scores), np.asarray(categories)
+    scores = _numbers(scores)
+    categories = np.asarray(categories)
     found = Comparable(
         how, {str(c): np.sort(scores[categories == c]).tolist() for c in dict.fromkeys(categories.tolist())}
     )
@@ -344,7 +355,8 @@ def _thresholds(
     scores, categories, how, rate, sure, level
 ) -> tuple:  # category ("" for all) -> Threshold on the method's own scale; Comparable or None
     "Thresholds from normal images, for every category where scores are made comparable."
-    scores, categories = np.asarray(scores, np.float64), np.asarray(categories)
+    scores = np.asarray(scores, np.float64)
+    categories = np.asarray(categories)
     if not how:
         return {"": from_normals(scores, rate, sure, level)}, None
     names = list(dict.fromkeys(categories.tolist()))
@@ -517,7 +529,8 @@ class Calibration:
 
     def colours(self, category: str) -> tuple | None:  # low, high
         "Ends of the colour scale: transparent up to what half of the good images reach, half-way at the pixel threshold."
-        t, low = self.of("pixel", category), self.typical.get(category, self.typical.get(""))
+        t = self.of("pixel", category)
+        low = self.typical.get(category, self.typical.get(""))
         return None if t is None or low is None or t.value <= low else (low, 2 * t.value - low)
 
     @property
@@ -612,13 +625,16 @@ def calibration(
     "Thresholds from the results of normal images, or of normal and defective ones."
     if comparable not in HOW:
         raise ValueError(f"comparable={comparable!r}; use {' or '.join(HOW[1:])}, or '' for scores as they are")
-    good, pixel_rate, notes = rows[~rows["anomalous"].astype(bool)], rate if pixel_rate is None else pixel_rate, []
+    good = rows[~rows["anomalous"].astype(bool)]
+    pixel_rate = rate if pixel_rate is None else pixel_rate
+    notes = []
     labelled = len(good) < len(rows)
     if labelled and comparable:
         raise ValueError("comparable scores use normal images only; leave the defective ones out, or set comparable=''")
     if not labelled and (miss is not None or false_alarm is not None):
         raise ValueError("costs of a miss and of a false alarm need labelled defects; add defective images")
-    where, by = good["category"].astype(str).tolist(), None
+    where = good["category"].astype(str).tolist()
+    by = None
     if labelled:
         image = {"": from_labels(rows["score"], rows["anomalous"].astype(bool), miss, false_alarm, share, level)}
     else:
@@ -628,7 +644,8 @@ def calibration(
     except ValueError as error:
         if not labelled:
             raise
-        pixel, notes = {}, [f"no pixel threshold, so no mask and no regions: {error}"]
+        pixel = {}
+        notes = [f"no pixel threshold, so no mask and no regions: {error}"]
     typical = {
         c: float(np.median(good["peak"][good["category"] == c] if c else good["peak"]))
         for c in (dict.fromkeys(where) if comparable else [""])

@@ -62,7 +62,8 @@ class HybridTokens(nn.Module):
         half: bool = False,  # cast to float16 where they are inserted, gradients too (a slip of the released code)
     ):
         super().__init__()
-        self.shape, self.half_cast = (sets, count, width), half
+        self.shape = (sets, count, width)
+        self.half_cast = half
         self.static = nn.Parameter(torch.randn(sets, count, width) * std) if kinds != "dynamic" else None
         self.heads = nn.Linear(source, count * width) if kinds != "static" else None
 
@@ -87,7 +88,9 @@ def see_prompted(
 ) -> Features:  # raw patches and class token per tap, without tokens; cls after the last block and the final norm
     "An image tower with tokens behind its patches, replaced block by block, then carried (baselines, 2.3; code)."
     x, grid = backbone.embed(image)
-    length, context, kept = x.shape[1], backbone._context(x, grid), {}
+    length = x.shape[1]
+    context = backbone._context(x, grid)
+    kept = {}
     for i, block in enumerate(backbone._blocks(backbone.tower)):
         if tokens is not None and i < len(tokens):
             x = torch.cat([x[:, :length], tokens[i].expand(len(x), -1, -1)], 1)
@@ -124,7 +127,8 @@ def read_start(
     overwritten: int,  # m, positions behind the start that will be overwritten
 ) -> tuple:  # (S, L, width) hidden states after block 1, (S,) position of the end of text
     "The frozen beginning of some sentences."
-    t, ids = text.tower, text.tokenize(check_length(said, overwritten)).to(text.device)
+    t = text.tower
+    ids = text.tokenize(check_length(said, overwritten)).to(text.device)
     end = ids.argmax(1)
     length = int(end.max()) + 1
     return (
@@ -159,7 +163,8 @@ def kmeans(
     steps: int = 300,  # at most (ours)
 ) -> Tensor:  # (n,) group of every row, counted from 0 without gaps
     "Lloyd's k-means from k-means++ centres; the same rows always give the same groups (Arthur and Vassilvitskii, SODA 2007)."
-    x, labels = x.detach().cpu().double(), None
+    x = x.detach().cpu().double()
+    labels = None
     square = x.square().sum(1, keepdim=True)
 
     def distance(c):
@@ -175,7 +180,8 @@ def kmeans(
             [centres, x[torch.searchsorted(far.cumsum(0), draw * far.sum(), right=True).clamp(max=len(x) - 1)][None]]
         )
     for _ in range(steps):
-        before, labels = labels, distance(centres).argmin(1)
+        before = labels
+        labels = distance(centres).argmin(1)
         if before is not None and torch.equal(before, labels):
             break
         member = F.one_hot(labels, len(centres)).to(x)
@@ -279,7 +285,8 @@ class AdaCLIPParameters(ParameterSet):
 class AdaCLIP(Method):
     "Static and dynamic tokens in both towers, linear adapters, fusion by k-means (Cao et al., ECCV 2024)."
 
-    name, Parameters = "adaclip", AdaCLIPParameters
+    name = "adaclip"
+    Parameters = AdaCLIPParameters
     released_name = staticmethod(blank_for_dash)
     released_towers = dict(clip="clip-vitl14-336", image_size=518, taps=(6, 12, 18, 24))
     older = dict(quick_gelu=None, names="words", half_tokens=False, dice_over="image")  # QuickGELU, and no slips
@@ -352,9 +359,9 @@ class AdaCLIP(Method):
         )
         p = self.p
         self.clip, self.text = clip_towers(p, p.taps)
-        wide, towers = (
-            self.clip.tower.proj.shape[1],
-            dict(image=(self.clip, min(p.depth, self.clip.depth)), text=(self.text, min(p.depth, self.text.depth) - 1)),
+        wide = self.clip.tower.proj.shape[1]
+        towers = dict(
+            image=(self.clip, min(p.depth, self.clip.depth)), text=(self.text, min(p.depth, self.text.depth) - 1)
         )
         self.tokens = nn.ModuleDict(
             {
@@ -364,7 +371,8 @@ class AdaCLIP(Method):
             }
         )
         self.adapters = nn.ModuleDict({f"tap_{t}": nn.Linear(self.clip.width, wide) for t in self.clip.taps})
-        self.adapter_cls, self._started = nn.Linear(wide, wide), {}
+        self.adapter_cls = nn.Linear(wide, wide)
+        self._started = {}
         for states in ADACLIP_STATES.values():
             check_length(sentences("object", states, p.templates), p.length)  # refused here, not at the first image
 
@@ -440,7 +448,9 @@ class AdaCLIP(Method):
 
     def forward(self, features: dict, batch) -> Prediction:
         "Softmax of the mean logits, smoothed in evaluation mode only; score of the class token mixed with the fused patches."
-        p, size, cls = self.p, tuple(batch.image.shape[-2:]), features["cls"]
+        p = self.p
+        size = tuple(batch.image.shape[-2:])
+        cls = features["cls"]
         text = self.text_features(batch.category, cls)
         seen = see_prompted(self.clip, batch.image, self.tokens["image"](cls) if "image" in self.tokens else None)
         patches = torch.stack(

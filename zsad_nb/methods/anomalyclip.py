@@ -67,7 +67,8 @@ class AnomalyCLIPParameters(ParameterSet):
 class AnomalyCLIP(Method):
     "Object-agnostic prompts against a v-v path of CLIP (Zhou et al., ICLR 2024)."
 
-    name, Parameters = "anomalyclip", AnomalyCLIPParameters
+    name = "anomalyclip"
+    Parameters = AnomalyCLIPParameters
     compat = dict(deep_half=True)
     released_towers = dict(clip="clip-vitl14-336", image_size=518)
     recipe = dict(
@@ -136,8 +137,11 @@ class AnomalyCLIP(Method):
 
     def forward(self, features: dict, batch) -> Prediction:
         "Sum of the upsampled maps, smoothed in evaluation mode only; the score is the class token's."
-        p, size, text = self.p, tuple(batch.image.shape[-2:]), self.text_features()
-        image, contrast = features["cls"] @ text.T, (text[1] - text[0]) / p.tau
+        p = self.p
+        size = tuple(batch.image.shape[-2:])
+        text = self.text_features()
+        image = features["cls"] @ text.T
+        contrast = (text[1] - text[0]) / p.tau
         maps = {
             f"tap_{t}": (features[f"tap_{t}"] @ contrast).sigmoid().unflatten(1, self.grid) for t in self.clip.taps
         }  # a softmax over two classes is a sigmoid of their difference
@@ -146,7 +150,10 @@ class AnomalyCLIP(Method):
 
     def loss(self, prediction: Prediction, batch) -> dict[str, Tensor]:
         "Cross-entropy of the class token, and 4 * (focal + dice of both classes) of every layer's map (section 3.3)."
-        p, size, mask, found = self.p, tuple(batch.mask.shape[-2:]), batch.mask[:, 0], prediction.layers
+        p = self.p
+        size = tuple(batch.mask.shape[-2:])
+        mask = batch.mask[:, 0]
+        found = prediction.layers
         maps = [to_pixels(m, size) for k, m in found.items() if k.startswith("tap_")]
         parts = dict(
             ce=F.cross_entropy(found["image"] / p.tau, batch.anomalous.long()),

@@ -233,7 +233,8 @@ def squares(
 class AnoVL(Method):
     "Training-free CLIP with a v-v path, and an adapter fitted to every test image (Deng et al., 2023)."
 
-    name, Parameters = "anovl", AnoVLParameters
+    name = "anovl"
+    Parameters = AnoVLParameters
     released_name = staticmethod(macaroni)
     compat = dict(carried=True)
     older = dict(names="words", bias=False, noise_scale="length", resize="bicubic", crop_score="max")
@@ -293,7 +294,10 @@ class AnoVL(Method):
         self.dual_blocks = self.clip.depth if p.dual_blocks is None else p.dual_blocks
         if self.dual_blocks > self.clip.depth:
             raise ValueError(f"dual_blocks={p.dual_blocks}; {p.clip} has {self.clip.depth} blocks")
-        self.grid, self._said, self._carried, self._told = (self.clip.size // self.clip.patch,) * 2, {}, {}, False
+        self.grid = (self.clip.size // self.clip.patch,) * 2
+        self._said = {}
+        self._carried = {}
+        self._told = False
 
     @classmethod
     def depends_on_others(cls, parameters: dict) -> bool:
@@ -383,15 +387,18 @@ class AnoVL(Method):
     ) -> tuple:  # weight (R, C) and bias (R,) where its adapter starts, noise (steps, N, C)
         "Anew for every image: seeded, so that the same image has the same result, or from PyTorch's state (as released)."
         p, generator = self.p, None if self.p.carried else torch.Generator().manual_seed(self.p.seed)
-        rows, columns = (words.shape[1] if p.adapter == "linear" else len(words)), words.shape[1]
+        rows = words.shape[1] if p.adapter == "linear" else len(words)
+        columns = words.shape[1]
         limit = columns**-0.5  # of PyTorch's linear layer
 
         def uniform(*shape):
             return (2 * torch.rand(shape, generator=generator) - 1) * limit
 
-        weight, bias = torch.zeros(rows, columns), torch.zeros(rows)
+        weight = torch.zeros(rows, columns)
+        bias = torch.zeros(rows)
         if p.start == "random":
-            weight, bias = uniform(rows, columns), uniform(rows) if p.bias else bias
+            weight = uniform(rows, columns)
+            bias = uniform(rows) if p.bias else bias
         elif p.adapter == "linear":
             weight = torch.eye(columns)
         elif p.start == "text":
@@ -418,7 +425,9 @@ class AnoVL(Method):
 
     def _steps(self, x: Tensor, words: Tensor, text: Tensor, noise: Tensor, optimiser, size: tuple) -> tuple:
         "Some AdamW steps on the optimiser's parameters; the contrast afterwards, and the losses before every step (B, steps)."
-        p, parameters, losses = self.p, optimiser.param_groups[0]["params"], []
+        p = self.p
+        parameters = optimiser.param_groups[0]["params"]
+        losses = []
         weight, bias = (*parameters, x.new_zeros(len(x), parameters[0].shape[1]))[:2]
         inner = None if p.adapter == "linear" else words
         for added in noise.unbind(1):
@@ -471,10 +480,12 @@ class AnoVL(Method):
 
     def forward(self, features: dict, batch) -> Prediction:
         "Mean over the views and crops for the score, the adapted patches for the map."
-        p, size = self.p, tuple(batch.image.shape[-2:])
+        p = self.p
+        size = tuple(batch.image.shape[-2:])
         words, text = self.sentence_features(batch.category)
         shares = contrast(features["cls"].flatten(1, 2), text).sigmoid().unflatten(1, (p.crops, -1)).mean(2)  # (B, K)
-        plain, layers = contrast(features["patches"], text), {}
+        plain = contrast(features["patches"], text)
+        layers = {}
         z = plain
         if p.adapter != "none":
             z, layers["losses"] = self.adapt(features["patches"], words, text, batch.category, size)
@@ -492,7 +503,8 @@ class AnoVL(Method):
         if self.p.crops == 1:
             return enlarge(grids, size)[:, 0]
         side, (_, spots) = min(size), squares(grids.new_empty(1, 1, *size), self.p.crops)
-        total, count = grids.new_zeros(len(grids), *size), grids.new_zeros(size)
+        total = grids.new_zeros(len(grids), *size)
+        count = grids.new_zeros(size)
         for m, (y, x) in zip(enlarge(grids, (side, side)).unbind(1), spots):
             total[:, y : y + side, x : x + side] += m
             count[y : y + side, x : x + side] += 1

@@ -76,7 +76,8 @@ class APRILGANParameters(ParameterSet):
 class APRILGAN(Method):
     "Hand-written sentences and one linear layer a tap, and a memory of reference patches (Chen et al., VAND workshop of CVPR 2023)."
 
-    name, Parameters = "april_gan", APRILGANParameters
+    name = "april_gan"
+    Parameters = APRILGANParameters
     released_name = staticmethod(as_spelt)
     released_towers = dict(clip="clip-vitl14-336", image_size=518, taps=(6, 12, 18, 24))
     older = dict(quick_gelu=None, names="words", few_shot_score="references")  # QuickGELU, whatever the release ran
@@ -133,11 +134,13 @@ class APRILGAN(Method):
         )
         p = self.p
         self.clip, self.text = clip_towers(p, p.taps)
-        self.grid, self._said = (self.clip.size // self.clip.patch,) * 2, {}
+        self.grid = (self.clip.size // self.clip.patch,) * 2
+        self._said = {}
         self.adapters = nn.ModuleDict(
             {f"tap_{t}": nn.Linear(self.clip.width, self.clip.tower.proj.shape[1]) for t in self.clip.taps}
         )
-        self._ranges, self._cache = ClassRange(self.name), None
+        self._ranges = ClassRange(self.name)
+        self._cache = None
         self._reserve(p.shots)
 
     @classmethod
@@ -265,7 +268,8 @@ class APRILGAN(Method):
 
     def pixels(self, features: dict, batch) -> tuple:  # (B, H, W) and the layers
         "Sum of every tap's softmax at the batch's size; in evaluation the memory joins in, where there is one."
-        size, contrast = tuple(batch.image.shape[-2:]), self.contrast(batch.category)
+        size = tuple(batch.image.shape[-2:])
+        contrast = self.contrast(batch.category)
         layers = {
             n: (F.normalize(a(features[n]), dim=-1) @ contrast)[..., 0].unflatten(1, self.grid)
             for n, a in self.adapters.items()
@@ -278,7 +282,8 @@ class APRILGAN(Method):
 
     def suspicion(self, pixels: Tensor, far: Tensor, batch) -> Tensor:  # (B,) from 0 to 1
         "What joins CLIP's score where there are references."
-        count, largest = len(self.adapters), pixels.flatten(1).amax(1)
+        count = len(self.adapters)
+        largest = pixels.flatten(1).amax(1)
         if self.p.few_shot_score == "references":
             return far.flatten(1).amax(1) / count
         if self.p.few_shot_score == "map":
@@ -288,7 +293,8 @@ class APRILGAN(Method):
 
     def forward(self, features: dict, batch) -> Prediction:
         "The map, and CLIP's score; with references the mean of that score and of what the map finds."
-        p, size = self.p, tuple(batch.image.shape[-2:])
+        p = self.p
+        size = tuple(batch.image.shape[-2:])
         pixels, layers = self.pixels(features, batch)
         score = (features["cls"][:, None] @ self.contrast(batch.category)).flatten().sigmoid()
         if "reference" in layers:
@@ -310,4 +316,5 @@ class APRILGAN(Method):
 
 
 # %% ../../nbs/methods/21_april_gan.ipynb #5b1e77a2
-released_names, import_released = linear_layer_names, import_linear_layers  # as MultiADS: one linear layer a tap
+released_names = linear_layer_names
+import_released = import_linear_layers  # as MultiADS: one linear layer a tap

@@ -21,6 +21,9 @@ __all__ = [
     "require_importer",
     "import_released",
     "load_released",
+    "ParameterSet",
+    "param",
+    "read_header",
 ]
 
 # %% ../../nbs/methods/06_base.ipynb #b4a430ca
@@ -51,7 +54,7 @@ from ..core.files import to_json, write_atomically
 from ..core.names import shown
 from ..core.settings import require_known, usual_defaults
 from ..data.method_images import require_read_for
-from zsad_nb.methods.checkpoint_files import (  # noqa: F401 (read_header is of this door)
+from zsad_nb.methods.checkpoint_files import (
     checkpoint_content,
     checkpoint_tensors,
     parsed_header,
@@ -60,9 +63,11 @@ from zsad_nb.methods.checkpoint_files import (  # noqa: F401 (read_header is of 
     tensor_digest,
 )
 from .class_names import check_index, prompt_table
-from .parameters import SIDE, ParameterSet, param  # noqa: F401 (one door for those who write a method)
-from .released_files import file_record, fit_released, split_released  # noqa: F401
+from .parameters import ParameterSet, param
+from .released_files import file_record, split_released
 from .variants import AllVariants, Variant, variants_of
+
+_all_ = ["ParameterSet", "param", "read_header"]  # one door for those who write a method
 
 
 # %% ../../nbs/methods/06_base.ipynb #d8a4bd79
@@ -343,7 +348,8 @@ class Method(nn.Module):
     @torch.inference_mode()
     def predict(self, batch, cache: FeatureCache | None = None) -> Prediction:  # on the method's device
         "Prediction of one batch in evaluation mode; but for rounding, the result does not depend on the batch's size or company."
-        was, batch = self.training, batch.to(self.device)
+        was = self.training
+        batch = batch.to(self.device)
         self.eval()
         try:
             return self(self.features(batch, cache), batch)
@@ -617,11 +623,9 @@ def load(
     fitted(method.learned(), tensors, f"{path.name} does not fit {method.name}")
     _verify(tensors, header, path)
     load_tensors(method, tensors, path.name)
-    method.trained_on, method.fitted, method.released = (
-        header["trained_on"],
-        header.get("fitted", {}),
-        header.get("released"),
-    )
+    method.trained_on = header["trained_on"]
+    method.fitted = header.get("fitted", {})
+    method.released = header.get("released")
     return method
 
 
@@ -664,7 +668,8 @@ def load_released(
 ) -> Method:  # on the CPU
     "A method with a checkpoint of its authors, built for the towers that the file needs."
     name, path = split_released(released)
-    cls, about = method_class(name), file_record(path)
+    cls = method_class(name)
+    about = file_record(path)
     require_importer(name)
     towers = cls.released_towers
     roles = [role for role in ("backbone", "clip", "dino") if role in towers]

@@ -46,7 +46,8 @@ FORMER = {"patch_norm", "start_std", "train_samples", "top_share", "max_scale", 
 class BayesPFL(Method):
     "Prompts sampled from flows, texts that attend to patches (Qu et al., CVPR 2025)."
 
-    name, Parameters = "bayes_pfl", BayesPFLParameters
+    name = "bayes_pfl"
+    Parameters = BayesPFLParameters
     released_name = staticmethod(table_of_nine)
     released_towers = dict(clip="clip-vitl14-336", image_size=518, clip_taps=(6, 12, 18, 24))
     recipe = dict(
@@ -117,7 +118,8 @@ class BayesPFL(Method):
         super().__init__(replace(parameters, **lists))
         p = self.p
         b, text = clip_towers(p, p.clip_taps)
-        self.clip, self.text = b, text
+        self.clip = b
+        self.text = text
         width = b.tower.proj.shape[1]
         if text.width != width:
             raise ValueError(
@@ -131,7 +133,9 @@ class BayesPFL(Method):
         self.class_mapping, self.image_mapping = (start_small(nn.Linear(width, width)) for _ in range(2))
         self.fuse = start_small(PatchFusion(b.width, len(b.taps), width))
         self.log_scale = nn.Parameter(torch.full((2,), -math.log(p.tau)))  # of the image part, of the maps
-        self._ranges, self._cache, self._seeds = ClassRange(self.name), None, {}
+        self._ranges = ClassRange(self.name)
+        self._cache = None
+        self._seeds = {}
 
     @classmethod
     def depends_on_others(cls, parameters: dict) -> bool:
@@ -185,7 +189,8 @@ class BayesPFL(Method):
         count: int,  # images
     ) -> dict:  # name of a flow -> (B, 1, C); (1, 1, C) for the states
         "New noise for every image's context, and one draw of either state for the whole batch (code)."
-        width, like = self.text.width, dict(device=self.device, dtype=self.log_scale.dtype)
+        width = self.text.width
+        like = dict(device=self.device, dtype=self.log_scale.dtype)
         # drawn flat: several devices share out draws whose first size is their number of images
         states = torch.randn(2 * width, **like).view(2, 1, 1, width)
         return dict(zip(STATES, states), context=torch.randn(count, 1, width, **like))
@@ -195,7 +200,8 @@ class BayesPFL(Method):
         image: Tensor,  # (1, 3, H, W)
     ) -> dict:  # name of a flow -> (1, R, C)
         "The same noise for every image, or new for every image with the states' kept from the first one on."
-        p, width = self.p, self.text.width
+        p = self.p
+        width = self.text.width
         samples = p.samples if p.image_specific or p.image_agnostic else 1
         if p.draws == "seeded":
             return dict(zip(("context", *STATES), fixed_noise(samples, 3, width, p.noise_seed).to(self.log_scale)))
@@ -275,7 +281,8 @@ class BayesPFL(Method):
         if self.training:
             return self.trained_on_batch(features, batch.category, tuple(batch.image.shape[-2:]))
         found = self.judged(features, batch)
-        maps, parts = found["levels"].mean(1), torch.stack([found["probability"], found["top_mean"]], 1)
+        maps = found["levels"].mean(1)
+        parts = torch.stack([found["probability"], found["top_mean"]], 1)
         if self.p.image_score == "test set":
             low, high = (x.to(parts) for x in self._ranges(batch.category, tuple(maps.shape[-2:]), self.score_parts))
             parts = torch.stack([stretch(parts[:, i], low[:, i], high[:, i], smooth=1e-8) for i in range(2)], 1)
@@ -284,18 +291,22 @@ class BayesPFL(Method):
 
     def judged(self, features: dict, batch) -> dict:
         "What evaluation sees: image (B, 2, P), levels (B, L, H, W), probability (B,), top_mean (B,)."
-        size, rows = tuple(batch.image.shape[-2:]), []
+        size = tuple(batch.image.shape[-2:])
+        rows = []
         for i, category in enumerate(batch.category):
             own = {k: v[i : i + 1] for k, v in features.items()}
             texts = self.texts(self.sampled(self.test_noise(batch.image[i : i + 1]), own["cls"]), [category])
-            image, levels = self.image_logits(own, texts), self.levels(own, texts, size)
-            probability, top_mean = image.softmax(1)[:, 1].mean(1), self.top_mean(levels.mean(1), [category])
+            image = self.image_logits(own, texts)
+            levels = self.levels(own, texts, size)
+            probability = image.softmax(1)[:, 1].mean(1)
+            top_mean = self.top_mean(levels.mean(1), [category])
             rows.append(dict(image=image, levels=levels, probability=probability, top_mean=top_mean))
         return {k: torch.cat([row[k] for row in rows]) for k in rows[0]}
 
     def trained_on_batch(self, features: dict, categories: list, size: tuple) -> Prediction:
         "One pair of the bank; the layers hold what the loss reads, a row an image."
-        cls, second = features["cls"], self.p.second_stage
+        cls = features["cls"]
+        second = self.p.second_stage
         with torch.set_grad_enabled(torch.is_grad_enabled() and not second):
             found = self.sampled(self.training_noise(len(cls)), cls)
             texts = self.texts(found, categories)
@@ -306,7 +317,8 @@ class BayesPFL(Method):
             return Prediction(cls.new_zeros(len(cls), *size), probability, layers)  # no loss reads a map
         layers |= dict(levels=self.levels(features, chosen, size), texts=texts)
         for name, drawn in found.items():
-            gap, logdet = density_gap(drawn).mean(1), drawn["logdet"].mean(1)
+            gap = density_gap(drawn).mean(1)
+            logdet = drawn["logdet"].mean(1)
             layers |= {f"gap_{name}": gap.expand(len(cls)), f"logdet_{name}": logdet.expand(len(cls))}
         if self.p.weight_reconstruction and "context" in found:
             layers["reconstruction"] = self.reconstruction(found["context"], cls)
@@ -318,7 +330,9 @@ class BayesPFL(Method):
 
     def loss(self, prediction: Prediction, batch) -> dict[str, Tensor]:
         "CE + focal + dice of every tap + 0.01 KL + orthogonality; CE alone in the second stage (code)."
-        p, found, mask = self.p, prediction.layers, batch.mask[:, 0]
+        p = self.p
+        found = prediction.layers
+        mask = batch.mask[:, 0]
         truth = batch.anomalous.long()[:, None].expand(-1, found["image"].shape[-1])
         ce = F.cross_entropy(found["image"], truth)
         if p.second_stage:
@@ -342,13 +356,15 @@ class BayesPFL(Method):
 
     def kl(self, name: str, found: dict) -> Tensor:  # scalar
         "The estimate of a flow's KL; of the states the log-determinant is divided by the batch size (code)."
-        gap, logdet = found[f"gap_{name}"], found[f"logdet_{name}"]
+        gap = found[f"gap_{name}"]
+        logdet = found[f"logdet_{name}"]
         divide = len(logdet) if name in STATES and self.p.state_logdet == "over batch" else 1
         return gap.mean() - logdet.mean() / divide
 
     def param_groups(self) -> list[dict]:
         "Prompts and planes, linear layers, temperatures: a rate each; in the second stage mappings and fusion alone."
-        p, own = self.p, self.learned()
+        p = self.p
+        own = self.learned()
         if p.second_stage:
             stage = ("class_mapping.", "image_mapping.", "fuse.")
             return [dict(params=[q for n, q in own.items() if n.startswith(stage)], lr=p.lr_linear)]

@@ -35,7 +35,10 @@ class ClassRange:
     "Smallest and largest value over the test images of every class: measured when a class is first asked for, or told."
 
     def __init__(self, method: str):  # its name, for messages
-        self.method, self.tables, self.found, self.interpolation = method, {}, {}, "bicubic"
+        self.method = method
+        self.tables = {}
+        self.found = {}
+        self.interpolation = "bicubic"
 
     def prepare(
         self,
@@ -44,7 +47,9 @@ class ClassRange:
     ):
         "Remember which images belong to which class, and forget all ranges."
         test = index[index["split"] == "test"]
-        self.found, self.tables, self.interpolation = {}, {}, interpolation
+        self.found = {}
+        self.tables = {}
+        self.interpolation = interpolation
         for category, part in test.groupby("category", sort=True):
             paths = sorted(set(part["image"]))
             rows = [

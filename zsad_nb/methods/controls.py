@@ -47,7 +47,8 @@ class SelfDistanceParameters(ParameterSet):
 class SelfDistance(Method):
     "Training-free control: a patch against its own image's mean patch."
 
-    name, Parameters = "self_distance", SelfDistanceParameters
+    name = "self_distance"
+    Parameters = SelfDistanceParameters
 
     def __init__(self, parameters: SelfDistanceParameters):
         super().__init__(parameters)

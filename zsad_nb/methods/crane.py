@@ -117,7 +117,8 @@ class CranePlusParameters(CraneParameters):
 class Crane(Method):
     "Context-guided prompts against an E-Attn path of CLIP, pooling by the maps (Salehi et al., 2025)."
 
-    name, Parameters = "crane", CraneParameters
+    name = "crane"
+    Parameters = CraneParameters
     compat = dict(deep_half=True, aliased=True)
     released_towers = dict(clip="clip-vitl14-336", image_size=518)
     recipe = dict(
@@ -150,7 +151,8 @@ class Crane(Method):
         super().__init__(replace(parameters, taps=None if parameters.taps is None else tuple(parameters.taps)))
         p = self.p
         self.clip, self.text = clip_towers(p, p.taps)
-        depth, wide = self.clip.depth, self.clip.tower.proj.shape[1]
+        depth = self.clip.depth
+        wide = self.clip.tower.proj.shape[1]
         self.grid = (self.clip.size // self.clip.patch,) * 2
         self.dual_blocks = max(1, round(depth * 19 / 24)) if p.dual_blocks is None else p.dual_blocks
         if self.dual_blocks > depth:
@@ -234,7 +236,8 @@ class Crane(Method):
 
     def compare(self, features: dict, text: Tensor) -> dict:  # text (B or 1, 2, C) normalised
         "Logits (abnormal minus normal, over tau) per local feature (B, h, w), pooling weights (B, N), image cosines (B, 2)."
-        contrast, patches = (text[:, 1] - text[:, 0]).unsqueeze(-1) / self.p.tau, self.patches(features)
+        contrast = (text[:, 1] - text[:, 0]).unsqueeze(-1) / self.p.tau
+        patches = self.patches(features)
         found = {n: (features[f] @ contrast)[..., 0].unflatten(1, self.grid_of(n)) for n, f in self.local.items()}
         weights = pooling_weights(
             (patches @ contrast)[..., 0], "class"
@@ -248,11 +251,9 @@ class Crane(Method):
 
     def forward(self, features: dict, batch) -> Prediction:
         "Mean of the upsampled logits or probabilities, smoothed in evaluation mode only; score of the pooled image feature."
-        p, size, found = (
-            self.p,
-            tuple(batch.image.shape[-2:]),
-            self.compare(features, self.text_features(features["cls"])),
-        )
+        p = self.p
+        size = tuple(batch.image.shape[-2:])
+        found = self.compare(features, self.text_features(features["cls"]))
         maps = [found[n] for n in self.local]
         if p.soft_mean:
             pixels = sum(to_pixels(m.sigmoid(), size) for m in maps) / len(maps)
@@ -266,7 +267,10 @@ class Crane(Method):
 
     def loss(self, prediction: Prediction, batch) -> dict[str, Tensor]:
         "2 focal + 2 dice of every local feature's map + 0.2 cross-entropy of the image feature (code)."
-        p, size, mask, found = self.p, tuple(batch.mask.shape[-2:]), batch.mask[:, 0], prediction.layers
+        p = self.p
+        size = tuple(batch.mask.shape[-2:])
+        mask = batch.mask[:, 0]
+        found = prediction.layers
 
         def up(m):
             return (
@@ -295,7 +299,8 @@ class Crane(Method):
 class CranePlus(Crane):
     "Crane with D-Attn: DINO's similarities mix CLIP's last values (Salehi et al., 2025)."
 
-    name, Parameters = "crane_plus", CranePlusParameters
+    name = "crane_plus"
+    Parameters = CranePlusParameters
     compat = dict(deep_half=True, aliased=True, batch_mean=True)
     released_towers = dict(clip="clip-vitl14-336", image_size=518, dino="dinov2-vitb14-reg", dino_size=518)
     readings = {
@@ -323,10 +328,8 @@ class CranePlus(Crane):
         self.dino.taps = (self.dino.depth,)
         if p.dino_size is None:
             self.dino.size = self.grid[0] * self.dino.patch
-        self.dino_grid, self.centre = (
-            (self.dino.size // self.dino.patch,) * 2,
-            p.dino == "tiny-dino" if p.centre is None else p.centre,
-        )
+        self.dino_grid = (self.dino.size // self.dino.patch,) * 2
+        self.centre = p.dino == "tiny-dino" if p.centre is None else p.centre
         self.local = {"d_attn": "d_attn", **self.local}
 
     @classmethod
@@ -342,7 +345,9 @@ class CranePlus(Crane):
 
     def d_attention(self, image: Tensor, seen: DualPath) -> Tensor:  # (B, N, C) on DINO's grid, normalised
         "CLIP's last values, mixed by DINO's cosines; output projection, ln_post and projection, no residual (D-Attn)."
-        p, last, patches = self.p, self.clip.depth, self.dino(image.clamp(0, 1), norm=True).patches[0]
+        p = self.p
+        last = self.clip.depth
+        patches = self.dino(image.clamp(0, 1), norm=True).patches[0]
         mean = None
         if p.batch_mean:
             unit = F.normalize(patches - patches.mean(1, keepdim=True) if self.centre else patches, dim=-1)

@@ -42,7 +42,8 @@ class TypeMethod(Method):
 
     def __init__(self, parameters):
         super().__init__(parameters)
-        p, self._kinds = parameters, None
+        p = parameters
+        self._kinds = None
         if p.types_from not in ("", "given", "index"):
             raise ValueError(f"types_from={p.types_from!r}; use given or index")
         if p.unknown_words not in ("warn", "error"):
@@ -66,7 +67,8 @@ class TypeMethod(Method):
 
     def _take(self, found: dict, quiet: bool = False):
         names, words = check_types(found, found.values())
-        self.p, self._kinds = replace(self.p, types=names, words=words), None
+        self.p = replace(self.p, types=names, words=words)
+        self._kinds = None
         if self.text.lookup is None or (quiet and self.p.unknown_words == "warn"):
             return  # a whole table knows every word
         unknown = {w: lost for w in words if (lost := [part for part in w.split() if self.text.unknown([part])])}
@@ -103,7 +105,9 @@ class TypeMethod(Method):
         if self.p.types_from == "index" and (found := index_types(index, use, unknown="error" if training else "drop")):
             self._take(found)
         number = {w: i for i, w in enumerate(self.p.words, 1)} | {t: i for i, t in enumerate(self.p.types, 1)}
-        numbers, kinds, lost = {d: i for i, d in enumerate(defect_names(index))}, {}, set()
+        numbers = {d: i for i, d in enumerate(defect_names(index))}
+        kinds = {}
+        lost = set()
         for category, defect, name in set(zip(index["category"], index["defect"], names)):
             if name == GOOD:
                 continue
@@ -228,7 +232,9 @@ class DAPOParameters(ParameterSet):
 class DAPO(TypeMethod):
     "Hybrid prompts, deep tokens in both towers, one adapter a tap (Nazer et al., arXiv 2512.09446)."
 
-    name, encodes, Parameters = "dapo", False, DAPOParameters
+    name = "dapo"
+    encodes = False
+    Parameters = DAPOParameters
     compat = dict(causal=False, true_end=False)
     released_towers = dict(clip="clip-vitl14-336", image_size=518, clip_taps=(6, 12, 18, 24))
     recipe = dict(
@@ -288,7 +294,8 @@ class DAPO(TypeMethod):
         dict
     ):  # tap_T (B, 1 + K, h, w); image (B, 2): normal, abnormal; image_types (B, 1 + K): all of them cosines over tau
         "Patches and class token against the states."
-        p, b = self.p, self.clip
+        p = self.p
+        b = self.clip
         z, abnormal = prototypes(self.prompts(p.words) if self.training else self.prompts.features(p.words))
         seen = see_deep(b, image, self.image_tokens, p.alpha)
         found = {
@@ -311,7 +318,9 @@ class DAPO(TypeMethod):
 
     def forward(self, features: None, batch) -> Prediction:
         "Maps at the batch's size and scores; the maps of all types in evaluation mode only."
-        layers, size, taps = self.seen(batch.image), tuple(batch.image.shape[-2:]), len(self.clip.taps)
+        layers = self.seen(batch.image)
+        size = tuple(batch.image.shape[-2:])
+        taps = len(self.clip.taps)
         score = layers["image"].softmax(-1)[:, 1]
         if self.training:
             normal = enlarge(sum(v.softmax(1)[:, :1] for k, v in layers.items() if k.startswith("tap_")), size)[:, 0]
@@ -323,13 +332,11 @@ class DAPO(TypeMethod):
 
     def loss(self, prediction: Prediction, batch) -> dict[str, Tensor]:
         "Section 5: focal over the types and two dice losses, summed over the taps; a binary cross-entropy of the image."
-        p, layers, mask, kind, parts = (
-            self.p,
-            prediction.layers,
-            batch.mask[:, 0],
-            self.kinds(batch),
-            dict(focal=0.0, dice_normal=0.0, dice_abnormal=0.0),
-        )
+        p = self.p
+        layers = prediction.layers
+        mask = batch.mask[:, 0]
+        kind = self.kinds(batch)
+        parts = dict(focal=0.0, dice_normal=0.0, dice_abnormal=0.0)
         for name in self.adapters:
             true, normal = true_and_normal(layers[name], kind, mask)
             parts["focal"] = parts["focal"] + focal_types(true, layers[name].shape[1])

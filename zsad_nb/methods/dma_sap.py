@@ -158,7 +158,8 @@ def thirds(depth: int) -> tuple:
 class DMASAP(Method):
     "CLIP and DINO fused at three depths, two learned prompts, pooling by the maps (Jiang et al., Electronics 2025)."
 
-    name, Parameters = "dma_sap", DMASAPParameters
+    name = "dma_sap"
+    Parameters = DMASAPParameters
     recipe = dict(
         epochs=10, batch_size=8, optimiser="adam", betas=(0.6, 0.999), weight_decay=0.0, schedule="constant", seed=111
     )  # stated; betas and seed: Crane
@@ -290,8 +291,10 @@ class DMASAP(Method):
     # ---- frozen
     def encode(self, batch) -> dict[str, Tensor]:
         "Everything frozen: DINO's patches and CLIP's values (or tokens) of every depth, F_self and the class token in the joint space."
-        p, clip = self.p, self.clip
-        taps, depths = tuple(c for c, _ in self.pairs), tuple(d for _, d in self.pairs)
+        p = self.p
+        clip = self.clip
+        taps = tuple(c for c, _ in self.pairs)
+        depths = tuple(d for _, d in self.pairs)
         seen = dual_path(
             clip, batch.image, (*taps, clip.depth), self.dual_blocks, p.attention, taps if p.dma else (), p.value_from
         )
@@ -335,9 +338,11 @@ class DMASAP(Method):
 
     def fused_tokens(self, features: dict, text: Tensor) -> Tensor:  # (B, N, C)
         "F_fusion: DMA of every depth (or the sum of both towers), weighted by depth."
-        query, levels = text.mean(0) if self.p.query == "text" else features["cls"], []
+        query = text.mean(0) if self.p.query == "text" else features["cls"]
+        levels = []
         for i, ((tap, _), fuse) in enumerate(zip(self.pairs, self.fuse)):
-            mine, other = features[f"clip_{i}"], features[f"dino_{i}"]
+            mine = features[f"clip_{i}"]
+            other = features[f"dino_{i}"]
             with self.lowered():
                 if self.p.dma:
                     level = fuse(
@@ -395,7 +400,9 @@ class DMASAP(Method):
 
     def forward(self, features: dict, batch) -> Prediction:
         "Mean of the upsampled logits, softmax, abnormal channel; smoothed in evaluation mode only."
-        p, size, found = self.p, tuple(batch.image.shape[-2:]), self.compare(features, self.text_features())
+        p = self.p
+        size = tuple(batch.image.shape[-2:])
+        found = self.compare(features, self.text_features())
         maps = [found[k] for k in ("fusion", "self") if k in found]
         if p.soft_mean:
             pixels = sum(to_pixels(m.sigmoid(), size) for m in maps) / len(maps)
@@ -409,7 +416,10 @@ class DMASAP(Method):
 
     def loss(self, prediction: Prediction, batch) -> dict[str, Tensor]:
         "Focal + dice of the maps, cross-entropy of the image feature over the two prompts (section on losses; Crane)."
-        p, size, mask, found = self.p, tuple(batch.mask.shape[-2:]), batch.mask[:, 0], prediction.layers
+        p = self.p
+        size = tuple(batch.mask.shape[-2:])
+        mask = batch.mask[:, 0]
+        found = prediction.layers
         up = (
             (lambda m: F.interpolate(m[:, None], size, mode="nearest")[:, 0])
             if p.upsampling == "nearest"

@@ -179,7 +179,8 @@ class MultiADSParameters(ParameterSet):
 class MultiADS(TypeMethod):
     "Hand-written type prompts and one linear adapter a tap (Sadikaj et al., ICCV 2025)."
 
-    name, Parameters = "multiads", MultiADSParameters
+    name = "multiads"
+    Parameters = MultiADSParameters
     released_name = staticmethod(as_spelt)
     released_towers = dict(clip="clip-vitl14-336", image_size=518, clip_taps=(6, 12, 18, 24))
     older = dict(quick_gelu=None, names="words", dice_target=1.0)  # QuickGELU, and a dice loss of masks
@@ -312,7 +313,8 @@ class MultiADS(TypeMethod):
 
     def forward(self, features: dict, batch) -> Prediction:
         "Maps of all types at the batch's size; the image score is the largest value of their sum."
-        p, side = self.p, self.clip.size // self.clip.patch
+        p = self.p
+        side = self.clip.size // self.clip.patch
         texts = {c: self.text_features(c) for c in dict.fromkeys(batch.category)}
         z = torch.stack([texts[c] for c in batch.category]).to(batch.image.device)  # (B, 1 + K, C)
         layers = {
@@ -328,7 +330,10 @@ class MultiADS(TypeMethod):
 
     def loss(self, prediction: Prediction, batch) -> dict[str, Tensor]:
         "Focal over the types and dice of their sum, summed over the taps (first release) or half their mean (later)."
-        p, mask, kind, parts = self.p, batch.mask[:, 0], self.kinds(batch), dict(focal=0.0, dice=0.0)
+        p = self.p
+        mask = batch.mask[:, 0]
+        kind = self.kinds(batch)
+        parts = dict(focal=0.0, dice=0.0)
         for name in self.adapters:
             s = enlarge(prediction.layers[name], mask.shape[-2:]).softmax(1)
             true = torch.where(mask, s[torch.arange(len(s), device=s.device), kind], s[:, 0])
@@ -346,4 +351,5 @@ class MultiADS(TypeMethod):
 
 
 # %% ../../nbs/methods/13_multiads.ipynb #4a2c70d2
-released_names, import_released = linear_layer_names, import_linear_layers  # as APRIL-GAN: one linear layer a tap
+released_names = linear_layer_names
+import_released = import_linear_layers  # as APRIL-GAN: one linear layer a tap

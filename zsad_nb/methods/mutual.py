@@ -103,7 +103,8 @@ class MutualParameters(ParameterSet):
 class Mutual(Method):
     "Transductive control: a patch against the other test images of its category (after MuSc, Li et al., ICLR 2024)."
 
-    name, Parameters = "mutual", MutualParameters
+    name = "mutual"
+    Parameters = MutualParameters
     transductive = True  # an image's result depends on the other images of the test set
     ablations = {
         "full": {},
@@ -159,7 +160,8 @@ class Mutual(Method):
             ]  # placeholders: no label is kept
             tables[category] = pd.DataFrame(rows)
             tables[category].attrs = {**index.attrs, "root": str(root_of(index))}
-        self._tables, self._banks = tables, {}
+        self._tables = tables
+        self._banks = {}
         return self
 
     def features(self, batch, cache=None) -> dict[str, Tensor]:
@@ -214,7 +216,8 @@ class Mutual(Method):
 
     def forward(self, features: dict, batch) -> Prediction:
         "Mean distance over taps and neighbourhoods, upsampled and smoothed."
-        size, levels = tuple(batch.image.shape[-2:]), self.levels(features)
+        size = tuple(batch.image.shape[-2:])
+        levels = self.levels(features)
         rows = [None] * len(batch)
         for category in dict.fromkeys(batch.category):  # category by category: its bank is read once
             paths, banks = self.bank(category, size)

@@ -44,7 +44,12 @@ RULES = {
 }
 
 # The largest whole number that a parameter of this name may be (ours: far above every paper's): what a header asks for is refused before memory is asked for.
-SIDE, WIDTH, ROWS, COUNT, SEED, NUMBER = 8192, 16384, 65536, 512, 2**63 - 1, 10**6
+SIDE = 8192
+WIDTH = 16384
+ROWS = 65536
+COUNT = 512
+SEED = 2**63 - 1
+NUMBER = 10**6
 LARGEST = {
     **dict.fromkeys(("image_size", "dino_size", "score_size"), SIDE),
     **dict.fromkeys(("hidden", "inner", "latent", "key_width", "gate_width"), WIDTH),
@@ -180,7 +185,8 @@ class ParameterSet:
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
-            value, allowed = getattr(self, f.name), f.metadata["allowed"]
+            value = getattr(self, f.name)
+            allowed = f.metadata["allowed"]
             if value is None and (f.default is None or type(None) in typing.get_args(f.type)):
                 continue
             if isinstance(allowed, tuple):

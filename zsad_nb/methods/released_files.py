@@ -47,7 +47,8 @@ def fit_released(
     unused: tuple = (),  # released names that nothing reads
 ):  # the same method, with the checkpoint's tensors
     "Copy a checkpoint's tensors by a table of names; every key that does not fit is named as the file has it."
-    own, places = method.learned(), {}
+    own = method.learned()
+    places = {}
     for ours, theirs in names.items():
         if isinstance(theirs, str):
             places[theirs] = own[ours]

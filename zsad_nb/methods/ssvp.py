@@ -167,7 +167,8 @@ def paper_taps(
 class SSVP(Method):
     "CLIP and DINO fused at four levels, prompts conditioned on the image, four maps weighed by two gates (Fu et al., arXiv 2601.09147)."
 
-    name, Parameters = "ssvp", SSVPParameters
+    name = "ssvp"
+    Parameters = SSVPParameters
     recipe = dict(
         epochs=15,
         batch_size=8,
@@ -214,7 +215,8 @@ class SSVP(Method):
         self.prompts = StatePrompts(
             self.text, p.background, p.state, p.prompts, p.prompt_std, p.shared_background, p.state_mean, p.names
         )
-        width, levels = self.clip.tower.proj.shape[1], len(self.clip.taps)
+        width = self.clip.tower.proj.shape[1]
+        levels = len(self.clip.taps)
         self.hsvs = HSVS(
             self.clip.tower.proj, self.dino.width if self.dino else 0, levels, p.hsvs, p.inner, p.num_heads, p.mlp_ratio
         )
@@ -240,13 +242,15 @@ class SSVP(Method):
         )
 
     def _second_tower(self):
-        p, clip = self.p, self.clip
+        p = self.p
+        clip = self.clip
         dino = create_backbone(p.dino, p.dino_weights, p.dino_size, p.dino_taps)
         if p.dino_taps is None and p.dino_layers == "paper":
             dino.taps = paper_taps(dino.depth)
         if p.dino_size is None:
             dino.size = self.grid[0] * dino.patch
-        own, other = self.grid[0], dino.size // dino.patch
+        own = self.grid[0]
+        other = dino.size // dino.patch
         if own != other:
             raise ValueError(
                 f"{p.clip} sees {own} x {own} patches ({clip.size} px, patch {clip.patch}) and {p.dino} {other} x"
@@ -312,7 +316,8 @@ class SSVP(Method):
                 features["clip_global"],
                 features.get("dino_global"),
             )
-        local, seen = [t.to(features["clip_0"]) for t in local], seen.to(features["clip_global"])
+        local = [t.to(features["clip_0"]) for t in local]
+        seen = seen.to(features["clip_global"])
         init = self.prompt_features(categories)
         final, drawn = (init, {}) if self.vcpg is None else self.vcpg(init, seen)
         return local, seen, init, final, drawn
@@ -322,7 +327,8 @@ class SSVP(Method):
         size = tuple(batch.image.shape[-2:])
         local, seen, init, final, drawn = self.condition(features, batch.category)
         found = self.vtam(local, seen, final, self.grid, size)
-        raw, score = found["map"], found.pop("score")
+        raw = found["map"]
+        score = found.pop("score")
         return Prediction(
             raw if self.training or self.p.sigma == 0 else to_pixels(raw, size, self.p.sigma),
             score,
@@ -331,7 +337,10 @@ class SSVP(Method):
 
     def loss(self, prediction: Prediction, batch) -> dict[str, Tensor]:
         "L_seg + L_class + lambda_1 L_VAE + lambda_2 L_reg (Eqs 9, 12, 20-22)."
-        p, found, mask, parts = self.p, prediction.layers, batch.mask[:, 0], {}
+        p = self.p
+        found = prediction.layers
+        mask = batch.mask[:, 0]
+        parts = {}
         if p.seg_on != "levels":
             parts["focal_map"] = focal(found["map"], mask, p.focal_gamma)
         if p.seg_on != "map":
@@ -462,7 +471,10 @@ def alignment(
     workers: int = 0,
 ) -> dict:  # tir_fg, scd_normal, scd_abnormal
     "TIR-FG and SCD of a method (Table 4; Eqs 23, 24): means over defective patches of all levels, and over images and prompts."
-    was, cosines, distances, known = method.training, [], [], {}
+    was = method.training
+    cosines = []
+    distances = []
+    known = {}
     method.eval()
     try:
         for batch in batches_for(

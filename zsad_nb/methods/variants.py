@@ -23,7 +23,9 @@ class Variant(dict):
         **changes,  # parameters and their values
     ):
         super().__init__(changes)
-        self.note, self.recipe, self.effect = note, dict(recipe or {}), effect
+        self.note = note
+        self.recipe = dict(recipe or {})
+        self.effect = effect
 
     def by_how_much(self) -> str:
         "The effect in words."
@@ -75,7 +77,8 @@ def differences(
     changes: dict,  # name -> parameters that differ
 ) -> pd.DataFrame:  # one row a name: the largest change of every number
     "How far the numbers of a method move when one thing is changed at a time."
-    base, rows = numbers(), {}
+    base = numbers()
+    rows = {}
     for name, change in changes.items():
         other = numbers(**change)
         rows[name] = {what: (other[what] - value).abs().max().item() for what, value in base.items()}

@@ -80,7 +80,9 @@ class VisualADParameters(ParameterSet):
 class VisualAD(Method):
     "Two learned tokens in a frozen ViT, SCA and SAF at every tap (Hou et al., CVPR 2026)."
 
-    name, encodes, Parameters = "visualad", False, VisualADParameters
+    name = "visualad"
+    encodes = False
+    Parameters = VisualADParameters
     released_towers = dict(backbone="clip-vitl14-336", image_size=518)
     ablations = {
         "full": {},
@@ -121,7 +123,8 @@ class VisualAD(Method):
 
     def final_norm(self, x: Tensor) -> Tensor:
         "The backbone's last LayerNorm, with trained weights while training (and at evaluation where asked for)."
-        own, b = self.p.ln_post == "trained" or (self.p.ln_post == "base" and self.training), self.backbone.norm
+        own = self.p.ln_post == "trained" or (self.p.ln_post == "base" and self.training)
+        b = self.backbone.norm
         return F.layer_norm(
             x, b.normalized_shape, self.norm_weight if own else b.weight, self.norm_bias if own else b.bias, b.eps
         )
@@ -134,7 +137,8 @@ class VisualAD(Method):
         b = self.backbone
         seen = b(image, taps=b.taps + (b.depth,), extra=self.tokens)
         final = self.final_norm(seen.prefix[-1][:, :2])
-        maps, corrected = {}, final
+        maps = {}
+        corrected = final
         for tap, patches in zip((f"tap_{t}" for t in b.taps), seen.patches):
             patches = self.final_norm(patches)
             corrected = self.sca[tap](final, patches, seen.grid) if self.p.sca else final
@@ -157,7 +161,9 @@ class VisualAD(Method):
 
     def loss(self, prediction: Prediction, batch) -> dict[str, Tensor]:
         "cls + ctr + seg on unsmoothed maps; seg sums focal and dice over the taps (section 3.5, code)."
-        p, size, mask = self.p, tuple(batch.mask.shape[-2:]), batch.mask[:, 0]
+        p = self.p
+        size = tuple(batch.mask.shape[-2:])
+        mask = batch.mask[:, 0]
         taps = {k: to_pixels(m, size) for k, m in prediction.layers.items() if k.startswith("tap_")}
         weights = p.tap_weights or (1.0,) * len(taps)
         raw = sum(w * m for w, m in zip(weights, taps.values()))
@@ -269,7 +275,8 @@ def export_released(
     method: VisualAD,  # with sca, saf and a final norm of its own
 ) -> dict:  # the authors' current layout: nested dictionaries of tensors, ready for torch.save
     "A checkpoint the authors' code can read."
-    own, flat = {k: v.detach().cpu() for k, v in method.learned().items()}, released_names(method)
+    own = {k: v.detach().cpu() for k, v in method.learned().items()}
+    flat = released_names(method)
     state = dict(
         anomaly_token=own["tokens"][0],
         normal_token=own["tokens"][1],

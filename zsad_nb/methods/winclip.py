@@ -157,7 +157,8 @@ class WinCLIPParameters(ParameterSet):
 class WinCLIP(Method):
     "Windows of a frozen CLIP against sentences, and against reference images (Jeong et al., CVPR 2023)."
 
-    name, Parameters = "winclip", WinCLIPParameters
+    name = "winclip"
+    Parameters = WinCLIPParameters
     compat = dict(across_windows=True)
     readings = {
         "anomalib": Variant(
@@ -190,7 +191,8 @@ class WinCLIP(Method):
         super().__init__(replace(parameters, scales=tuple(parameters.scales)))
         p = self.p
         self.clip, self.text = clip_towers(p)
-        self.grid, self._said = (self.clip.size // self.clip.patch,) * 2, {}
+        self.grid = (self.clip.size // self.clip.patch,) * 2
+        self._said = {}
         for s in p.scales:
             window_patches(self.grid, s)  # a scale that does not fit is refused here
         self._reserve(p.shots)
@@ -198,7 +200,8 @@ class WinCLIP(Method):
     # ---- frozen
     def see(self, image: Tensor) -> dict[str, Tensor]:  # (B, 3, H, W) in [0, 1]
         "Class token (B, C) and windows (B, W, C) in the joint space, patches (B, N, D) after the last norm; not normalised."
-        p, clip = self.p, self.clip
+        p = self.p
+        clip = self.clip
         tokens, grid = clip.embed(image)
         last = clip.norm(clip.run(tokens, grid, ())[1])
         return dict(
@@ -296,12 +299,14 @@ class WinCLIP(Method):
         self, features: dict, categories: list
     ) -> dict:  # "image" (B,) abnormal; "grid" (B, h, w); "window_s" (B, h, w), larger = more anomalous
         "Softmax over the two texts for the image and every window, spread and averaged harmonically (sections 4.1, 4.2)."
-        p, text = self.p, self.text_features(categories)
+        p = self.p
+        text = self.text_features(categories)
 
         def share(x):
             return (F.normalize(x, dim=-1) @ text.transpose(1, 2) / p.tau).softmax(-1)  # (B, W, 2)
 
-        image, at = share(features["cls"][:, None])[:, 0], ("normal", "abnormal").index(p.averaged)
+        image = share(features["cls"][:, None])[:, 0]
+        at = ("normal", "abnormal").index(p.averaged)
         maps = {f"window_{s}": spread(share(features[f"windows_{s}"])[..., at], self.grid, s) for s in p.scales}
         whole = [image[:, at, None, None].expand(-1, *self.grid)] if p.image_in_map else []
         turned = {
@@ -325,11 +330,14 @@ class WinCLIP(Method):
 
     def forward(self, features: dict, batch) -> Prediction:
         "Map without a blur, and score; with references both are means of the two kinds of evidence."
-        p, found = self.p, self.zero_shot(features, batch.category)
-        grid, score = found["grid"], found["image"]
+        p = self.p
+        found = self.zero_shot(features, batch.category)
+        grid = found["grid"]
+        score = found["image"]
         if p.shots:
             found["reference"] = self.reference_map(features)
-            grid, score = (grid + found["reference"]) / 2, (score + found["reference"].flatten(1).amax(1)) / 2
+            grid = (grid + found["reference"]) / 2
+            score = (score + found["reference"].flatten(1).amax(1)) / 2
         if p.score == "map":
             score = to_pixels(grid, p.score_size).flatten(1).amax(1)
         return Prediction(to_pixels(grid, tuple(batch.image.shape[-2:])), score, found)

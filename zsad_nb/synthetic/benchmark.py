@@ -59,7 +59,8 @@ def _spoil(
     scene: Scene, dice: Dice, defect: Defect, spot: Spot, strength: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "The clean picture, the spoilt one and the mask"
-    clean, spoilt = expose(scene, scene.rgb), expose(scene, defect.spoil(scene, dice, spot, strength))
+    clean = expose(scene, scene.rgb)
+    spoilt = expose(scene, defect.spoil(scene, dice, spot, strength))
     assert spoilt.dtype == np.float32, f"{defect.name} left float32"  # or the pair would round differently
     change = np.abs(spoilt - clean)
     change = np.maximum(np.maximum(change[0], change[1]), change[2])
@@ -73,7 +74,9 @@ def _spoil(
 @lru_cache(maxsize=4096)
 def _plan(category: str, seed: int, defect: str) -> tuple[int, Spot]:
     "The throw of the dice that gives a visible defect of a reasonable size, and its spot"
-    small, row, best = make_scene(category, seed, 64), RENDERERS[defect], None
+    small = make_scene(category, seed, 64)
+    row = RENDERERS[defect]
+    best = None
     areas, stands_out = (GRADED_AREAS, GRADED_STANDS_OUT) if row.graded else (AREAS, STANDS_OUT)
     for k in range(12):
         where = "inside" if small.distance is None and row.where == "edge" else row.where
@@ -83,7 +86,8 @@ def _plan(category: str, seed: int, defect: str) -> tuple[int, Spot]:
         clean, spoilt, mask = _spoil(small, Dice(category, seed, defect, k), row, spot, "middle")
         count = int(mask.sum())
         levels = np.abs(np.floor(spoilt * 255) - np.floor(clean * 255)).max(0).astype(np.int64)
-        area, change = count / mask.size, int((levels * mask).sum()) / (255 * max(count, 1))
+        area = count / mask.size
+        change = int((levels * mask).sum()) / (255 * max(count, 1))
         fault = max(areas[0] - area, 0) * 100 + max(area - areas[1], 0) * 20 + max(stands_out - change, 0) * 4
         if best is None or fault < best[0]:
             best = fault, k, spot
@@ -109,9 +113,11 @@ def draw(
     if size < 32:
         raise ValueError(f"size {size}: the scenes need at least 32 pixels")
     scene = make_scene(category, seed, size)
-    noise, row = sensor(scene), scene.category
+    noise = sensor(scene)
+    row = scene.category
     if defect is None:
-        image, mask = expose(scene, scene.rgb), np.zeros((size, size), bool)
+        image = expose(scene, scene.rgb)
+        mask = np.zeros((size, size), bool)
     else:
         k, spot = _plan(category, int(seed), defect)
         clean, spoilt, mask = _spoil(scene, Dice(category, seed, defect, k), RENDERERS[defect], spot, strength)
@@ -148,7 +154,8 @@ STAMP, VERSION = "synthetic.json", 2  # VERSION: of the drawings behind version 
 
 def _jobs(which: str, normal: int, defective: int, train_normal: int, seed: int, version: int, strength: str | None):
     "(category, split, defect, number in its folder, seed of the image, strength) of every image of a set; all seeds differ"
-    kinds, powers = defects(which, version), [strength] if strength else list(STRENGTHS)
+    kinds = defects(which, version)
+    powers = [strength] if strength else list(STRENGTHS)
     for c, name in enumerate(categories(which, version=version)):
         base = seed * 1_000_000 + (version - 1) * 1_000_000_000
         for i in range(train_normal):
@@ -206,7 +213,8 @@ def synthetic_index(
     )
     if version > 1:
         params |= dict(benchmark=version, strength=strength or "")
-    jobs, stamp = list(_jobs(which, normal, defective, train_normal, seed, version, strength)), root / STAMP
+    jobs = list(_jobs(which, normal, defective, train_normal, seed, version, strength))
+    stamp = root / STAMP
     found, wrong = read_record(stamp)
     if wrong:
         if os.path.lexists(stamp) and not overwrite:

@@ -75,14 +75,16 @@ def sine(t: np.ndarray) -> np.ndarray:
 
 def turn(t: float) -> tuple[float, float]:
     "Cosine and sine of `t` turns as Python floats, normalised to length 1"
-    c, s = float(sine(np.float64(t + 0.25))), float(sine(np.float64(t)))
+    c = float(sine(np.float64(t + 0.25)))
+    s = float(sine(np.float64(t)))
     n = math.sqrt(c * c + s * s)
     return c / n, s / n
 
 
 def angle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     "The direction of (x, y) in turns, on [-0.5, 0.5]"
-    ax, ay = np.abs(x), np.abs(y)
+    ax = np.abs(x)
+    ay = np.abs(y)
     r = np.minimum(ax, ay) / np.maximum(np.maximum(ax, ay), 1e-6)
     q = r * r
     t = r * (0.159133 + q * (-0.052569 + q * (0.028670 + q * (-0.013549 + q * 0.003316))))
@@ -145,7 +147,9 @@ def value_noise(
         rows = mix(table[iy], table[iy + 1], fy[:, None])
         wave = mix(rows[:, ix], rows[:, ix + 1], fx[None])
         out = wave * weight if out is None else out + wave * weight
-        total, weight, cells = total + weight, weight / 2, cells * 2
+        total = total + weight
+        weight = weight / 2
+        cells = cells * 2
     return out * (1 / total)
 
 
@@ -157,12 +161,17 @@ class Lattice:
 
     def __call__(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         "Noise on [0, 1], one lattice cell a unit"
-        fx, fy = np.floor(x), np.floor(y)
-        m, n = self.n - 1, self.n
-        i, j = fx.astype(np.int32) & m, fy.astype(np.int32) & m
+        fx = np.floor(x)
+        fy = np.floor(y)
+        m = self.n - 1
+        n = self.n
+        i = fx.astype(np.int32) & m
+        j = fy.astype(np.int32) & m
         i1, j, j1 = (i + 1) & m, j * n, ((j + 1) & m) * n
-        u, v = x - fx, y - fy
-        u, v = u * u * (3 - 2 * u), v * v * (3 - 2 * v)
+        u = x - fx
+        v = y - fy
+        u = u * u * (3 - 2 * u)
+        v = v * v * (3 - 2 * v)
         return mix(mix(self.t[j + i], self.t[j + i1], u), mix(self.t[j1 + i], self.t[j1 + i1], u), v)
 
 
@@ -182,14 +191,21 @@ def voronoi(dice: Dice, x: np.ndarray, y: np.ndarray, jitter: float = 0.8) -> tu
     "Distances to the nearest and second nearest point (one a unit cell) and the cell number of the nearest (0..4095)"
     n = 64
     tx, ty = ((dice.table(n * n) - 0.5) * jitter + 0.5 for _ in range(2))
-    fx, fy = np.floor(x), np.floor(y)
-    i, j, u, v = fx.astype(np.int32), fy.astype(np.int32), x - fx, y - fy
-    d1, d2, best = np.full_like(x, 9), np.full_like(x, 9), np.zeros(x.shape, np.int32)
+    fx = np.floor(x)
+    fy = np.floor(y)
+    i = fx.astype(np.int32)
+    j = fy.astype(np.int32)
+    u = x - fx
+    v = y - fy
+    d1 = np.full_like(x, 9)
+    d2 = np.full_like(x, 9)
+    best = np.zeros(x.shape, np.int32)
     for a in (-1, 0, 1):
         row = ((j + a) & (n - 1)) * n
         for b in (-1, 0, 1):
             cell = row + ((i + b) & (n - 1))
-            ex, ey = tx[cell] + (b - u), ty[cell] + (a - v)
+            ex = tx[cell] + (b - u)
+            ey = ty[cell] + (a - v)
             e = ex * ex + ey * ey
             near = e < d1
             d2 = np.minimum(d2, np.maximum(d1, e))
@@ -206,17 +222,22 @@ def disc(x, y, r: float) -> np.ndarray:
 
 def box(x, y, w: float, h: float, r: float = 0.0) -> np.ndarray:
     "A box of half width w and half height h with corners rounded by r"
-    ax, ay = np.abs(x) - (w - r), np.abs(y) - (h - r)
-    px, py = np.maximum(ax, 0), np.maximum(ay, 0)
+    ax = np.abs(x) - (w - r)
+    ay = np.abs(y) - (h - r)
+    px = np.maximum(ax, 0)
+    py = np.maximum(ay, 0)
     return np.sqrt(px * px + py * py) + np.minimum(np.maximum(ax, ay), 0) - r
 
 
 def capsule(x, y, ax: float, ay: float, bx: float, by: float, r: float = 0.0, r2: float | None = None) -> np.ndarray:
     "The segment from a to b with radius r, tapering to r2 where given"
-    dx, dy = bx - ax, by - ay
-    px, py = x - ax, y - ay
+    dx = bx - ax
+    dy = by - ay
+    px = x - ax
+    py = y - ay
     t = np.minimum(np.maximum((px * dx + py * dy) * (1 / max(dx * dx + dy * dy, 1e-12)), 0), 1)
-    px, py = px - t * dx, py - t * dy
+    px = px - t * dx
+    py = py - t * dy
     d = np.sqrt(px * px + py * py)
     return d - r if r2 is None else d - (r + (r2 - r) * t)
 
@@ -240,7 +261,8 @@ def dome(d: np.ndarray, bevel: float) -> np.ndarray:
 # %% ../../nbs/synthetic/01_canvas.ipynb #18789ce2
 def slopes(h: np.ndarray, px: float) -> tuple[np.ndarray, np.ndarray]:
     "The slopes of a height picture along x and y (central differences)"
-    gx, gy = np.empty_like(h), np.empty_like(h)
+    gx = np.empty_like(h)
+    gy = np.empty_like(h)
     gx[:, 1:-1], gy[1:-1] = (h[:, 2:] - h[:, :-2]) * (0.5 / px), (h[2:] - h[:-2]) * (0.5 / px)
     gx[:, 0], gx[:, -1], gy[0], gy[-1] = gx[:, 1], gx[:, -2], gy[1], gy[-2]
     return gx, gy
@@ -280,13 +302,15 @@ def grow(mask: np.ndarray, r: int) -> np.ndarray:
     "The mask dilated by a square of radius r pixels"
     for axis in (0, 1):
         m = np.moveaxis(mask, axis, 0)
-        out, reach = m.copy(), 0
+        out = m.copy()
+        reach = 0
         while reach < r:  # each pass doubles the reach
             k = min(r - reach, reach + 1)
             new = out.copy()
             new[k:] |= out[:-k]
             new[:-k] |= out[k:]
-            out, reach = new, reach + k
+            out = new
+            reach = reach + k
         mask = np.moveaxis(out, 0, axis)
     return mask
 
@@ -354,17 +378,22 @@ class Canvas:
             d.u(-shift, shift),
             d.u(-shift, shift),
         )
-        x, y = (self.x - sx) * z, (self.y - sy) * z
+        x = (self.x - sx) * z
+        y = (self.y - sy) * z
         self.x, self.y, self.px = x * c + y * s, y * c - x * s, self.px * z
         return self
 
     def colour(self, *names: str, vary: float = 0.05, dull: float = 0.0) -> tuple[float, float, float]:
         "One of the named colours, a little brighter or darker and warmer or cooler, `dull` to grey; the first asked for becomes the word of the caption"
-        name, v, w = self.dice.pick(names), self.dice.u(-vary, vary), self.dice.u(-vary, vary) * 0.5
+        name = self.dice.pick(names)
+        v = self.dice.u(-vary, vary)
+        w = self.dice.u(-vary, vary) * 0.5
         self.word = self.word or name
         r, g, b = COLOURS[name]
         m = (r + g + b) / 3 * dull
-        r, g, b = r * (1 - dull) + m, g * (1 - dull) + m, b * (1 - dull) + m
+        r = r * (1 - dull) + m
+        g = g * (1 - dull) + m
+        b = b * (1 - dull) + m
         return min(max(r * (1 + v) + w * 0.5, 0), 1), min(max(g * (1 + v), 0), 1), min(max(b * (1 + v) - w * 0.5, 0), 1)
 
     def noise(self, cells: int, octaves: int = 1, wide: int = 1) -> np.ndarray:

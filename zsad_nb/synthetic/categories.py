@@ -207,8 +207,10 @@ def make_scene(
     "Draw and light a category"
     if category not in CATEGORIES:
         raise ValueError(f"there is no category {category!r}; the categories are {', '.join(CATEGORIES)}")
-    row, d = CATEGORIES[category], Dice(category, seed, "scene")
-    light, c = _light(d), Canvas(size, Dice(category, seed, "drawing"))
+    row = CATEGORIES[category]
+    d = Dice(category, seed, "scene")
+    light = _light(d)
+    c = Canvas(size, Dice(category, seed, "drawing"))
     s = (TEXTURES | OBJECTS | MORE_OBJECTS | PRETRAINING_OBJECTS | ASSEMBLED_OBJECTS)[category](c)
     camera = {
         "exposure": d.u(0.9, 1.08),
@@ -248,7 +250,8 @@ def make_scene(
     contact = (1 - step(-0.01, 0.025, scene.distance)) * 0.3
     scene.under = ground * (1 - 0.5 * shadow)
     scene.cover = coverage(scene.distance, scene.px)
-    scene.body, scene.ground = rgb, ground * (1 - np.maximum(shadow, contact))
+    scene.body = rgb
+    scene.ground = ground * (1 - np.maximum(shadow, contact))
     scene.rgb = mix(scene.ground, rgb, scene.cover)
     return scene
 
@@ -263,5 +266,6 @@ def expose(scene: Scene, rgb: np.ndarray) -> np.ndarray:
 
 def sensor(scene: Scene) -> np.ndarray:
     "The noise of the camera, (3,H,W): two uniform numbers a value, drawn for this size"
-    d, n = Dice(scene.category.name, scene.seed, "sensor", scene.size), scene.size
+    d = Dice(scene.category.name, scene.seed, "sensor", scene.size)
+    n = scene.size
     return ((d.table(3, n, n) - 0.5) + (d.table(1, n, n) - 0.5)) * (scene.camera["noise"] * 2.4)

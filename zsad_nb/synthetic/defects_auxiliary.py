@@ -35,9 +35,11 @@ def grooves(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
     width = 0.0045 * bold(s, p)
     for _ in range(d.i(3, 6)):
         c, q = turn(d.u())
-        x, y = p.x + d.u(-0.05, 0.05), p.y + d.u(-0.05, 0.05)
+        x = p.x + d.u(-0.05, 0.05)
+        y = p.y + d.u(-0.05, 0.05)
         half = d.u(0.09, 0.15) * power.size
-        a, b = (x - c * half, y - q * half), (x + c * half, y + q * half)
+        a = (x - c * half, y - q * half)
+        b = (x + c * half, y + q * half)
         stroke(s, floor, a, b, width, width)
         side = width * (2 if c * s.light[1] - q * s.light[0] > 0 else -2)  # away from the light
         off = (-q * side, c * side)
@@ -48,7 +50,8 @@ def grooves(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
 
 def flake(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
     "A shell has come off: a lighter or darker facet with straight edges and a shaded rim"
-    r, sides = d.u(0.055, 0.085) * power.size, d.i(5, 8)
+    r = d.u(0.055, 0.085) * power.size
+    sides = d.i(5, 8)
     x, y = local(s, p, d.u())
     facet = None
     for k in range(sides):
@@ -64,10 +67,13 @@ def flake(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
 
 def tear(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
     "A zigzag rip, wide in the middle, with frayed pale lips"
-    slit, lips = np.full_like(s.x, 1), np.full_like(s.x, 1)
-    a, n = d.u(), 7
+    slit = np.full_like(s.x, 1)
+    lips = np.full_like(s.x, 1)
+    a = d.u()
+    n = 7
     c, q = turn(a)
-    half, wide = d.u(0.10, 0.15) * power.size, d.u(0.011, 0.017) * power.size
+    half = d.u(0.10, 0.15) * power.size
+    wide = d.u(0.011, 0.017) * power.size
     points = []
     for k in range(n + 1):
         t = 2 * k / n - 1
@@ -104,12 +110,14 @@ def pits(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
 # %% ../../nbs/synthetic/10_defects_auxiliary.ipynb #4ee6faa6
 def grit(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
     "Fine grains in two colours, thick in the middle and thin outside"
-    light, dark = np.full_like(s.x, 1), np.full_like(s.x, 1)
+    light = np.full_like(s.x, 1)
+    dark = np.full_like(s.x, 1)
     reach = d.u(0.09, 0.12) * power.size
     for k in range(d.i(38, 56)):
         c, q = turn(d.u())
         r = reach * d.u() * (0.4 + 0.6 * d.u())
-        x, y = p.x + c * r, p.y + q * r
+        x = p.x + c * r
+        y = p.y + q * r
         size = d.u(0.0035, 0.0075) * (0.5 + 0.5 * bold(s, p))
         stroke(s, light if k % 3 else dark, (x, y), (x + size * q, y - size * c), size, size)
     first = away(p, (0.16, 0.12, 0.09), (0.86, 0.82, 0.74))
@@ -120,7 +128,8 @@ def grit(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
 def tape(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
     "A strip of adhesive tape: torn ends, a sheen across it, a thin shadow"
     x, y = local(s, p, d.u())
-    w, h = d.u(0.075, 0.11) * power.size, d.u(0.026, 0.038) * power.size
+    w = d.u(0.075, 0.11) * power.size
+    h = d.u(0.026, 0.038) * power.size
     ends = 0.008 * sine(y * d.u(24, 40)) + 0.005 * sine(y * d.u(60, 90) + 0.3)
     strip = box(x + ends, y, w, h)
     colour = (
@@ -136,7 +145,9 @@ def tape(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
 def smudge(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
     "Printed dots that were wiped while wet: each drags a fading tail"
     x, y = local(s, p, d.u())
-    pitch, rows, columns = d.u(0.026, 0.034) * power.size, d.i(3, 5), d.i(3, 6)
+    pitch = d.u(0.026, 0.034) * power.size
+    rows = d.i(3, 5)
+    columns = d.i(3, 6)
     tail = pitch * d.u(1.2, 2.2)
     weight = np.zeros_like(s.x)
     for i in range(rows):
@@ -154,7 +165,9 @@ def smudge(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
 def smear(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
     "Grease wiped over: parallel translucent streaks that end raggedly"
     x, y = local(s, p, d.u())
-    w, h, n = d.u(0.10, 0.14) * power.size, d.u(0.05, 0.075) * power.size, Lattice(d)
+    w = d.u(0.10, 0.14) * power.size
+    h = d.u(0.05, 0.075) * power.size
+    n = Lattice(d)
     streaks = n(x * 9 + 20, y * 110 + 20)
     ragged = box(x + 0.05 * (n(y * 60 + 7, y * 0 + 3) - 0.5), y, w, h, h * 0.6)
     weight = (1 - step(-0.02, 0.01, ragged)) * (0.35 + 0.65 * step(0.25, 0.7, streaks))
@@ -166,7 +179,8 @@ def smear(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
 def fade(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
     "Bleached by light or a solvent: colour and contrast are washed out towards grey"
     x, y = local(s, p, d.u())
-    w, h = d.u(0.11, 0.15) * power.size, d.u(0.06, 0.085) * power.size
+    w = d.u(0.11, 0.15) * power.size
+    h = d.u(0.06, 0.085) * power.size
     r = np.sqrt(x * x * (1 / (w * w)) + y * y * (1 / (h * h)))
     weight = (1 - step(0.55, 1.0, r + 0.25 * (Lattice(d)(s.x * 22 + 9, s.y * 22 + 9) - 0.5))) * power.contrast
     grey = s.rgb[0] * 0.3 + s.rgb[1] * 0.6 + s.rgb[2] * 0.1
@@ -180,7 +194,8 @@ def warp(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
     "The material is rippled as by heat: it moves to and fro, and the ripples catch the light"
     r = d.u(0.11, 0.15) * power.size
     m = window(s, p, r)
-    x, y = s.x[m] - p.x, s.y[m] - p.y
+    x = s.x[m] - p.x
+    y = s.y[m] - p.y
     fall = np.maximum(1 - (x * x + y * y) * (1 / (r * r)), 0)
     c, q = turn(d.u())
     wave = (x * c + y * q) * (d.u(2.0, 2.8) / r) + d.u()

@@ -45,7 +45,8 @@ from zsad_nb.synthetic.spots import (
 # %% ../../nbs/synthetic/09_defects_pretraining.ipynb #ede0f990
 def scratch(s: Scene, d: Dice, p: Spot) -> np.ndarray:
     "One to three long strokes with a lit and a shaded side"
-    out, a0 = np.full_like(s.x, 1), d.u()
+    out = np.full_like(s.x, 1)
+    a0 = d.u()
     length = d.u(0.22, 0.40) if s.distance is None else d.u(0.14, 0.26)
     for k in range(d.i(1, 4)):
         (c, q), bow, off = turn(a0 + d.u(-0.02, 0.02)), d.u(-0.12, 0.12) * length, (k * 0.022) * (1 if k % 2 else -1)
@@ -75,12 +76,14 @@ def crack(s: Scene, d: Dice, p: Spot) -> np.ndarray:
             a += d.u(-0.09, 0.09)
             c, q = turn(a)
             h = d.u(0.022, 0.042)
-            x1, y1 = x + c * h, y + q * h
+            x1 = x + c * h
+            y1 = y + q * h
             w1 = width * (1 - (k + 1) / n) + 0.0012
             stroke(s, out, (x, y), (x1, y1), width * (1 - k / n) + 0.0012, w1)
             if depth and k in (1, 3, 5) and d.u() < 0.75:
                 grow(x1, y1, a + (0.12 if d.u() < 0.5 else -0.12) + d.u(-0.04, 0.04), w1 * 0.8, d.i(3, 5), depth - 1)
-            x, y = x1, y1
+            x = x1
+            y = y1
 
     a = d.u()
     for side in (0, 0.5):
@@ -94,7 +97,8 @@ def crack(s: Scene, d: Dice, p: Spot) -> np.ndarray:
 # %% ../../nbs/synthetic/09_defects_pretraining.ipynb #b5b7a67f
 def missing(s: Scene, d: Dice, p: Spot) -> np.ndarray:
     "A part is gone: a tile, a pin, a sweet; else a bite out of the outline, or a torn patch of a texture"
-    part, n = s.parts is not None and p.part > 0, Lattice(d)
+    part = s.parts is not None and p.part > 0
+    n = Lattice(d)
     if part:
         gone = ((s.parts == p.part) & (np.abs(s.x - p.x) < 0.3) & (np.abs(s.y - p.y) < 0.3)).astype(np.float32)
     elif s.distance is not None:
@@ -141,19 +145,25 @@ def cut(s: Scene, d: Dice, p: Spot) -> np.ndarray:
 # %% ../../nbs/synthetic/09_defects_pretraining.ipynb #1802d15d
 def contamination(s: Scene, d: Dice, p: Spot) -> np.ndarray:
     "Crumbs of something else and a fibre, with their shadows"
-    ink, rgb = ink_on(p, d), s.rgb
-    fibre, a = np.full_like(s.x, 1), d.u()
-    x, y, bend = p.x, p.y, d.u(-0.05, 0.05)
+    ink = ink_on(p, d)
+    rgb = s.rgb
+    fibre = np.full_like(s.x, 1)
+    a = d.u()
+    x = p.x
+    y = p.y
+    bend = d.u(-0.05, 0.05)
     for k in range(9):
         a += bend + d.u(-0.03, 0.03)
         c, q = turn(a)
         stroke(s, fibre, (x, y), (x + 0.028 * c, y + 0.028 * q), 0.0055, 0.0055)
-        x, y = x + 0.028 * c, y + 0.028 * q
+        x = x + 0.028 * c
+        y = y + 0.028 * q
     crumbs = np.full_like(s.x, 1)
     for k in range(d.i(4, 8)):
         c, q = turn(d.u())
         r = d.u(0.0, 0.085)
-        u, v = s.x - p.x - c * r, s.y - p.y - q * r
+        u = s.x - p.x - c * r
+        v = s.y - p.y - q * r
         crumbs = np.minimum(
             crumbs, ngon(u * d.u(0.8, 1.2), v, d.i(3, 6), d.u(0.011, 0.020) * (0.6 + 0.4 * bold(s, p)), d.u())
         )
@@ -184,7 +194,8 @@ def stain(s: Scene, d: Dice, p: Spot) -> np.ndarray:
 def print_(s: Scene, d: Dice, p: Spot) -> np.ndarray:
     "A stray mark of ink: a cross, a ring, bars, an arrow"
     x, y = local(s, p, d.u())
-    r, kind = d.u(0.06, 0.09), d.i(0, 4)
+    r = d.u(0.06, 0.09)
+    kind = d.i(0, 4)
     if kind == 0:
         b = np.minimum(box(x, y, r, r * 0.26), box(x, y, r * 0.26, r))
     elif kind == 1:
@@ -201,16 +212,21 @@ def deformation(s: Scene, d: Dice, p: Spot) -> np.ndarray:
     "A local pull and twist; at the outline of an object it bends"
     r = d.u(0.13, 0.17)
     w = window(s, p, r)
-    x, y = s.x[w] - p.x, s.y[w] - p.y
+    x = s.x[w] - p.x
+    y = s.y[w] - p.y
     q = np.minimum(np.sqrt(x * x + y * y) * (1 / r), 1)
     f = (1 - q * q) * (1 - q * q)
     c, k = p.edge if s.distance is not None else turn(d.u())
     sign = 1 if d.u() < 0.5 else -1
     pull = d.u(0.065, 0.085) * sign * (1 if s.distance is None else 1.35)
     t = f * d.u(0.10, 0.15) * sign  # turns
-    co, si = sine(t + 0.25), sine(t)
-    out, pinch, part = s.rgb.copy(), 1 - (0.45 if s.distance is None else 0.2) * f, (slice(None), *w)
-    u, v = p.x + (x * co - y * si) * pinch - f * pull * c, p.y + (x * si + y * co) * pinch - f * pull * k
+    co = sine(t + 0.25)
+    si = sine(t)
+    out = s.rgb.copy()
+    pinch = 1 - (0.45 if s.distance is None else 0.2) * f
+    part = (slice(None), *w)
+    u = p.x + (x * co - y * si) * pinch - f * pull * c
+    v = p.y + (x * si + y * co) * pinch - f * pull * k
     fold = sine((x * c + y * k) * (0.8 / r) + 0.1) * f
     if s.distance is None:
         out[part] = resample(s.rgb, u, v) * (1 + 0.62 * fold) + fold * max(0.16 - 0.32 * brightness(p.tone), 0)
@@ -222,7 +238,8 @@ def deformation(s: Scene, d: Dice, p: Spot) -> np.ndarray:
 def dent(s: Scene, d: Dice, p: Spot) -> np.ndarray:
     "A knock: the wall near the light is dark, the far one bright"
     x, y = local(s, p, d.u())
-    r, e = d.u(0.085, 0.125), d.u(1, 1.35)
+    r = d.u(0.085, 0.125)
+    e = d.u(1, 1.35)
     q = np.minimum((x * x * (e * e) + y * y * (1 / (e * e))) * (1 / (r * r)), 1)
     h = -(1 - q) * (1 - q)
     g = facing(s, h, 0.16 * r / 0.1)
@@ -233,14 +250,18 @@ def dent(s: Scene, d: Dice, p: Spot) -> np.ndarray:
 
 def misplaced(s: Scene, d: Dice, p: Spot) -> np.ndarray:
     "A piece was cut out, turned and put back out of line"
-    r, a, b = d.u(0.075, 0.105), d.u(-0.05, 0.05), d.pick((0.125, 0.19, 0.25, 0.31))
+    r = d.u(0.075, 0.105)
+    a = d.u(-0.05, 0.05)
+    b = d.pick((0.125, 0.19, 0.25, 0.31))
     m = window(s, p, r * 1.7)
-    x, y = s.x[m] - p.x, s.y[m] - p.y
+    x = s.x[m] - p.x
+    y = s.y[m] - p.y
     (c0, k0), (c1, k1) = turn(a), turn(a + b)
     piece = box(x * c1 + y * k1, y * c1 - x * k1, r, r * 0.8, 0.006)
     gap = box(x * c0 + y * k0, y * c0 - x * k0, r * 1.12, r * 0.95, 0.006)
     cb, kb = turn(b)
-    sx, sy = d.u(-0.03, 0.03), d.u(-0.03, 0.03)
+    sx = d.u(-0.03, 0.03)
+    sy = d.u(-0.03, 0.03)
     turned = resample(s.rgb, p.x + x * cb + y * kb + sx, p.y + y * cb - x * kb + sy)
     below = (
         paint((0.62, 0.58, 0.50))
@@ -249,7 +270,8 @@ def misplaced(s: Scene, d: Dice, p: Spot) -> np.ndarray:
         if s.distance is None
         else paint(tuple(v * 0.2 for v in p.tone))
     )
-    out, cov = s.rgb.copy(), s.cover[m]
+    out = s.rgb.copy()
+    cov = s.cover[m]
     new = mix(out[(slice(None), *m)], below, coverage(gap, s.px) * cov)
     new = new * (1 - 0.75 * (1 - step(-0.002, 0.022, piece)) * cov)
     new = mix(new, turned * (1.12 + 0.25 * (1 - step(0.0, 0.008, -piece))), coverage(piece, s.px) * cov)
@@ -270,7 +292,8 @@ def discolouration(s: Scene, d: Dice, p: Spot) -> np.ndarray:
     return lay(s, s.rgb, paint(d.pick(far[:2])) * (grey * 1.0 + lift), (1 - step(-0.045, 0.02, b)) * 0.85)
 
 
-_ALL, _NEW = SETS, ("target",)
+_ALL = SETS
+_NEW = ("target",)
 DEFECTS = {
     d.name: d
     for d in (

@@ -45,7 +45,9 @@ from zsad_nb.synthetic.spots import (
 def scuff(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
     "Rubbed: a band of many fine parallel abrasions, some of them interrupted"
     x, y = local(s, p, d.u())
-    w, h, n = d.u(0.09, 0.13) * power.size, d.u(0.035, 0.055) * power.size, Lattice(d)
+    w = d.u(0.09, 0.13) * power.size
+    h = d.u(0.035, 0.055) * power.size
+    n = Lattice(d)
     band = (1 - step(0.5, 1, np.abs(x) * (1 / w))) * (1 - step(0.6, 1, np.abs(y) * (1 / h)))
     lines = step(0.42, 0.62, n(x * 10 + 8, y * 170 + 8)) * step(0.25, 0.5, n(x * 40 + 3, y * 60 + 3))
     pale = tuple(v * 0.35 + 0.6 for v in p.tone) if brightness(p.tone) < 0.62 else tuple(v * 0.5 for v in p.tone)
@@ -55,17 +57,22 @@ def scuff(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
 def shatter(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
     "Struck: cracks run out from a point, and arcs join them"
     net = np.full_like(s.x, 1)
-    rays, start, reach = d.i(5, 9), d.u(), d.u(0.10, 0.15) * power.size
+    rays = d.i(5, 9)
+    start = d.u()
+    reach = d.u(0.10, 0.15) * power.size
     width = d.u(0.0045, 0.0065) * bold(s, p)
     directions = [turn(start + (k + d.u(-0.3, 0.3)) / rays) for k in range(rays)]
     lengths = [reach * d.u(0.55, 1.1) for _ in range(rays)]
     for (c, q), length in zip(directions, lengths):
-        x, y = p.x, p.y
+        x = p.x
+        y = p.y
         for k in range(4):
             sway = d.u(-0.012, 0.012)
-            x1, y1 = p.x + c * length * (k + 1) / 4 - q * sway, p.y + q * length * (k + 1) / 4 + c * sway
+            x1 = p.x + c * length * (k + 1) / 4 - q * sway
+            y1 = p.y + q * length * (k + 1) / 4 + c * sway
             stroke(s, net, (x, y), (x1, y1), width * (1 - k / 5), width * (1 - (k + 1) / 5))
-            x, y = x1, y1
+            x = x1
+            y = y1
     ring = reach * d.u(0.3, 0.45)
     for k in range(rays):
         if d.u() < 0.7:
@@ -81,7 +88,8 @@ def shatter(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
 
 def puncture(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
     "Pierced: one to three round clean holes, the material pressed down around them"
-    well, dish = np.full_like(s.x, 1), np.zeros_like(s.x)
+    well = np.full_like(s.x, 1)
+    dish = np.zeros_like(s.x)
     for k in range(d.i(1, 4)):
         c, q = turn(d.u())
         off = (k > 0) * d.u(0.05, 0.08)
@@ -97,7 +105,8 @@ def puncture(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
 # %% ../../nbs/synthetic/11_defects_target.ipynb #0321894c
 def chipped(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
     "Knocked off at the edge: straight breaks meet at an angle, the fracture is rough; inside a texture, a wedge is gone"
-    x, y = s.x - p.x, s.y - p.y
+    x = s.x - p.x
+    y = s.y - p.y
     out_x, out_y = p.edge if s.distance is not None else turn(d.u())
     depth = d.u(0.035, 0.055) * power.size
     n = Lattice(d)
@@ -106,7 +115,8 @@ def chipped(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
     wedge = None
     for lean in (d.u(0.10, 0.16), -d.u(0.10, 0.16)):
         c, q = turn(lean)
-        nx, ny = out_x * c - out_y * q, out_y * c + out_x * q
+        nx = out_x * c - out_y * q
+        ny = out_y * c + out_x * q
         side = -(x * nx + y * ny) - depth * c
         wedge = side if wedge is None else np.maximum(wedge, side)
     gone = coverage(np.maximum(wedge + rough, far), s.px)
@@ -119,20 +129,27 @@ def chipped(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
 # %% ../../nbs/synthetic/11_defects_target.ipynb #3878f6a3
 def thread(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
     "A loose thread in loops, twisted of two strands, above its own shadow"
-    line, shadow = np.full_like(s.x, 1), np.full_like(s.x, 1)
-    a, bend, step_by = d.u(), d.u(0.035, 0.06) * (1 if d.u() < 0.5 else -1), 0.017 * power.size
-    x, y = p.x, p.y
+    line = np.full_like(s.x, 1)
+    shadow = np.full_like(s.x, 1)
+    a = d.u()
+    bend = d.u(0.035, 0.06) * (1 if d.u() < 0.5 else -1)
+    step_by = 0.017 * power.size
+    x = p.x
+    y = p.y
     width = 0.0048 * bold(s, p)
     for k in range(20):
         a += bend + d.u(-0.03, 0.03)
         if k == 12:
             bend = -bend
         c, q = turn(a)
-        x1, y1 = x + step_by * c, y + step_by * q
+        x1 = x + step_by * c
+        y1 = y + step_by * q
         stroke(s, line, (x, y), (x1, y1), width, width)
-        dx, dy = -0.008 * s.light[0], -0.008 * s.light[1]
+        dx = -0.008 * s.light[0]
+        dy = -0.008 * s.light[1]
         stroke(s, shadow, (x + dx, y + dy), (x1 + dx, y1 + dy), width, width)
-        x, y = x1, y1
+        x = x1
+        y = y1
     rgb = s.rgb * (1 - 0.5 * power.contrast * coverage(shadow, s.px) * s.cover)
     strands = 0.88 + 0.24 * step(-0.3, 0.3, sine((s.x + s.y) * 45))
     return lay(s, rgb, paint(ink_on(p, d)) * strands, coverage(line, s.px) * power.contrast)
@@ -145,8 +162,10 @@ def liquid(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
         c, q = turn(d.u())
         off = (k > 0) * d.u(0.04, 0.10) * power.size
         r = (d.u(0.034, 0.046) if k == 0 else d.u(0.014, 0.028)) * power.size
-        cx, cy = p.x + c * off, p.y + q * off
-        x, y = s.x - cx, s.y - cy
+        cx = p.x + c * off
+        cy = p.y + q * off
+        x = s.x - cx
+        y = s.y - cy
         t = np.minimum((x * x + y * y) * (1 / (r * r)), 1)
         inside = coverage(disc(x, y, r), s.px)
         bulge = 0.55 + 0.45 * t
@@ -163,7 +182,9 @@ def liquid(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
 def imprint(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
     "Letters where none belong, or twice: a line of glyphs, its ghost beside it, worn away towards one end"
     x, y = local(s, p, d.u(-0.08, 0.08))
-    size, count, key = d.u(0.020, 0.028) * power.size, d.i(4, 7), d.i(0, 1000)
+    size = d.u(0.020, 0.028) * power.size
+    count = d.i(4, 7)
+    key = d.i(0, 1000)
     pitch = size * 1.8
     worn = step(
         -0.2, 0.35, Lattice(d)(s.x * 40 + 12, s.y * 40 + 12) - 0.5 + (x + count * pitch / 2) * (0.9 / (count * pitch))
@@ -171,8 +192,10 @@ def imprint(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
 
     def glyphs(u, v):
         k = np.floor(u * (1 / pitch) + count * 0.5)
-        t, kind = u - (k + 0.5 - count * 0.5) * pitch, hash01(k, k * 0, key)
-        stem, loop = box(t, v, size * 0.2, size), np.abs(disc(t, v, size * 0.6)) - size * 0.2
+        t = u - (k + 0.5 - count * 0.5) * pitch
+        kind = hash01(k, k * 0, key)
+        stem = box(t, v, size * 0.2, size)
+        loop = np.abs(disc(t, v, size * 0.6)) - size * 0.2
         bars = np.minimum(
             box(t, v - size * 0.75, size * 0.6, size * 0.2), box(t, v + size * 0.75, size * 0.6, size * 0.2)
         )
@@ -188,7 +211,8 @@ def imprint(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
 def corrosion(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
     "Eaten away from many points at once: a crust in two tones with pits, ragged at its border"
     x, y = local(s, p)
-    r, n = d.u(0.085, 0.12) * power.size, Lattice(d)
+    r = d.u(0.085, 0.12) * power.size
+    n = Lattice(d)
     coarse = n(x * 26 + 30, y * 26 + 30)
     fine = n(x * 75 + 30, y * 75 + 30)
     field = coarse * 0.65 + fine * 0.35 - 0.62 * np.sqrt(x * x + y * y) * (1 / r)
@@ -209,7 +233,9 @@ def burn(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
     r = d.u(0.085, 0.12) * power.size
     n = Lattice(d)
     t = np.sqrt(x * x + 1.6 * y * y) * (1 / r) + 0.35 * (n(x * 24 + 15, y * 24 + 15) - 0.5)
-    core, ring, halo = 1 - step(0.15, 0.5, t), 1 - step(0.45, 0.8, t), 1 - step(0.75, 1.05, t)
+    core = 1 - step(0.15, 0.5, t)
+    ring = 1 - step(0.45, 0.8, t)
+    halo = 1 - step(0.75, 1.05, t)
     tones = (
         ((0.05, 0.04, 0.035), (0.26, 0.15, 0.07), (0.66, 0.50, 0.24))
         if brightness(p.tone) > 0.3
@@ -225,12 +251,14 @@ def burn(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
 def blister(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
     "A bubble under the surface: lit on the side of the light, in shadow on the other, with a highlight"
     x, y = local(s, p, d.u())
-    r, long = d.u(0.065, 0.095) * power.size, d.u(1, 1.3)
+    r = d.u(0.065, 0.095) * power.size
+    long = d.u(1, 1.3)
     t = np.minimum((x * x * (1 / long) + y * y * long) * (1 / (r * r)), 1)
     height = np.sqrt(1 - t)
     lit = np.minimum(np.maximum(facing(s, height, 0.10 * r / 0.08 * power.contrast), -0.7), 0.7)
     rgb = s.rgb * (1 + lit * s.cover) + np.maximum(lit, 0) * (0.16 * s.cover)
-    cx, cy = s.x - p.x - s.light[0] * r * 0.55, s.y - p.y - s.light[1] * r * 0.55
+    cx = s.x - p.x - s.light[0] * r * 0.55
+    cy = s.y - p.y - s.light[1] * r * 0.55
     glint = 1 - step(0.0, 0.16 * r + 0.006, disc(cx, cy, r * 0.12))
     return lay(s, rgb, (0.97, 0.97, 0.95), glint * 0.8 * power.contrast)
 
@@ -240,8 +268,10 @@ def crease(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
     r = d.u(0.12, 0.16) * power.size
     m = window(s, p, r)
     c, q = turn(d.u())
-    x, y = s.x[m] - p.x, s.y[m] - p.y
-    along, across = x * c + y * q, y * c - x * q
+    x = s.x[m] - p.x
+    y = s.y[m] - p.y
+    along = x * c + y * q
+    across = y * c - x * q
     across = across - 0.10 * r * sine(along * (0.4 / r))
     fade_out = np.maximum(1 - along * along * (1 / (r * r)), 0)
     flank = np.maximum(1 - np.abs(across) * (1 / (0.34 * r)), 0) * fade_out
@@ -261,8 +291,10 @@ def slip(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
     reach = d.u(0.11, 0.15) * power.size
     m = window(s, p, reach * 1.3)
     c, q = turn(d.u())
-    x, y = s.x[m] - p.x, s.y[m] - p.y
-    along, across = x * c + y * q, y * c - x * q
+    x = s.x[m] - p.x
+    y = s.y[m] - p.y
+    along = x * c + y * q
+    across = y * c - x * q
     high = d.u(0.035, 0.055) * power.size
     strip = box(along, across, reach, high, 0.004)
     by = d.u(0.035, 0.06) * (1 if d.u() < 0.5 else -1)

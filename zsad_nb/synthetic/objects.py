@@ -54,7 +54,8 @@ class _Layers:
 
     def __init__(self, c: Canvas):
         self.c, self.albedo, self.height = c, np.zeros((3, c.size, c.size), np.float32), np.zeros_like(c.x)
-        self.parts, self.count = np.zeros(c.x.shape, np.int32), 0
+        self.parts = np.zeros(c.x.shape, np.int32)
+        self.count = 0
 
     def add(self, d, colour, height=0.0, part: bool = False, tone=1.0):
         "Cover the inside of d; `colour` is a triple or a (3,H,W) picture; `height` None keeps the height below"
@@ -94,7 +95,8 @@ def _around(n: int, r: float, phase: float = 0.0):
 def nut(c: Canvas) -> Surface:
     "A hexagonal nut from above, chamfered, with a threaded bore"
     c.pose(0.5, 0.1, 0.04)
-    x, y = c.x, c.y
+    x = c.x
+    y = c.y
     r = np.sqrt(x * x + y * y)
     d = np.maximum(ngon(x, y, 6, 0.335), 0.165 - r)
     chamfer = np.maximum(r - 0.335, 0)
@@ -109,8 +111,11 @@ def nut(c: Canvas) -> Surface:
 def gear(c: Canvas) -> Surface:
     "A spur gear with a keyed bore and lightening holes"
     c.pose(0.5, 0.1, 0.04)
-    x, y, n = c.x, c.y, 16
-    r, a = np.sqrt(x * x + y * y), angle(x, y)
+    x = c.x
+    y = c.y
+    n = 16
+    r = np.sqrt(x * x + y * y)
+    a = angle(x, y)
     tooth = np.minimum(np.maximum(sine(a * n) * 2.0, -1), 1)
     d = (r - 0.345 - 0.035 * tooth) * 0.8
     bore = np.minimum(disc(x, y, 0.075), box(x, y + 0.08, 0.022, 0.035))
@@ -126,7 +131,8 @@ def gear(c: Canvas) -> Surface:
 def bearing(c: Canvas) -> Surface:
     "A ball bearing with its balls in sight"
     c.pose(0.5, 0.1, 0.04)
-    x, y = c.x, c.y
+    x = c.x
+    y = c.y
     r = np.sqrt(x * x + y * y)
     d = np.maximum(r - 0.38, 0.13 - r)
     tone = _turned(c, angle(x, y)) * 0.95
@@ -144,8 +150,10 @@ def bearing(c: Canvas) -> Surface:
 def coin(c: Canvas) -> Surface:
     "A coin: a rim of beads, a ring of strokes and a star in relief"
     c.pose(0.5, 0.1, 0.04)
-    x, y = c.x, c.y
-    r, a = np.sqrt(x * x + y * y), angle(x, y)
+    x = c.x
+    y = c.y
+    r = np.sqrt(x * x + y * y)
+    a = angle(x, y)
     d = r - 0.37
     up = c.cover(_ring(x, y, 0.358, 0.014))
     beads = np.minimum.reduce([disc(x - p, y - q, 0.009) for p, q in _around(28, 0.325)])
@@ -165,7 +173,8 @@ def coin(c: Canvas) -> Surface:
 def bottle(c: Canvas) -> Surface:
     "A bottle seen from above: the rim of the mouth and the dark inside"
     c.pose(0.5, 0.08, 0.04)
-    x, y = c.x, c.y
+    x = c.x
+    y = c.y
     r = np.sqrt(x * x + y * y)
     d = r - 0.40
     glass = c.colour("brown", "green", "olive", "blue", "teal")
@@ -181,7 +190,8 @@ def bottle(c: Canvas) -> Surface:
 def button(c: Canvas) -> Surface:
     "A shirt button with four holes"
     c.pose(0.5, 0.1, 0.04)
-    x, y = c.x, c.y
+    x = c.x
+    y = c.y
     r = np.sqrt(x * x + y * y)
     holes = np.minimum.reduce([disc(x - p, y - q, 0.043) for p, q in _around(4, 0.098, 0.125)])
     d = np.maximum(r - 0.37, -holes)
@@ -198,8 +208,10 @@ def button(c: Canvas) -> Surface:
 def lens(c: Canvas) -> Surface:
     "A camera lens: a knurled barrel and coated glass"
     c.pose(0.5, 0.08, 0.04)
-    x, y = c.x, c.y
-    r, a = np.sqrt(x * x + y * y), angle(x, y)
+    x = c.x
+    y = c.y
+    r = np.sqrt(x * x + y * y)
+    a = angle(x, y)
     d = r - 0.39 - 0.006 * sine(a * 60)
     l = _Layers(c).add(
         d - 0.02, c.colour("black", "silver", "grey"), dome(d, 0.03) + 0.004 * sine(a * 60) * step(0.34, 0.36, r)
@@ -219,8 +231,10 @@ def lens(c: Canvas) -> Surface:
 def pill(c: Canvas) -> Surface:
     "A two-coloured capsule"
     c.pose(0.5, 0.1, 0.05)
-    x, y = c.x, c.y
-    body, sleeve = capsule(x, y, -0.24, 0, 0.24, 0, 0.155), x - 0.02
+    x = c.x
+    y = c.y
+    body = capsule(x, y, -0.24, 0, 0.24, 0, 0.155)
+    sleeve = x - 0.02
     d = np.minimum(body, np.maximum(body - 0.007, sleeve))
     a, b = (
         c.colour("red", "orange"),
@@ -238,7 +252,8 @@ def pill(c: Canvas) -> Surface:
 def die(c: Canvas) -> Surface:
     "A die from above"
     c.pose(0.5, 0.1, 0.04)
-    x, y = c.x, c.y
+    x = c.x
+    y = c.y
     d = box(x, y, 0.30, 0.30, 0.06)
     face, pip = c.dice.pick(
         [
@@ -251,7 +266,9 @@ def die(c: Canvas) -> Surface:
         ]
     )
     l = _Layers(c).add(d - 0.02, c.colour(face), dome(d, 0.06))
-    p, spots, n = c.colour(pip), [], c.dice.i(3, 7)
+    p = c.colour(pip)
+    spots = []
+    n = c.dice.i(3, 7)
     if n % 2:
         spots += [(0, 0)]
     if n > 1:
@@ -269,7 +286,8 @@ def die(c: Canvas) -> Surface:
 def biscuit(c: Canvas) -> Surface:
     "A butter biscuit: scalloped edge, rows of docking holes"
     c.pose(0.5, 0.08, 0.04)
-    x, y = c.x, c.y
+    x = c.x
+    y = c.y
     scallop = 0.012 * np.maximum(np.abs(sine(x * 8)), np.abs(sine(y * 8)))
     d = box(x, y, 0.355, 0.275, 0.05) - scallop
     n = c.noise(20, 3)
@@ -290,7 +308,8 @@ def biscuit(c: Canvas) -> Surface:
 def candies(c: Canvas) -> Surface:
     "A tray of sugar-coated sweets"
     c.pose(0.05, 0.06, 0.03)
-    x, y = c.x, c.y
+    x = c.x
+    y = c.y
     d = box(x, y, 0.40, 0.40, 0.05)
     l = _Layers(c).add(
         d - 0.02, c.colour("white", "grey", "cream", "black"), 0.03 * step(0.0, 0.02, -d) * (1 - step(0.02, 0.04, -d))
@@ -302,7 +321,8 @@ def candies(c: Canvas) -> Surface:
     ]
     for j in range(3):
         for i in range(3):
-            p, q = (i - 1) * 0.245 + c.dice.u(-0.008, 0.008), (j - 1) * 0.245 + c.dice.u(-0.008, 0.008)
+            p = (i - 1) * 0.245 + c.dice.u(-0.008, 0.008)
+            q = (j - 1) * 0.245 + c.dice.u(-0.008, 0.008)
             l.add(disc(x - p, y - q, 0.112), (0.39, 0.39, 0.39), -0.005)
             s = disc(x - p, y - q, 0.095)
             l.add(s, c.dice.pick(kinds), dome(s, 0.095) * 0.8, part=True)
@@ -312,7 +332,8 @@ def candies(c: Canvas) -> Surface:
 def pencil(c: Canvas) -> Surface:
     "A hexagonal pencil, sharpened"
     c.pose(0.5, 0.06, 0.03)
-    x, y = c.x, c.y
+    x = c.x
+    y = c.y
     tip = capsule(x, y, 0.24, 0, 0.43, 0, 0.075, 0.008)
     d = np.minimum(box(x + 0.10, y, 0.34, 0.075, 0.006), np.maximum(tip, 0.22 - x))
     ridge = np.where(np.abs(y) < 0.03, 0.0, np.abs(y) - 0.03)
@@ -334,7 +355,8 @@ def pencil(c: Canvas) -> Surface:
 def bulb(c: Canvas) -> Surface:
     "A light bulb lying on its side"
     c.pose(0.5, 0.08, 0.03)
-    x, y = c.x, c.y
+    x = c.x
+    y = c.y
     t = np.minimum(
         np.maximum((x + 0.03) * (1 / 0.22), 0), 1
     )  # the neck: a cubic from the sphere (its radius and slope) to the cap
@@ -360,9 +382,12 @@ def bulb(c: Canvas) -> Surface:
 def chip(c: Canvas) -> Surface:
     "An integrated circuit in a dual in-line package"
     c.pose(0.5, 0.08, 0.03)
-    x, y = c.x, c.y
-    l, d = _Layers(c), box(x, y, 0.36, 0.19, 0.02)
-    k, v = np.minimum(np.maximum(np.floor(x * 10 + 0.5), -3), 3), np.abs(y)  # fourteen pins by folding
+    x = c.x
+    y = c.y
+    l = _Layers(c)
+    d = box(x, y, 0.36, 0.19, 0.02)
+    k = np.minimum(np.maximum(np.floor(x * 10 + 0.5), -3), 3)
+    v = np.abs(y)  # fourteen pins by folding
     u = x - k * 0.1
     pins = np.minimum(box(u, v - 0.215, 0.028, 0.05, 0.004), box(u, v - 0.285, 0.017, 0.06, 0.004))
     l.add(pins, (0.78, 0.79, 0.80), 0.02 + dome(pins, 0.014))
@@ -393,7 +418,8 @@ def chip(c: Canvas) -> Surface:
 def board(c: Canvas) -> Surface:
     "A printed circuit board: traces, pads, resistors, a chip, a connector"
     c.pose(0.5, 0.06, 0.03)
-    x, y = c.x, c.y
+    x = c.x
+    y = c.y
     d = box(x, y, 0.40, 0.31, 0.015)
     mask = c.colour("green", "blue", "red", "black")
     l = _Layers(c).add(d - 0.02, mask, dome(d, 0.008))
@@ -453,7 +479,8 @@ def board(c: Canvas) -> Surface:
 def cable(c: Canvas) -> Surface:
     "The cross-section of a three-core cable: strands, coloured insulation, sheath"
     c.pose(0.5, 0.08, 0.03)
-    x, y = c.x, c.y
+    x = c.x
+    y = c.y
     d = disc(x, y, 0.40)
     l = (
         _Layers(c)
@@ -482,15 +509,18 @@ def cable(c: Canvas) -> Surface:
 def toothbrush(c: Canvas) -> Surface:
     "The head of a toothbrush from the bristle side"
     c.pose(0.5, 0.06, 0.03)
-    x, y = c.x, c.y
+    x = c.x
+    y = c.y
     d = np.minimum(capsule(x, y, -0.20, 0, 0.12, 0, 0.165), capsule(x, y, 0.1, 0, 0.95, 0, 0.075, 0.055))
     l = _Layers(c).add(d - 0.02, c.colour("white", "pink", "teal", "blue", "green"), dome(d, 0.05))
-    a, b = c.colour("blue", "white", "red", "green", "yellow"), c.colour("white", "teal", "orange", "navy")
+    a = c.colour("blue", "white", "red", "green", "yellow")
+    b = c.colour("white", "teal", "orange", "navy")
     n = Lattice(c.dice)
     hair = 0.70 + 0.5 * n(x * 140, y * 140)
     for i in range(7):
         for j in (-1, 0, 1):
-            p, q = -0.295 + i * 0.077, j * (0.09 if 0 < i < 6 else 0.07)
+            p = -0.295 + i * 0.077
+            q = j * (0.09 if 0 < i < 6 else 0.07)
             t = disc(x - p - c.dice.u(-0.005, 0.005), y - q - c.dice.u(-0.005, 0.005), 0.037)
             l.add(
                 t,
@@ -505,7 +535,8 @@ def toothbrush(c: Canvas) -> Surface:
 def screw(c: Canvas) -> Surface:
     "A countersunk wood screw from the side"
     c.pose(0.5, 0.05, 0.02)
-    x, y = c.x, c.y
+    x = c.x
+    y = c.y
     shaft = capsule(x, y, -0.30, 0, 0.36, 0, 0.070, 0.062)
     point = capsule(x, y, 0.30, 0, 0.44, 0, 0.06, 0.004)
     saw = 0.5 + 0.5 * sine(x * 17 + y * 2.2)
@@ -524,7 +555,8 @@ def screw(c: Canvas) -> Surface:
 def socket(c: Canvas) -> Surface:
     "A wall socket: plate, round recess, two contacts, a screw"
     c.pose(0.05, 0.06, 0.03)
-    x, y = c.x, c.y
+    x = c.x
+    y = c.y
     d = box(x, y, 0.38, 0.38, 0.06)
     well = disc(x, y, 0.27)
     l = _Layers(c).add(d - 0.02, c.colour("white", "cream", "grey", "black", "silver"), 0.05 + dome(d, 0.04))
@@ -542,7 +574,8 @@ def socket(c: Canvas) -> Surface:
 def key(c: Canvas) -> Surface:
     "A door key"
     c.pose(0.5, 0.06, 0.03)
-    x, y = c.x, c.y
+    x = c.x
+    y = c.y
     bow = np.maximum(ngon(x + 0.26, y, 8, 0.165, 0.0625), -disc(x + 0.33, y, 0.045))
     blade = box(x - 0.13, y, 0.29, 0.058, 0.01)
     for k, depth in enumerate((0.03, 0.05, 0.02, 0.045, 0.035)):

@@ -31,12 +31,11 @@ from .objects_pretraining import _ink, _row
 def plug(c: Canvas) -> Surface:
     "A flat plug: a metal shell with two windows, a moulded grip, a piece of lead"
     c.pose(0.5, 0.1, 0.03)
-    x, y = c.x, c.y
-    shell, grip, lead = (
-        box(x - 0.22, y, 0.16, 0.115, 0.008),
-        box(x + 0.10, y, 0.19, 0.16, 0.05),
-        box(x + 0.36, y, 0.12, 0.035, 0.01),
-    )
+    x = c.x
+    y = c.y
+    shell = box(x - 0.22, y, 0.16, 0.115, 0.008)
+    grip = box(x + 0.10, y, 0.19, 0.16, 0.05)
+    lead = box(x + 0.36, y, 0.12, 0.035, 0.01)
     l = _Layers(c).add(
         lead - 0.004,
         c.colour("black", "white", "grey"),
@@ -55,7 +54,9 @@ def plug(c: Canvas) -> Surface:
 def heatsink(c: Canvas) -> Surface:
     "A finned heat sink from above, a screw in every second corner"
     c.pose(0.5, 0.08, 0.03)
-    x, y, n = c.x, c.y, c.dice.i(7, 12)
+    x = c.x
+    y = c.y
+    n = c.dice.i(7, 12)
     d = box(x, y, 0.36, 0.30, 0.01)
     pitch = 0.72 / n
     k = np.minimum(np.maximum(np.floor((x + 0.36) * (1 / pitch)), 0), n - 1)
@@ -64,7 +65,8 @@ def heatsink(c: Canvas) -> Surface:
     metal = c.colour("silver", "black", "gold", "blue", "red", "copper")
     l = _Layers(c).add(d - 0.02, tuple(v * 0.45 for v in metal), 0.0, tone=0.95 + 0.08 * c.noise(50, 2))
     l.add(fin, metal, 0.06 + dome(fin, 0.012), tone=0.95 + 0.1 * Lattice(c.dice)(x * 4, y * 90))
-    l.parts, l.count = np.where(fin < 0, np.floor(k * 0.5).astype(np.int32) + 1, 0), (n + 1) // 2
+    l.parts = np.where(fin < 0, np.floor(k * 0.5).astype(np.int32) + 1, 0)
+    l.count = (n + 1) // 2
     for s in (-1, 1):
         h = disc(x - s * 0.30, y - s * 0.24, 0.045)
         l.add(h, (0.70, 0.71, 0.73), 0.07 + dome(h, 0.02), part=True).add(
@@ -76,7 +78,9 @@ def heatsink(c: Canvas) -> Surface:
 def terminal(c: Canvas) -> Surface:
     "A terminal block: a moulded strip with screws above and openings below"
     c.pose(0.5, 0.08, 0.03)
-    x, y, n = c.x, c.y, c.dice.i(3, 7)
+    x = c.x
+    y = c.y
+    n = c.dice.i(3, 7)
     d = box(x, y, 0.38, 0.17, 0.012)
     pitch = 0.74 / n
     l = _Layers(c).add(
@@ -86,7 +90,8 @@ def terminal(c: Canvas) -> Surface:
         u = x - (k - (n - 1) * 0.5) * pitch
         if k:
             l.height = l.height - 0.02 * step(-0.006, 0.002, -(np.abs(u + pitch * 0.5) - 0.004))
-        well, head = disc(u, y + 0.065, min(0.045, pitch * 0.38)), disc(u, y + 0.065, min(0.036, pitch * 0.31))
+        well = disc(u, y + 0.065, min(0.045, pitch * 0.38))
+        head = disc(u, y + 0.065, min(0.036, pitch * 0.31))
         l.add(well, (0.08, 0.08, 0.08), 0.03).add(head, (0.76, 0.76, 0.77), 0.035 + dome(head, 0.015), part=True)
         q = c.dice.u(-0.5, 0.5)
         l.add(
@@ -101,18 +106,19 @@ def terminal(c: Canvas) -> Surface:
 def capacitor(c: Canvas) -> Surface:
     "A capacitor lying down: a sleeve with a stripe and print, a metal end, two legs"
     c.pose(0.5, 0.1, 0.03)
-    x, y = c.x, c.y
+    x = c.x
+    y = c.y
     r = c.dice.u(0.12, 0.17)
-    body, end = box(x + 0.06, y, 0.24, r, 0.03), box(x + 0.29, y, 0.03, r * 0.92, 0.015)
+    body = box(x + 0.06, y, 0.24, r, 0.03)
+    end = box(x + 0.29, y, 0.03, r * 0.92, 0.015)
     legs = np.minimum(box(x - 0.30, y - r * 0.45, 0.14, 0.012, 0.004), box(x - 0.27, y + r * 0.45, 0.11, 0.012, 0.004))
     l = _Layers(c).add(legs - 0.003, (0.80, 0.80, 0.81), 0.02 + dome(legs, 0.012))
-    l.parts, l.count = np.where((legs < 0) & (body > 0), np.where(y > 0, 2, 1).astype(np.int32), 0), 2
+    l.parts = np.where((legs < 0) & (body > 0), np.where(y > 0, 2, 1).astype(np.int32), 0)
+    l.count = 2
     round_ = np.sqrt(np.maximum(r * r - y * y, 0.0004))
     l.add(end - 0.004, (0.74, 0.75, 0.77), round_ * 0.9)
-    sleeve, stripe = (
-        c.colour("blue", "black", "green", "brown", "navy", "purple"),
-        c.dice.pick([(0.85, 0.85, 0.84), (0.80, 0.72, 0.40), (0.10, 0.10, 0.11)]),
-    )
+    sleeve = c.colour("blue", "black", "green", "brown", "navy", "purple")
+    stripe = c.dice.pick([(0.85, 0.85, 0.84), (0.80, 0.72, 0.40), (0.10, 0.10, 0.11)])
     l.add(body - 0.004, sleeve, round_)
     l.add(np.maximum(body, np.abs(y - r * 0.62) - r * 0.2), stripe, None)
     for k in range(4):
@@ -126,17 +132,19 @@ def capacitor(c: Canvas) -> Surface:
 def egg(c: Canvas) -> Surface:
     "A painted egg: bands of two colours, straight, wavy or dotted"
     c.pose(0.5, 0.1, 0.04)
-    x, y = c.x, c.y
-    a, b = 0.33, c.dice.u(0.22, 0.26)
+    x = c.x
+    y = c.y
+    a = 0.33
+    b = c.dice.u(0.22, 0.26)
     d = _ellipse(x, y * (1 + 0.35 * x), a, b)
-    shell, band = (
-        c.colour("white", "cream", "yellow", "pink", "teal", "red", "green"),
-        c.colour("red", "blue", "purple", "orange", "green", "navy", "gold"),
-    )
-    u, v = x / a, y * (1 + 0.35 * x) / b
+    shell = c.colour("white", "cream", "yellow", "pink", "teal", "red", "green")
+    band = c.colour("red", "blue", "purple", "orange", "green", "navy", "gold")
+    u = x / a
+    v = y * (1 + 0.35 * x) / b
     h = np.sqrt(np.maximum(1 - u * u - v * v, 0.003)) * b
     l = _Layers(c).add(d - 0.012, shell, h)
-    kind, wave = c.dice.i(0, 3), c.dice.i(4, 9)
+    kind = c.dice.i(0, 3)
+    wave = c.dice.i(4, 9)
     for k in range(c.dice.i(1, 4)):
         v = x - c.dice.u(-0.2, 0.2)
         mark = (
@@ -155,8 +163,10 @@ def egg(c: Canvas) -> Surface:
 def lipstick(c: Canvas) -> Surface:
     "A lipstick: a slanted stick in a metal ring on a case"
     c.pose(0.5, 0.08, 0.03)
-    x, y = c.x, c.y
-    case, ring = box(x + 0.20, y, 0.18, 0.095, 0.012), box(x - 0.04, y, 0.07, 0.078, 0.006)
+    x = c.x
+    y = c.y
+    case = box(x + 0.20, y, 0.18, 0.095, 0.012)
+    ring = box(x - 0.04, y, 0.07, 0.078, 0.006)
     stick = np.maximum(np.maximum(capsule(x, y, 0.0, 0, 0.30, 0, 0.066), -x), (x + y * 1.1 - 0.30) * 0.68)
     l = _Layers(c)
 
@@ -177,15 +187,15 @@ def lipstick(c: Canvas) -> Surface:
 def ampoule(c: Canvas) -> Surface:
     "A glass ampoule: a filled body, a neck with a coloured ring, a round tip"
     c.pose(0.5, 0.1, 0.04)
-    x, y = c.x, c.y
-    body, tip = capsule(x, y, -0.24, 0, 0.07, 0, 0.125), capsule(x, y, 0.25, 0, 0.33, 0, 0.055, 0.04)
+    x = c.x
+    y = c.y
+    body = capsule(x, y, -0.24, 0, 0.07, 0, 0.125)
+    tip = capsule(x, y, 0.25, 0, 0.33, 0, 0.055, 0.04)
     neck = box(x - 0.17, y, 0.10, 0.035, 0.01)
     t = np.maximum(0.07 - np.abs(neck - body), 0)
     d = np.minimum(np.minimum(body, neck) - t * t * 3.0, tip)
-    glass, liquid = (
-        paint(c.dice.pick([(0.80, 0.84, 0.86), (0.62, 0.42, 0.20), (0.74, 0.82, 0.78)])),
-        c.colour("amber", "yellow", "white", "pink", "teal", "orange", "red"),
-    )
+    glass = paint(c.dice.pick([(0.80, 0.84, 0.86), (0.62, 0.42, 0.20), (0.74, 0.82, 0.78)]))
+    liquid = c.colour("amber", "yellow", "white", "pink", "teal", "orange", "red")
     w = step(-0.004, 0.004, c.dice.u(0.0, 0.12) - x)
     h = np.sqrt(np.maximum(0.0156 - y * y, 0.0006)) * (body < 0.02) + np.sqrt(np.maximum(0.003 - y * y, 0.0004)) * (
         body >= 0.02
@@ -204,14 +214,17 @@ def ampoule(c: Canvas) -> Surface:
 def xylophone(c: Canvas) -> Surface:
     "Bars of a xylophone on two rails"
     c.pose(0.5, 0.06, 0.03)
-    x, y, n = c.x, c.y, c.dice.i(5, 9)
+    x = c.x
+    y = c.y
+    n = c.dice.i(5, 9)
     rails = np.minimum(capsule(x, y, -0.38, -0.19, 0.38, -0.11, 0.022), capsule(x, y, -0.38, 0.19, 0.38, 0.11, 0.022))
     l = _Layers(c).add(
         rails - 0.004,
         c.dice.pick([(0.58, 0.38, 0.20), (0.82, 0.66, 0.42), (0.30, 0.30, 0.32)]),
         0.01 + dome(rails, 0.022),
     )
-    one, d = c.dice.u() < 0.4, rails
+    one = c.dice.u() < 0.4
+    d = rails
     kinds = [
         c.colour("red", "orange", "yellow", "green", "teal", "blue", "purple", "silver") for _ in range(1 if one else n)
     ]
@@ -229,8 +242,11 @@ def xylophone(c: Canvas) -> Surface:
 def reel(c: Canvas) -> Surface:
     "A film reel: a flange with openings, the wound film, a hub"
     c.pose(0.5, 0.08, 0.04)
-    x, y, n = c.x, c.y, c.dice.i(3, 6)
-    r, a = np.sqrt(x * x + y * y), angle(x, y)
+    x = c.x
+    y = c.y
+    n = c.dice.i(3, 6)
+    r = np.sqrt(x * x + y * y)
+    a = angle(x, y)
     d = np.maximum(r - 0.39, -disc(x, y, 0.035))
     film = 0.9 + 0.2 * Lattice(c.dice)(r * 160, r * 0)
     l = _Layers(c).add(d - 0.02, (0.20, 0.16, 0.14), 0.0, tone=film)
@@ -247,14 +263,17 @@ def reel(c: Canvas) -> Surface:
 def chocolate(c: Canvas) -> Surface:
     "A chocolate bar: bevelled pieces, each with a relief"
     c.pose(0.5, 0.06, 0.03)
-    x, y, n, m = c.x, c.y, c.dice.i(3, 6), c.dice.i(2, 4)
+    x = c.x
+    y = c.y
+    n = c.dice.i(3, 6)
+    m = c.dice.i(2, 4)
     d = box(x, y, 0.37, 0.37 * m / n + 0.02, 0.012)
-    w, v = 0.72 / n, 0.74 / n
-    i, j = (
-        np.minimum(np.maximum(np.floor(x * (1 / w) + n * 0.5), 0), n - 1),
-        np.minimum(np.maximum(np.floor(y * (1 / v) + m * 0.5), 0), m - 1),
-    )
-    p, q = x - (i + 0.5 - n * 0.5) * w, y - (j + 0.5 - m * 0.5) * v
+    w = 0.72 / n
+    v = 0.74 / n
+    i = np.minimum(np.maximum(np.floor(x * (1 / w) + n * 0.5), 0), n - 1)
+    j = np.minimum(np.maximum(np.floor(y * (1 / v) + m * 0.5), 0), m - 1)
+    p = x - (i + 0.5 - n * 0.5) * w
+    q = y - (j + 0.5 - m * 0.5) * v
     piece = box(p, q, w * 0.46, v * 0.46, 0.006)
     relief = (
         np.abs(disc(p, q, w * 0.24)) - 0.008
@@ -270,7 +289,8 @@ def chocolate(c: Canvas) -> Surface:
 def soap(c: Canvas) -> Surface:
     "A bar of soap: a rounded block with pressed letters in a frame"
     c.pose(0.5, 0.1, 0.04)
-    x, y = c.x, c.y
+    x = c.x
+    y = c.y
     d = box(x, y, 0.34, 0.23, 0.10) if c.dice.u() < 0.5 else _ellipse(x, y, 0.36, 0.24)
     colour = c.colour("white", "cream", "pink", "green", "teal", "yellow", "amber", "purple")
     veins = Lattice(c.dice)

@@ -29,31 +29,33 @@ from .objects import _around, _Layers, _ring, _turned
 # %% ../../nbs/synthetic/04_objects_more.ipynb #c13ef6f3
 def _ellipse(x, y, a: float, b: float):
     "An ellipse of half axes a and b, nearly a distance"
-    u, v = x * (1 / a), y * (1 / b)
-    k, u, v = np.sqrt(u * u + v * v), u * (1 / a), v * (1 / b)
+    u = x * (1 / a)
+    v = y * (1 / b)
+    k = np.sqrt(u * u + v * v)
+    u = u * (1 / a)
+    v = v * (1 / b)
     return k * (k - 1) / np.maximum(np.sqrt(u * u + v * v), 1e-3)
 
 
 def bobber(c: Canvas) -> Surface:
     "A fishing float: an egg of two colours between two stems"
     c.pose(0.5, 0.1, 0.04)
-    x, y = c.x, c.y
+    x = c.x
+    y = c.y
     a = c.dice.u(0.25, 0.29)
-    egg, stem, top = (
-        _ellipse(x, y, a, 0.20),
-        capsule(x, y, -0.40, 0, -0.2, 0, 0.016, 0.022),
-        capsule(x, y, 0.2, 0, 0.40, 0, 0.030, 0.018),
-    )
+    egg = _ellipse(x, y, a, 0.20)
+    stem = capsule(x, y, -0.40, 0, -0.2, 0, 0.016, 0.022)
+    top = capsule(x, y, 0.2, 0, 0.40, 0, 0.030, 0.018)
     d = np.minimum(np.minimum(egg, stem), top)
-    upper, lower = (
-        c.colour("red", "orange", "green", "blue", "purple", "yellow", "pink"),
-        c.colour("white", "cream", "black", "navy", "grey"),
-    )
-    edge, tip = c.dice.u(-0.03, 0.06), c.colour("white", "black", "red", "yellow")
+    upper = c.colour("red", "orange", "green", "blue", "purple", "yellow", "pink")
+    lower = c.colour("white", "cream", "black", "navy", "grey")
+    edge = c.dice.u(-0.03, 0.06)
+    tip = c.colour("white", "black", "red", "yellow")
     l = _Layers(c).add(stem - 0.02, lower, 0.01 + dome(stem, 0.02)).add(top - 0.012, tip, 0.01 + dome(top, 0.02))
     for k in (0.32, 0.36):
         l.add(np.maximum(top - 0.012, np.abs(x - k) - 0.010), upper, None)
-    u, v = x * (1 / a), y * (1 / 0.20)
+    u = x * (1 / a)
+    v = y * (1 / 0.20)
     h = np.sqrt(np.maximum(1 - u * u - v * v, 0.003)) * 0.20
     l.add(egg - 0.012, lower, h).add(np.maximum(egg - 0.012, edge - x), upper, None)
     if c.dice.u() < 0.5:
@@ -64,8 +66,10 @@ def bobber(c: Canvas) -> Surface:
 def spoon(c: Canvas) -> Surface:
     "A spoon from above, of one glossy colour"
     c.pose(0.5, 0.08, 0.03)
-    x, y = c.x, c.y
-    bowl, handle = _ellipse(x + 0.235, y, 0.195, 0.15), capsule(x, y, -0.08, 0, 0.37, 0, 0.024, 0.048)
+    x = c.x
+    y = c.y
+    bowl = _ellipse(x + 0.235, y, 0.195, 0.15)
+    handle = capsule(x, y, -0.08, 0, 0.37, 0, 0.024, 0.048)
     d = np.minimum(bowl, handle)
     gap = np.maximum(0.06 - np.abs(bowl - handle), 0)
     d = d - gap * gap * 4.0  # a fillet where the handle meets the bowl
@@ -87,21 +91,25 @@ def spoon(c: Canvas) -> Surface:
 def connector(c: Canvas) -> Surface:
     "A connector: a housing with gold contacts in its slots, marks, and a row of pins"
     c.pose(0.5, 0.08, 0.03)
-    x, y = c.x, c.y
+    x = c.x
+    y = c.y
     body = np.minimum(box(x, y + 0.06, 0.37, 0.19, 0.02), box(x, y + 0.25, 0.09, 0.05, 0.01))
     k = np.minimum(np.maximum(np.floor(x * 12.5), -4), 3)  # eight ways by folding
     u = x - (k + 0.5) * 0.08
     pins = np.minimum(box(u, y - 0.25, 0.015, 0.13, 0.006), box(u, y - 0.16, 0.026, 0.035, 0.004))
     l = _Layers(c).add(pins - 0.004, c.dice.pick([(0.78, 0.79, 0.80), (0.84, 0.70, 0.36)]), 0.02 + dome(pins, 0.014))
-    l.parts, l.count = np.where((pins < 0) & (body > 0), np.floor((k + 6) * 0.5).astype(np.int32), 0), 4  # in pairs
+    l.parts = np.where((pins < 0) & (body > 0), np.floor((k + 6) * 0.5).astype(np.int32), 0)
+    l.count = 4  # in pairs
     l.add(body - 0.006, c.colour("white", "cream", "black", "blue", "green", "grey", "red"), 0.06 + dome(body, 0.025))
     slot = np.maximum(box(u, y + 0.03, 0.024, 0.070, 0.004), np.abs(x) - 0.33)
     l.add(slot, (0.07, 0.07, 0.08), 0.03)
     leaf = np.maximum(box(u, y + 0.01, 0.012, 0.042, 0.003), np.abs(x) - 0.33)
     l.add(leaf, (0.86, 0.70, 0.32), 0.03 + dome(leaf, 0.012))
     ink = (0.82, 0.82, 0.78) if c.word in ("black", "blue", "green", "red") else (0.15, 0.15, 0.17)
-    cell, key = np.floor(x * 28), c.dice.i(0, 1000)
-    f, v = x * 28 - cell - 0.5, (y + 0.165) * 28
+    cell = np.floor(x * 28)
+    key = c.dice.i(0, 1000)
+    f = x * 28 - cell - 0.5
+    v = (y + 0.165) * 28
     bars = np.where(
         hash01(cell, cell * 0, key) < 0.6, np.abs(np.abs(f) - 0.22) - 0.09, box(f, np.abs(v) - 0.35, 0.32, 0.11)
     )
@@ -113,13 +121,18 @@ def connector(c: Canvas) -> Surface:
 def fan(c: Canvas) -> Surface:
     "An impeller: swept blades around a hub with a bore"
     c.pose(0.5, 0.1, 0.04)
-    x, y, n = c.x, c.y, c.dice.i(6, 10)
-    r, a, sweep = np.sqrt(x * x + y * y), angle(x, y), c.dice.u(0.5, 0.75)
+    x = c.x
+    y = c.y
+    n = c.dice.i(6, 10)
+    r = np.sqrt(x * x + y * y)
+    a = angle(x, y)
+    sweep = c.dice.u(0.5, 0.75)
     phase = (a - r * sweep) * n
     t = phase - np.floor(phase)
     pitch = r * (5.2 / n)  # width of a blade and its gap in units of length
     blade = np.maximum((np.abs(t - 0.5) - 0.31) * pitch, r - 0.40)
-    hub, bore = disc(x, y, 0.15), np.minimum(disc(x, y, 0.035), box(x, y - 0.03, 0.012, 0.02))
+    hub = disc(x, y, 0.15)
+    bore = np.minimum(disc(x, y, 0.035), box(x, y - 0.03, 0.012, 0.02))
     d = np.maximum(np.minimum(blade, hub), -bore)
     l = _Layers(c)
     tone = 0.62 + 0.42 * step(0.2, 0.85, t)  # a blade dives under the one before
@@ -140,14 +153,14 @@ def fan(c: Canvas) -> Surface:
 def battery(c: Canvas) -> Surface:
     "A battery: a cylinder of two colours with a contact"
     c.pose(0.5, 0.1, 0.04)
-    x, y = c.x, c.y
+    x = c.x
+    y = c.y
     r = c.dice.u(0.12, 0.16)
-    body, contact = box(x + 0.03, y, 0.31, r, 0.02), box(x - 0.31, y, 0.03, r * 0.35, 0.008)
+    body = box(x + 0.03, y, 0.31, r, 0.02)
+    contact = box(x - 0.31, y, 0.03, r * 0.35, 0.008)
     d = np.minimum(body, contact)
-    first, second = (
-        c.colour("red", "blue", "green", "orange", "purple", "teal", "yellow"),
-        c.colour("black", "white", "silver", "gold", "navy", "cream"),
-    )
+    first = c.colour("red", "blue", "green", "orange", "purple", "teal", "yellow")
+    second = c.colour("black", "white", "silver", "gold", "navy", "cream")
     round_ = np.sqrt(np.maximum(r * r - y * y, 0.0004))
     edge = c.dice.u(-0.02, 0.14)
     l = (
@@ -164,14 +177,13 @@ def battery(c: Canvas) -> Surface:
 def crayon(c: Canvas) -> Surface:
     "A wax crayon in its paper sleeve"
     c.pose(0.5, 0.08, 0.03)
-    x, y = c.x, c.y
+    x = c.x
+    y = c.y
     r = c.dice.u(0.085, 0.11)
     tip = capsule(x, y, 0.26, 0, 0.40, 0, r * 0.8, r * 0.25)
     body = np.minimum(box(x + 0.08, y, 0.34, r, 0.012), np.maximum(tip, 0.24 - x))
-    wax, sleeve = (
-        c.colour("red", "blue", "green", "orange", "purple", "teal", "yellow", "pink"),
-        c.colour("white", "cream", "yellow", "pink", "teal"),
-    )
+    wax = c.colour("red", "blue", "green", "orange", "purple", "teal", "yellow", "pink")
+    sleeve = c.colour("white", "cream", "yellow", "pink", "teal")
     round_ = np.sqrt(np.maximum(r * r - y * y, 0.0003))
     paper = np.maximum(body - 0.004, np.abs(x + 0.07) - 0.25)
     l = _Layers(c).add(body - 0.012, wax, round_ * 0.95).add(paper, sleeve, round_ + 0.006)
@@ -183,13 +195,12 @@ def crayon(c: Canvas) -> Surface:
 def ball(c: Canvas) -> Surface:
     "A pool ball with a stripe"
     c.pose(0.5, 0.1, 0.05)
-    x, y = c.x, c.y
+    x = c.x
+    y = c.y
     r = c.dice.u(0.24, 0.30)
     d = disc(x, y, r)
-    first, second = (
-        c.colour("red", "blue", "green", "orange", "purple", "teal", "yellow"),
-        c.colour("white", "cream", "pink", "yellow"),
-    )
+    first = c.colour("red", "blue", "green", "orange", "purple", "teal", "yellow")
+    second = c.colour("white", "cream", "pink", "yellow")
     h = np.sqrt(np.maximum(r * r - x * x - y * y, 0.0008))
     l = _Layers(c).add(d - 0.012, second, h)
     width = c.dice.u(0.35, 0.6) * r
@@ -201,18 +212,19 @@ def ball(c: Canvas) -> Surface:
 def waffle(c: Canvas) -> Surface:
     "A waffle: a grid of deep pits, an uneven border"
     c.pose(0.5, 0.08, 0.04)
-    x, y = c.x, c.y
+    x = c.x
+    y = c.y
     n = Lattice(c.dice)
     rough = n(x * 9, y * 9)
     d = _ellipse(x, y, c.dice.u(0.36, 0.40), 0.36) - 0.03 * (rough - 0.5) - 0.012 * (n(x * 31 + 7, y * 31) - 0.5)
     pitch = c.dice.u(0.105, 0.125)
-    u, v = x * (1 / pitch), y * (1 / pitch)
-    u, v = np.abs(u - np.floor(u) - 0.5), np.abs(v - np.floor(v) - 0.5)
+    u = x * (1 / pitch)
+    v = y * (1 / pitch)
+    u = np.abs(u - np.floor(u) - 0.5)
+    v = np.abs(v - np.floor(v) - 0.5)
     pit = step(0.10, 0.24, 0.5 - np.maximum(u, v)) * step(0.012, 0.035, -d)  # 0 on a ridge, 1 on the floor of a pit
-    fine, dough = (
-        c.noise(46, 2),
-        c.dice.pick([(0.86, 0.63, 0.30), (0.90, 0.76, 0.50), (0.74, 0.46, 0.22), (0.46, 0.29, 0.19)]),
-    )
+    fine = c.noise(46, 2)
+    dough = c.dice.pick([(0.86, 0.63, 0.30), (0.90, 0.76, 0.50), (0.74, 0.46, 0.22), (0.46, 0.29, 0.19)])
     crumb = mix(
         paint(dough),
         paint(tuple(v * v * 0.74 for v in dough)),
@@ -225,14 +237,14 @@ def waffle(c: Canvas) -> Surface:
 
 def _lines(x, y, key: int, pitch: float, width: float, rows: int):
     "Lines of glyph-like print around the origin, nearly a distance"
-    i, j = np.floor(x * (1 / pitch)), np.floor(y * (1 / (2 * pitch)) + rows * 0.5)
-    u, v = x - (i + 0.5) * pitch, y - (j + 0.5 - rows * 0.5) * 2 * pitch
+    i = np.floor(x * (1 / pitch))
+    j = np.floor(y * (1 / (2 * pitch)) + rows * 0.5)
+    u = x - (i + 0.5) * pitch
+    v = y - (j + 0.5 - rows * 0.5) * 2 * pitch
     kind = hash01(i, j, key)
-    stem, bar, loop = (
-        np.abs(np.abs(u) - pitch * 0.22) - pitch * 0.11,
-        np.abs(v) - pitch * 0.12,
-        np.abs(box(u, v, pitch * 0.26, pitch * 0.5)) - pitch * 0.11,
-    )
+    stem = np.abs(np.abs(u) - pitch * 0.22) - pitch * 0.11
+    bar = np.abs(v) - pitch * 0.12
+    loop = np.abs(box(u, v, pitch * 0.26, pitch * 0.5)) - pitch * 0.11
     g = np.where(
         kind < 0.35, stem, np.where(kind < 0.7, loop, np.where(kind < 0.88, np.minimum(bar, stem), 1.0))
     )  # the rest: gaps between words
@@ -245,7 +257,8 @@ def _lines(x, y, key: int, pitch: float, width: float, rows: int):
 def tag(c: Canvas) -> Surface:
     "A price tag: an eyelet, a coloured head, lines of print, a bar code"
     c.pose(0.5, 0.08, 0.03)
-    x, y = c.x, c.y
+    x = c.x
+    y = c.y
     card = np.maximum(box(x, y, 0.375, 0.225, 0.015), (np.abs(y) - x - 0.50) * 0.7071)
     eye = disc(x + 0.305, y, 0.028)
     d = np.maximum(card, -eye)

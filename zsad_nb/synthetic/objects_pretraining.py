@@ -56,14 +56,14 @@ def _ink(c: Canvas, ground) -> tuple:
 
 def _row(c: Canvas, u, v, size: float, count: int):
     "One line of `count` glyphs of a height of 2 `size` around the origin of (u, v), nearly a distance"
-    pitch, key = size * 1.7, c.dice.i(0, 1000)
+    pitch = size * 1.7
+    key = c.dice.i(0, 1000)
     k = np.floor(u * (1 / pitch) + (count % 2) * 0.5)
-    t, kind = u - (k + 0.5 - (count % 2) * 0.5) * pitch, hash01(k, k * 0, key)
-    stem, loop, bars = (
-        box(t, v, size * 0.2, size),
-        np.abs(box(t, v, size * 0.5, size * 0.8)) - size * 0.2,
-        np.minimum(box(t, v - size * 0.8, size * 0.6, size * 0.2), box(t + size * 0.3, v, size * 0.2, size)),
-    )
+    t = u - (k + 0.5 - (count % 2) * 0.5) * pitch
+    kind = hash01(k, k * 0, key)
+    stem = box(t, v, size * 0.2, size)
+    loop = np.abs(box(t, v, size * 0.5, size * 0.8)) - size * 0.2
+    bars = np.minimum(box(t, v - size * 0.8, size * 0.6, size * 0.2), box(t + size * 0.3, v, size * 0.2, size))
     glyph = np.where(kind < 0.3, stem, np.where(kind < 0.65, loop, bars))
     return np.maximum(glyph, np.abs(u) - count * pitch * 0.5)
 
@@ -71,7 +71,8 @@ def _row(c: Canvas, u, v, size: float, count: int):
 def card(c: Canvas) -> Surface:
     "A memory card: a cut corner, a printed label, a row of gold contacts"
     c.pose(0.5, 0.1, 0.03)
-    x, y = c.x, c.y
+    x = c.x
+    y = c.y
     body = np.maximum(box(x, y, 0.27, 0.35, 0.02), (x - y - 0.52) * 0.7071)
     l = _Layers(c).add(body - 0.02, c.colour("black", "blue", "grey", "white", "red", "navy"), 0.02 + dome(body, 0.02))
     for k in range(7):
@@ -89,7 +90,9 @@ def card(c: Canvas) -> Surface:
 def relay(c: Canvas) -> Surface:
     "A relay lying down: a moulded case with lines of print, pins on one side"
     c.pose(0.5, 0.1, 0.03)
-    x, y, n = c.x, c.y, c.dice.i(3, 6)
+    x = c.x
+    y = c.y
+    n = c.dice.i(3, 6)
     body = box(x, y + 0.06, 0.30, 0.22, 0.015)
     pitch = 0.48 / n
     k = np.minimum(np.maximum(np.floor(x * (1 / pitch) + n * 0.5), 0), n - 1)
@@ -100,7 +103,8 @@ def relay(c: Canvas) -> Surface:
         c.dice.pick([(0.78, 0.79, 0.80), (0.84, 0.70, 0.36), (0.70, 0.66, 0.62)]),
         0.02 + dome(pins, 0.014),
     )
-    l.parts, l.count = np.where((pins < 0) & (body > 0), k.astype(np.int32) + 1, 0), n
+    l.parts = np.where((pins < 0) & (body > 0), k.astype(np.int32) + 1, 0)
+    l.count = n
     ground = c.colour("black", "black", "blue", "white", "orange", "grey", "cream", "green")
     l.add(body - 0.004, ground, 0.06 + dome(body, 0.025), tone=0.92 + 0.16 * (c.noise(80) - 0.5))
     ink = _ink(c, ground)
@@ -120,12 +124,14 @@ def relay(c: Canvas) -> Surface:
 def ruler(c: Canvas) -> Surface:
     "A ruler: long, middle and short ticks, digits"
     c.pose(0.5, 0.06, 0.03)
-    x, y = c.x, c.y
+    x = c.x
+    y = c.y
     d = box(x, y, 0.41, c.dice.u(0.09, 0.13), 0.008)
     ground = c.colour("yellow", "white", "silver", "green", "blue", "orange", "cream", "teal")
     grain = 0.93 + 0.14 * Lattice(c.dice)(x * 6, y * 130)
     l = _Layers(c).add(d - 0.02, ground, 0.02 + dome(d, 0.012), tone=grain)
-    ink, pitch = _ink(c, ground), c.dice.pick([0.02, 0.025, 0.03])
+    ink = _ink(c, ground)
+    pitch = c.dice.pick([0.02, 0.025, 0.03])
     k = np.floor(x * (1 / pitch) + 0.5)
     long = np.where(k % 10 == 0, 0.075, np.where(k % 5 == 0, 0.055, x * 0 + 0.035))
     ticks = np.maximum(np.maximum(np.abs(x - k * pitch) - 0.0035, -d - long), np.maximum(y, np.abs(x) - 0.385))
@@ -138,15 +144,18 @@ def ruler(c: Canvas) -> Surface:
 def gauge(c: Canvas) -> Surface:
     "A pressure gauge: a bezel, a scale with digits, a coloured sector, a needle"
     c.pose(0.5, 0.08, 0.04)
-    x, y = c.x, c.y
-    r, a = np.sqrt(x * x + y * y), angle(x, y)
+    x = c.x
+    y = c.y
+    r = np.sqrt(x * x + y * y)
+    a = angle(x, y)
     d = r - 0.39
     l = _Layers(c).add(
         d - 0.02, c.colour("silver", "black", "gold", "grey"), dome(_ring(x, y, 0.365, 0.03), 0.03), tone=_turned(c, a)
     )
     ground = c.dice.pick([(0.93, 0.93, 0.90), (0.93, 0.90, 0.80), (0.10, 0.10, 0.11), (0.84, 0.88, 0.92)])
     l.add(disc(x, y, 0.335), ground, -0.01)
-    ink, n = _ink(c, ground), c.dice.i(24, 40)
+    ink = _ink(c, ground)
+    n = c.dice.i(24, 40)
     t = (a - np.floor(a)) * n
     k = np.floor(t + 0.5)
     tick = np.maximum(
@@ -176,14 +185,17 @@ def gauge(c: Canvas) -> Surface:
 def keypad(c: Canvas) -> Surface:
     "A keypad: three by four keys with a glyph each"
     c.pose(0.5, 0.08, 0.03)
-    x, y = c.x, c.y
+    x = c.x
+    y = c.y
     d = box(x, y, 0.30, 0.38, 0.04)
     l = _Layers(c).add(d - 0.02, c.colour("black", "grey", "white", "beige", "blue", "silver"), 0.02 + dome(d, 0.03))
-    ground, round_ = c.colour("white", "black", "grey", "cream", "teal", "orange"), c.dice.u() < 0.5
+    ground = c.colour("white", "black", "grey", "cream", "teal", "orange")
+    round_ = c.dice.u() < 0.5
     ink = _ink(c, ground)
     for j in range(4):
         for i in range(3):
-            u, v = x - (i - 1) * 0.175, y - (j - 1.5) * 0.17
+            u = x - (i - 1) * 0.175
+            v = y - (j - 1.5) * 0.17
             s = disc(u, v, 0.062) if round_ else box(u, v, 0.068, 0.056, 0.014)
             l.add(s - 0.008, (0.08, 0.08, 0.09), 0.015).add(s, ground, 0.03 + dome(s, 0.03), part=True).add(
                 _row(c, u, v, 0.024, 1), ink, None
@@ -195,7 +207,8 @@ def keypad(c: Canvas) -> Surface:
 def comb(c: Canvas) -> Surface:
     "A comb: a back and a row of teeth"
     c.pose(0.5, 0.08, 0.03)
-    x, y = c.x, c.y
+    x = c.x
+    y = c.y
     back = box(x, y + 0.13, 0.39, 0.075, 0.05)
     pitch = c.dice.pick([0.03, 0.036, 0.044])
     k = np.floor(x * (1 / pitch))
@@ -221,8 +234,11 @@ def comb(c: Canvas) -> Surface:
 def saw(c: Canvas) -> Surface:
     "A circular saw blade: raked teeth, an arbor hole, slots, print"
     c.pose(0.5, 0.1, 0.04)
-    x, y, n = c.x, c.y, c.dice.i(18, 36)
-    r, a = np.sqrt(x * x + y * y), angle(x, y)
+    x = c.x
+    y = c.y
+    n = c.dice.i(18, 36)
+    r = np.sqrt(x * x + y * y)
+    a = angle(x, y)
     t = a * n - np.floor(a * n)
     d = np.maximum((r - 0.39 + 0.045 * t) * 0.8, -disc(x, y, c.dice.u(0.035, 0.06)))
     slots = np.minimum.reduce(
@@ -244,7 +260,8 @@ def saw(c: Canvas) -> Surface:
 def domino(c: Canvas) -> Surface:
     "A domino tile: pips in two halves, a line, a pin"
     c.pose(0.5, 0.1, 0.03)
-    x, y = c.x, c.y
+    x = c.x
+    y = c.y
     d = box(x, y, 0.38, 0.19, 0.03)
     face = c.dice.pick(
         [
@@ -279,8 +296,10 @@ def domino(c: Canvas) -> Surface:
 def cracker(c: Canvas) -> Surface:
     "A salt cracker: round or square, with docking holes, a browned edge and grains of salt"
     c.pose(0.5, 0.1, 0.04)
-    x, y = c.x, c.y
-    n, waves = c.noise(20, 3), c.dice.i(8, 16)
+    x = c.x
+    y = c.y
+    n = c.noise(20, 3)
+    waves = c.dice.i(8, 16)
     edge = 0.008 * np.abs(sine(x * waves) * sine(y * waves))
     d = (disc(x, y, 0.35) if c.dice.u() < 0.5 else box(x, y, 0.32, c.dice.u(0.24, 0.32), 0.04)) - edge
     dough = c.dice.pick([(0.90, 0.74, 0.48), (0.84, 0.62, 0.34), (0.93, 0.82, 0.60), (0.66, 0.46, 0.26)])
@@ -290,11 +309,14 @@ def cracker(c: Canvas) -> Surface:
     ) * (1 + c.dice.u(-0.1, 0.08))
     l = _Layers(c).add(d - 0.02, crumb, dome(d, 0.04) + 0.012 * n)
     pitch = c.dice.u(0.085, 0.13)
-    k, m = np.floor(x * (1 / pitch) + 0.5), np.floor(y * (1 / pitch) + 0.5)
-    u, v = x - k * pitch, y - m * pitch
+    k = np.floor(x * (1 / pitch) + 0.5)
+    m = np.floor(y * (1 / pitch) + 0.5)
+    u = x - k * pitch
+    v = y - m * pitch
     holes = np.maximum(np.sqrt(u * u + v * v) - 0.013, d + 0.06)
     l.add(holes, tuple(q * 0.45 for q in dough), l.height - 0.02 * step(0, 0.013, -holes))
-    i, j = np.floor(x * 22), np.floor(y * 22)
+    i = np.floor(x * 22)
+    j = np.floor(y * 22)
     salt = np.where(
         hash01(i, j, c.dice.i(0, 1000)) < 0.06, box(x * 22 - i - 0.5, y * 22 - j - 0.5, 0.22, 0.22) * (1 / 22), 1.0
     )
@@ -306,8 +328,11 @@ def cracker(c: Canvas) -> Surface:
 def doughnut(c: Canvas) -> Surface:
     "A doughnut: glaze with a wavy border, sprinkles"
     c.pose(0.5, 0.1, 0.04)
-    x, y = c.x, c.y
-    r, a, n = np.sqrt(x * x + y * y), angle(x, y), Lattice(c.dice)
+    x = c.x
+    y = c.y
+    r = np.sqrt(x * x + y * y)
+    a = angle(x, y)
+    n = Lattice(c.dice)
     wobble = 0.02 * (n(x * 5, y * 5) - 0.5)
     d = np.maximum(r - 0.37 - wobble, 0.10 - r)
     h = np.sqrt(np.maximum(0.0182 - (r - 0.235) * (r - 0.235), 0.0004))
@@ -328,7 +353,8 @@ def doughnut(c: Canvas) -> Surface:
 def tablet(c: Canvas) -> Surface:
     "A pressed tablet: a bevelled disc with a score line or an imprint"
     c.pose(0.5, 0.12, 0.05)
-    x, y = c.x, c.y
+    x = c.x
+    y = c.y
     d = disc(x, y, 0.30) if c.dice.u() < 0.6 else _ellipse(x, y, 0.36, 0.22)
     l = _Layers(c).add(
         d - 0.02,
@@ -347,7 +373,8 @@ def tablet(c: Canvas) -> Surface:
 def bean(c: Canvas) -> Surface:
     "A jelly bean: bent, glossy, sometimes speckled"
     c.pose(0.5, 0.12, 0.05)
-    x, y = c.x, c.y
+    x = c.x
+    y = c.y
     bend = c.dice.u(0.15, 0.6)
     v = y - bend * x * x
     d = capsule(x, v, -0.17, 0, 0.17, 0, 0.145, 0.165) * 0.93
@@ -362,14 +389,15 @@ def bean(c: Canvas) -> Surface:
 def pen(c: Canvas) -> Surface:
     "A felt pen with its cap: two colours, a ring, print along the barrel"
     c.pose(0.5, 0.08, 0.03)
-    x, y = c.x, c.y
-    r, split = c.dice.u(0.055, 0.085), c.dice.u(0.05, 0.2)
-    barrel, cap = box(x + 0.12, y, 0.30, r, 0.02), box(x - split - 0.13, y, 0.19, r + 0.012, 0.03)
+    x = c.x
+    y = c.y
+    r = c.dice.u(0.055, 0.085)
+    split = c.dice.u(0.05, 0.2)
+    barrel = box(x + 0.12, y, 0.30, r, 0.02)
+    cap = box(x - split - 0.13, y, 0.19, r + 0.012, 0.03)
     d = np.minimum(barrel, cap)
-    ground, top = (
-        c.colour("white", "grey", "black", "blue", "red", "green", "yellow"),
-        c.colour("blue", "red", "green", "black", "orange", "purple", "teal", "pink"),
-    )
+    ground = c.colour("white", "grey", "black", "blue", "red", "green", "yellow")
+    top = c.colour("blue", "red", "green", "black", "orange", "purple", "teal", "pink")
 
     def round_(q):
         return np.sqrt(np.maximum(q * q - y * y, 0.0003))

@@ -22,14 +22,17 @@ def views(
     recolour: float = 0.5,  # share of the images whose channels are mixed: other colours
 ) -> tuple:  # views (B, 3, size, size) in [0, 1], masks (B, size, size) or None, (B,) bool: recoloured
     "A random crop of every image, mirrored, with another contrast, colour and noise."
-    count, device = len(images), images.device
+    count = len(images)
+    device = images.device
     x = images.permute(0, 3, 1, 2).float() / 255
 
     def uniform(low, high, *shape):
         return torch.empty(count, *shape, device=device).uniform_(low, high)
 
-    side, aspect = uniform(smallest, 1).sqrt(), uniform(-0.2, 0.2).exp()
-    wide, high = (side * aspect).clamp(max=1), (side / aspect).clamp(max=1)
+    side = uniform(smallest, 1).sqrt()
+    aspect = uniform(-0.2, 0.2).exp()
+    wide = (side * aspect).clamp(max=1)
+    high = (side / aspect).clamp(max=1)
     grid = torch.zeros(count, 2, 3, device=device)
     grid[:, 0, 0], grid[:, 0, 2] = wide * uniform(-1, 1).sign(), uniform(-1, 1) * (1 - wide)
     grid[:, 1, 1], grid[:, 1, 2] = high, uniform(-1, 1) * (1 - high)
@@ -52,7 +55,8 @@ def views(
     other = x.gather(
         1, torch.stack([torch.randperm(3, device=device) for _ in range(count)])[:, :, None, None].expand_as(x)
     )  # channels in another order: other colours
-    amount, mixed = uniform(0, 1, 1, 1, 1), uniform(0, 1, 1, 1, 1) < recolour
+    amount = uniform(0, 1, 1, 1, 1)
+    mixed = uniform(0, 1, 1, 1, 1) < recolour
     x = x.lerp(other, amount * mixed)
     mean = x.mean((2, 3), keepdim=True)
     x = ((x - mean) * uniform(0.7, 1.3, 1, 1, 1) + mean) * uniform(0.85, 1.15, 3, 1, 1) + uniform(-0.1, 0.1, 1, 1, 1)
@@ -79,12 +83,17 @@ def compose(
 
     axis = torch.linspace(-1, 1, S, device=device)
     v, u = torch.meshgrid(axis, axis, indexing="ij")
-    v, u, turn = v + uniform(-0.15, 0.15, 1, 1), u + uniform(-0.15, 0.15, 1, 1), uniform(0, 2 * math.pi, 1, 1)
-    a, b = u * turn.cos() + v * turn.sin(), v * turn.cos() - u * turn.sin()
+    v = v + uniform(-0.15, 0.15, 1, 1)
+    u = u + uniform(-0.15, 0.15, 1, 1)
+    turn = uniform(0, 2 * math.pi, 1, 1)
+    a = u * turn.cos() + v * turn.sin()
+    b = v * turn.cos() - u * turn.sin()
     stretch = uniform(0, 0.7, 1, 1).exp() ** (uniform(0, 1, 1, 1) < 0.6)
-    a, b = a / stretch.sqrt(), b * stretch.sqrt()
+    a = a / stretch.sqrt()
+    b = b * stretch.sqrt()
     power = torch.tensor([2.0, 2.0, 3.0, 6.0, 12.0], device=device)[torch.randint(5, (B, 1, 1), device=device)]
-    radius, angle = (a.abs() ** power + b.abs() ** power + 1e-9) ** (1 / power), torch.atan2(b, a)
+    radius = (a.abs() ** power + b.abs() ** power + 1e-9) ** (1 / power)
+    angle = torch.atan2(b, a)
     teeth = (
         torch.tanh(torch.sin(angle * torch.randint(3, 19, (B, 1, 1), device=device)) * uniform(1, 6, 1, 1))
         * uniform(0.02, 0.12, 1, 1)
@@ -109,7 +118,8 @@ def compose(
     surface = torch.where(
         chance(0.4) & part, torch.where(chance(0.4), ground, colour()), surface
     )  # a concentric part, or a hole
-    fold, ring = torch.randint(3, 12, (B, 1, 1), device=device), size * uniform(0.35, 0.8, 1, 1)
+    fold = torch.randint(3, 12, (B, 1, 1), device=device)
+    ring = size * uniform(0.35, 0.8, 1, 1)
     away = (angle * fold / (2 * math.pi) + 0.5).remainder(1) - 0.5  # to the nearest of the ring's parts
     bolt = ((radius - ring).square() + (away * 2 * math.pi / fold * ring).square()).sqrt() < ring * uniform(
         0.08, 0.9, 1, 1
@@ -142,7 +152,8 @@ def cut_paste(
     kind = uniform(0, 1, 1, 1, 1)
     source = torch.where(kind < 0.4, x, x[torch.randperm(B, device=device)])
     near = kind < 0.2  # a piece out of place; else one from far away
-    turn, grid = uniform(-0.5, 0.5) * near.flatten(), torch.zeros(B, 2, 3, device=device)
+    turn = uniform(-0.5, 0.5) * near.flatten()
+    grid = torch.zeros(B, 2, 3, device=device)
     grid[:, 0, 0] = grid[:, 1, 1] = turn.cos()
     grid[:, 0, 1], grid[:, 1, 0] = -turn.sin(), turn.sin()
     grid[:, :, 2] = torch.where(
@@ -169,7 +180,9 @@ def cut_paste(
         * S
     )
     aspect = torch.exp(torch.where(scar, uniform(1.8, 3.2, 1, 1), uniform(-1, 1, 1, 1)))
-    angle, dx, dy = uniform(0, math.pi, 1, 1), columns - uniform(0, S, 1, 1), rows - uniform(0, S, 1, 1)
+    angle = uniform(0, math.pi, 1, 1)
+    dx = columns - uniform(0, S, 1, 1)
+    dy = rows - uniform(0, S, 1, 1)
     u = (dx * angle.cos() + dy * angle.sin()) / ((area * aspect).sqrt() / 2)
     v = (dy * angle.cos() - dx * angle.sin() + scar * uniform(-4, 4, 1, 1) * torch.sin(2 * u)) / (
         (area / aspect).sqrt() / 2

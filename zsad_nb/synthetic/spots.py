@@ -48,7 +48,9 @@ class Spot:
 
 def find_spot(small: Scene, dice: Dice, where: str = "inside") -> Spot:
     "A place on the material: `inside`, at the `edge` of an object, or in the middle of a `part`"
-    n, part, edge = small.size, 0, (0.0, 0.0)
+    n = small.size
+    part = 0
+    edge = (0.0, 0.0)
     if where == "part" and small.parts is not None:
         area = np.bincount(small.parts.ravel())
         inner = small.parts[3:-3, 3:-3]
@@ -60,7 +62,8 @@ def find_spot(small: Scene, dice: Dice, where: str = "inside") -> Spot:
         if whole:
             part = dice.pick(whole)
             rows, cols = np.nonzero(small.parts == part)
-            i, j = int(rows.sum()) // len(rows), int(cols.sum()) // len(cols)
+            i = int(rows.sum()) // len(rows)
+            j = int(cols.sum()) // len(cols)
     if not part and small.distance is None:
         i, j = dice.i(n // 5, n - n // 5), dice.i(n // 5, n - n // 5)
     elif not part:
@@ -74,16 +77,16 @@ def find_spot(small: Scene, dice: Dice, where: str = "inside") -> Spot:
         )
         rows, cols = np.nonzero(ok)
         k = dice.i(0, len(rows))
-        i, j = int(rows[k]), int(cols[k])
+        i = int(rows[k])
+        j = int(cols[k])
     if small.distance is not None:
         f = small.distance
-        gx, gy = (
-            float(f[i, min(j + 1, n - 1)]) - float(f[i, max(j - 1, 0)]),
-            float(f[min(i + 1, n - 1), j]) - float(f[max(i - 1, 0), j]),
-        )
+        gx = float(f[i, min(j + 1, n - 1)]) - float(f[i, max(j - 1, 0)])
+        gy = float(f[min(i + 1, n - 1), j]) - float(f[max(i - 1, 0), j])
         g = math.sqrt(gx * gx + gy * gy)
         edge = (gx / g, gy / g) if g > 1e-4 else (1.0, 0.0)
-    rows, cols = slice(max(i - 4, 0), i + 5), slice(max(j - 4, 0), j + 5)
+    rows = slice(max(i - 4, 0), i + 5)
+    cols = slice(max(j - 4, 0), j + 5)
     on = small.cover[rows, cols] > 0.5
     levels = (expose(small, small.rgb)[:, rows, cols] * 255).astype(np.int64)
     tone = tuple(int((levels[k] * on).sum()) / (255 * max(int(on.sum()), 1)) for k in range(3))
@@ -131,7 +134,8 @@ def ink_on(p: Spot, d: Dice):
 def local(s: Scene, p: Spot, turns: float = 0.0):
     "Coordinates around the spot, turned"
     c, k = turn(turns)
-    x, y = s.x - p.x, s.y - p.y
+    x = s.x - p.x
+    y = s.y - p.y
     return x * c + y * k, y * c - x * k
 
 
@@ -166,7 +170,8 @@ def lay(s: Scene, rgb, colour, w):
 def facing(s: Scene, h: np.ndarray, strength: float):
     "Light or dark according to the side on which a height picture faces the light (differences over two pixels' width of the unit)"
     k = max(1, s.size // 64)
-    gx, gy = np.zeros_like(h), np.zeros_like(h)
+    gx = np.zeros_like(h)
+    gy = np.zeros_like(h)
     gx[:, k:-k], gy[k:-k] = h[:, 2 * k :] - h[:, : -2 * k], h[2 * k :] - h[: -2 * k]
     return (gx * s.light[0] + gy * s.light[1]) * (-strength / (2 * k * s.px))
 
@@ -175,8 +180,11 @@ def resample(rgb: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     "The picture read at unit coordinates x, y (bilinear, its border repeated)"
     n = rgb.shape[-1]
     u, v = (np.minimum(np.maximum((t + 0.5) * n - 0.5, 0), n - 1.001) for t in (x, y))
-    j, i = np.floor(u), np.floor(v)
-    u, v, k = u - j, v - i, i.astype(np.intp) * n + j.astype(np.intp)
+    j = np.floor(u)
+    i = np.floor(v)
+    u = u - j
+    v = v - i
+    k = i.astype(np.intp) * n + j.astype(np.intp)
     flat = rgb.reshape(len(rgb), -1)
     return mix(mix(flat[:, k], flat[:, k + 1], u), mix(flat[:, k + n], flat[:, k + n + 1], u), v)
 

@@ -53,7 +53,8 @@ def _tiles(
 def brick(c: Canvas) -> Surface:
     "A running bond"
     c.pose(0.015, 0.12, 0.5)
-    u, v = c.x * 4, c.y * 9
+    u = c.x * 4
+    v = c.y * 9
     j = np.floor(v)
     u = u + 0.5 * (j - 2 * np.floor(j * 0.5))
     i = np.floor(u)
@@ -74,12 +75,20 @@ def brick(c: Canvas) -> Surface:
 def hexagon(c: Canvas) -> Surface:
     "Hexagonal tiles"
     c.pose(0.08, 0.15, 0.5)
-    x, y, h = c.x * 6.5, c.y * 6.5, 1.7320508
-    i0, j0 = np.floor(x + 0.5), np.floor(y * (1 / h) + 0.5)
-    i1, j1 = np.floor(x), np.floor(y * (1 / h))
-    ax, ay, bx, by = x - i0, y - j0 * h, x - i1 - 0.5, y - (j1 + 0.5) * h
+    x = c.x * 6.5
+    y = c.y * 6.5
+    h = 1.7320508
+    i0 = np.floor(x + 0.5)
+    j0 = np.floor(y * (1 / h) + 0.5)
+    i1 = np.floor(x)
+    j1 = np.floor(y * (1 / h))
+    ax = x - i0
+    ay = y - j0 * h
+    bx = x - i1 - 0.5
+    by = y - (j1 + 0.5) * h
     a = ax * ax + ay * ay < bx * bx + by * by
-    x, y = np.abs(np.where(a, ax, bx)), np.abs(np.where(a, ay, by))
+    x = np.abs(np.where(a, ax, bx))
+    y = np.abs(np.where(a, ay, by))
     d = np.maximum(x, x * 0.5 + y * (h / 2)) - 0.46
     return _tiles(
         c,
@@ -97,13 +106,16 @@ def hexagon(c: Canvas) -> Surface:
 def herringbone(c: Canvas) -> Surface:
     "Parquet in a herringbone bond, staves of 1 x 4"
     c.pose(0.02, 0.12, 0.5, base=0.125)
-    x, y = c.x * 11, c.y * 11
-    i, j = np.floor(x), np.floor(y)
+    x = c.x * 11
+    y = c.y * 11
+    i = np.floor(x)
+    j = np.floor(y)
     k = (i - j) - 8 * np.floor((i - j) * 0.125)
     flat = k < 4
     u = np.where(flat, x - i + k, y - j + 7 - k)
     v = np.where(flat, y - j, x - i)
-    i, j = np.where(flat, i - k, i), np.where(flat, j, j - 7 + k + 500)
+    i = np.where(flat, i - k, i)
+    j = np.where(flat, j, j - 7 + k + 500)
     d = box(u - 2, v - 0.5, 1.97, 0.465, 0.03)
     s = _tiles(c, d, i, j, c.colour("tan", "brown", "amber"), c.colour("dark"), 1 / 11, 0.22, gloss=0.12, bevel=0.06)
     n = Lattice(c.dice)
@@ -114,8 +126,10 @@ def herringbone(c: Canvas) -> Surface:
 def linoleum(c: Canvas) -> Surface:
     "A checkered floor with a marbled print"
     c.pose(0.03, 0.15, 0.5)
-    u, v = c.x * 5, c.y * 5
-    i, j = np.floor(u), np.floor(v)
+    u = c.x * 5
+    v = c.y * 5
+    i = np.floor(u)
+    j = np.floor(v)
     odd = (i + j) - 2 * np.floor((i + j) * 0.5)
     tint = mix(
         paint(c.colour("red", "green", "navy", "black", "teal", dull=0.2)),
@@ -138,16 +152,22 @@ def linoleum(c: Canvas) -> Surface:
 def shingle(c: Canvas) -> Surface:
     "Roof tiles: rows of round scales, each row lying on the next"
     c.pose(0.02, 0.12, 0.5)
-    u, v = c.x * 6, c.y * 8
-    best, si, sj = np.full_like(u, -9), np.zeros_like(u), np.zeros_like(u)
+    u = c.x * 6
+    v = c.y * 8
+    best = np.full_like(u, -9)
+    si = np.zeros_like(u)
+    sj = np.zeros_like(u)
     for k in (-1, 0, 1):  # the upper row lies on top
         j = np.floor(v) - k
         t = u + 0.5 * (j - 2 * np.floor(j * 0.5))
         i = np.floor(t)
-        x, y = t - i - 0.5, v - j
+        x = t - i - 0.5
+        y = v - j
         q = np.maximum(y - 0.6, 0) * 0.75
         on = x * x + q * q < 0.235
-        best, si, sj = np.where(on, y, best), np.where(on, i, si), np.where(on, j, sj)
+        best = np.where(on, y, best)
+        si = np.where(on, i, si)
+        sj = np.where(on, j, sj)
     tone = 1 + 0.16 * (2 * hash01(si, sj) - 1) + 0.1 * (c.noise(40, 2) - 0.5)
     albedo = paint(c.colour("red", "grey", "brown", "teal", dull=0.35), tone * (0.60 + 0.40 * step(0.1, 1.0, best)))
     return Surface(
@@ -163,7 +183,8 @@ def shingle(c: Canvas) -> Surface:
 def denim(c: Canvas) -> Surface:
     "Twill: diagonal ridges of warp threads with flecks of the pale weft"
     c.pose(0.02, 0.12, 0.5)
-    u, v = c.x * 44, c.y * 44
+    u = c.x * 44
+    v = c.y * 44
     i = np.floor(u)
     t = (v + i * 0.5 + 0.15 * (hash01(i, i) - 0.5)) * 0.5
     t = t - np.floor(t) - 0.5
@@ -181,10 +202,13 @@ def denim(c: Canvas) -> Surface:
 def rattan(c: Canvas) -> Surface:
     "A basket weave: bundles of three canes going over and under"
     c.pose(0.03, 0.12, 0.5)
-    u, v = c.x * 8, c.y * 8
-    i, j = np.floor(u), np.floor(v)
+    u = c.x * 8
+    v = c.y * 8
+    i = np.floor(u)
+    j = np.floor(v)
     odd = (i + j) - 2 * np.floor((i + j) * 0.5) > 0.5
-    along, across = np.where(odd, u - i, v - j) - 0.5, np.where(odd, v - j, u - i)
+    along = np.where(odd, u - i, v - j) - 0.5
+    across = np.where(odd, v - j, u - i)
     k = np.floor(across * 3)
     a = across * 3 - k - 0.5
     arch = 1 - 2.6 * along * along
@@ -201,7 +225,8 @@ def rattan(c: Canvas) -> Surface:
 def carpet(c: Canvas) -> Surface:
     "Rows of wool loops"
     c.pose(0.02, 0.12, 0.5)
-    u, v = c.x * 24, c.y * 36
+    u = c.x * 24
+    v = c.y * 36
     j = np.floor(v)
     u = u + 0.5 * (j - 2 * np.floor(j * 0.5)) + 0.25 * (hash01(j, j, 9) - 0.5)
     i = np.floor(u)
@@ -233,12 +258,14 @@ def corduroy(c: Canvas) -> Surface:
 def knit(c: Canvas) -> Surface:
     "Stocking stitch: columns of V-shaped stitches"
     c.pose(0.03, 0.12, 0.5)
-    u, v = c.x * 15, c.y * 19
+    u = c.x * 15
+    v = c.y * 19
     i = np.floor(u)
     a = np.abs(u - i - 0.5)
     v = v + 1.5 * a + 0.1 * (hash01(i, i) - 0.5)
     j = np.floor(v)
-    p, q = (a - 0.25) * 4, (v - j - 0.5) * 2
+    p = (a - 0.25) * 4
+    q = (v - j - 0.5) * 2
     bump = np.sqrt(np.maximum(1.1 - 0.95 * p * p - 0.55 * q * q, 0))
     strand = 0.9 + 0.1 * sine(v * 3 + a * 6)
     tone = 1 + 0.12 * (hash01(i, j, 2) - 0.5) + 0.2 * (c.noise(70, 2) - 0.5)
@@ -252,14 +279,19 @@ def knit(c: Canvas) -> Surface:
 def mesh(c: Canvas) -> Surface:
     "Woven wire: each wire goes over and under its neighbours"
     c.pose(0.03, 0.12, 0.5)
-    u, v = c.x * 11, c.y * 11
-    i, j = np.floor(u + 0.5), np.floor(v + 0.5)
-    a, b = u - i, v - j
+    u = c.x * 11
+    v = c.y * 11
+    i = np.floor(u + 0.5)
+    j = np.floor(v + 0.5)
+    a = u - i
+    b = v - j
     r = 0.17
-    wa, wb = sine(v * 0.5 + i * 0.5 + 0.25), sine(u * 0.5 + j * 0.5 + 0.75)  # +1 where the wire is above
+    wa = sine(v * 0.5 + i * 0.5 + 0.25)
+    wb = sine(u * 0.5 + j * 0.5 + 0.75)  # +1 where the wire is above
     ha = np.sqrt(np.maximum(r * r - a * a, 0))
     hb = np.sqrt(np.maximum(r * r - b * b, 0))
-    za, zb = np.where(ha > 0, ha + 0.09 * wa, -0.3), np.where(hb > 0, hb + 0.09 * wb, -0.3)
+    za = np.where(ha > 0, ha + 0.09 * wa, -0.3)
+    zb = np.where(hb > 0, hb + 0.09 * wb, -0.3)
     w = np.maximum(c.cover((np.abs(a) - r) * (1 / 11)), c.cover((np.abs(b) - r) * (1 / 11)))
     tone = 0.45 + 0.75 * np.maximum(za, zb) * (1 / (r + 0.09))
     metal = paint(c.colour("silver", "gold", "copper", "white"), np.maximum(tone, 0.25) * (0.93 + 0.14 * c.noise(80)))
@@ -307,7 +339,8 @@ def leather(c: Canvas) -> Surface:
     "Grain: pebbles divided by creases"
     c.pose(0.5, 0.15, 0.5)
     n = Lattice(c.dice)
-    wx, wy = n(c.x * 10, c.y * 10), n(c.x * 10 + 30, c.y * 10 + 30)
+    wx = n(c.x * 10, c.y * 10)
+    wy = n(c.x * 10 + 30, c.y * 10 + 30)
     d1, d2, k = voronoi(c.dice, c.x * 22 + wx * 1.2, c.y * 30 + wy * 1.2, 0.95)
     pebble = step(0, 0.45, d2 - d1)
     tone = 0.72 + 0.28 * pebble + 0.14 * (hash01(k, k, 3) - 0.5) + 0.1 * (c.noise(5, 2) - 0.5)
@@ -322,7 +355,8 @@ def leather(c: Canvas) -> Surface:
 def paper(c: Canvas) -> Surface:
     "Handmade paper: pale fibres in every direction"
     c.pose(0.5, 0.12, 0.5)
-    tone, n = 0.8 + 0.12 * c.noise(8, 4), Lattice(c.dice)
+    tone = 0.8 + 0.12 * c.noise(8, 4)
+    n = Lattice(c.dice)
     for k in range(6):
         (cs, sn), bow = turn(k / 12 + 0.03), 1.5 * n(c.x * 3 + 7 * k, c.y * 3)
         f = n((c.x * cs + c.y * sn) * 7 + 11 * k, (c.y * cs - c.x * sn) * 60 + bow + 13 * k)
@@ -343,10 +377,8 @@ def marble(c: Canvas) -> Surface:
         c.x * 5, c.y * 5 + 20
     )
     cloud = n(c.x * 5 + 6 * q, c.y * 5 + 31)
-    base, line = (
-        c.colour("white", "cream", "green", "pink", "grey", dull=0.35),
-        c.dice.pick([(0.36, 0.36, 0.40), (0.45, 0.37, 0.30)]),
-    )
+    base = c.colour("white", "cream", "green", "pink", "grey", dull=0.35)
+    line = c.dice.pick([(0.36, 0.36, 0.40), (0.45, 0.37, 0.30)])
     return Surface(
         mix(paint(base, 0.86 + 0.18 * cloud), paint(line), 0.62 * vein),
         0.0004 * c.noise(40),
@@ -360,11 +392,9 @@ def terrazzo(c: Canvas) -> Surface:
     c.pose(0.5, 0.15, 0.5)
     d1, d2, k = voronoi(c.dice, c.x * 15, c.y * 15, 0.95)
     chip = c.cover((0.10 + 0.28 * hash01(k, k, 1) - (d2 - d1)) * (1 / 30))
-    ground, a, b = (
-        c.colour("white", "grey", "beige", "pink"),
-        c.colour("brown", "teal", "red"),
-        c.colour("cream", "dark", "tan"),
-    )
+    ground = c.colour("white", "grey", "beige", "pink")
+    a = c.colour("brown", "teal", "red")
+    b = c.colour("cream", "dark", "tan")
     h = hash01(k, k, 2)
     stone = mix(paint(a), paint(b), step(0.45, 0.55, h)) * (0.8 + 0.4 * hash01(k, k, 3))
     return Surface(
@@ -375,7 +405,8 @@ def terrazzo(c: Canvas) -> Surface:
 def sandpaper(c: Canvas) -> Surface:
     "Sharp grit"
     c.pose(0.5, 0.15, 0.5)
-    n, m = Lattice(c.dice), Lattice(c.dice)
+    n = Lattice(c.dice)
+    m = Lattice(c.dice)
     grit = n(c.x * 128, c.y * 128)
     spark = step(0.80, 0.95, m(c.x * 110, c.y * 110))
     tone = 0.55 + 0.6 * grit + 0.12 * (c.noise(30, 2) - 0.5)
@@ -404,13 +435,16 @@ def brushed(c: Canvas) -> Surface:
 def perforated(c: Canvas) -> Surface:
     "A plate with staggered round holes"
     c.pose(0.06, 0.12, 0.5)
-    u, v = c.x * 10, c.y * 11.5
+    u = c.x * 10
+    v = c.y * 11.5
     j = np.floor(v)
     u = u + 0.5 * (j - 2 * np.floor(j * 0.5))
-    x, y = (u - np.floor(u) - 0.5) * 0.1, (v - j - 0.5) * (1 / 11.5)
+    x = (u - np.floor(u) - 0.5) * 0.1
+    y = (v - j - 0.5) * (1 / 11.5)
     d = np.sqrt(x * x + y * y) - 0.027
     tone = 0.92 + 0.14 * Lattice(c.dice)(c.x * 4, c.y * 120)
-    w, rim = c.cover(d), 1 - step(0, 0.01, d)
+    w = c.cover(d)
+    rim = 1 - step(0, 0.01, d)
     return Surface(
         mix(paint(c.colour("silver", "white", "gold", "grey", "blue"), tone), paint((0.06, 0.06, 0.07)), w),
         -0.012 * rim,

@@ -50,7 +50,11 @@ class Shares(Batches):
     @classmethod
     def of(cls, loader: Batches, rank: int, ranks: int) -> "Shares":
         new = copy.copy(loader)
-        new.__class__, new.rank, new.ranks, new.whole, new.workers = cls, rank, ranks, [], max(1, loader.workers)
+        new.__class__ = cls
+        new.rank = rank
+        new.ranks = ranks
+        new.whole = []
+        new.workers = max(1, loader.workers)
         return new
 
     def _ahead(self, chunks: list[list[int]]):
@@ -96,7 +100,9 @@ class SameDraws(TorchFunctionMode):
         total: int,  # rows in all
     ):
         super().__init__()
-        self.rows, self.own, self.total = slice(start, start + own), own, total
+        self.rows = slice(start, start + own)
+        self.own = own
+        self.total = total
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -180,8 +186,12 @@ class Team(Alone):
         from accelerate import PartialState
         from accelerate.utils import gather_object, reduce
 
-        self.state, self._reduce, self._gather = PartialState(cpu=device.type == "cpu"), reduce, gather_object
-        self.rank, self.ranks, self.device = self.state.process_index, self.state.num_processes, self.state.device
+        self.state = PartialState(cpu=device.type == "cpu")
+        self._reduce = reduce
+        self._gather = gather_object
+        self.rank = self.state.process_index
+        self.ranks = self.state.num_processes
+        self.device = self.state.device
 
     def shares(self, loader: Batches) -> Shares:
         return Shares.of(loader, self.rank, self.ranks)
@@ -235,8 +245,10 @@ class Team(Alone):
 
     def backward(self, method, forward, features, batch, loader, scale, parameters):
         "As one process would find it for the whole batch."
-        total, rows = len(loader.whole), self.rows(loader)
-        count, start = rows.stop - rows.start, min(rows.start, total - 1)
+        total = len(loader.whole)
+        rows = self.rows(loader)
+        count = rows.stop - rows.start
+        start = min(rows.start, total - 1)
         with SameDraws(start, len(batch), total):
             found = forward(features, batch)
         own = {f"layers {k}": t for k, t in found.layers.items()} | {
@@ -345,12 +357,14 @@ def launch(
     arguments: dict,  # further arguments of `fit`
 ) -> pd.DataFrame:  # what `fit` returns in the first process
     "Run `fit` in several processes."
-    home, cuda = method.device, method.device.type == "cuda"
+    home = method.device
+    cuda = method.device.type == "cuda"
     if cuda:
         method.to("cpu")
         torch.cuda.empty_cache()  # room for the first process
     with tempfile.TemporaryDirectory(prefix="zsad-devices-") as folder:
-        folder, processes = Path(folder), []
+        folder = Path(folder)
+        processes = []
         try:
             try:
                 write_atomically(folder / "method.pt", lambda part: torch.save(method, part))
@@ -432,7 +446,8 @@ def _why(folder: Path, processes: list) -> Exception:
 
 def _work():
     "One process of `launch`."
-    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    folder = Path(sys.argv[1])
+    rank = int(os.environ["RANK"])
 
     def watch():
         os.read(0, 1)  # ends when the asking process does

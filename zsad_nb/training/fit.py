@@ -156,7 +156,8 @@ def rate(
     steps: int,  # in all
 ) -> float:
     "Learning rate of a group at one step."
-    base, floor = base * recipe.lr_scale, recipe.eta_min * recipe.lr_scale
+    base = base * recipe.lr_scale
+    floor = recipe.eta_min * recipe.lr_scale
     if step < (rising := math.ceil(recipe.warmup * steps)):
         return base * (step + 1) / rising
     if recipe.schedule == "constant":
@@ -324,17 +325,16 @@ class _Loop:
         resume,
         watch,
     ):
-        self.method, self.recipe, self.precision, self.checkpointing, self.watch = (
-            method,
-            recipe,
-            precision,
-            checkpointing,
-            watch,
-        )
+        self.method = method
+        self.recipe = recipe
+        self.precision = precision
+        self.checkpointing = checkpointing
+        self.watch = watch
         self.team = Team(method.device) if devices > 1 else Alone()
         if devices > 1:
             method.to(self.team.device)
-        self.device, self.size = method.device, size or next(iter(method.backbones().values())).size
+        self.device = method.device
+        self.size = size or next(iter(method.backbones().values())).size
         key = (
             None
             if resume is None
@@ -363,7 +363,8 @@ class _Loop:
             shuffle=True, seed=recipe.seed, workers=workers, mosaic=mosaic if any(mosaic.rates) else 0.0, augment=plan
         )
         whole = batches_for(method, index, self.size, recipe.batch_size, **how)
-        self.loader, self.steps = self.team.shares(whole), recipe.epochs * len(whole)
+        self.loader = self.team.shares(whole)
+        self.steps = recipe.epochs * len(whole)
         self.kept = (
             None if cache is None or plan else cache.view(**({} if precision == "fp32" else dict(precision=precision)))
         )  # other products, other features
@@ -405,7 +406,8 @@ class _Loop:
 
     def _epoch(self, epoch: int):
         "One pass over the images."
-        begun, before = time.perf_counter(), self._counts()
+        begun = time.perf_counter()
+        before = self._counts()
         for batch in self.loader:
             self._step(batch, epoch)
         self.team.agree(self.parameters)
@@ -414,7 +416,8 @@ class _Loop:
             dict(epoch=epoch, steps=len(self.loader), seconds=round(time.perf_counter() - begun, 4), **found)
         )
         self._require_finite(epoch)
-        self.last, self.done = copied(trained_state(self.method)), epoch + 1
+        self.last = copied(trained_state(self.method))
+        self.done = epoch + 1
         if self.state is not None and self.team.rank == 0:
             self.state.write(*self._snapshot())
 
@@ -431,7 +434,10 @@ class _Loop:
 
     def _step(self, batch: Batch, epoch: int):
         "One batch: features, losses, gradients, and a step where all of them are finite."
-        method, optimiser, scaler, number = self.method, self.optimiser, self.scaler, len(self.rows)
+        method = self.method
+        optimiser = self.optimiser
+        scaler = self.scaler
+        number = len(self.rows)
         for group, own in zip(optimiser.param_groups, self.groups):
             group["lr"] = rate(self.recipe, own["lr"], number, epoch, self.steps)
         batch = batch.to(self.device)
@@ -485,10 +491,12 @@ class _Loop:
 
     def _judge(self):
         "Did it learn from anything?"
-        count, skipped = len(self.rows), sum(row["skipped"] for row in self.rows)
+        count = len(self.rows)
+        skipped = sum(row["skipped"] for row in self.rows)
         if skipped <= count / 2 and (count or not self.recipe.epochs):
             return
-        self.last, self.done = self.start, 0
+        self.last = self.start
+        self.done = 0
         if self.state is not None:
             self.state.remove()
         if not count:
@@ -526,8 +534,12 @@ class _Loop:
         put_back(self.method, {n: tensors[f"method.{n}"] for n in self.last})
         set_optimiser(self.optimiser, tensors)
         self.scaler.load_state_dict(about["scaler"])
-        self.rows, self.epochs, self.done = table_rows(tensors, about["columns"]), about["epochs"], about["done"]
-        self.last, self.loader.epoch, self.resumed = copied(trained_state(self.method)), self.done, self.done
+        self.rows = table_rows(tensors, about["columns"])
+        self.epochs = about["epochs"]
+        self.done = about["done"]
+        self.last = copied(trained_state(self.method))
+        self.loader.epoch = self.done
+        self.resumed = self.done
         self.bar.update(len(self.rows))
         set_random_state(tensors, about["random"], self.device)
 

@@ -156,7 +156,9 @@ class TrainingState:
         folder: str | Path,
         key: dict,  # of `training_key`
     ):
-        self.folder, self.key, self.warned = Path(folder), key, False
+        self.folder = Path(folder)
+        self.key = key
+        self.warned = False
         self.file = self.folder / f"training-{key_hash(key)}.safetensors"
 
     def write(self, tensors: dict[str, Tensor], about: dict):
@@ -204,7 +206,8 @@ class TrainingState:
         if not _regular(self.file):
             raise ValueError("it is not a regular file")
         with safe_open(self.file, "pt") as opened:
-            header, tensors = opened.metadata() or {}, {n: opened.get_tensor(n) for n in opened.keys()}
+            header = opened.metadata() or {}
+            tensors = {n: opened.get_tensor(n) for n in opened.keys()}
         if header.get("mark") != MARK:
             raise ValueError("it is not the state of a training")
         if header.get("sha256") != tensor_hash(tensors, header["about"]):

@@ -30,7 +30,10 @@ class BestEpoch:
     ):
         if patience < 1:
             raise ValueError(f"patience={patience}; it must be at least 1")
-        self.measure, self.patience, self.values, self.state = measure, patience, [], None
+        self.measure = measure
+        self.patience = patience
+        self.values = []
+        self.state = None
 
     def __call__(self, method: Method) -> bool:  # has it ended?
         value = float(self.measure(method))
@@ -95,7 +98,8 @@ def fit_stages(
             "validation and judge belong together: images, and what is measured on them, "
             "such as judge=lambda m, i: evaluate(m, i).mean['pixel_ap']"
         )
-    recipe, parts = recipe_of(method) if recipe is None else recipe, []
+    recipe = recipe_of(method) if recipe is None else recipe
+    parts = []
     watch = None if judge is None else BestEpoch(lambda m: _judged(m, index, validation, judge), patience)
     while recipe is not None:
         folder = Path(resume, f"stage-{len(parts) + 1}") if parts and resume is not None else resume
@@ -115,7 +119,10 @@ def _joined(parts: list[pd.DataFrame]) -> pd.DataFrame:
     "The tables of all stages as one."
     if len(parts) == 1:
         return parts[0]
-    about, steps, epochs, seconds = dict(parts[0].attrs), 0, 0, 0.0
+    about = dict(parts[0].attrs)
+    steps = 0
+    epochs = 0
+    seconds = 0.0
     about["epochs"], rows = [], []
     for number, part in enumerate(parts, 1):
         about["peak_memory"] = max(about["peak_memory"], part.attrs["peak_memory"])
@@ -123,7 +130,8 @@ def _joined(parts: list[pd.DataFrame]) -> pd.DataFrame:
         moved = part.assign(step=part["step"] + steps, epoch=part["epoch"] + epochs, seconds=part["seconds"] + seconds)
         moved.insert(0, "stage", number)
         moved.attrs = {}
-        steps, epochs = steps + len(part), len(about["epochs"])
+        steps = steps + len(part)
+        epochs = len(about["epochs"])
         seconds = moved["seconds"].iloc[-1] if len(moved) else seconds
         rows.append(moved)
     whole = pd.concat(rows, ignore_index=True)
