@@ -8,7 +8,7 @@ export MPLBACKEND = Agg
 export PYTHONUNBUFFERED = 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help env everything demo test real seeds ablations systems parts types neu_seg figures benchmark pretrain bench bench-cluster memory screenshots notebooks clean lab
+.PHONY: help env everything demo test real seeds ablations systems parts types neu_seg figures benchmark pretrain bench bench-cluster memory screenshots export notebooks clean lab
 
 help:
 	@echo "make demo      from nothing to pictures of defects in unseen categories (minutes, CPU, offline after install)"
@@ -28,6 +28,7 @@ help:
 	@echo "make bench     metrics against scikit-learn and the usual loops, side by side; ten thousand maps; where the time of every method goes"
 	@echo "make bench-cluster  two Dask workers against one, side by side"
 	@echo "make notebooks export; execute the notebooks that explain, in place (not those whose pictures weigh megabytes); clean"
+	@echo "make export    modules from notebooks: nbdev_export, nbdev_clean, ruff format"
 	@echo "make lab       JupyterLab on nbs/"
 
 env: $(VENV)/.ready
@@ -48,6 +49,7 @@ demo: env
 
 test: everything
 	ruff check
+	ruff format --check
 	OMP_NUM_THREADS=1 nbdev_test --path nbs --n_workers 2
 	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile
 	zsad demo --out runs/demo
@@ -136,11 +138,17 @@ bench: everything
 bench-cluster: everything
 	@OMP_NUM_THREADS=1 python tests/bench_cluster.py
 
+export: env   # from the notebooks to the modules
+	nbdev_export
+	nbdev_clean
+	ruff format
+
 notebooks: env
 	nbdev_export
 	MPLBACKEND=module://matplotlib_inline.backend_inline TQDM_DISABLE=1 PYTHONWARNINGS=ignore jupyter nbconvert --log-level WARN --to notebook --execute --inplace --ExecutePreprocessor.store_widget_state=False \
-	  $(foreach room,backbones components methods learning evaluation tutorials,nbs/$(room)/*.ipynb)
+	  $(foreach room,backbones components methods training evaluation tutorials,nbs/$(room)/*.ipynb)
 	nbdev_clean
+	ruff format
 
 lab: env
 	jupyter lab nbs

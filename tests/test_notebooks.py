@@ -93,10 +93,10 @@ def test_begins_with_title_and_one_line(path):
 @pytest.mark.parametrize("path", **named(EXPORTING))
 def test_module_is_named_like_its_notebook(path):
     room = path.parent.relative_to(NBS).as_posix().replace("/", ".").strip(".")
-    expected = ".".join(filter(None, [room, re.sub(r"^\d+[a-z]?_", "", path.stem)]))
+    expected = ".".join(filter(None, [room, re.sub(r"^\d\d_", "", path.stem)]))
     assert module_of(path) == expected
     module = PACKAGE / (expected.replace(".", "/") + ".py")
-    assert module.is_file(), f"{module.relative_to(ROOT)} is missing: run nbdev_export"
+    assert module.is_file(), f"{module.relative_to(ROOT)} is missing: run make export"
     assert f"{path.relative_to(NBS).as_posix()}" in module.read_text(encoding="utf-8").split("# %% auto")[0], (
         f"{module.name} was written by another notebook"
     )
@@ -320,8 +320,8 @@ def test_modules_and_notebooks_are_in_step(tmp_path):
     assert len(modules) > 20
     for name in modules:
         (tmp_path / name).unlink()
-    for script in ("nbdev_export", "nbdev_clean"):
-        run = subprocess.run([command(script)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    for script, *arguments in (("nbdev_export",), ("nbdev_clean",), ("ruff", "format", ".")):
+        run = subprocess.run([command(script), *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert run.returncode == 0, f"{script}: {run.stderr}"
     after = {
         p.relative_to(tmp_path).as_posix(): p.read_bytes()
@@ -329,7 +329,7 @@ def test_modules_and_notebooks_are_in_step(tmp_path):
         if p.is_file() and "__pycache__" not in p.parts
     }
     stale = [n for n in before if n in after and after[n] != before[n]]
-    assert not stale, f"out of step; run nbdev_export, nbdev_clean and commit: {stale}"
+    assert not stale, f"out of step; run `make export` and commit: {stale}"
     assert set(before) == set(after), (
         f"gone: {sorted(set(before) - set(after))}, new: {sorted(set(after) - set(before))}"
     )
