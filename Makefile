@@ -125,18 +125,18 @@ figures: env
 	zsad figures runs/synthetic --out paper_figures --dpi 200
 
 screenshots: everything
-	@python tests/shoot_widgets.py
+	@python tests/benchmarks/shoot_widgets.py
 
 memory: env
-	@python tests/bench_memory.py
+	@python tests/benchmarks/bench_memory.py
 
 bench: everything
-	@python tests/bench_metrics.py
-	@python tests/bench_metrics.py --many
+	@python tests/benchmarks/bench_metrics.py
+	@python tests/benchmarks/bench_metrics.py --many
 	@OMP_NUM_THREADS=1 zsad bench --batch 1 32 --out runs/bench
 
 bench-cluster: everything
-	@OMP_NUM_THREADS=1 python tests/bench_cluster.py
+	@OMP_NUM_THREADS=1 python tests/benchmarks/bench_cluster.py
 
 export: env   # from the notebooks to the modules
 	nbdev_export
