@@ -67,7 +67,7 @@ def import_vision_libraries():  # -> (timm, open_clip)
 
 def _import_vision_libraries():
     try:
-        pass
+        import torchvision  # noqa: F401
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise
