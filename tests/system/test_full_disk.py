@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from zsad_nb.backbones.features import FeatureCache
-from zsad_nb.core.files import write_atomically, write_json
 from zsad_nb.core import files as files_module
+from zsad_nb.core.files import write_atomically, write_json
 from zsad_nb.core.tables import read_table, write_table
 from zsad_nb.data.crops import cut_crops
 from zsad_nb.data.index import load_index, make_index, save_index, save_split
