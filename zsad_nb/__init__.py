@@ -35,7 +35,20 @@ _HOMES = {  # name -> the module that has it
     "Inspector": "inspection.inspector",
     "HeatmapExplorer": "explore.explorer",
 }
-__all__ = list(_HOMES)
+__all__ = [
+    "create",
+    "describe",
+    "load",
+    "load_released",
+    "save",
+    "fit",
+    "evaluate",
+    "predict",
+    "load_dataset",
+    "check",
+    "Inspector",
+    "HeatmapExplorer",
+]
 
 if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr__`
     from .data.images import check

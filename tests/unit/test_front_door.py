@@ -30,7 +30,7 @@ def test_every_name_is_that_of_its_room(name):
 
 
 def test_names_are_listed_and_typed():
-    assert set(NAMES) <= set(zsad.__all__) and set(zsad.__all__) <= set(dir(zsad))
+    assert set(NAMES) <= set(zsad.__all__) == set(zsad._HOMES) and set(zsad.__all__) <= set(dir(zsad))
     source = open(zsad.__file__, encoding="utf-8").read()
     block = source.split("if TYPE_CHECKING:")[1].split("\n\n\n")[0]
     for name, home in zsad._HOMES.items():
