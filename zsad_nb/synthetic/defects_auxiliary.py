@@ -210,8 +210,8 @@ def warp(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
 
 # %% ../../nbs/synthetic/14_defects_auxiliary.ipynb #4676b78f
 AUXILIARY_DEFECTS = {
-    name: Defect(name, words, "inside", ("auxiliary",), draw, moves, graded=True)
-    for name, words, draw, moves in (
+    name: Defect(name, words, "inside", ("auxiliary",), render, moves, graded=True)
+    for name, words, render, moves in (
         ("fade", "a faded patch", fade, False),
         ("flake", "a chip", flake, False),
         ("grit", "grit", grit, False),

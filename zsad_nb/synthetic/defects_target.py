@@ -76,10 +76,8 @@ def shatter(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
     ring = reach * d.u(0.3, 0.45)
     for k in range(rays):
         if d.u() < 0.7:
-            (c0, q0), (c1, q1) = directions[k], directions[(k + 1) % rays]
-            stroke(
-                s, net, (p.x + c0 * ring, p.y + q0 * ring), (p.x + c1 * ring, p.y + q1 * ring), width * 0.6, width * 0.6
-            )
+            here, there = ((p.x + c * ring, p.y + q * ring) for c, q in (directions[k], directions[(k + 1) % rays]))
+            stroke(s, net, here, there, width * 0.6, width * 0.6)
     net = np.minimum(net, disc(s.x - p.x, s.y - p.y, 0.010 * power.size))
     glint = tuple(min(v * 0.6 + 0.42, 1) for v in p.tone)
     rgb = lay(s, s.rgb, glint, (1 - step(0.0, 0.010, net)) * 0.5 * power.contrast)
@@ -104,7 +102,7 @@ def puncture(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
 
 # %% ../../nbs/synthetic/15_defects_target.ipynb #0321894c
 def chipped(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
-    "Knocked off at the edge: straight breaks meet at an angle, the fracture is rough; inside a texture, a wedge is gone"
+    "Knocked off at the edge: two straight breaks and a rough fracture; inside a texture, a wedge is gone"
     x = s.x - p.x
     y = s.y - p.y
     out_x, out_y = p.edge if s.distance is not None else turn(d.u())
@@ -264,7 +262,7 @@ def blister(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
 
 
 def crease(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
-    "Folded once: a ridge runs through, one flank bright and the other dark, and the material beside it is drawn in"
+    "Folded once: a ridge runs through, one flank bright and the other dark, and the material beside it is pulled in"
     r = d.u(0.12, 0.16) * power.size
     m = window(s, p, r)
     c, q = turn(d.u())
@@ -278,8 +276,8 @@ def crease(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
     sign = np.where(across > 0, np.float32(1), np.float32(-1))
     facing_light = 1 if s.light[1] * c - s.light[0] * q > 0 else -1
     light = sign * flank * (facing_light * 0.7 * power.contrast)
-    drawn_in = sign * flank * (0.25 * r * power.contrast)
-    moved = resample(s.rgb, s.x[m] - drawn_in * q, s.y[m] + drawn_in * c)
+    pull = sign * flank * (0.25 * r * power.contrast)
+    moved = resample(s.rgb, s.x[m] - pull * q, s.y[m] + pull * c)
     part = (slice(None), *m)
     out = s.rgb.copy()
     out[part] = mix(s.rgb[part], moved * (1 + light) + np.maximum(light, 0) * 0.15, s.cover[m])
@@ -310,8 +308,8 @@ def slip(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
 
 # %% ../../nbs/synthetic/15_defects_target.ipynb #ba96ff51
 TARGET_DEFECTS = {
-    name: Defect(name, words, where, ("target",), draw, moves, graded=True)
-    for name, words, where, draw, moves in (
+    name: Defect(name, words, where, ("target",), render, moves, graded=True)
+    for name, words, where, render, moves in (
         ("blister", "a bump", "inside", blister, False),
         ("burn", "a burn mark", "inside", burn, False),
         ("chipped", "a broken edge", "edge", chipped, True),

@@ -18,6 +18,8 @@ __all__ = [
 ]
 
 # %% ../../nbs/synthetic/03_shapes.ipynb #0af8bae9
+from collections.abc import Callable
+
 import numpy as np
 
 from zsad_nb.synthetic.canvas import (
@@ -51,10 +53,10 @@ class Layers:
     def add(
         self,
         d: np.ndarray,  # signed distance to the outline of the layer
-        colour,  # a triple or a (3,H,W) picture
-        height=0.0,  # None keeps the height below
+        colour: tuple | np.ndarray,  # a triple or a (3,H,W) picture
+        height: np.ndarray | float | None = 0.0,  # None keeps the height below
         part: bool = False,  # does the layer count as a part that can be missing?
-        tone=1.0,  # factor on the colour
+        tone: np.ndarray | float = 1.0,  # factor on the colour
     ) -> "Layers":
         "Cover the inside of d"
         w = self.canvas.cover(d)
@@ -154,7 +156,7 @@ def text_block(x: np.ndarray, y: np.ndarray, key: int, pitch: float, width: floa
 
 # %% ../../nbs/synthetic/03_shapes.ipynb #655e0589
 def object_preview(
-    render,  # function(Canvas) -> Surface
+    render: Callable[[Canvas], Surface],  # of the object
     *keys: int | str,  # seed of the image
     size: int = 160,  # pixels
     light: tuple[float, float, float] = (-0.5, -0.5, 0.707),
@@ -168,10 +170,10 @@ def object_preview(
 
 # %% ../../nbs/synthetic/03_shapes.ipynb #abbac080
 def check_objects(
-    objects: dict,  # name -> function(Canvas) -> Surface
+    objects: dict[str, Callable[[Canvas], Surface]],  # renderers by name
     seeds: int = 6,  # images of each
 ):
-    "The outline covers a fair part of the image, the caption has a word, all is float32, and the same seed gives the same bytes"
+    "Assert that outlines cover a fair part, captions have a word, all is float32 and a seed fixes the bytes"
     for name, render in objects.items():
         for seed in range(seeds):
             c = Canvas(48, Dice(seed))

@@ -36,9 +36,20 @@ from .canvas import Canvas, Lattice, Surface, box, hash01, mix, paint, sine, ste
 
 # %% ../../nbs/synthetic/02_textures.ipynb #e89ac48e
 def _tiles(
-    c: Canvas, d, i, j, tile, joint, unit: float, vary: float = 0.12, under=None, gloss=0.08, bevel=0.09
+    c: Canvas,
+    d: np.ndarray,  # signed distance to the outlines of the tiles, in cells
+    i: np.ndarray,  # number of the cell along x
+    j: np.ndarray,  # and along y
+    *,
+    tile: tuple,  # colour
+    joint: tuple,  # colour
+    unit: float,  # width of a cell
+    vary: float = 0.12,  # difference in tone between tiles
+    under: tuple | None = None,  # what lies below; None: a darker joint
+    gloss: float = 0.08,
+    bevel: float = 0.09,  # in cells
 ) -> Surface:
-    "Tiles with signed distance d (in cells of `unit`) and cell numbers i, j"
+    "Tiles of one colour in a joint of another"
     w = np.minimum(np.maximum(d * (-unit / c.px) + 0.5, 0), 1)  # coverage of the tile
     tone = 1 + vary * (2 * hash01(i, j, 1) - 1) + 0.10 * (c.noise(28, 3) - 0.5)
     warm = (hash01(i, j, 2) - 0.5) * (vary * 0.5)
@@ -64,10 +75,10 @@ def brick(c: Canvas) -> Surface:
         d + 0.05 * (c.noise(36, 2) - 0.5),
         i,
         j,
-        c.colour("red", "brown", "orange", "tan", dull=0.32),
-        c.colour("beige", "grey", dull=0.3),
-        1 / 9,
-        0.2,
+        tile=c.colour("red", "brown", "orange", "tan", dull=0.32),
+        joint=c.colour("beige", "grey", dull=0.3),
+        unit=1 / 9,
+        vary=0.2,
         gloss=0,
     )
 
@@ -95,10 +106,10 @@ def hexagon(c: Canvas) -> Surface:
         d,
         np.where(a, i0, i1),
         np.where(a, j0, j1 + 500),
-        c.colour("white", "teal", "blue", "green", "cream", dull=0.25),
-        c.colour("grey", "dark"),
-        1 / 6.5,
-        0.08,
+        tile=c.colour("white", "teal", "blue", "green", "cream", dull=0.25),
+        joint=c.colour("grey", "dark"),
+        unit=1 / 6.5,
+        vary=0.08,
         gloss=0.35,
     )
 
@@ -117,7 +128,18 @@ def herringbone(c: Canvas) -> Surface:
     i = np.where(flat, i - k, i)
     j = np.where(flat, j, j - 7 + k + 500)
     d = box(u - 2, v - 0.5, 1.97, 0.465, 0.03)
-    s = _tiles(c, d, i, j, c.colour("tan", "brown", "amber"), c.colour("dark"), 1 / 11, 0.22, gloss=0.12, bevel=0.06)
+    s = _tiles(
+        c,
+        d,
+        i,
+        j,
+        tile=c.colour("tan", "brown", "amber"),
+        joint=c.colour("dark"),
+        unit=1 / 11,
+        vary=0.22,
+        gloss=0.12,
+        bevel=0.06,
+    )
     n = Lattice(c.dice)
     s.albedo = s.albedo * (0.86 + 0.28 * n(u * 1.2 + hash01(i, j, 5) * 60, v * 9 + hash01(i, j, 6) * 60))
     return s
@@ -296,7 +318,6 @@ def mesh(c: Canvas) -> Surface:
     tone = 0.45 + 0.75 * np.maximum(za, zb) * (1 / (r + 0.09))
     metal = paint(c.colour("silver", "gold", "copper", "white"), np.maximum(tone, 0.25) * (0.93 + 0.14 * c.noise(80)))
     back = paint(c.colour("dark", "black"), 0.8 + 0.4 * c.noise(6, 2))
-
     return Surface(
         mix(back, metal, w), np.maximum(np.maximum(za, zb), -0.12) * (0.5 / 11), 0.35, under=(0.09, 0.09, 0.10)
     )
@@ -358,7 +379,8 @@ def paper(c: Canvas) -> Surface:
     tone = 0.8 + 0.12 * c.noise(8, 4)
     n = Lattice(c.dice)
     for k in range(6):
-        (cs, sn), bow = turn(k / 12 + 0.03), 1.5 * n(c.x * 3 + 7 * k, c.y * 3)
+        cs, sn = turn(k / 12 + 0.03)
+        bow = 1.5 * n(c.x * 3 + 7 * k, c.y * 3)
         f = n((c.x * cs + c.y * sn) * 7 + 11 * k, (c.y * cs - c.x * sn) * 60 + bow + 13 * k)
         tone = tone + 0.09 * step(0.70, 1.0, f)
     return Surface(
@@ -373,9 +395,8 @@ def marble(c: Canvas) -> Surface:
     q = 0.50 * n(c.x * 2.5, c.y * 2.5) + 0.17 * n(c.x * 6 + 9, c.y * 6) + 0.06 * n(c.x * 15, c.y * 15 + 5)
     vein = 1 - np.abs(sine(c.y * 1.5 + 1.3 * q))
     thin = 1 - np.abs(sine(c.y * 2.6 + c.x * 1.3 + 1.5 * q))
-    vein = vein * vein * vein * (0.4 + 0.6 * n(c.x * 4 + 40, c.y * 4)) + 0.5 * thin * thin * thin * thin * n(
-        c.x * 5, c.y * 5 + 20
-    )
+    wide = vein * vein * vein * (0.4 + 0.6 * n(c.x * 4 + 40, c.y * 4))
+    vein = wide + 0.5 * thin * thin * thin * thin * n(c.x * 5, c.y * 5 + 20)
     cloud = n(c.x * 5 + 6 * q, c.y * 5 + 31)
     base = c.colour("white", "cream", "green", "pink", "grey", dull=0.35)
     line = c.dice.pick([(0.36, 0.36, 0.40), (0.45, 0.37, 0.30)])
