@@ -24,7 +24,7 @@ from scipy import ndimage
 
 from ..core.names import shown
 from .index import GOOD, make_index, root_of, save_index, save_split
-from .layouts import enter
+from .layouts import unwrap_folder
 from .listing import LayoutError
 from .pixels import load_pair, read_pair
 from .reading import reading_of, takes_reading
@@ -248,7 +248,7 @@ def cut_ksdd(
     **reading,  # see `Reading`; what has more than 8 bits is written with 8
 ) -> pd.DataFrame:  # the Index of the strips
     "KSDD (KolektorSDD) cut into strips in MVTec layout."
-    whole = read_ksdd(enter(raw, "KolektorSDD"), category)
+    whole = read_ksdd(unwrap_folder(raw, "KolektorSDD"), category)
     if not whole["image"].str.contains(r"kos\d+/", case=False).all():
         raise LayoutError(f"{raw} holds strips already; read them with read_ksdd")
     out, part = _new_folder(out, overwrite)

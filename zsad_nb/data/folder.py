@@ -15,7 +15,16 @@ import pandas as pd
 from ..core.names import same_name, shown
 from ..core.tables import numbered_table
 from .index import GOOD, as_bool, make_index
-from .layouts import files, find, finish, folders, look, mask_files, paired, rows
+from zsad_nb.data.layouts import (
+    files,
+    find_folder,
+    finish_index,
+    folders,
+    image_rows,
+    mask_files,
+    paired,
+    require_root,
+)
 from .listing import DEFECTIVE_NAMES, MASK_NAMES, NORMAL_NAMES, LayoutError
 from .meta import listed_record
 
@@ -52,11 +61,8 @@ def _columns(table: pd.DataFrame, where: str) -> dict[str, str | None]:
     }
     for name in ("image", "anomalous"):
         if names[name] is None:
-            note = (
-                "; the first line is a comment: remove it, so that the heading comes first"
-                if table.columns[0].startswith("#")
-                else ""
-            )
+            comment = table.columns[0].startswith("#")
+            note = "; the first line is a comment: remove it, so that the heading comes first" if comment else ""
             raise LayoutError(
                 f"{where} has no column {' or '.join(_COLUMNS[name])}; it has"
                 f" {', '.join(map(shown, table.columns))}{note}"
@@ -74,7 +80,7 @@ def read_csv(
     path: str | os.PathLike,  # CSV with columns image, label (or anomalous), and perhaps mask, category, defect, split
     root: str | os.PathLike | None = None,  # what its paths are relative to; default: its folder
     dataset: str | None = None,  # default: the folder's name
-    category: str | None = None,  # where the CSV does not say; default: the folder's name
+    category: str | None = None,  # for a CSV without this column; default: the folder's name
 ) -> pd.DataFrame:  # the Index
     "One row an image; labels are 0/1, 0.0/1.0, true/false, good/bad, ok/ng, normal/defective, ..."
     path = Path(path)
@@ -85,12 +91,12 @@ def read_csv(
     name = dataset or root.absolute().name
     if not len(table):
         raise LayoutError(f"no images: {file} has a heading and no rows; expected a row an image")
-    found = []
+    rows = []
     for number, line in enumerate(table.to_dict("records")):
         value = {name: line[column] for name, column in names.items() if column}
         image = _path(value["image"], root)
         anomalous = _label(value["anomalous"], f"{file}, line {lines[number]}, row {number} ({shown(image)}): ")
-        found.append(
+        rows.append(
             dict(
                 image=image,
                 mask=_path(value.get("mask", ""), root),
@@ -100,7 +106,7 @@ def read_csv(
                 defect=value.get("defect", "").strip() if anomalous else GOOD,
             )
         )
-    index = make_index(found, root, name, [f"{file}, line {line}" for line in lines])
+    index = make_index(rows, root, name, [f"{file}, line {line}" for line in lines])
     without = index["image"][index["anomalous"] & (index["mask"] == "")]
     if names["mask"] and len(without):
         warnings.warn(
@@ -115,31 +121,31 @@ def read_csv(
 # %% ../../nbs/data/12_folder.ipynb #2d689997
 def _plain_rows(folder: Path, root: Path, category: str, masks: bool) -> tuple[list[dict], bool]:
     "normal/, defective/ and masks/ of one product; whether it has a folder of masks."
-    normal = find(folder, *NORMAL_NAMES)
-    defective = find(folder, *DEFECTIVE_NAMES)
-    truth = find(folder, *MASK_NAMES) if masks else None
-    found = rows(files(normal), root, category, "test") if normal else []
+    normal = find_folder(folder, *NORMAL_NAMES)
+    defective = find_folder(folder, *DEFECTIVE_NAMES)
+    truth = find_folder(folder, *MASK_NAMES) if masks else None
+    rows = image_rows(files(normal), root, category, "test") if normal else []
     shared = []
     has_masks = truth is not None
     for kind in [defective] + folders(defective, MASK_NAMES) if defective else []:
         images = files(kind)
         defect = "" if kind == defective else kind.name
-        own = find(truth, kind.name) if truth else None
-        own = own or (find(kind, *MASK_NAMES) if masks else None)
+        own = find_folder(truth, kind.name) if truth else None
+        own = own or (find_folder(kind, *MASK_NAMES) if masks else None)
         if own:
-            found += rows(images, root, category, "test", defect, paired(images, mask_files(own), SUFFIXES))
+            rows += image_rows(images, root, category, "test", defect, paired(images, mask_files(own), SUFFIXES))
             has_masks = True
         else:
             shared += [(image, defect) for image in images]
     # one folder of masks for several defects: paired in one go, so that a mask that fits two images is noticed
     owned = paired([image for image, _ in shared], mask_files(truth), SUFFIXES)
     for (image, defect), mask in zip(shared, owned):
-        found += rows([image], root, category, "test", defect, [mask])
-    return found, has_masks
+        rows += image_rows([image], root, category, "test", defect, [mask])
+    return rows, has_masks
 
 
 def _lists(lists: list[Path]) -> list[dict]:
-    "CSV files beside folders that decide."
+    "A note about CSV files beside folders, where the folders decide."
     if not lists:
         return []
     text = (
@@ -157,17 +163,15 @@ def read_folder(
     masks: bool = True,  # False: read without masks
 ) -> pd.DataFrame:  # the Index
     "A plain folder. All images are in the test half; an unnamed defect is ''."
-    root = Path(root)
     expected = (
         "normal/ and defective/ (or ok and ng, good and bad, no and yes, ...), perhaps masks/; or folders of these; or"
         " one CSV"
     )
-    if not root.is_dir():
-        raise LayoutError(f"expected {expected}; {look(root)}")
+    root = require_root(root, expected)
     name = dataset or root.absolute().name
     lists = files(root, (".csv",))
-    if find(root, *NORMAL_NAMES, *DEFECTIVE_NAMES):
-        found, has_masks = _plain_rows(root, root, category or root.absolute().name, masks)
+    if find_folder(root, *NORMAL_NAMES, *DEFECTIVE_NAMES):
+        rows, has_masks = _plain_rows(root, root, category or root.absolute().name, masks)
     elif lists:
         if len(lists) > 1:
             names = ", ".join(shown(path.name) for path in lists)
@@ -177,6 +181,7 @@ def read_folder(
         return read_csv(lists[0], root, dataset, category)
     else:
         parts = [_plain_rows(folder, root, folder.name, masks) for folder in folders(root)]
-        found = [row for part, _ in parts for row in part]
+        rows = [row for part, _ in parts for row in part]
         has_masks = any(has for _, has in parts)
-    return finish(found, root, name, expected, (has_masks or None) if masks else False, also=_lists(lists))
+    masks = (has_masks or None) if masks else False  # None: the layout has none
+    return finish_index(rows, root, name, expected, masks, also=_lists(lists))

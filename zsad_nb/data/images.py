@@ -23,7 +23,7 @@ from ..core.settings import usual_defaults
 from .augment import Augmentation
 from .index import root_of
 from .left_out import index_findings
-from .masks import mask_remarks, read_mask, require_own, resize_mask, told_by_shape
+from .masks import mask_remarks, orientation_by_shape, read_mask, require_own, resize_mask
 from .mosaic import Mosaic
 from .pixels import fit_mask, read_pair, require_interpolation, resize, rgb_of
 from .reading import Reading, reading_of, takes_reading
@@ -370,7 +370,7 @@ def _check_mask(
     if image is None:
         return
     if orientation == 1:
-        seen.lies = told_by_shape(mask.shape, *image)
+        seen.lies = orientation_by_shape(mask.shape, *image)
     seen.unsure = fit_mask(mask, orientation, *image, reading, (root / image_path, root / mask_path), category)[1]
 
 

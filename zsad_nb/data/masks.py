@@ -14,7 +14,7 @@ __all__ = [
     "load_mask",
     "marks_anything",
     "turned",
-    "told_by_shape",
+    "orientation_by_shape",
     "placed",
     "mask_remarks",
 ]
@@ -262,7 +262,7 @@ def turned(
     return mask if orientation not in _TURN else np.asarray(Image.fromarray(mask).transpose(_TURN[orientation]))
 
 
-def told_by_shape(
+def orientation_by_shape(
     mask: tuple[int, int],  # height, width
     image: tuple[int, int],  # width, height of the upright photograph
     orientation: int,  # of EXIF
@@ -287,7 +287,7 @@ def placed(
     "Turn a mask with its photograph where it was drawn on the stored pixels."
     if orientation == 1:
         return mask, False
-    told = told_by_shape(mask.shape, image, orientation)
+    told = orientation_by_shape(mask.shape, image, orientation)
     if mask_orientation == "stored" or mask_orientation == "auto" and told == "stored":
         return turned(mask, orientation), False
     if mask_orientation == "upright" or told or not mask.any():
