@@ -13,11 +13,14 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 
 from ..core.settings import usual_defaults
 from .augment import Augmentation
@@ -33,7 +36,7 @@ from .stored import BadImage, Stored, open_stored
 # %% ../../nbs/data/16_images.ipynb #34c46032
 @dataclass
 class Batch:
-    "B images with all that is known about them."
+    "B images with their masks and labels."
 
     image: torch.Tensor  # (B,3,H,W) float32, RGB in [0,1]
     mask: torch.Tensor  # (B,1,H,W) bool; all False where there is none
@@ -42,16 +45,15 @@ class Batch:
     category: list[str]
     path: list[str]  # image path relative to the root of the index
     has_mask: torch.Tensor  # (B,) bool: False only for an anomalous image without a mask file
-    interpolation: str = ""  # how files were resized to this size; "": none was, or nobody says
+    interpolation: str = ""  # how files were resized to this size; "": none was, or it is unknown
 
     def __len__(self) -> int:
         return len(self.anomalous)
 
     def to(self, device: str | torch.device) -> "Batch":
         "The same batch with its tensors on another device."
-        return Batch(
-            **{f.name: v.to(device) if torch.is_tensor(v := getattr(self, f.name)) else v for f in fields(self)}
-        )
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{name: v.to(device) if torch.is_tensor(v) else v for name, v in values.items()})
 
     def __getitem__(self, rows: slice | torch.Tensor | list[int]) -> "Batch":
         "Some rows: a slice, a bool tensor, or positions."
@@ -59,15 +61,11 @@ class Batch:
             rows = [rows]
         if torch.is_tensor(rows) and rows.dtype == torch.bool and rows.shape != (len(self),):
             raise IndexError(f"a bool selection of shape {tuple(rows.shape)} for {len(self)} rows")
-        at = torch.arange(len(self))[
-            (
-                rows.cpu()
-                if torch.is_tensor(rows)
-                else torch.as_tensor(rows, dtype=torch.long)
-                if isinstance(rows, list)
-                else rows
-            )
-        ]
+        if torch.is_tensor(rows):
+            rows = rows.cpu()
+        elif isinstance(rows, list):
+            rows = torch.as_tensor(rows, dtype=torch.long)
+        at = torch.arange(len(self))[rows]
 
         def some(v):
             if torch.is_tensor(v):
@@ -105,150 +103,154 @@ def defect_names(
     return sorted(set(index["defect"]))
 
 
+@dataclass(eq=False, repr=False)
 class Batches:
     "An iterable of `Batch` over an Index; made by `batches`."
 
-    def __init__(
-        self,
-        index: pd.DataFrame,
-        size: int | tuple[int, int],
-        batch_size: int,
-        shuffle: bool,
-        seed: int,
-        workers: int,
-        on_bad: str,
-        rgb: str,
-        defects: list[str],
-        reading: Reading,
-        mosaic: Mosaic | None = None,
-        interpolation: str = "bicubic",
-        augment: Augmentation | None = None,
-    ):
-        self.index = index
-        self.size = size
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.seed = seed
-        self.workers = workers
-        self.on_bad = on_bad
-        self.rgb = rgb
-        self.defects = defects
-        self.reading = reading
-        self.mosaic = mosaic
-        self.interpolation = interpolation
-        self.augment = augment
-        self.resized: set[str] = set()  # images whose files have another size
-        self.unsure: set[str] = set()  # images on which it is supposed how their mask lies
-        self._warned = False
-        self.root = root_of(index)
+    index: pd.DataFrame
+    size: int | tuple[int, int]
+    batch_size: int
+    shuffle: bool
+    seed: int
+    workers: int
+    on_bad: str
+    rgb: str
+    defects: list[str]
+    reading: Reading
+    mosaic: Mosaic | None = None
+    interpolation: str = "bicubic"
+    augment: Augmentation | None = None
+
+    def __post_init__(self):
+        self.root = root_of(self.index)
+        columns = self.index[["image", "mask", "anomalous", "defect", "category"]]
+        self.rows = list(columns.itertuples(index=False, name=None))
         self.epoch = 0
-        self.skipped = []
-        self.rows = list(index[["image", "mask", "anomalous", "defect", "category"]].itertuples(index=False, name=None))
+        self.skipped: list[str] = []  # messages about files left out of this pass
+        self.resized: set[str] = set()  # images whose files have another size
+        self.unsure: set[str] = set()  # images whose mask's position is an assumption
+        self._warned = False
 
     def __len__(self) -> int:
         return math.ceil(len(self.rows) / self.batch_size)
 
-    def _item(self, at: int) -> tuple | BadImage:
-        "A row as it is read in this pass."
-        found = self._read(at, self.size) if self.mosaic is None else self.mosaic(self._read, at, self.epoch, self.size)
-        if self.augment is None or isinstance(found, BadImage):
-            return found
-        row, pixels, mask = found
-        return row, *self.augment(np.random.default_rng([self.seed, self.epoch, at, 5]), pixels, mask)
 
-    def _read(self, at: int, size: int | tuple[int, int]) -> tuple | BadImage:
-        "Pixels and mask of one row; an error is returned, so that it is raised in the order of the rows."
-        image_path, mask_path, anomalous, _, category = self.rows[at]
-        try:
-            paths = self.root / image_path, self.root / mask_path if mask_path else None
-            image, mask, unsure = read_pair(*paths, self.reading, category, self.rgb == "after")
-            if unsure:
-                self.unsure.add(image_path)
-            if mask is not None and not anomalous and mask.any():
-                raise BadImage(
-                    self.root / image_path,
-                    f"a normal image whose mask {mask_path} marks {int(mask.sum())} pixels",
-                    "correct the label or clear the mask",
-                    "normal_mask",
-                )
-            if image.size != ((size, size) if isinstance(size, int) else tuple(size)[::-1]):
-                self.resized.add(image_path)
-            pixels = resize(image, size, self.rgb, interpolation=self.interpolation)
-        except BadImage as error:
-            return error
-        small = np.zeros(pixels.shape[:2], bool) if mask is None else resize_mask(mask, pixels.shape[:2])
-        return self.rows[at], torch.from_numpy(pixels.copy()).permute(2, 0, 1), torch.from_numpy(small.copy())[None]
-
-    @usual_defaults()
-    def _collect(self, results: list) -> Batch | None:
-        "Rows read, as one batch."
-        good = []
-        for result in results:
-            if not isinstance(result, BadImage):
-                good.append(result)
-            elif self.on_bad == "raise":
-                raise result
-            else:
-                self.skipped.append(str(result))
-                warnings.warn(f"skipped {result}", stacklevel=3)
-        if not good:
-            return None
-        rows = [row for row, _, _ in good]
-        resized = any(path in self.resized for row in rows for path in row[0].split(" + "))  # of a mosaic: its tiles
-        return Batch(
-            image=torch.stack([pixels for _, pixels, _ in good]).float() / 255,
-            mask=torch.stack([mask for _, _, mask in good]),
-            anomalous=torch.tensor([bool(row[2]) for row in rows]),
-            defect=torch.tensor([self.defects.index(row[3]) for row in rows]),
-            category=[row[4] for row in rows],
-            path=[row[0] for row in rows],
-            has_mask=torch.tensor([bool(row[1]) or not row[2] for row in rows]),
-            interpolation=self.interpolation if resized else "",
-        )
-
-    def __iter__(self) -> Iterator[Batch]:
-        order = (
-            np.random.default_rng([self.seed, self.epoch]).permutation(len(self.rows)).tolist()
-            if self.shuffle
-            else list(range(len(self.rows)))
-        )
-        self.epoch = self.epoch + 1
-        self.skipped = []
-        chunks = [order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)]
-        if not self.workers:
-            results = ([self._item(at) for at in chunk] for chunk in chunks)
-        else:
-            results = self._ahead(chunks)
-        for batch in map(self._collect, results):
-            if batch is not None:
-                yield batch
-        self._warn()
-
-    def _warn(self) -> None:
-        "Once: masks whose position on a turned photograph nothing tells."
-        if self.unsure and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{len(self.unsure)} masks lie on photographs that EXIF turns (such as {min(self.unsure)}), and their"
-                ' shape does not tell how; they are taken as upright: look at one and pass mask_orientation="upright"'
-                ' or "stored"',
-                stacklevel=3,
+# %% ../../nbs/data/16_images.ipynb #f244f5d4
+@patch
+def _read(self: Batches, at: int, size: int | tuple[int, int]) -> tuple | BadImage:
+    "Pixels and mask of one row; an error is returned, so that it is raised in the order of the rows."
+    image_path, mask_path, anomalous, _, category = self.rows[at]
+    try:
+        paths = self.root / image_path, self.root / mask_path if mask_path else None
+        image, mask, unsure = read_pair(*paths, self.reading, category, self.rgb == "after")
+        if unsure:
+            self.unsure.add(image_path)
+        if mask is not None and not anomalous and mask.any():
+            raise BadImage(
+                self.root / image_path,
+                f"a normal image whose mask {mask_path} marks {int(mask.sum())} pixels",
+                "correct the label or clear the mask",
+                "normal_mask",
             )
+        if image.size != ((size, size) if isinstance(size, int) else tuple(size)[::-1]):
+            self.resized.add(image_path)
+        pixels = resize(image, size, self.rgb, interpolation=self.interpolation)
+    except BadImage as error:
+        return error
+    small = np.zeros(pixels.shape[:2], bool) if mask is None else resize_mask(mask, pixels.shape[:2])
+    return self.rows[at], torch.from_numpy(pixels.copy()).permute(2, 0, 1), torch.from_numpy(small.copy())[None]
 
-    def _ahead(self, chunks: list[list[int]]) -> Iterator[list]:
-        "Two batches ahead in threads: PIL decodes and resizes without holding Python's lock."
-        with ThreadPoolExecutor(self.workers) as pool:
-            waiting = deque()
-            chunks = iter(chunks)
-            try:
-                while True:
-                    while len(waiting) < 3 and (chunk := next(chunks, None)) is not None:
-                        waiting.append([pool.submit(self._item, at) for at in chunk])
-                    if not waiting:
-                        return
-                    yield [future.result() for future in waiting.popleft()]
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+
+@patch
+def _item(self: Batches, at: int) -> tuple | BadImage:
+    "A row as this pass sees it: perhaps as a mosaic, perhaps changed."
+    if self.mosaic is None:
+        item = self._read(at, self.size)
+    else:
+        item = self.mosaic(self._read, at, self.epoch, self.size)
+    if self.augment is None or isinstance(item, BadImage):
+        return item
+    row, pixels, mask = item
+    return row, *self.augment(np.random.default_rng([self.seed, self.epoch, at, 5]), pixels, mask)
+
+
+# %% ../../nbs/data/16_images.ipynb #5cec847d
+@patch
+@usual_defaults()
+def _collect(self: Batches, results: list) -> Batch | None:
+    "The rows of a batch as one; None if none of them can be used."
+    good = []
+    for result in results:
+        if not isinstance(result, BadImage):
+            good.append(result)
+        elif self.on_bad == "raise":
+            raise result
+        else:
+            self.skipped.append(str(result))
+            warnings.warn(f"skipped {result}", stacklevel=3)
+    if not good:
+        return None
+    rows = [row for row, _, _ in good]
+    resized = any(path in self.resized for row in rows for path in row[0].split(" + "))  # of a mosaic: its tiles
+    return Batch(
+        image=torch.stack([pixels for _, pixels, _ in good]).float() / 255,
+        mask=torch.stack([mask for _, _, mask in good]),
+        anomalous=torch.tensor([bool(row[2]) for row in rows]),
+        defect=torch.tensor([self.defects.index(row[3]) for row in rows]),
+        category=[row[4] for row in rows],
+        path=[row[0] for row in rows],
+        has_mask=torch.tensor([bool(row[1]) or not row[2] for row in rows]),
+        interpolation=self.interpolation if resized else "",
+    )
+
+
+# %% ../../nbs/data/16_images.ipynb #24039c1c
+@patch
+def _ahead(self: Batches, chunks: list[list[int]]) -> Iterator[list]:
+    "Two batches ahead in threads: PIL decodes and resizes without holding Python's lock."
+    with ThreadPoolExecutor(self.workers) as pool:
+        waiting = deque()
+        chunks = iter(chunks)
+        try:
+            while True:
+                for chunk in islice(chunks, 3 - len(waiting)):
+                    waiting.append([pool.submit(self._item, at) for at in chunk])
+                if not waiting:
+                    return
+                yield [future.result() for future in waiting.popleft()]
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+@patch
+def _warn(self: Batches) -> None:
+    "Once: masks whose position on a turned photograph is an assumption."
+    if self.unsure and not self._warned:
+        self._warned = True
+        warnings.warn(
+            f"{len(self.unsure)} masks lie on photographs that EXIF turns (such as {min(self.unsure)}), and their"
+            ' shape does not tell how; they are taken as upright: look at one and pass mask_orientation="upright"'
+            ' or "stored"',
+            stacklevel=3,
+        )
+
+
+@patch
+def __iter__(self: Batches) -> Iterator[Batch]:
+    order = list(range(len(self.rows)))
+    if self.shuffle:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.rows)).tolist()
+    self.epoch = self.epoch + 1
+    self.skipped = []
+    chunks = [order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)]
+    if self.workers:
+        results = self._ahead(chunks)
+    else:
+        results = ([self._item(at) for at in chunk] for chunk in chunks)
+    for batch in map(self._collect, results):
+        if batch is not None:
+            yield batch
+    self._warn()
 
 
 # %% ../../nbs/data/16_images.ipynb #f69b42d0
@@ -282,9 +284,22 @@ def batches(
     unknown = sorted(set(index["defect"]) - set(names))
     if unknown:
         raise ValueError(f"the index has the defects {unknown}, which are not in defects={names}")
-    plan = mosaic if isinstance(mosaic, Mosaic) else Mosaic(index, mosaic, seed) if mosaic else None
+    if not isinstance(mosaic, Mosaic):
+        mosaic = Mosaic(index, mosaic, seed) if mosaic else None
     return Batches(
-        index, size, batch_size, shuffle, seed, workers, on_bad, rgb, names, how, plan, interpolation, augment
+        index=index,
+        size=size,
+        batch_size=batch_size,
+        shuffle=shuffle,
+        seed=seed,
+        workers=workers,
+        on_bad=on_bad,
+        rgb=rgb,
+        defects=names,
+        reading=how,
+        mosaic=mosaic,
+        interpolation=interpolation,
+        augment=augment,
     )
 
 
@@ -313,14 +328,14 @@ DARK = 1 / 16  # of white: floats that are nowhere brighter have probably anothe
 
 @dataclass
 class _Seen:
-    "What the files of one row are like."
+    "What `check` notes about the files of one row."
 
     problems: list  # (problem, message)
     content: str | None = None  # hash of the image's bytes
     brightest: float = 0.0  # of an image with 16 bits, or of floats
-    white: float | None = None  # None: 8 bits, or the file says what is white
-    lies: str = ""  # its mask on a photograph that EXIF turns, as the shapes say: upright, stored
-    unsure: bool = False  # how its mask lies is a supposition
+    white: float | None = None  # None: 8 bits, or the file states its white
+    lies: str = ""  # how its mask lies on a photograph that EXIF turns, by their shapes: upright, stored
+    unsure: bool = False  # how its mask lies is an assumption
 
 
 def _brightness(stored: Stored, reading: Reading) -> tuple[float, float | None]:
@@ -348,22 +363,15 @@ def _check_mask(
     require_own(image_path, mask_path)
     mask, orientation, files = read_mask(root / mask_path, reading.mask_threshold)
     if not anomalous:
-        what = (
-            f"marks {int(mask.sum())} pixels; correct the label or clear the mask"
-            if mask.any()
-            else "is empty; set mask to '' in this row"
-        )
+        what = "is empty; set mask to '' in this row"
+        if mask.any():
+            what = f"marks {int(mask.sum())} pixels; correct the label or clear the mask"
         seen.problems.append(("normal_mask", f"a normal image has a mask: {mask_path} {what}"))
     elif not mask.any():
-        seen.problems.append(
-            (
-                "empty_mask",
-                (
-                    f"the mask {mask_path} of an anomalous image is empty; "
-                    "correct the label, redraw the mask or set it to ''"
-                ),
-            )
+        message = (
+            f"the mask {mask_path} of an anomalous image is empty; correct the label, redraw the mask or set it to ''"
         )
+        seen.problems.append(("empty_mask", message))
     else:
         remarks = {problem: text for file in files for problem, text in mask_remarks(file, mask)}
         seen.problems += [(problem, f"the mask {mask_path} {text}") for problem, text in remarks.items()]
@@ -374,9 +382,16 @@ def _check_mask(
     seen.unsure = fit_mask(mask, orientation, *image, reading, (root / image_path, root / mask_path), category)[1]
 
 
+_MASK_PROBLEMS = {  # code of the error -> problem of the mask; any other: bad_mask
+    "missing": "missing_mask",
+    "size_mismatch": "size_mismatch",
+    "unclear_mask": "unclear_mask",
+}
+
+
 def _check_row(root: Path, image_path: str, mask_path: str, anomalous: bool, category: str, reading: Reading) -> _Seen:
     "Problems of one row, the hash of its image, and what only the whole set can judge."
-    seen = _Seen([])
+    seen = _Seen(problems=[])
     image = None
     path = root / image_path
     try:
@@ -387,24 +402,13 @@ def _check_row(root: Path, image_path: str, mask_path: str, anomalous: bool, cat
     except BadImage as error:
         seen.problems.append((error.code, str(error)))
     if anomalous and not mask_path:
-        seen.problems.append(
-            (
-                "missing_mask",
-                "an anomalous image without a mask; it counts at image level only: add the mask for pixel metrics",
-            )
-        )
+        message = "an anomalous image without a mask; it counts at image level only: add the mask for pixel metrics"
+        seen.problems.append(("missing_mask", message))
     if mask_path:
         try:
             _check_mask(root, image_path, mask_path, anomalous, category, reading, image, seen)
         except BadImage as error:
-            code = (
-                "missing_mask"
-                if error.code == "missing"
-                else error.code
-                if error.code in ("size_mismatch", "unclear_mask")
-                else "bad_mask"
-            )
-            seen.problems.append((code, str(error)))
+            seen.problems.append((_MASK_PROBLEMS.get(error.code, "bad_mask"), str(error)))
     seen.content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
     return seen
 
@@ -419,32 +423,52 @@ def _dark(seen: _Seen, top: float) -> list[tuple[str, str]]:
         return [("dark", text)] if seen.brightest < DARK else []
     if top >= 2**14:
         return []
-    return [
-        (
-            "dark",
-            (
-                f"its brightest pixel is {seen.brightest:.0f} of 65535, and no image of this set goes beyond {top:.0f}:"
-                " it is read dark; if its camera has 14 bits, state bits=14"
-            ),
-        )
-    ]
+    text = (
+        f"its brightest pixel is {seen.brightest:.0f} of 65535, and no image of this set goes beyond {top:.0f}: it is"
+        " read dark; if its camera has 14 bits, state bits=14"
+    )
+    return [("dark", text)]
 
 
-def _position(seen: _Seen, lie: set[str]) -> list[tuple[str, str]]:
-    "A row for a mask whose position is a supposition; `lie`: what the shapes of others in the set say."
-    if not seen.unsure or lie == {"upright"}:
+def _position(seen: _Seen, ways: set[str]) -> list[tuple[str, str]]:
+    "A row for a mask whose position is an assumption; `ways`: how others of the set lie, by their shapes."
+    if not seen.unsure or ways == {"upright"}:
         return []
-    others = "the masks of its oblong photographs lie as stored" if lie == {"stored"} else "nothing in this set tells"
-    return [
-        (
-            "mask_position",
-            (
-                "EXIF turns this photograph and the shape of its mask does not tell whether it was drawn upright, "
-                f"as it is taken; {others}: "
-                'look at one and pass mask_orientation="upright" or "stored"'
-            ),
-        )
-    ]
+    others = "the masks of its oblong photographs lie as stored" if ways == {"stored"} else "nothing in this set tells"
+    text = (
+        "EXIF turns this photograph and the shape of its mask does not tell whether it was drawn upright, as it is"
+        f' taken; {others}: look at one and pass mask_orientation="upright" or "stored"'
+    )
+    return [("mask_position", text)]
+
+
+class _Row(NamedTuple):
+    "Of an Index, as `check` needs it."
+
+    image: str
+    mask: str
+    anomalous: bool
+    category: str
+    split: str
+
+
+def _duplicates(rows: list[_Row], results: list[_Seen]) -> Iterator[tuple[int, str, str, str]]:
+    "A row for every readable image whose bytes an earlier row has."
+    first: dict[str, int] = {}
+    for number, (row, seen) in enumerate(zip(rows, results)):
+        if seen.content is None or (seen.problems and seen.problems[0][0] == "unreadable"):
+            continue
+        twin = first.setdefault(seen.content, number)
+        if twin == number:
+            continue
+        other = rows[twin]
+        clash = ""
+        if bool(other.anomalous) != bool(row.anomalous):
+            clash = " with the other label"
+        elif other.split != row.split:
+            clash = " in the other split"
+        message = f"the same bytes as row {twin} ({other.image}){clash}; keep one of them"
+        yield number, row.image, "duplicate", message
 
 
 @takes_reading
@@ -453,34 +477,18 @@ def check(
     workers: int = 2,  # threads that read
     **reading,  # see `Reading`; default: as the index says
 ) -> pd.DataFrame:  # row (<NA>: files of no row), image, problem, message: one row a problem; empty when all is well
-    "Open every file of an Index and say what is wrong, per row."
+    "Open every file of an Index and report what is wrong, row by row."
     root = root_of(index)
     how = reading_of(index, **reading)
-    rows = list(index[["image", "mask", "anomalous", "category", "split"]].itertuples(index=False, name=None))
-    out, first = [], {}
+    rows = [_Row(*row) for row in index[list(_Row._fields)].itertuples(index=False, name=None)]
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         results = list(pool.map(lambda row: _check_row(root, *row[:4], how), rows))
     top = max((seen.brightest for seen in results if seen.white == 65535), default=0)
-    lie = {seen.lies for seen in results} - {""}
+    ways = {seen.lies for seen in results} - {""}
+    out = []
     for number, (row, seen) in enumerate(zip(rows, results)):
-        problems = [*seen.problems, *_dark(seen, top), *_position(seen, lie)]
-        out += [(number, row[0], *problem) for problem in problems]
-        if seen.content is None or (problems and problems[0][0] == "unreadable"):
-            continue
-        if seen.content in first:
-            twin = first[seen.content]
-            other = rows[first[seen.content]]
-            clash = (
-                " with the other label"
-                if bool(other[2]) != bool(row[2])
-                else " in the other split"
-                if other[4] != row[4]
-                else ""
-            )
-            out.append(
-                (number, row[0], "duplicate", f"the same bytes as row {twin} ({other[0]}){clash}; keep one of them")
-            )
-        else:
-            first[seen.content] = number
+        problems = [*seen.problems, *_dark(seen, top), *_position(seen, ways)]
+        out += [(number, row.image, *problem) for problem in problems]
+    out = sorted([*out, *_duplicates(rows, results)], key=lambda problem: problem[0])  # a row's duplicate comes last
     out += index_findings(index)
     return pd.DataFrame(out, columns=["row", "image", "problem", "message"]).astype({"row": "Int64"})

@@ -34,14 +34,14 @@ _NAMES = {
 }
 
 
-def _row(record: dict, where: str, **known) -> dict:
-    "One record of any dialect with the names of the Index."
+def _row(record: dict, where: str, **defaults) -> dict:
+    "One record of any dialect with the names of the Index; `defaults` fill what it leaves out."
     if not isinstance(record, dict):
         raise ValueError(
             f"{where}: a record is {record!r}; expected an object with img_path, mask_path, cls_name, specie_name,"
             " anomaly"
         )
-    row = known | {_NAMES[key]: value for key, value in record.items() if key in _NAMES and value is not None}
+    row = defaults | {_NAMES[key]: value for key, value in record.items() if key in _NAMES and value is not None}
     missing = [name for name in ("image", "category", "anomalous") if row.get(name) in (None, "")]
     if missing:
         raise ValueError(
@@ -148,11 +148,9 @@ def _foreign_prefix(paths: list[str], root: Path) -> tuple[str, ...]:
 
 def _here(path: str, root: Path) -> bool:
     "A path of this machine, relative or below the root; or the name of a file, whatever characters it has."
-    if (
-        not _absolute(path)
-        or os.path.isabs(path)
-        and Path(os.path.normpath(path)).is_relative_to(os.path.abspath(root))
-    ):
+    if not _absolute(path):
+        return True
+    if os.path.isabs(path) and Path(os.path.normpath(path)).is_relative_to(os.path.abspath(root)):
         return True
     return not os.path.isabs(path) and ".." not in PurePosixPath(path).parts and os.path.lexists(root / path)
 
@@ -192,38 +190,36 @@ def listed_record(
         return Record()
     normal = index["image"][~index["anomalous"]]
     used = [path.relative_to(scope).as_posix() for path in paths]
-    found = unused(
+    entries = unused(
         root_of(index) / scope,
         used,
         [PurePosixPath(path).relative_to(scope).as_posix() for path in normal],
         listed=name,
         limit=100_000,
     )
-    return Record(grouped([entry._replace(path=(scope / entry.path).as_posix()) for entry in found]))
+    return Record(grouped([entry._replace(path=(scope / entry.path).as_posix()) for entry in entries]))
 
 
 # %% ../../nbs/data/04_meta.ipynb #a63261e1
 def _home(path: Path, images: list[str], dataset: str) -> Path:
     "Where relative paths start: the folder of the file, or the data set's own folder beside it."
-    beside = (
-        path.parent
-        if "/" in dataset or "\\" in dataset or dataset in ("", ".", "..") or "\0" in dataset
-        else path.parent / dataset
-    )
+    no_folder = dataset in ("", ".", "..") or any(character in dataset for character in "/\\\0")
+    beside = path.parent if no_folder else path.parent / dataset
     probe = next((image for image in images if not _absolute(image)), None)
     if probe is None:
         return path.parent if dataset == path.parent.name or not beside.is_dir() else beside
     tail = PurePosixPath(*_parts(probe))
     if ".." in tail.parts or "\0" in probe:
         return path.parent
-    return next(
-        (home for home in (path.parent, beside) if os.path.isfile(home / tail) or os.path.isfile(home / probe)),
-        path.parent,
-    )
+    for home in (path.parent, beside):
+        if os.path.isfile(home / tail) or os.path.isfile(home / probe):
+            return home
+    return path.parent
 
 
 def _no_mask(mask: str, image: str, root: Path) -> bool:
-    "A folder stands for no mask, but for one of masks with its image's name; so does a path without a suffix that is no file."
+    """Does a path stand for no mask? A folder does, unless it holds masks under the name of its image; so does a path
+    without a suffix that is no file."""
     place = root / mask
     if os.path.isdir(place):
         own = same_name(place.name) == same_name(PurePosixPath(image).stem)
@@ -253,28 +249,31 @@ def _text(path: Path, limit_mb: float = 1024) -> str:
 
 
 def _with_masks(rows: list[dict], local: list[str], root: Path) -> tuple[list[str], int]:
-    "Fill image, mask and defect of the rows; the masks that are gone, and how many anomalous rows are called good."
-    gone, odd = [], 0
+    "Fill image, mask and defect of the rows; returns the missing masks and how many anomalous rows are called good."
+    missing = []
+    called_good = 0
     for row, image, mask in zip(rows, local[: len(rows)], local[len(rows) :]):
         named_folder = row["mask"].endswith(("/", "\\"))
         if mask and (_no_mask(mask, image, root) or named_folder and not row["anomalous"]):
             mask = ""
         if mask and not os.path.exists(root / mask):
-            gone += [mask] if row["anomalous"] else []
+            missing += [mask] if row["anomalous"] else []
             mask = ""
         if mask and os.path.isdir(root / mask) and not row["anomalous"]:
             mask = ""
-        odd += row["anomalous"] and row["defect"] == GOOD
-        defect = (row["defect"] if row["defect"] != GOOD else "") if row["anomalous"] else GOOD
+        defect = row["defect"] if row["anomalous"] else GOOD
+        if row["anomalous"] and defect == GOOD:
+            called_good += 1
+            defect = ""
         row.update(image=image, mask=mask, defect=defect)
-    return gone, odd
+    return missing, called_good
 
 
 def read_meta(
     path: str | os.PathLike,  # meta.json, meta_<name>.json, AA-CLIP's .jsonl, or the folder that holds meta.json
     root: str | os.PathLike | None = None,  # where the images are; default: the folder of the file, or <name> beside it
-    dataset: str | None = None,  # name of the set; default: what the records, the file or the folder say
-    split: str = "test",  # half of JSON lines, which do not say
+    dataset: str | None = None,  # name of the set; default: that in the records, of the file or of the folder
+    split: str = "test",  # half of JSON lines, which have no such key
 ) -> pd.DataFrame:  # the Index
     "Read meta.json in any of the field's dialects."
     path = Path(path) / "meta.json" if Path(path).is_dir() else Path(path)
@@ -289,24 +288,24 @@ def read_meta(
             f"{shown(str(path))} names no image; expected 'train' and 'test' with a list of records for each class"
         )
     named = re.fullmatch(r"meta_(.+)", path.stem)
-    said = named[1] if named else next((row["dataset"] for row in rows if row.get("dataset")), None)
-    name = dataset or said or Path(root or path.absolute().parent).name
+    own = named[1] if named else next((row["dataset"] for row in rows if row.get("dataset")), None)
+    name = dataset or own or Path(root or path.absolute().parent).name
     root = Path(root) if root is not None else _home(path.absolute(), [row["image"] for row in rows], name)
     wheres = [f"{row.pop('where')}: " for row in rows] * 2
-    gone, odd = _with_masks(
-        rows, _localise([row["image"] for row in rows] + [row["mask"] for row in rows], root, wheres), root
-    )
+    paths = _localise([row["image"] for row in rows] + [row["mask"] for row in rows], root, wheres)
+    missing, called_good = _with_masks(rows, paths, root)
     for row in rows:
         row["dataset"] = dataset or row.get("dataset") or name
-    if gone:
+    if missing:
         warnings.warn(
-            f"{file}: {len(gone)} anomalous images name a mask that does not exist (first: {shown(gone[0])}); "
+            f"{file}: {len(missing)} anomalous images name a mask that does not exist (first: {shown(missing[0])}); "
             "they count at image level only",
             stacklevel=2,
         )
-    if odd:
+    if called_good:
         warnings.warn(
-            f"{file}: {odd} anomalous images are of the specie 'good'; their defect is unknown here", stacklevel=2
+            f"{file}: {called_good} anomalous images are of the specie 'good'; their defect is unknown here",
+            stacklevel=2,
         )
     lost = sum(not os.path.isfile(root / row["image"]) for row in rows)
     if lost:
@@ -348,9 +347,8 @@ def write_meta(
             record["dataset_name"] = row.dataset
         halves[row.split].setdefault(row.category, []).append(record)
         if lines_wanted:
-            lines.append(
-                to_json(dict(image_path=image, label=record["anomaly"], class_name=row.category, mask_path=mask), None)
-            )
+            line = dict(image_path=image, label=record["anomaly"], class_name=row.category, mask_path=mask)
+            lines.append(to_json(line, None))
     if lines_wanted:
         text = "\n".join(lines) + "\n"
         return write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

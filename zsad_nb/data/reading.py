@@ -20,7 +20,7 @@ from ..core.settings import require_known
 
 
 # %% ../../nbs/data/05_reading.ipynb #3dea7085
-def _require_bits(bits) -> None:
+def _require_bits(bits: object) -> None:
     try:
         fine = not isinstance(bits, bool) and 8 <= operator.index(bits) <= 32
     except TypeError:
@@ -31,12 +31,12 @@ def _require_bits(bits) -> None:
         )
 
 
-def _require_number(name: str, value, least: str, fine: bool) -> None:
+def _require_number(name: str, value: object, least: str, fine: bool) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value) or not fine:
         raise ValueError(f"{name}={value!r}; it must be a number {least}, or None")
 
 
-def _require_word(name: str, value, words: tuple) -> None:
+def _require_word(name: str, value: object, words: tuple) -> None:
     if value not in words:
         raise ValueError(f"{name}={value!r}; it must be {' or '.join(map(repr, words))}")
 
@@ -47,13 +47,11 @@ class Reading:
 
     bits: int | None = None  # depth of images with more than 8 bits, such as 12; None: the depth of their type
     white: float | None = None  # white of floating-point images, such as 255; None: 1
-    mask_threshold: float | None = (
-        None  # a mask marks what is above this stored value; None: half of its range, labels above 0
-    )
+    # a mask marks what is above this stored value; None: half of its range, labels above 0
+    mask_threshold: float | None = None
     mask_mismatch: str = "error"  # a mask of another size than its image: "error", or "resize" it
-    mask_orientation: str = (
-        "auto"  # masks of photographs turned by EXIF lie "upright" or "stored"; "auto": as their size tells
-    )
+    # masks of photographs turned by EXIF lie "upright" or "stored"; "auto": as their size tells
+    mask_orientation: str = "auto"
 
     def __post_init__(self):
         if self.bits is not None:
@@ -71,7 +69,8 @@ class Reading:
     @property
     def stated(self) -> dict:
         "What differs from the defaults."
-        return {f.name: value for f in dataclasses.fields(self) if (value := getattr(self, f.name)) != f.default}
+        values = {f: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {f.name: value for f, value in values.items() if value != f.default}
 
 
 # %% ../../nbs/data/05_reading.ipynb #5d4bb648
@@ -91,7 +90,7 @@ def takes_reading(
 
 def reading_of(
     index: pd.DataFrame,  # an Index
-    **reading,  # fields of `Reading` that win over what the index says
+    **reading,  # fields of `Reading` that win over those of the index
 ) -> Reading:
     "How the files of an Index are read."
     require_known(reading, [f.name for f in dataclasses.fields(Reading)], "option of reading")
@@ -102,7 +101,7 @@ def read_as(
     index: pd.DataFrame,  # an Index
     **reading,  # fields of `Reading`
 ) -> pd.DataFrame:  # the same rows
-    "An Index that says how its files are read."
+    "An Index that carries how its files are read."
     stated = reading_of(index, **reading).stated
     other = index.copy(deep=False)
     other.attrs = {name: value for name, value in index.attrs.items() if name != "reading"}

@@ -45,7 +45,7 @@ class Stored:
 
     image: Image.Image  # in its own mode; of 16-bit colours their upper 8 bits
     orientation: int = 1  # of EXIF, before it was turned upright
-    white: float | None = 255  # the stored value that is white; None: the file does not say
+    white: float | None = 255  # the stored value that is white; None: the file does not state it
     deep: np.ndarray | None = None  # (H, W, bands) uint16: colours of more than 8 bits, complete
     cut: bool = False  # the library kept 8 of more bits, and the others are out of reach
     perhaps_cut: bool = False  # it was decoded by somebody else, and may have been cut then
@@ -103,12 +103,8 @@ def _explained(name: str | os.PathLike) -> Iterator[None]:
 
 
 # %% ../../nbs/data/06_stored.ipynb #2305f181
-ONE_PICTURE = (
-    "MPO",
-    "PSD",
-    "ICO",
-    "ICNS",
-)  # several pictures of one thing: the photograph of an MPO, the look of a PSD, the largest icon
+# several pictures of one thing: the photograph of an MPO, the layers of a PSD together, the largest icon
+ONE_PICTURE = ("MPO", "PSD", "ICO", "ICNS")
 
 
 def _is_page(image: Image.Image, number: int) -> bool:
@@ -194,8 +190,12 @@ def _ppm_maximum(head: bytes) -> int:
     return int(tokens[3]) if len(tokens) > 3 and tokens[3].isdigit() else 255
 
 
+def _is_deep_sgi(image: Image.Image) -> bool:
+    return image.format == "SGI" and any(tile.codec_name == "SGI16" for tile in image.tile)
+
+
 def _describe(image: Image.Image, head: bytes, name: str | os.PathLike) -> Stored:
-    "What an opened file says of its values, before it is decoded."
+    "What an opened file states about its values, before it is decoded."
     stored = Stored(image)
     tags = getattr(image, "tag_v2", {})
     raw = [_rawmode(t) for t in image.tile]
@@ -229,12 +229,7 @@ def _describe(image: Image.Image, head: bytes, name: str | os.PathLike) -> Store
         stored.factor = stored.white / 65535 if image.mode == "I" else 1.0
         deep_colours = image.mode == "RGB" and stored.white > 255
         stored.white = max(stored.white, 255)
-    elif (
-        image.mode[0] == "I"
-        or deep_colours
-        or image.format == "SGI"
-        and any(t.codec_name == "SGI16" for t in image.tile)
-    ):
+    elif image.mode[0] == "I" or deep_colours or _is_deep_sgi(image):
         stored.white = 65535
         deep_colours |= image.format == "SGI"
     if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
@@ -290,7 +285,9 @@ def open_stored(
 ) -> Stored:
     "Decode a file completely, or raise `BadImage`."
     if isinstance(source, (bytes, bytearray, memoryview)):
-        source, name, size = bytes(source), name or "an image given as bytes", len(source)
+        source = bytes(source)
+        name = name or "an image given as bytes"
+        size = len(source)
     else:
         source = Path(source)
         name = name or source
@@ -305,9 +302,7 @@ def open_stored(
 
 def open_image(
     path: str | os.PathLike,  # an image file
-) -> tuple[
-    Image.Image, int
-]:  # the decoded image, upright, in its own mode; the EXIF orientation it was stored with (1: upright)
+) -> tuple[Image.Image, int]:  # upright, in its own mode; the EXIF orientation it was stored with (1: upright)
     "Decode a file completely, or raise `BadImage`."
     stored = open_stored(path)
     return stored.image, stored.orientation
@@ -328,12 +323,8 @@ def file_content(
     image: Image.Image,  # as `Image.open` returns it
 ) -> bytes | None:  # None: it is decoded already, or was never a file, or another page than the first was chosen
     "The file behind an opened image; its position is left as it was."
-    if (
-        not isinstance(image, ImageFile.ImageFile)
-        or not image.tile
-        or getattr(image, "fp", None) is None
-        or image.tell()
-    ):
+    of_a_file = isinstance(image, ImageFile.ImageFile) and image.tile and getattr(image, "fp", None) is not None
+    if not of_a_file or image.tell():
         return None
     try:
         at = image.fp.tell()
@@ -370,7 +361,7 @@ def _from_its_path(image: Image.Image) -> Stored | None:
 def stored_image(
     image: Image.Image,  # opened, or made in memory
 ) -> Stored:
-    "A PIL image, upright, with what it says of its values."
+    "A PIL image, upright, with what it states about its values."
     name = "an opened image"
     content = file_content(image)
     if content is not None:
@@ -380,11 +371,9 @@ def stored_image(
             _go_to_the_page(image, name)
     with _explained(name):
         image.load()
-        was_cut = (
-            _was_cut(image)
-            if image.mode in ("RGB", "RGBA", "CMYK") and isinstance(image, ImageFile.ImageFile)
-            else None
-        )
+        was_cut = None
+        if image.mode in ("RGB", "RGBA", "CMYK") and isinstance(image, ImageFile.ImageFile):
+            was_cut = _was_cut(image)
         whole = _from_its_path(image) if was_cut else None
         if whole is not None:
             return whole
@@ -395,7 +384,7 @@ def stored_image(
         stored.white = 2**depth - 1 if depth > 8 else 65535
     elif image.mode[0] in "IF":
         stored.white = 65535 if image.format in ("PNG", "PPM") else None
-    else:  # an 8-bit mode: who decoded a PNG cannot say whether it had 16
+    else:  # an 8-bit mode: of a decoded PNG nobody can tell whether it had 16
         stored.cut = depth > 8
         stored.perhaps_cut = depth <= 8 and was_cut is not False and image.format in ("PNG", "PPM", "JPEG2000", "SGI")
         stored.white = 65535 if stored.cut or stored.perhaps_cut else 255
