@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from zsad_nb.data.taxonomy import novel_types, type_words
-from zsad_nb.synthetic.benchmark import draw, synthetic_index
+from zsad_nb.synthetic.benchmark import render, synthetic_index
 from zsad_nb.synthetic.categories import CATEGORIES, SETS
 from zsad_nb.synthetic.datasets import load_dataset
 from zsad_nb.synthetic.defects_pretraining import DEFECTS
@@ -62,16 +62,16 @@ def test_the_towers_see_neither_the_renderers_nor_a_mask():
     for text in (clip, dino):
         assert 'categories("pretrain")' in text and "auxiliary" not in text and '"target"' not in text
         assert "ALL_DEFECTS" not in text and "version=2" not in text
-    assert "draw(names[i % len(names)], 10_000 + i, 256)" in dino  # flawless, all of them
+    assert "render(names[i % len(names)], 10_000 + i, 256)" in dino  # flawless, all of them
 
 
 @pytest.mark.parametrize("name, defect", PAIRS)
 def test_masks_are_exact_at_every_strength(name, defect):
     "Outside the mask the pair is equal, inside it differs; the stronger, the more"
-    clean = draw(name, 900, 96).image.astype(int)
+    clean = render(name, 900, 96).image.astype(int)
     changes = []
     for strength in STRENGTHS:
-        spoilt = draw(name, 900, 96, defect, strength)
+        spoilt = render(name, 900, 96, defect, strength)
         change = np.abs(spoilt.image - clean).max(2)
         assert spoilt.mask.any() and not change[~spoilt.mask].any()
         assert (change[spoilt.mask] > 4).mean() > 0.5
@@ -82,7 +82,7 @@ def test_masks_are_exact_at_every_strength(name, defect):
 
 def test_the_size_does_not_matter():
     for name, defect in PAIRS[::9]:
-        small, large = (draw(name, 4, size, defect).mask for size in (96, 192))
+        small, large = (render(name, 4, size, defect).mask for size in (96, 192))
         assert abs(small.mean() - large.mean()) < 0.02
 
 
@@ -108,8 +108,8 @@ def test_the_auxiliary_set_shows_all_strengths(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
         synthetic,
-        "draw",
-        lambda name, seed, size, kind, power: asked.append((kind, power)) or draw(name, seed, 32, kind, power),
+        "render",
+        lambda name, seed, size, kind, power: asked.append((kind, power)) or render(name, seed, 32, kind, power),
     )
     synthetic_index(tmp_path, "auxiliary", 32, normal=0, defective=6, version=2)
     assert {power for kind, power in asked if kind != "good"} == set(STRENGTHS)
@@ -124,7 +124,7 @@ def test_names(tmp_path):
     with pytest.raises(ValueError, match="no synthetic set 'synthetic-3-target'"):
         load_dataset("synthetic-3-target", tmp_path / "none")
     with pytest.raises(ValueError, match="no strength 'huge'"):
-        draw("nut", 0, 32, "burn", "huge")
+        render("nut", 0, 32, "burn", "huge")
     with pytest.raises(ValueError, match="only the target set of version 2"):
         synthetic_name("target", 1, "weak")
     with pytest.raises(ValueError, match="no version 3"):

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from .prompts import TextPrompts
 from .towers import Backbone
-from ..synthetic.benchmark import draw
+from ..synthetic.benchmark import render
 from ..synthetic.versions import categories
 
 # %% ../../nbs/backbones/08_graphs.ipynb #2cd5192b
@@ -351,7 +351,7 @@ def drawn_images(size: tuple, count: int, first: int = 0) -> Tensor:  # (count, 
     seen = (
         torch.stack(
             [
-                torch.from_numpy(draw(names[(first + i) % len(names)], first + i, side).image).permute(2, 0, 1)
+                torch.from_numpy(render(names[(first + i) % len(names)], first + i, side).image).permute(2, 0, 1)
                 for i in range(count)
             ]
         )

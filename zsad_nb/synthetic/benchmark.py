@@ -12,8 +12,8 @@ __all__ = [
     "STAMP",
     "VERSION",
     "Sample",
-    "draw",
-    "draw_batch",
+    "render",
+    "render_batch",
     "Job",
     "synthetic_index",
 ]
@@ -100,7 +100,7 @@ def _plan(category: str, seed: int, defect: str) -> tuple[int, Spot]:
     return plan
 
 
-def draw(
+def render(
     category: str,  # a name of CATEGORIES
     seed: int,  # which image; the same seed with and without a defect is a pair
     size: int = 256,  # pixels
@@ -135,7 +135,7 @@ def draw(
     return Sample(image=to_uint8(image + noise), mask=mask, category=category, defect=defect, caption=caption)
 
 
-def draw_batch(
+def render_batch(
     names: list[str],  # one category an image
     seeds: list[int],  # one seed an image
     size: int = 128,  # pixels
@@ -147,7 +147,7 @@ def draw_batch(
         raise ValueError(
             f"{len(names)} categories, {len(seeds)} seeds and {len(kinds)} defects: give one of each an image"
         )
-    out = [draw(n, s, size, k) for n, s, k in zip(names, seeds, kinds)]
+    out = [render(n, s, size, k) for n, s, k in zip(names, seeds, kinds)]
     return np.stack([s.image for s in out]), np.stack([s.mask for s in out])
 
 
@@ -258,7 +258,7 @@ def _write(root: Path, jobs: list[Job], rows: list[dict], config: dict, folders:
     for name in folders:
         shutil.rmtree(root / name, ignore_errors=True)
     for job, row in zip(jobs, rows):
-        sample = draw(job.category, job.seed, size, job.defect, job.strength)
+        sample = render(job.category, job.seed, size, job.defect, job.strength)
         _save(sample.image, root / row["image"])
         if row["mask"]:
             _save(sample.mask.astype(np.uint8) * 255, root / row["mask"])
