@@ -16,7 +16,7 @@ from zsad_nb.data.index import make_index
 from zsad_nb.explore.explorer import HeatmapExplorer
 from zsad_nb.explore.maps_store import CLIPS, DONE, ROW, make_store
 from zsad_nb.methods.base import create
-from zsad_nb.synthetic.benchmark import draw
+from zsad_nb.synthetic.benchmark import render
 
 LIMIT = 50  # ms an event
 
@@ -30,7 +30,7 @@ def many_images(folder: Path, count: int, size: int, different: int = 24):
     folder.mkdir(parents=True)
     names = ("gear", "leather", "biscuit", "mesh")
     for i in range(different):
-        sample = draw(names[i % 4], i, size, "scratch" if i % 2 else None)
+        sample = render(names[i % 4], i, size, "scratch" if i % 2 else None)
         Image.fromarray(sample.image).save(folder / f"drawn{i}.png", compress_level=1)
         Image.fromarray(sample.mask.astype(np.uint8) * 255).save(folder / f"mask{i}.png", compress_level=1)
     rows = []

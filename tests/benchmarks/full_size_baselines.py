@@ -20,7 +20,7 @@ import torch
 
 from zsad_nb.data.images import Batch
 from zsad_nb.methods.base import create, method_class
-from zsad_nb.synthetic.benchmark import draw
+from zsad_nb.synthetic.benchmark import render
 
 FIVE = ("adaclip", "april_gan", "anovl", "multiads", "bayes_pfl")
 LARGE = dict(clip="clip-vitl14-336", image_size=518)
@@ -53,7 +53,7 @@ def settings(name: str, small: bool, frames: int = 0) -> dict:
 
 def one_image(side: int) -> Batch:
     "A cracked bottle, drawn."
-    sample = draw("bottle", 5, side, "crack")
+    sample = render("bottle", 5, side, "crack")
     image = torch.from_numpy(sample.image).permute(2, 0, 1)[None].float() / 255
     mask = torch.from_numpy(sample.mask)[None, None] > 0
     yes = torch.ones(1, dtype=torch.bool)

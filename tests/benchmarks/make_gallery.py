@@ -174,7 +174,7 @@ def bars(table: Path) -> bytes:
 
 def drawn(kinds: list) -> bytes:
     "What the embedded towers were taught on."
-    from zsad_nb.synthetic.benchmark import draw
+    from zsad_nb.synthetic.benchmark import render
     from zsad_nb.synthetic.versions import categories
 
     page = Image.new("RGB", (5 * 64, 3 * 64), "white")
@@ -182,7 +182,7 @@ def drawn(kinds: list) -> bytes:
     names = categories("pretrain")
     for i in range(15):
         page.paste(
-            Image.fromarray(draw(names[i % len(names)], 10_000 + i, 256, kinds[i % len(kinds)]).image).resize(
+            Image.fromarray(render(names[i % len(names)], 10_000 + i, 256, kinds[i % len(kinds)]).image).resize(
                 (62, 62), Image.Resampling.LANCZOS
             ),
             (64 * (i % 5) + 1, 64 * (i // 5) + 1),

@@ -16,7 +16,7 @@ from test_browser import CHROMIUM, Hand, expect, page_of, run_all, serving, sync
 
 from zsad_nb.core.settings import seed_everything
 from zsad_nb.methods.base import create, save
-from zsad_nb.synthetic.benchmark import draw
+from zsad_nb.synthetic.benchmark import render
 from zsad_nb.synthetic.datasets import load_dataset
 from zsad_nb.training.fit import fit, recipe_of
 
@@ -176,7 +176,7 @@ def shots(browser, room: Path, out: Path, name: str, theme: str, **size):
         hand = Photographer(page)
         if name == "upload":
             data = io.BytesIO()
-            Image.fromarray(draw("leather", 901, 480, "contamination").image).save(data, "PNG")
+            Image.fromarray(render("leather", 901, 480, "contamination").image).save(data, "PNG")
             page.locator("input[type=file]").set_input_files(
                 dict(name="from the line.png", mimeType="image/png", buffer=data.getvalue())
             )

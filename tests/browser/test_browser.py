@@ -27,7 +27,7 @@ expect = sync_api.expect
 
 from zsad_nb.explore.maps_store import make_store
 from zsad_nb.methods.base import create
-from zsad_nb.synthetic.benchmark import draw, synthetic_index
+from zsad_nb.synthetic.benchmark import render, synthetic_index
 
 PATIENCE = 180_000  # ms: the machine may be busy
 EXPLORER = """from zsad_nb.explore.explorer import HeatmapExplorer
@@ -282,7 +282,7 @@ def use_upload(hand, drop: bool):
     page = hand.page
     upload = hand.upload
     data = io.BytesIO()
-    Image.fromarray(draw("gear", 7, 96, "crack").image).save(data, "PNG")
+    Image.fromarray(render("gear", 7, 96, "crack").image).save(data, "PNG")
     zone = upload.locator(".drop")
     expect(zone).to_be_visible()
     if drop:

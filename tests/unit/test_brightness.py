@@ -416,7 +416,7 @@ def test_the_depth_reaches_figures_and_what_a_run_knows(sets, method, tmp_path, 
     found = evaluate(method, sets["grey"], progress=False, bits=12)
     assert len(draw_cases(method, sets["grey"], found, tmp_path, dpi=20)) == 2  # read as it was evaluated
     record = dict(spec=dict(parameters=dict(data="t", root="r", bits=12, mask_threshold=100, white=None)))
-    monkeypatch.setattr(maps_store, "look", lambda folder: SimpleNamespace(record=record))
+    monkeypatch.setattr(maps_store, "result_of", lambda folder: SimpleNamespace(record=record))
     monkeypatch.setattr(maps_store, "load_dataset", lambda name, root: sets["grey"])
     assert reading_of(maps_store.data_of(tmp_path)) == Reading(bits=12, mask_threshold=100)
 

@@ -34,9 +34,9 @@ from zsad_nb.inspection.sources import from_array, method_from, sources
 from zsad_nb.inspection.verdicts import Inspection, exit_code
 from zsad_nb.methods.base import METHODS, Method, Prediction, create, save
 from zsad_nb.methods.controls import SelfDistance, SelfDistanceParameters
-from zsad_nb.synthetic.benchmark import draw, synthetic_index
+from zsad_nb.synthetic.benchmark import render, synthetic_index
 
-PHOTO = draw("leather", 250_001, 96, "scratch").image
+PHOTO = render("leather", 250_001, 96, "scratch").image
 
 
 class Counted(SelfDistance):
@@ -68,7 +68,7 @@ def write(path: Path, array=PHOTO, **options) -> Path:
 
 def pictures(folder: Path, count: int) -> list[Path]:
     return [
-        write(folder / f"{i:02d}.png", draw("leather", 250_000 + i, 48, "scratch" if i % 3 else None).image)
+        write(folder / f"{i:02d}.png", render("leather", 250_000 + i, 48, "scratch" if i % 3 else None).image)
         for i in range(count)
     ]
 
@@ -770,7 +770,7 @@ def test_pictures_and_tables(inspector, tmp_path, monkeypatch):
 def good(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("good")
     for i in range(24):
-        write(folder / f"{i:02d}.png", draw("leather", i, 64).image)
+        write(folder / f"{i:02d}.png", render("leather", i, 64).image)
     return folder
 
 
@@ -818,7 +818,7 @@ def test_what_does_not_count_among_normal_images(inspector, good, tmp_path):
 
 
 def test_with_labelled_defects(inspector, good, tmp_path):
-    bad = [write(tmp_path / f"{i}.png", draw("leather", 250_000 + i, 64, "scratch").image) for i in range(5)]
+    bad = [write(tmp_path / f"{i}.png", render("leather", 250_000 + i, 64, "scratch").image) for i in range(5)]
     made = inspector.calibrate(good, bad, rate=0.05, miss=10, false_alarm=1, progress=False)
     assert made.image[""].kind == "labels" and made.pixel[""].kind == "normals" and made.image[""].facts["normal"] == 24
     few = inspector.calibrate(sorted(good.iterdir())[:4], bad, progress=False)

@@ -13,7 +13,7 @@ from PIL import Image
 from zsad_nb.cli.commands import main
 from zsad_nb.data.images import batches, check
 from zsad_nb.data.index import concat_indices, fingerprint, load_index, make_index, root_of, save_index
-from zsad_nb.data.layouts import files, find, read_mvtec
+from zsad_nb.data.layouts import files, find_folder, read_mvtec
 from zsad_nb.data.left_out import left_out
 from zsad_nb.data.listing import IMAGE_SUFFIXES, LayoutError, Record, image_suffixes, walk
 from zsad_nb.data.meta import read_meta, write_meta
@@ -459,9 +459,9 @@ def test_files_and_find(tmp_path):
     if len(list(tmp_path.iterdir())) < 2:
         pytest.skip("this disk does not tell Good from GOOD")
     with pytest.raises(LayoutError, match="GOOD/ and Good/.*are both called good"):
-        find(tmp_path, "good")
+        find_folder(tmp_path, "good")
     shutil.move(tmp_path / "GOOD", tmp_path / "good")
-    assert find(tmp_path, "good").name == "good"  # the exact name wins; the other one is left out, with a word
+    assert find_folder(tmp_path, "good").name == "good"  # the exact name wins; the other one is left out, with a word
     index, said = told(read, "folder", put(tmp_path, "bad/3.png"))
     assert len(index) == 2 and "Good/ looks like good/" in said[0]
     assert files(tmp_path / "nowhere") == []

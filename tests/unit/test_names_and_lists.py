@@ -24,7 +24,7 @@ from zsad_nb.data.index import (
     save_index,
     save_split,
 )
-from zsad_nb.data.layouts import find, pair, read_mvtec
+from zsad_nb.data.layouts import find_folder, pair, read_mvtec
 from zsad_nb.data.listing import LayoutError
 from zsad_nb.data.medical import read_headct
 from zsad_nb.data.meta import read_meta, write_meta
@@ -66,7 +66,7 @@ def test_every_pairing_compares_names_in_one_form(tmp_path, layout, image, mask)
 def test_folders_of_defects_in_two_forms(tmp_path):
     put(tmp_path, "c/test/good/1.png", f"c/test/{NFC}/2.png", f"c/ground_truth/{NFD}/2_mask.png")
     assert quiet(read_mvtec, tmp_path)["mask"].tolist() == ["", f"c/ground_truth/{NFD}/2_mask.png"]
-    assert find(tmp_path / "c" / "test", NFD).name == NFC
+    assert find_folder(tmp_path / "c" / "test", NFD).name == NFC
 
 
 def test_two_files_that_differ_only_in_form_are_an_error_that_names_both(tmp_path):

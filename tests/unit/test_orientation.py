@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from zsad_nb.data.images import Batch, batches, check
 from zsad_nb.data.index import make_index
-from zsad_nb.data.masks import placed, told_by_shape, turned
+from zsad_nb.data.masks import orientation_by_shape, placed, turned
 from zsad_nb.data.pixels import load_image, load_pair, read_image, resize
 from zsad_nb.data.stored import BadImage, open_stored, upright_size
 from zsad_nb.deploy.export import Exported
@@ -332,5 +332,5 @@ def test_nothing_is_supposed_where_turning_changes_nothing():
     assert (
         placed(same, (10, 10), 3)[1] is False
         and placed(MASK, (32, 20), 3)[1] is True
-        and told_by_shape((20, 33), (32, 20), 6) == ""
+        and orientation_by_shape((20, 33), (32, 20), 6) == ""
     )

@@ -34,7 +34,7 @@ from zsad_nb.components.dual_path import dual_path, joint
 from zsad_nb.evaluation.metrics import image_metrics
 from zsad_nb.methods.base import Method, save
 from zsad_nb.methods.checkpoint_files import read_header
-from zsad_nb.synthetic.benchmark import draw
+from zsad_nb.synthetic.benchmark import render
 from zsad_nb.synthetic.versions import categories, defects
 
 _, open_clip = import_vision_libraries()
@@ -1179,7 +1179,9 @@ def test_the_embedded_pair_tells_damaged_from_flawless():
     pair = F.normalize(words.encode(["a photo of a flawless object", "a photo of a damaged object"]), dim=-1)
     found = {}
     for category in categories("target"):
-        samples = [draw(category, 900_000 + i, 256, (2 * defects("target"))[i] if i < 20 else None) for i in range(40)]
+        samples = [
+            render(category, 900_000 + i, 256, (2 * defects("target"))[i] if i < 20 else None) for i in range(40)
+        ]
         images = torch.stack([torch.from_numpy(s.image) for s in samples]).permute(0, 3, 1, 2).float() / 255
         with torch.no_grad():
             seen = F.normalize(joint(tower, dual_path(tower, images, (tower.depth,), 0).cls), dim=-1)

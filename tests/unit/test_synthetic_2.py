@@ -8,19 +8,19 @@ import pytest
 from PIL import Image
 
 from zsad_nb.data.taxonomy import novel_types, type_words
-from zsad_nb.synthetic.benchmark import draw, synthetic_index
+from zsad_nb.synthetic.benchmark import render, synthetic_index
 from zsad_nb.synthetic.categories import CATEGORIES, SETS
 from zsad_nb.synthetic.datasets import load_dataset
 from zsad_nb.synthetic.defects_pretraining import DEFECTS
 from zsad_nb.synthetic.spots import STRENGTHS
-from zsad_nb.synthetic.versions import RENDERERS, SYNTHETIC_SETS, categories, defects, synthetic_name
+from zsad_nb.synthetic.versions import ALL_DEFECTS, SYNTHETIC_SETS, categories, defects, synthetic_name
 
 EXPERIMENTS = Path(__file__).parents[2] / "nbs" / "experiments"
 TRAINED_ON = [n for n in SYNTHETIC_SETS if n.startswith("synthetic-2")]
 
 
 def some_categories(which: str, number: int, count: int = 2) -> list[str]:
-    "Others for every defect, so that all are drawn somewhere"
+    "Others for every defect, so that all are rendered somewhere"
     names = categories(which, version=2)
     return [names[(number * 5 + k * 7) % len(names)] for k in range(count)]
 
@@ -34,8 +34,8 @@ PAIRS = [
 
 
 def test_no_renderer_and_no_category_in_two_sets():
-    shown = {which: [RENDERERS[d].draw for d in defects(which, 2)] for which in SETS}
-    assert len({f for fs in shown.values() for f in fs}) == sum(map(len, shown.values())) == len(RENDERERS)
+    shown = {which: [ALL_DEFECTS[d].render for d in defects(which, 2)] for which in SETS}
+    assert len({f for fs in shown.values() for f in fs}) == sum(map(len, shown.values())) == len(ALL_DEFECTS)
     names = {which: categories(which, version=2) for which in SETS}
     assert sorted(sum(names.values(), [])) == sorted(CATEGORIES)
     for which, least in (("pretrain", 40), ("auxiliary", 15), ("target", 12)):
@@ -50,28 +50,28 @@ def source_of(notebook: str) -> str:
 
 
 def test_the_towers_see_neither_the_renderers_nor_a_mask():
-    "Their notebooks draw the pretraining categories with the twelve defects of version 1, and look at masks only after training"
+    "Their notebooks render the pretraining categories with the defects of version 1, and use masks only after training"
     clip = source_of("pretrain_tiny_clip")
     dino = source_of("pretrain_tiny")
     names = {}
     start = clip.index("NAMES = dict(")
-    exec(clip[start : clip.index("names, kinds")], names)
+    exec(clip[start : clip.index("\nnames = ", start)], names)
     assert set(names["NAMES"]) == set(DEFECTS)
     training, after = clip.split("def see(array)")
     assert ".mask" not in training and ".mask" in after
     for text in (clip, dino):
         assert 'categories("pretrain")' in text and "auxiliary" not in text and '"target"' not in text
-        assert "RENDERERS" not in text and "version=2" not in text
-    assert "draw(names[i % len(names)], 10_000 + i, 256)" in dino  # flawless, all of them
+        assert "ALL_DEFECTS" not in text and "version=2" not in text
+    assert "render(names[i % len(names)], 10_000 + i, 256)" in dino  # flawless, all of them
 
 
 @pytest.mark.parametrize("name, defect", PAIRS)
 def test_masks_are_exact_at_every_strength(name, defect):
     "Outside the mask the pair is equal, inside it differs; the stronger, the more"
-    clean = draw(name, 900, 96).image.astype(int)
+    clean = render(name, 900, 96).image.astype(int)
     changes = []
     for strength in STRENGTHS:
-        spoilt = draw(name, 900, 96, defect, strength)
+        spoilt = render(name, 900, 96, defect, strength)
         change = np.abs(spoilt.image - clean).max(2)
         assert spoilt.mask.any() and not change[~spoilt.mask].any()
         assert (change[spoilt.mask] > 4).mean() > 0.5
@@ -82,7 +82,7 @@ def test_masks_are_exact_at_every_strength(name, defect):
 
 def test_the_size_does_not_matter():
     for name, defect in PAIRS[::9]:
-        small, large = (draw(name, 4, size, defect).mask for size in (96, 192))
+        small, large = (render(name, 4, size, defect).mask for size in (96, 192))
         assert abs(small.mean() - large.mean()) < 0.02
 
 
@@ -108,8 +108,8 @@ def test_the_auxiliary_set_shows_all_strengths(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
         synthetic,
-        "draw",
-        lambda name, seed, size, kind, power: asked.append((kind, power)) or draw(name, seed, 32, kind, power),
+        "render",
+        lambda name, seed, size, kind, power: asked.append((kind, power)) or render(name, seed, 32, kind, power),
     )
     synthetic_index(tmp_path, "auxiliary", 32, normal=0, defective=6, version=2)
     assert {power for kind, power in asked if kind != "good"} == set(STRENGTHS)
@@ -124,7 +124,7 @@ def test_names(tmp_path):
     with pytest.raises(ValueError, match="no synthetic set 'synthetic-3-target'"):
         load_dataset("synthetic-3-target", tmp_path / "none")
     with pytest.raises(ValueError, match="no strength 'huge'"):
-        draw("nut", 0, 32, "burn", "huge")
+        render("nut", 0, 32, "burn", "huge")
     with pytest.raises(ValueError, match="only the target set of version 2"):
         synthetic_name("target", 1, "weak")
     with pytest.raises(ValueError, match="no version 3"):
@@ -134,7 +134,7 @@ def test_names(tmp_path):
 @pytest.mark.parametrize("name", TRAINED_ON)
 def test_the_taxonomy_knows_them(name):
     row = SYNTHETIC_SETS[name]
-    assert type_words(name) == {d: RENDERERS[d].words.removeprefix("a ") for d in defects(row.which, 2)}
+    assert type_words(name) == {d: ALL_DEFECTS[d].words.removeprefix("a ") for d in defects(row.which, 2)}
 
 
 def test_most_types_of_the_target_are_novel():
