@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from zsad_nb.backbones import engines
-from zsad_nb.backbones.engines import Engine, engine_folder, fast_products, onednn_pays, probe_matmul
+from zsad_nb.backbones import engines, products
+from zsad_nb.backbones.engines import Engine, engine_folder
 from zsad_nb.backbones.features import FeatureCache
 from zsad_nb.backbones.graphs import (
     ENGINES,
@@ -25,6 +25,7 @@ from zsad_nb.backbones.graphs import (
     trace,
     write_onnx,
 )
+from zsad_nb.backbones.products import fast_products, onednn_pays, probe_matmul
 from zsad_nb.backbones.towers import create_backbone
 from zsad_nb.core.settings import seed_everything
 from zsad_nb.data.images import Batch, batches
@@ -458,7 +459,7 @@ def switch():
     ],
 )
 def test_products_take_the_fast_route_where_it_is_exact(switch, monkeypatch, vendor, error, said, on):
-    monkeypatch.setattr(engines, "probe_matmul", lambda *a: dict(error=error))
+    monkeypatch.setattr(products, "probe_matmul", lambda *a: dict(error=error))
     real = Path.read_text
     monkeypatch.setattr(
         Path,

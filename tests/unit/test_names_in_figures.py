@@ -24,8 +24,9 @@ from zsad_nb.evaluation.evaluate import evaluate
 from zsad_nb.evaluation.tables import results_table
 from zsad_nb.evaluation.views import Views
 from zsad_nb.explore.controls import decision_html, message_html, numbers_html, shares_html
-from zsad_nb.explore.explorer import HeatmapExplorer, _slug
+from zsad_nb.explore.explorer import HeatmapExplorer
 from zsad_nb.explore.gallery import Gallery
+from zsad_nb.explore.screen import name_part
 from zsad_nb.explore.upload import Upload
 from zsad_nb.figures import style as paper_style
 from zsad_nb.figures.bars import bar_figure, draw_bars
@@ -367,7 +368,7 @@ def test_levels_of_bars_stay_in_the_folder(tmp_path, level):
     )
 )
 def test_two_views_never_share_a_picture(names):
-    made = {"--".join(_slug(part, path) for part, path in zip((a, b), (False, True))) for a in names for b in names}
+    made = {"--".join(name_part(part, path) for part, path in zip((a, b), (False, True))) for a in names for b in names}
     assert len(made) == len(names) ** 2
 
 
