@@ -31,7 +31,7 @@ __all__ = [
 # %% ../../nbs/backbones/07_ensembles.ipynb #ac985c75
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch.nn.functional as F
@@ -261,8 +261,8 @@ def spelling(
 # %% ../../nbs/backbones/07_ensembles.ipynb #b1997e4f
 def sentences(
     class_name: str,  # as in the Index
-    states,  # such as WINCLIP_STATES["normal"]
-    templates,  # such as WINCLIP_TEMPLATES
+    states: Iterable[str],  # such as WINCLIP_STATES["normal"]
+    templates: Iterable[str],  # such as WINCLIP_TEMPLATES
     spell: Callable = rewrite,  # how the name is written, see `spelling`
 ) -> list[str]:  # states outside, templates inside
     "Every state of a thing in every template."
@@ -281,8 +281,8 @@ def sentences(
 def ensemble(
     tower: TextTower,
     class_name: str,  # as in the Index
-    states,  # such as WINCLIP_STATES["normal"]
-    templates,  # such as WINCLIP_TEMPLATES
+    states: Iterable[str],  # such as WINCLIP_STATES["normal"]
+    templates: Iterable[str],  # such as WINCLIP_TEMPLATES
     normalise_each: bool = True,  # before averaging: True as APRIL-GAN and AdaCLIP, False as WinCLIP and AnoVL
     spell: Callable = rewrite,  # how the name is written, see `spelling`
 ) -> Tensor:  # (embed_dim,) of length 1

@@ -29,7 +29,7 @@ import importlib
 import io
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -96,12 +96,12 @@ def check_choice(engine: str, precision: str):
 @torch.no_grad()
 def resize_matrix(
     size: int,  # pixels along one side, wanted
-    given: int,  # pixels along that side
+    source: int,  # pixels along that side, now
     interpolation: str = "bicubic",  # or bilinear
-) -> Tensor:  # (size, given)
+) -> Tensor:  # (size, source)
     "Antialiased resizing of one axis; rows sum to one."
-    unit = torch.eye(given)[None, None]
-    return F.interpolate(unit, (size, given), mode=interpolation, antialias=True, align_corners=False)[0, 0]
+    unit = torch.eye(source)[None, None]
+    return F.interpolate(unit, (size, source), mode=interpolation, antialias=True, align_corners=False)[0, 0]
 
 
 def _prepare(backbone: Backbone, image: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def _prepare(backbone: Backbone, image: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def hold_constant(owner: nn.Module):  # a method, or a backbone
+def hold_constant(owner: nn.Module) -> Iterator[None]:  # owner: a method, or a backbone
     "Positions, rotations and features of learned prompts keep their first value; resizing is a matrix product."
     changed = []
 
@@ -163,7 +163,7 @@ class Graph(nn.Module):
         self.function = function
         self.names = ()
 
-    def forward(self, *inputs):
+    def forward(self, *inputs) -> tuple:
         results = self.function(*inputs)
         self.names = tuple(results)
         return tuple(results.values())
@@ -248,7 +248,7 @@ def _pruned(program: torch.export.ExportedProgram) -> torch.export.ExportedProgr
 
 
 @contextlib.contextmanager
-def quiet():
+def quiet() -> Iterator[None]:
     "Silence exporters, which report progress as warnings and failures as the whole graph."
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)

@@ -11,6 +11,7 @@ import functools
 import os
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -71,7 +72,7 @@ def products() -> str:
 
 
 @contextlib.contextmanager
-def fast_products():
+def fast_products() -> Iterator[None]:
     "Inside, fp32 products take oneDNN's route where that pays; a switch that was set before stays as it is."
     switch = products_switch()
     on = (

@@ -19,6 +19,7 @@ __all__ = [
 
 # %% ../../nbs/backbones/06_text.ipynb #141cc5a0
 import functools
+from collections.abc import Iterable
 
 import torch
 from fastcore.basics import patch
@@ -51,7 +52,7 @@ def tokenizer():  # -> open_clip's SimpleTokenizer
 
 
 def vocabulary(
-    texts,  # sentences or words
+    texts: Iterable[str],  # sentences or words
 ) -> Tensor:  # (V,) ascending ids: padding, every token of the texts, start, end
     "The tokens that some texts need; with `UNKNOWN` appended, the `token_ids` of a reduced table."
     return torch.tensor(sorted({0, START, END}.union(*(tokenizer().encode(t) for t in texts))))
@@ -129,7 +130,7 @@ class TextTower(Frozen):
 
     def encode(
         self,
-        texts,  # sentences
+        texts: str | Iterable[str],  # sentences
     ) -> Tensor:  # (n, embed_dim), not normalised
         "Plain sentences, at most 256 at a time."
         return torch.cat([self(self.embed(ids), ids.argmax(1)) for ids in self.tokenize(texts).split(256)])
@@ -149,7 +150,7 @@ def _row_of_id(
 @patch
 def tokenize(
     self: TextTower,
-    texts,  # sentences
+    texts: str | Iterable[str],  # sentences
 ) -> Tensor:  # (n, context) CLIP's ids: start, words, end, zeros
     "Byte-pair ids; a text that does not fit, or that would end the sentence early, raises."
     texts = [texts] if isinstance(texts, str) else list(texts)
@@ -172,7 +173,7 @@ def tokenize(
 
 
 @patch
-def unknown(self: TextTower, texts) -> list[str]:  # pieces of words, in order of appearance
+def unknown(self: TextTower, texts: str | Iterable[str]) -> list[str]:  # pieces of words, in order of appearance
     "The tokens of these texts that a reduced table has no row for; none for a whole table."
     ids = self.tokenize(texts).flatten().tolist()
     if self.lookup is None:

@@ -53,7 +53,7 @@ class Features:
     prefix: list[Tensor] = field(default_factory=list)  # per tap (B, K + P, D): extra tokens, then class and registers
     taps: tuple = ()  # 1-based block numbers
 
-    def to(self, device) -> "Features":
+    def to(self, device: torch.device | str) -> "Features":
         "The same features on another device."
         return replace(
             self,
@@ -81,7 +81,7 @@ def resize_positions(
 class Frozen(nn.Module):
     "A tower that is never trained: no gradients to its weights, always in evaluation mode, identified by a hash."
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> nn.Module:
         return super().train(False)
 
     @property
@@ -227,11 +227,11 @@ class ClipBackbone(Backbone):
         return block(tokens)
 
     @property
-    def norm(self):
+    def norm(self) -> nn.Module:
         return self.tower.ln_post
 
     @property
-    def prefix_count(self):
+    def prefix_count(self) -> int:
         return 1
 
     @property
@@ -257,11 +257,11 @@ class TimmBackbone(Backbone):
         return self.tower.norm_pre(x)
 
     @property
-    def norm(self):
+    def norm(self) -> nn.Module:
         return self.tower.norm
 
     @property
-    def prefix_count(self):
+    def prefix_count(self) -> int:
         return self.tower.num_prefix_tokens
 
     def _positions(self, grid):

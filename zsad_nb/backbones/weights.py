@@ -36,8 +36,9 @@ import urllib.error
 import urllib.request
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from safetensors.torch import load_file
@@ -57,7 +58,7 @@ def _environment_kept():
             os.environ.update(before)
 
 
-def import_vision_libraries():  # -> (timm, open_clip)
+def import_vision_libraries() -> tuple[ModuleType, ModuleType]:  # timm, open_clip
     "Import timm and open_clip; where torchvision's C++ operators are missing, declare their schemas first."
     if "timm" in sys.modules and "open_clip" in sys.modules:
         return sys.modules["timm"], sys.modules["open_clip"]
@@ -92,7 +93,7 @@ HEADER_MB = 32  # of a safetensors file (ours): names and shapes of a hundred th
 
 
 def listed(
-    names,  # of tensors, or phrases about them
+    names: Iterable,  # of tensors, or phrases about them
     most: int = 4,
 ) -> str:
     "The first of some names, and how many more there are."

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
+from PIL import Image
 
 from ..data.reading import Reading, takes_reading
 from ..data.stored import BadImage
@@ -606,7 +607,7 @@ def screen(self: HeatmapExplorer) -> Screen:
 
 
 @patch
-def snapshot(self: HeatmapExplorer, tile: int | None = None):  # a PIL image
+def snapshot(self: HeatmapExplorer, tile: int | None = None) -> Image.Image:
     "What is on the screen as one picture."
     return self.screen().picture(tile)
 

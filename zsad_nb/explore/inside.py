@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from ..backbones.towers import Backbone
 from ..components.dma import LevelFusion
+from ..data.images import Batch
 from ..methods.base import Method, Prediction
 
 # %% ../../nbs/explore/05_inside.ipynb #c29c7967
@@ -103,7 +104,7 @@ def _maps(name: str, tensor, prediction: Prediction) -> dict[str, torch.Tensor]:
 
 
 @torch.inference_mode()
-def look_inside(method: Method, batch) -> tuple:  # Prediction, list of Inside: one an image
+def look_inside(method: Method, batch: Batch) -> tuple:  # Prediction, list of Inside: one an image
     "Predict, and keep what the maps are made of."
     levels = []
     with ExitStack() as hooks:
@@ -134,7 +135,9 @@ def look_inside(method: Method, batch) -> tuple:  # Prediction, list of Inside: 
 
 # %% ../../nbs/explore/05_inside.ipynb #6d8fd099
 @torch.inference_mode()
-def image_patches(method: Method, batch) -> tuple:  # (B, N, D) float32 of length 1, grid (h, w), name of the tower
+def image_patches(
+    method: Method, batch: Batch
+) -> tuple:  # (B, N, D) float32 of length 1, grid (h, w), name of the tower
     "Patch tokens of a frozen tower, of length one."
     towers = [b for b in method.backbones().values() if isinstance(b, Backbone)]
     if not towers:

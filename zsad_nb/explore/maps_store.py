@@ -17,13 +17,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
+from PIL import Image
 from tqdm.auto import tqdm
 
 import zsad_nb
 from ..backbones.features import key_hash
 from ..core.files import write_json
 from ..core.names import shown
-from ..data.images import batches, defect_names
+from ..data.images import Batch, batches, defect_names
 from ..data.index import fingerprint, load_index, root_of, save_index
 from ..data.reading import Reading, read_as, reading_of, takes_reading
 from ..data.stored import upright_size
@@ -340,7 +341,7 @@ def _make(self: MapStore, row: int):
 
 
 @patch
-def read(self: MapStore, row: int):  # a Batch of one
+def read(self: MapStore, row: int) -> Batch:  # of one image
     "The image of a row, its mask and labels; BadImage if it cannot be read."
     return next(iter(self._batches(self._part([row]), on_bad="raise")))
 
@@ -598,7 +599,7 @@ def snapshot(
     position: float = 0.5,  # of the wipe: the share of the width that shows the first method
     at: tuple | None = None,  # a point, as shares of width and height
     tile: int | None = None,  # pixels a panel; default: as it is
-):  # a PIL image
+) -> Image.Image:
     "Image, mask, heatmap, overlay and contour of a row as one picture."
     row = store.find(image)
     record = store.index.iloc[row]

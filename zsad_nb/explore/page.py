@@ -6,7 +6,7 @@
 __all__ = ["ExplorerPage"]
 
 # %% ../../nbs/explore/10_page.ipynb #180b901a
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import ipywidgets as w
@@ -159,7 +159,7 @@ def tell(self: ExplorerPage, text: str, problem: bool = False):
 
 @patch
 @contextmanager
-def without_events(self: ExplorerPage):
+def without_events(self: ExplorerPage) -> Iterator[None]:
     "Inside, moving a control does nothing else."
     before = self._quiet
     self._quiet = True
