@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from zsad_nb.backbones.towers import OPENAI
+from zsad_nb.backbones.table import OPENAI
 from zsad_nb.data.images import Batch
 from zsad_nb.data.masks import resize_mask
 from zsad_nb.data.pixels import resize

@@ -14,7 +14,8 @@ from PIL import Image
 
 from zsad_nb.data.index import make_index
 from zsad_nb.explore.explorer import HeatmapExplorer
-from zsad_nb.explore.maps_store import CLIPS, DONE, ROW, make_store
+from zsad_nb.explore.map_records import CLIPS, DONE, ROW
+from zsad_nb.explore.maps_store import make_store
 from zsad_nb.methods.base import create
 from zsad_nb.synthetic.benchmark import render
 

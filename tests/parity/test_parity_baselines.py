@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from zsad_nb.backbones.ensembles import ANOMALIB_TEMPLATES, WINCLIP_STATES, sentences
-from zsad_nb.backbones.towers import IMAGENET
+from zsad_nb.backbones.table import IMAGENET
 from zsad_nb.components.dual_path import dual_path, joint, values_to_joint
 from zsad_nb.components.maps import to_pixels
 from zsad_nb.components.sap import pool

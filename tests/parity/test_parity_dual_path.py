@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from zsad_nb.backbones.prompts import import_prompts
-from zsad_nb.backbones.towers import IMAGENET, create_backbone
+from zsad_nb.backbones.table import IMAGENET
+from zsad_nb.backbones.towers import create_backbone
 from zsad_nb.components.dma import similarity_attention
 from zsad_nb.components.dual_path import dual_path, joint, values_to_joint
 from zsad_nb.components.losses import dice, focal

@@ -10,21 +10,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from zsad_nb.backbones import engines
-from zsad_nb.backbones.engines import Engine, engine_folder, fast_products, onednn_pays, probe_matmul
+from zsad_nb.backbones import engines, products
+from zsad_nb.backbones.engines import Engine, engine_folder
 from zsad_nb.backbones.features import FeatureCache
 from zsad_nb.backbones.graphs import (
     ENGINES,
     EngineError,
     Session,
     available,
-    constants,
-    drawn_images,
-    need,
+    hold_constant,
+    import_optional,
     resize_matrix,
+    synthetic_images,
     trace,
     write_onnx,
 )
+from zsad_nb.backbones.products import fast_products, onednn_pays, probe_matmul
 from zsad_nb.backbones.towers import create_backbone
 from zsad_nb.core.settings import seed_everything
 from zsad_nb.data.images import Batch, batches
@@ -51,12 +52,12 @@ def far(a, b) -> float:
 
 @pytest.fixture(scope="module")
 def batch() -> Batch:
-    return batch_of(drawn_images((SIZE, SIZE), 3, 50))
+    return batch_of(synthetic_images((SIZE, SIZE), 3, 50))
 
 
 @pytest.fixture(scope="module")
 def tower_file(tmp_path_factory):
-    "Two blocks: drawing a graph takes a second or two."
+    "Two blocks: tracing a graph takes a second or two."
     from safetensors.torch import save_file
 
     path = tmp_path_factory.mktemp("tower") / "two.safetensors"
@@ -218,14 +219,14 @@ def test_lower_precision_is_near_and_is_not_fp32(method, batch, folder, engine, 
 
 
 # ---- graphs on disk
-def test_graphs_are_drawn_once_and_made_again_when_damaged(method, batch, folder, monkeypatch):
+def test_graphs_are_traced_once_and_made_again_when_damaged(method, batch, folder, monkeypatch):
     pytest.importorskip("onnxruntime")
     first = method.use_engine("onnxruntime", folder=folder).predict(batch)
-    drawn = []
-    monkeypatch.setattr(engines, "trace", lambda *a: drawn.append(1) or trace(*a))
+    traced = []
+    monkeypatch.setattr(engines, "trace", lambda *a: traced.append(1) or trace(*a))
     try:
         again = method.use_engine("onnxruntime", folder=folder).predict(batch)  # as in a new process
-        assert not drawn and far(first, again) == 0
+        assert not traced and far(first, again) == 0
         graph = max(folder.glob("*/graph.onnx"), key=lambda p: "visualad" in (p.parent / "about.json").read_text())
         about = json.loads((graph.parent / "about.json").read_text())
         assert (
@@ -235,7 +236,7 @@ def test_graphs_are_drawn_once_and_made_again_when_damaged(method, batch, folder
             < 1e-4
         )
         graph.write_bytes(graph.read_bytes()[:1000])
-        assert far(method.use_engine("onnxruntime", folder=folder).predict(batch), first) == 0 and drawn == [1]
+        assert far(method.use_engine("onnxruntime", folder=folder).predict(batch), first) == 0 and traced == [1]
         assert not list(folder.glob(".new-*"))
     finally:
         method.use_engine()
@@ -328,7 +329,7 @@ def test_a_missing_or_broken_package_names_the_extra(monkeypatch, how, tmp_path)
     for ask in (
         lambda: create("visualad", image_size=SIZE, engine="onnxruntime"),
         lambda: write_onnx(None, tmp_path / "x.onnx", {}),
-        lambda: need("this", "onnx"),
+        lambda: import_optional("this", "onnx"),
     ):
         with pytest.raises(EngineError, match=r"pip install zsad_nb\[engines\]"):
             ask()
@@ -362,13 +363,13 @@ def test_a_full_disk_is_named(method, batch, monkeypatch, tmp_path):
         method.use_engine()
 
 
-def test_what_cannot_be_drawn_is_said():
+def test_what_cannot_be_traced_is_said():
     class Branches(torch.nn.Module):
         def forward(self, image):
             return dict(a=image * 2 if image.sum() > 0 else image)
 
     module = Branches()
-    with pytest.raises(EngineError, match="Branches cannot be drawn"):
+    with pytest.raises(EngineError, match="Branches cannot be traced"):
         trace(module, module.forward, dict(image=torch.rand(2, 3, 8, 8)))
 
     def counts(image):
@@ -387,13 +388,13 @@ def test_constants_hold_and_let_go():
         with torch.no_grad():
             plain = tower(image)
             known = set(tower.__dict__)
-            with constants(tower):
+            with hold_constant(tower):
                 held = tower(image)
         assert (
             all((a - b).norm() < 1e-5 * b.norm() for a, b in zip(held.patches, plain.patches))
             and set(tower.__dict__) == known
         )
-        with pytest.raises(RuntimeError), constants(tower):
+        with pytest.raises(RuntimeError), hold_constant(tower):
             raise RuntimeError("in between")
         assert set(tower.__dict__) == known
     image = torch.rand(1, 3, 50, 31)
@@ -409,23 +410,23 @@ def test_rotations_are_constants():
     tower.tower.blocks = tower.tower.blocks[:2]
     with torch.no_grad():
         expected = tower(image, taps=(1, 2)).patches
-        with constants(tower):
+        with hold_constant(tower):
             found = tower(image, taps=(1, 2)).patches
     assert all(torch.equal(a, b) for a, b in zip(found, expected)) and "get_embed" not in tower.tower.rope.__dict__
 
 
 def test_unread_weights_are_left_out():
     method = create("ssvp", clip_weights="random:0", dino_weights="random:0", image_size=SIZE).eval()
-    drawn = trace(
+    traced = trace(
         method,
         lambda image: dict(a=method.hsvs.project[0](method.clip(image, taps=(1,), norm=True).patches[0])),
         dict(image=torch.rand(2, 3, SIZE, SIZE)),
     )
-    kept = set(drawn.program.state_dict)
+    kept = set(traced.program.state_dict)
     assert any("clip.tower.transformer.resblocks.0." in k for k in kept) and not any(
         part in k for k in kept for part in ("text.", "dino.", "vcpg")
     )
-    assert torch.equal(drawn.program.module()(torch.rand(1, 3, SIZE, SIZE))[0].isfinite().all(), torch.tensor(True))
+    assert torch.equal(traced.program.module()(torch.rand(1, 3, SIZE, SIZE))[0].isfinite().all(), torch.tensor(True))
 
 
 def test_probe_leaves_the_switch_alone(monkeypatch):
@@ -458,7 +459,7 @@ def switch():
     ],
 )
 def test_products_take_the_fast_route_where_it_is_exact(switch, monkeypatch, vendor, error, said, on):
-    monkeypatch.setattr(engines, "probe_matmul", lambda *a: dict(error=error))
+    monkeypatch.setattr(products, "probe_matmul", lambda *a: dict(error=error))
     real = Path.read_text
     monkeypatch.setattr(
         Path,

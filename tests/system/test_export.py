@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from zsad_nb.backbones.engines import flat
-from zsad_nb.backbones.graphs import EngineError, available, drawn_images
+from zsad_nb.backbones.engines import flatten_features
+from zsad_nb.backbones.graphs import EngineError, available, synthetic_images
 from zsad_nb.cli.commands import main
 from zsad_nb.core.settings import seed_everything
 from zsad_nb.data.images import Batch
@@ -69,7 +69,7 @@ def exported(room):
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_four_systems_in_every_runtime(exported, name):
     method, folder, about = exported(name)
-    images = drawn_images((SIZE, SIZE), 5, 300)
+    images = synthetic_images((SIZE, SIZE), 5, 300)
     expected = method.predict(batch_of(images))
     assert expected.map.std() > 1e-3, "a flat map proves nothing"
     for runtime in ["torch", "onnxruntime"] + ["openvino"] * available("openvino"):
@@ -95,7 +95,7 @@ def test_four_systems_in_every_runtime(exported, name):
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_encode_and_head_each_on_its_own(exported, name):
-    "Of the embedded pair with its weights; at the number of images the graphs were drawn with (2), and at others."
+    "Of the embedded pair with its weights; at the number of images the graphs were traced with (2), and at others."
     method, folder, _ = exported(name)
     towers = method.backbones()
     assert {b.row.name for b in towers.values()} <= {"tiny-clip", "tiny-dino", "tiny-clip-text"} and all(
@@ -104,9 +104,9 @@ def test_encode_and_head_each_on_its_own(exported, name):
     for runtime in ["torch", "onnxruntime"] + ["openvino"] * available("openvino"):
         steps = load_exported(folder, runtime).steps
         for n in (2, 1, 3):
-            images = drawn_images((SIZE, SIZE), n, 40 + n)
+            images = synthetic_images((SIZE, SIZE), n, 40 + n)
             with torch.no_grad():
-                features = flat(method.encode(batch_of(images))) if method.encodes else dict(image=images)
+                features = flatten_features(method.encode(batch_of(images))) if method.encodes else dict(image=images)
             expected = method.predict(batch_of(images))
             if method.encodes:
                 found = steps[0](dict(image=images))
@@ -125,7 +125,7 @@ def test_encode_and_head_each_on_its_own(exported, name):
 
 def test_ssvp_draws_the_same_latents_every_time(exported):
     method, folder, _ = exported("ssvp")
-    images = drawn_images((SIZE, SIZE), 2, 9)
+    images = synthetic_images((SIZE, SIZE), 2, 9)
     torch.manual_seed(5)
     first = load_exported(folder).predict(images)
     torch.manual_seed(6)
@@ -156,7 +156,7 @@ def test_the_description_is_in_the_file_and_beside_it(exported):
 def test_pictures_of_any_kind(exported, tmp_path):
     method, folder, _ = exported("visualad")
     loaded = load_exported(folder)
-    pixels = (drawn_images((90, 70), 1, 3)[0].permute(1, 2, 0).numpy() * 255).round().astype("uint8")
+    pixels = (synthetic_images((90, 70), 1, 3)[0].permute(1, 2, 0).numpy() * 255).round().astype("uint8")
     Image.fromarray(pixels).save(tmp_path / "a b.png")
     ways = [
         loaded.predict(x)
@@ -174,7 +174,7 @@ def test_the_reader_needs_no_weights(exported, monkeypatch):
     from zsad_nb.methods import base
 
     monkeypatch.setattr(base, "create", lambda *a, **k: pytest.fail("no method is built"))
-    assert load_exported(folder).predict(drawn_images((SIZE, SIZE), 1)).map.shape == (1, SIZE, SIZE)
+    assert load_exported(folder).predict(synthetic_images((SIZE, SIZE), 1)).map.shape == (1, SIZE, SIZE)
 
 
 # ---- whole or not at all

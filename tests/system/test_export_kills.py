@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from zsad_nb.backbones.graphs import drawn_images
+from zsad_nb.backbones.graphs import synthetic_images
 from zsad_nb.backbones.programs import file_hash
 from zsad_nb.deploy import export as module
 from zsad_nb.deploy.export import export, load_exported, read_description
@@ -26,7 +26,7 @@ def method(tap: int):
 
 
 def answers(folder: Path):
-    return load_exported(folder, "torch").predict(drawn_images((SIZE, SIZE), 2, 5)).map
+    return load_exported(folder, "torch").predict(synthetic_images((SIZE, SIZE), 2, 5)).map
 
 
 def whole(folder: Path) -> int:

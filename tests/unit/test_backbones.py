@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from zsad_nb.backbones import towers as module
-from zsad_nb.backbones.towers import BACKBONES, ClipBackbone, create_backbone
+from zsad_nb.backbones.table import BACKBONES
+from zsad_nb.backbones.towers import ClipBackbone, create_backbone
 from zsad_nb.backbones.weights import WeightsError, flat_state, import_vision_libraries, read_state
 
 timm, open_clip = import_vision_libraries()

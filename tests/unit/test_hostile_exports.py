@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from zsad_nb.backbones.graphs import EngineError, available, drawn_images
-from zsad_nb.backbones.programs import OPERATORS, file_hash, onnx_session, read_onnx, read_program
+from zsad_nb.backbones.graphs import EngineError, available, synthetic_images
+from zsad_nb.backbones.onnx_files import onnx_session, read_onnx
+from zsad_nb.backbones.programs import OPERATORS, file_hash, read_program
 from zsad_nb.deploy.export import export, load_exported, read_description
 from zsad_nb.methods.base import create
 
@@ -414,7 +415,7 @@ def test_an_export_without_hashes_is_read_with_a_warning(made, tmp_path):
     (folder / "export.json").write_text(json.dumps({k: v for k, v in about.items() if k != "hashes"}))
     with pytest.warns(UserWarning, match="before descriptions carried hashes"):
         found = load_exported(folder, "torch")
-    images = drawn_images((SIZE, SIZE), 2)
+    images = synthetic_images((SIZE, SIZE), 2)
     assert torch.equal(found.predict(images).map, load_exported(made, "torch").predict(images).map)
 
 
@@ -464,7 +465,7 @@ def test_too_few_results_are_no_prediction(made, tmp_path):
     about["graphs"][1]["outputs"].append("type_map")
     (folder / "export.json").write_text(json.dumps(about))
     with pytest.raises(EngineError, match="gives 2 results, its description names 3"):
-        load_exported(folder, "torch").predict(drawn_images((SIZE, SIZE), 1))
+        load_exported(folder, "torch").predict(synthetic_images((SIZE, SIZE), 1))
 
 
 def test_operators_are_of_one_library():

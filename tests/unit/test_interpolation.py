@@ -14,7 +14,7 @@ from PIL import Image
 
 import zsad_nb
 from zsad_nb.backbones.features import FeatureCache
-from zsad_nb.backbones.graphs import constants
+from zsad_nb.backbones.graphs import hold_constant
 from zsad_nb.backbones.towers import create_backbone
 from zsad_nb.data.images import Batch, batches
 from zsad_nb.data.method_images import batches_for, resize_for
@@ -239,7 +239,7 @@ def test_a_tower_of_another_size(way):
     image = torch.rand(1, 3, 50, 41)
     expected = torch.nn.functional.interpolate(image, (SIDE, SIDE), mode=way, antialias=True).clamp(0, 1)
     assert far(tower.prepare(image) * tower.std + tower.mean, expected) < SAME
-    with constants(tower):
+    with hold_constant(tower):
         assert far(tower.prepare(image) * tower.std + tower.mean, expected) < 1e-5
 
 

@@ -23,9 +23,10 @@ from zsad_nb.data.index import make_index
 from zsad_nb.evaluation.evaluate import evaluate
 from zsad_nb.evaluation.tables import results_table
 from zsad_nb.evaluation.views import Views
-from zsad_nb.explore.controls import bars, message, numbers_html, verdict
-from zsad_nb.explore.explorer import HeatmapExplorer, _slug
+from zsad_nb.explore.controls import decision_html, message_html, numbers_html, shares_html
+from zsad_nb.explore.explorer import HeatmapExplorer
 from zsad_nb.explore.gallery import Gallery
+from zsad_nb.explore.screen import name_part
 from zsad_nb.explore.upload import Upload
 from zsad_nb.figures import style as paper_style
 from zsad_nb.figures.bars import bar_figure, draw_bars
@@ -367,7 +368,7 @@ def test_levels_of_bars_stay_in_the_folder(tmp_path, level):
     )
 )
 def test_two_views_never_share_a_picture(names):
-    made = {"--".join(_slug(part, path) for part, path in zip((a, b), (False, True))) for a in names for b in names}
+    made = {"--".join(name_part(part, path) for part, path in zip((a, b), (False, True))) for a in names for b in names}
     assert len(made) == len(names) ** 2
 
 
@@ -386,10 +387,10 @@ def inert(text: str):
 
 def test_what_widgets_say_is_text():
     for text in (
-        bars({BAD: 0.5, "normal": 0.5}, [BAD]),
-        message(BAD),
-        message(BAD, True),
-        verdict(1.0, 0.5, True, BAD),
+        shares_html({BAD: 0.5, "normal": 0.5}, [BAD]),
+        message_html(BAD),
+        message_html(BAD, True),
+        decision_html(1.0, 0.5, True, BAD),
         numbers_html({BAD: BAD, "note": BAD}),
     ):
         inert(text)
@@ -500,11 +501,11 @@ def test_ascii_pictures_did_not_change():
 def test_uploads_are_told_as_text():
     upload = Upload(create("self_distance", weights="random:0", image_size=32, tap=1))
     data = io.BytesIO()
-    upload.look(BAD, b"no picture")
+    upload.open_file(BAD, b"no picture")
     inert(upload.message.value)
     assert "not an image" in upload.message.value
     Image.new("RGB", (40, 40)).save(data, "PNG")
-    upload.look(BAD, data.getvalue(), BAD)
+    upload.open_file(BAD, data.getvalue(), BAD)
     assert "onerror" in upload.verdict.value
     for html in (upload.verdict, upload.types, upload.pixel, upload.message):
         inert(html.value)

@@ -26,8 +26,9 @@ from zsad_nb.backbones.ensembles import (
     sentences,
 )
 from zsad_nb.backbones.prompts import ObjectPrompts, StatePrompts, import_prompts
+from zsad_nb.backbones.table import BACKBONES, BackboneRow
 from zsad_nb.backbones.text import END, START, TOKENS, UNKNOWN, TextTower, create_text, tokenizer, vocabulary
-from zsad_nb.backbones.towers import BACKBONES, BackboneRow, create_backbone
+from zsad_nb.backbones.towers import create_backbone
 from zsad_nb.backbones.weights import WeightsError, import_vision_libraries, read_state
 from zsad_nb.backbones.words import rewrite
 from zsad_nb.components.dual_path import dual_path, joint

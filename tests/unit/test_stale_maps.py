@@ -14,7 +14,8 @@ from zsad_nb.backbones import engines
 from zsad_nb.backbones.engines import Engine
 from zsad_nb.data.index import make_index
 from zsad_nb.explore import maps_store
-from zsad_nb.explore.maps_store import DONE, ROW, UNREADABLE, MapStore, make_store, open_store
+from zsad_nb.explore.map_records import DONE, ROW, UNREADABLE
+from zsad_nb.explore.maps_store import MapStore, make_store, open_store
 from zsad_nb.methods.base import create
 
 COUNT, SIZE = 4, 32
@@ -118,9 +119,9 @@ def test_the_same_pixels_are_not_computed_again(method, data, tmp_path, store, m
     shutil.copy(tmp_path / "data" / "0.bmp", tmp_path / "data" / "x")
     os.replace(tmp_path / "data" / "x", tmp_path / "data" / "0.bmp")
     hashed = []
-    real = maps_store._content
-    monkeypatch.setattr(maps_store, "_content", lambda path: (hashed.append(path), real(path))[1])
-    monkeypatch.setattr(maps_store, "_settled", lambda state: state)  # as two seconds later
+    real = maps_store.file_content
+    monkeypatch.setattr(maps_store, "file_content", lambda path: (hashed.append(path), real(path))[1])
+    monkeypatch.setattr(maps_store, "settled_state", lambda state: state)  # as two seconds later
     assert (
         make_store(method, data, tmp_path / "maps", dtype="float32").compute(progress=False) == 0
         and len(hashed) == COUNT
@@ -132,7 +133,7 @@ def test_the_same_pixels_are_not_computed_again(method, data, tmp_path, store, m
 
 
 def test_ten_thousand_rows_are_looked_at_quickly(method, data, tmp_path, store, monkeypatch):
-    monkeypatch.setattr(maps_store, "_settled", lambda state: state)
+    monkeypatch.setattr(maps_store, "settled_state", lambda state: state)
     store.refresh()
     begun = time.process_time()
     for _ in range(200):
@@ -179,7 +180,7 @@ def test_what_was_kept_of_another_image_is_not_shown(method, data, tmp_path, sto
     for content in (b"", b"PK\x03\x04", box.read_bytes()[:500]):
         box.write_bytes(content)
         assert open_store(store.folder, method).inside(0).maps
-        with pytest.raises(ValueError, match="or is damaged or of another image"):
+        with pytest.raises(ValueError, match="damaged or of another image"):
             open_store(store.folder).inside(0)
 
 

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from small_sets import bright_squares
 
+from zsad_nb.backbones.table import BACKBONES
 from zsad_nb.backbones.text import create_text
-from zsad_nb.backbones.towers import BACKBONES, create_backbone, resize_positions
+from zsad_nb.backbones.towers import create_backbone, resize_positions
 from zsad_nb.backbones.weights import WeightsError
 from zsad_nb.evaluation import study
 from zsad_nb.methods.base import MODULES, create, describe, import_released, load, method_class, save

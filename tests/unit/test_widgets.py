@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.metrics import precision_recall_fscore_support
 
 from zsad_nb.data.index import make_index
-from zsad_nb.explore.controls import from_to
+from zsad_nb.explore.controls import range_text
 from zsad_nb.explore.explorer import HeatmapExplorer
 from zsad_nb.explore.maps_store import make_store, open_store, snapshot
 from zsad_nb.explore.upload import Upload
@@ -292,7 +292,7 @@ def test_types_of_a_pixel(room, index):
     explorer.layer.value = kind[1]
     assert same(
         explorer.pictures["heatmap"].data, explorer.drawing.panel("heatmap", explorer.view())
-    ) and explorer.pictures["heatmap"].note == from_to(explorer.view().low, explorer.view().high)
+    ) and explorer.pictures["heatmap"].note == range_text(explorer.view().low, explorer.view().high)
     explorer.threshold.value = explorer.threshold.min
     assert f"most likely {explorer.store.types[explorer.store.rows['kind'][explorer.row]]}" in words(explorer.verdict)
 
@@ -641,9 +641,9 @@ def test_upload_shows_what_the_method_says(index):
 def test_upload_asks_with_the_word_that_is_given(index):
     upload = Upload(create("winclip", clip_weights="random:0", image_size=SIZE))
     touch(upload.zone, name="mine.png", data=(Path(index.attrs["root"]) / index.image[20]).read_bytes(), count=1)
-    before = upload.found.score
+    before = upload.result.score
     upload.word.value = "gear"
-    assert upload.found.category == "gear" and upload.found.score != before
+    assert upload.result.category == "gear" and upload.result.score != before
 
 
 @pytest.mark.parametrize(
@@ -676,7 +676,7 @@ def test_upload_of_anything(name, data, said):
 def test_upload_of_a_camera_with_fewer_bits():
     upload = Upload(visualad(), bits=10)
     touch(upload.zone, name="f.tif", data=file(np.zeros((40, 40), np.uint16) + 700, "TIFF"), count=1)
-    assert not upload.message.value and upload.found.image.max() == round(700 * 255 / 1023)
+    assert not upload.message.value and upload.result.image.max() == round(700 * 255 / 1023)
     with pytest.raises(ValueError, match="make it with bits=12"):
         Upload(upload.inspector, bits=12)
 
@@ -684,4 +684,4 @@ def test_upload_of_a_camera_with_fewer_bits():
 def test_upload_with_thresholds_decides():
     upload = Upload(Inspector.load("visualad", weights="random:0", image_size=SIZE).use_values(image=1e9))
     touch(upload.zone, name="good.png", data=file(np.full((40, 40, 3), 90, np.uint8)), count=1)
-    assert words(upload.verdict).startswith("normal") and isinstance(pd.Series(upload.found.types), pd.Series)
+    assert words(upload.verdict).startswith("normal") and isinstance(pd.Series(upload.result.types), pd.Series)

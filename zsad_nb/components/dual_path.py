@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..backbones.towers import ClipBackbone, dot_attention
+from ..backbones.attention import dot_attention
+from ..backbones.towers import ClipBackbone
 
 # %% ../../nbs/components/11_dual_path.ipynb #01429db8
 _PAIRS = {

@@ -9,7 +9,7 @@ __all__ = ["head_count", "ATF", "Concat", "HSVS"]
 import torch
 from torch import Tensor, nn
 
-from ..backbones.towers import dot_attention
+from ..backbones.attention import dot_attention
 
 
 # %% ../../nbs/components/05_hsvs.ipynb #93021292

@@ -44,8 +44,9 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
-from ..backbones.engines import Engine, fast_products, products, products_switch
+from ..backbones.engines import Engine
 from ..backbones.graphs import ENGINES, EngineError
+from ..backbones.products import fast_products, products, products_switch
 from ..backbones.towers import Backbone
 from ..components import maps
 from ..core.files import write_json

@@ -28,9 +28,10 @@ import torch
 from torch import Tensor
 
 import zsad_nb
-from ..backbones.engines import flat, unflat
-from ..backbones.graphs import EngineError, available, drawn_images, need, quiet, trace, write_onnx
-from ..backbones.programs import file_hash, onnx_session, read_program
+from ..backbones.engines import flatten_features, unflatten_features
+from ..backbones.graphs import EngineError, available, import_optional, quiet, synthetic_images, trace, write_onnx
+from ..backbones.onnx_files import onnx_session
+from ..backbones.programs import file_hash, read_program
 from ..backbones.weights import listed, weights_hash
 from ..core.files import read_json, to_json, write_json
 from ..core.names import shown
@@ -65,9 +66,11 @@ def graphs_of(
     method: Method,
     size: int,  # pixels
     category: str = "object",  # class name, for a method that reads it
-) -> tuple:  # name -> Drawn; what PyTorch says to the two images they were drawn with; whether the class name was read
+) -> (
+    tuple
+):  # name -> TracedGraph; what PyTorch says to the two images they were traced with; whether the class name was read
     "Draw a method: one graph, or one for what is frozen and one for what is learned."
-    image = drawn_images((size, size), 2)
+    image = synthetic_images((size, size), 2)
     asked = []
 
     def batch(image):
@@ -79,12 +82,12 @@ def graphs_of(
     else:
         with torch.no_grad():
             grid = getattr(method.encode(batch(image)), "grid", None)
-        encode = trace(method, lambda image: flat(method.encode(batch(image))), dict(image=image))
+        encode = trace(method, lambda image: flatten_features(method.encode(batch(image))), dict(image=image))
 
         def head(*features):  # only the shape of the image is read
             return _answer(
                 method(
-                    unflat(dict(zip(encode.outputs, features)), grid),
+                    unflatten_features(dict(zip(encode.outputs, features)), grid),
                     batch(features[0].new_zeros(()).expand(features[0].shape[0], 3, size, size)),
                 )
             )
@@ -297,7 +300,7 @@ def export(
     _recover(folder)
     _require_replaceable(folder)
     if "onnx" in formats:
-        need("an ONNX export", "onnx", "onnxscript", "onnxruntime")
+        import_optional("an ONNX export", "onnx", "onnxscript", "onnxruntime")
     size = size or next(iter(method.backbones().values())).size
     was = (method.training, method.device, method.engine)
     method.engine = None
@@ -346,7 +349,7 @@ def _write(graph: dict, drawn, new: Path, formats: tuple, about: dict, optimise:
 
 
 def _check(method, folder, about, category, tolerance) -> dict:  # runtime -> largest difference of each output
-    images = drawn_images(tuple(about["input"]["size"]), 6, 7)
+    images = synthetic_images(tuple(about["input"]["size"]), 6, 7)
     found = {}
     runs = (["torch"] if "torch" in about["graphs"][0]["files"] else []) + (
         ["onnxruntime"] + ["openvino"] * available("openvino") if "onnx" in about["graphs"][0]["files"] else []

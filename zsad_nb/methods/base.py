@@ -44,11 +44,13 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 import zsad_nb
-from ..backbones.engines import Engine, fast_products
+from ..backbones.engines import Engine
 from ..backbones.ensembles import spelling
 from ..backbones.features import FeatureCache, one_by_one
 from ..backbones.graphs import EngineError
-from ..backbones.towers import BACKBONES, Features, Frozen
+from ..backbones.products import fast_products
+from ..backbones.table import BACKBONES
+from ..backbones.towers import Features, Frozen
 from ..backbones.weights import WeightsError, fitted, listed
 from ..core.files import to_json, write_atomically
 from ..core.names import shown

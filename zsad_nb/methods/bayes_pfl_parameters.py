@@ -48,7 +48,7 @@ class BayesPFLParameters(ParameterSet):
     state_mean: float = param(
         0.5,
         "stated",
-        "mean of the state vectors at the start, negative for the abnormal; without effect (backbones/06_prompts)",
+        "mean of the state vectors at the start, negative for the abnormal; without effect (backbones/08_prompts)",
     )
     prompt_std: float = param(0.02, "code", "of the learned vectors at the start", "above 0")
     image_specific: bool = param(True, "paper's ablation", "a context sample given the image; False: none")

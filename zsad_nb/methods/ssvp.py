@@ -82,7 +82,7 @@ class SSVPParameters(ParameterSet):
     state_mean: float = param(
         0.0,
         "ours; baseline: 0.5, which no text tower sees",
-        "mean of the state vectors at the start, negative for the abnormal ones; see backbones/06_prompts",
+        "mean of the state vectors at the start, negative for the abnormal ones; see backbones/08_prompts",
     )
     shared_background: bool = param(True, "stated", "one [V]_bg for all prompts; False: one a pair (baseline)")
     class_agnostic: bool = param(False, "stated: [CLASS]", 'write "object" for every class name')

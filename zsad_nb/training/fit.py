@@ -21,8 +21,8 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from ..backbones.engines import fast_products
 from ..backbones.features import FeatureCache, all_finite
+from ..backbones.products import fast_products
 from ..core.settings import require_known, seed_everything, usual_defaults
 from ..data.augment import AUGMENTATIONS
 from ..data.images import Batch
