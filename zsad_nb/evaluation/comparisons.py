@@ -15,7 +15,7 @@ __all__ = [
     "mark_training",
     "mean_row",
     "lead_over",
-    "compare",
+    "mark_best",
 ]
 
 # %% ../../nbs/evaluation/12_comparisons.ipynb #4dceebff
@@ -28,7 +28,7 @@ import pandas as pd
 
 from ..core.names import shown
 from .evaluate import MEAN
-from .paired import UNKNOWN as NO_INTERVAL
+from .paired import NO_INTERVAL
 from .paired import Interval, image_deviation, interval_of, read_draws
 from zsad_nb.evaluation.published import (
     METHOD_NAMES,
@@ -317,7 +317,7 @@ def lead_over(
     return interval_of(first["draws"], second["draws"])
 
 
-def compare(
+def mark_best(
     numbers: pd.DataFrame,  # of `mark_training` and `mean_row`
 ) -> pd.DataFrame:  # with best, against, lead, lead_low, lead_high, told_apart
     "Every method against the best of its row and metric, the best against its nearest competitor; the best is `best` where nobody is not told apart from it."

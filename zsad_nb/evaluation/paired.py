@@ -9,7 +9,7 @@ __all__ = [
     "BINS",
     "IMAGE",
     "PIXEL",
-    "UNKNOWN",
+    "NO_INTERVAL",
     "resamples",
     "Draws",
     "draws_of",
@@ -275,7 +275,7 @@ class Interval:
         return self.low > 0 or self.high < 0
 
 
-UNKNOWN = Interval(np.nan, np.nan, np.nan)
+NO_INTERVAL = Interval(np.nan, np.nan, np.nan)
 
 
 def _seeds(
@@ -308,7 +308,7 @@ def interval_of(
     "Percentile interval of a difference over the resamples."
     difference = first - second
     if np.isnan(difference).any():
-        return UNKNOWN
+        return NO_INTERVAL
     tail = (1 - level) / 2
     low, high = np.quantile(difference[1:], (tail, 1 - tail))
     return Interval(float(difference[0]), float(low), float(high))

@@ -9,7 +9,7 @@ __all__ = [
     "paired_errors",
     "KeptMaps",
     "scene_of",
-    "measure",
+    "image_contributions",
     "rank_correlation",
     "agreement",
 ]
@@ -113,7 +113,7 @@ def scene_of(dataset: str, category: str, image: str) -> str:
     return f"{category}/{image}"
 
 
-def measure(
+def image_contributions(
     method,  # a Method
     index: pd.DataFrame,  # target set; rows with split "test" are used
     size: int | None = None,  # pixels of maps and masks; default: the size of the method's first backbone

@@ -9,7 +9,7 @@ __all__ = [
     "DATASET_NAMES",
     "TRANSDUCTIVE",
     "NOT_COMPARABLE",
-    "COLUMNS",
+    "PUBLISHED_COLUMNS",
     "SOURCES",
     "NOTHING",
     "UNKNOWN",
@@ -107,7 +107,7 @@ NOT_COMPARABLE = dict(
 )  # protocol, section 3.3
 
 # %% ../../nbs/evaluation/07_published.ipynb #ddfca04b
-COLUMNS = [
+PUBLISHED_COLUMNS = [
     "paper",
     "table",
     "source",
@@ -151,7 +151,7 @@ def published(
     dataset: str | Iterable | None = None,
     method: str | Iterable | None = None,  # a method's name
     metric: str | Iterable | None = None,  # a column of metrics.csv
-) -> pd.DataFrame:  # COLUMNS; `category` is "mean" for the mean over classes, `std` the printed deviation
+) -> pd.DataFrame:  # PUBLISHED_COLUMNS; `category` is "mean" for the mean over classes, `std` the printed deviation
     "The published numbers that fit, in the order of the tables."
     table = _read()
     keep = pd.Series(True, _read().index)

@@ -33,7 +33,7 @@ from ..core.names import shown
 from ..core.tables import table_text
 from zsad_nb.evaluation.comparisons import (
     cell_numbers,
-    compare,
+    mark_best,
     in_order,
     mark_training,
     mean_row,
@@ -336,7 +336,7 @@ def _seed_notes(there: pd.DataFrame, names: dict, place, with_mean: bool) -> lis
 
 
 def verdict_notes(
-    numbers: pd.DataFrame,  # of `compare`
+    numbers: pd.DataFrame,  # of `mark_best`
     names: dict,  # method -> what a reader calls it
     heading,  # row -> what a reader calls it
 ) -> list[str]:
@@ -595,7 +595,7 @@ def results_table(
     if by_data and len(lines) > 1:
         numbers = pd.concat([numbers, mean_row(numbers)], ignore_index=True)
         lines = [*lines, MEAN]
-    numbers = compare(numbers)
+    numbers = mark_best(numbers)
     names = {m: method_name(m) for m in methods}
 
     def heading(row):

@@ -49,7 +49,7 @@ from ..data.reading import Reading, read_as, reading_of, takes_reading
 from ..data.stored import upright_size
 from ..evaluation.run_state import result_of
 from .inside import Inside, image_patches, look_inside
-from ..figures.blending import ORDER, Drawing, View, colours, enlarge, ring, sheet, similarity, to_levels, wipe
+from ..figures.blending import ORDER, Drawing, View, colours, enlarge_map, ring, sheet, similarity, to_levels, wipe
 from ..inspection.thresholds import identity
 from ..methods.base import Method
 from ..methods.parameters import SIDE
@@ -370,7 +370,9 @@ class MapStore:
     ) -> Drawing:
         "Image, mask and map, ready to be drawn."
         image, mask = self.picture(row)
-        return Drawing(image, enlarge(self.inside(row).maps[layer], image.shape[:2]) if layer else self.map(row), mask)
+        return Drawing(
+            image, enlarge_map(self.inside(row).maps[layer], image.shape[:2]) if layer else self.map(row), mask
+        )
 
     # ---- inside, on demand
     def inside(self, row: int) -> Inside:
@@ -630,7 +632,7 @@ def similarity_panel(
 ) -> tuple:  # (H, W, 3) uint8, tower
     "Cosines of the patch under a point with all others, from 0 (dark) to 1."
     patches, grid, tower = store.patches(row)
-    found = enlarge(similarity(patches.astype(np.float32), grid, at), (store.size, store.size))
+    found = enlarge_map(similarity(patches.astype(np.float32), grid, at), (store.size, store.size))
     panel = colours(to_levels(found, 0, 1))
     return ring(panel, at) if ringed else panel, tower
 

@@ -12,7 +12,7 @@ __all__ = [
     "to_levels",
     "colours",
     "blend",
-    "edge",
+    "border_of",
     "line_width",
     "outline",
     "gaussian_response",
@@ -22,7 +22,7 @@ __all__ = [
     "decode",
     "wipe",
     "similarity",
-    "enlarge",
+    "enlarge_map",
     "ring",
     "write_on",
     "sheet",
@@ -103,7 +103,7 @@ def blend(
 
 
 # %% ../../nbs/figures/02_blending.ipynb #93fda42b
-def edge(
+def border_of(
     inside: np.ndarray,  # (H, W) bool
     width: int = 2,  # pixels
 ) -> np.ndarray:  # (H, W) bool
@@ -131,9 +131,9 @@ def outline(
     "A region's outline in colour, with a dark rim."
     picture = picture.copy()
     width = line_width(min(inside.shape))
-    rim = edge(inside, width + max(1, width // 3))
+    rim = border_of(inside, width + max(1, width // 3))
     picture[rim] >>= 1
-    picture[edge(inside, width)] = ImageColor.getrgb(colour)
+    picture[border_of(inside, width)] = ImageColor.getrgb(colour)
     return picture
 
 
@@ -304,7 +304,7 @@ def similarity(
     return (patches @ patches[row * w + column]).astype(np.float32).reshape(h, w)
 
 
-def enlarge(
+def enlarge_map(
     small: np.ndarray,  # (h, w)
     size: tuple,  # (H, W)
 ) -> np.ndarray:  # (H, W) float32

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = [
-    "KINDS",
+    "FIGURE_NOTEBOOKS",
     "NEUTRAL",
     "name_of",
-    "given",
+    "stated_parameters",
     "Runs",
     "only_one",
     "main_backbone",
-    "need",
-    "remark",
+    "require_runs",
+    "synthetic_remark",
     "printed_training",
     "paper_rows",
 ]
@@ -28,7 +28,7 @@ from ..evaluation.published import DATASET_NAMES, protocol_set, reference, train
 from ..evaluation.results import Finished, evaluations, finished_runs
 
 # %% ../../nbs/figures/08_chosen_runs.ipynb #fe27f2bb
-KINDS = ("train", "evaluate", "qualitative", "ablation", "defect_types")  # notebooks whose runs are drawn
+FIGURE_NOTEBOOKS = ("train", "evaluate", "qualitative", "ablation", "defect_types")  # notebooks whose runs are drawn
 NEUTRAL = (
     "cache",
     "device",
@@ -49,7 +49,7 @@ def _drawn(run: Finished) -> bool:
     return str(run["data"] or run["test"] or "").startswith("synthetic-")
 
 
-def given(run: Finished) -> dict:
+def stated_parameters(run: Finished) -> dict:
     "What a run was given beside its notebook's defaults."
     spec = run.record.get("spec", {})
     return {k: v for k, v in spec.get("parameters", {}).items() if k in spec.get("given", spec.get("parameters", {}))}
@@ -58,10 +58,12 @@ def given(run: Finished) -> dict:
 def _same(run: Finished, by_hash: dict) -> str:
     "What a repetition has in common with the run that it repeats; a later state of the package or the notebook makes it another run."
     before = {
-        n: given(by_hash[h]) if (h := str(d.get("run", "")).rpartition("/")[2]) in by_hash else d.get("parameters")
+        n: stated_parameters(by_hash[h])
+        if (h := str(d.get("run", "")).rpartition("/")[2]) in by_hash
+        else d.get("parameters")
         for n, d in run.record.get("after", {}).items()
     }
-    return json.dumps([run.notebook, given(run), before] if run.record else run.path, sort_keys=True)
+    return json.dumps([run.notebook, stated_parameters(run), before] if run.record else run.path, sort_keys=True)
 
 
 class Runs:
@@ -73,7 +75,7 @@ class Runs:
         where: dict | None = None,  # parameter -> value, as text: runs that have the parameter must have this value
     ):
         found, self.skipped = finished_runs(folder)
-        found = [r for r in found if r.notebook in KINDS]
+        found = [r for r in found if r.notebook in FIGURE_NOTEBOOKS]
         by_hash = {r.hash: r for r in found if r.hash}
         last = {}
         same = {r.path: _same(r, by_hash) for r in found}
@@ -159,14 +161,14 @@ def main_backbone(runs: list, method: str) -> list:
     return [r for r in runs if kind(r) == kinds[0]]
 
 
-def need(runs: list, what: str) -> list:
+def require_runs(runs: list, what: str) -> list:
     "The runs, or the reason why there is no figure."
     if not runs:
         raise ValueError(f"no finished run: {what}")
     return runs
 
 
-def remark(
+def synthetic_remark(
     runs: list,
     model: bool = True,  # the figure shows what a model says, not only images
 ) -> str:

@@ -20,7 +20,7 @@ from ..core.names import shown
 from ..core.tables import write_table
 from ..evaluation.results import Finished
 from ..evaluation.tables import Table, html_text, markdown_text
-from .chosen_runs import NEUTRAL, Runs, given, name_of
+from .chosen_runs import NEUTRAL, Runs, name_of, stated_parameters
 from .paper_plan import plan
 from .style import save_figure, style
 
@@ -63,7 +63,7 @@ def build(
             continue
         made = None
         try:
-            made, used = item.draw(source)
+            made, used = item.make(source)
         except ValueError as error:
             why = str(error)
             wrong = False
@@ -111,7 +111,7 @@ END = "<!-- zsad figures: end -->"
 
 def _given(run: Finished) -> dict:
     "What a run was given beside its notebook's defaults, without places of a machine."
-    own = {k: v for k, v in given(run).items() if k not in NEUTRAL}
+    own = {k: v for k, v in stated_parameters(run).items() if k not in NEUTRAL}
     return {
         k: Path(v).name if isinstance(v, str) and ("/" in v or "\\" in v) else v
         for k, v in own.items()

@@ -4,22 +4,22 @@
 
 # %% auto #0
 __all__ = [
-    "COLUMNS",
+    "TABLE_METHODS",
     "PEERS",
-    "SETS",
+    "TABLE_SETS",
     "MEDICAL",
     "SHOWN",
     "SWEEPS",
     "BOOKS",
-    "SMALL",
+    "SYNTHETIC_DEFAULTS",
     "LOSSES",
     "PERCENT",
     "BENCH",
     "TOWERS",
     "UNMADE",
-    "SPEED",
+    "EFFICIENCY",
     "Item",
-    "drawn_like",
+    "synthetic_like",
     "commands",
     "marked_notes",
     "plan",
@@ -41,16 +41,16 @@ from ..evaluation.published import DATASET_NAMES, METHOD_NAMES, protocol_set, tr
 from ..evaluation.tables import Table, results_table
 from ..evaluation.variants_table import variants_table
 from ..evaluation.views import Views
-from .bars import LEVELS, bar_figure
-from .chosen_runs import Runs, main_backbone, name_of, need, only_one, paper_rows, remark
-from .curves import loss_figure, overview_figure
+from .bars import METRIC_LEVELS, bar_figure
+from .chosen_runs import Runs, main_backbone, name_of, require_runs, only_one, paper_rows, synthetic_remark
+from .curves import loss_figure, methods_figure
 from .grids import grid_figure, samples_figure, side_by_side
 from .studies import alignment_table, below, curve_figure, pair_figure, study_table
 from .style import letters, note, style
 from .types import confusion_figure, type_figure
 
 # %% ../../nbs/figures/10_paper_plan.ipynb #dafe0b76
-COLUMNS = dict(
+TABLE_METHODS = dict(
     dma_sap=("winclip", "anovl", "anomalyclip", "adaclip", "crane_plus", "dma_sap"),
     ssvp=("winclip", "april_gan", "anomalyclip", "adaclip", "bayes_pfl", "ssvp"),
     visualad=("winclip", "april_gan", "anomalyclip", "adaclip", "visualad"),
@@ -66,7 +66,7 @@ PEERS = (
     "winclip",
     "self_distance",
 )  # of the qualitative figures: the first that is there
-SETS = dict(
+TABLE_SETS = dict(
     dma_sap=("mvtec", "visa", "mpdd", "btad", "ksdd", "dagm", "dtd"),
     ssvp=("mvtec", "visa", "btad", "ksdd2", "rsdd", "dagm", "dtd"),
     visualad=("mvtec", "visa", "btad", "ksdd2", "dagm", "dtd"),
@@ -82,15 +82,15 @@ class Item:
 
     name: str  # of its files
     shows: str  # what, and where in which paper
-    draw: Callable  # Runs -> (Figure or Table, the runs it was made of); ValueError says what is missing
+    make: Callable  # Runs -> (Figure or Table, the runs it was made of); ValueError says what is missing
     command: str  # makes the runs; "" where nothing does
 
 
 SWEEPS, BOOKS = "nbs/experiments/sweeps", "nbs/experiments"
-SMALL = dict(size=256, images=6, epochs=3)  # drawn images, where no run says otherwise
+SYNTHETIC_DEFAULTS = dict(size=256, images=6, epochs=3)  # drawn images, where no run says otherwise
 
 
-def drawn_like(runs: Runs | None) -> dict:  # size, images, epochs
+def synthetic_like(runs: Runs | None) -> dict:  # size, images, epochs
     "With which settings missing runs fit those that are there."
 
     def one(name):
@@ -98,9 +98,9 @@ def drawn_like(runs: Runs | None) -> dict:  # size, images, epochs
             [r.parameters.get(name) or r[name] for r in runs.found] if runs else []
         )  # 0 is the paper's: then the result says which
         values = {value for value in used if isinstance(value, int)}
-        return values.pop() if len(values) == 1 else SMALL[name]
+        return values.pop() if len(values) == 1 else SYNTHETIC_DEFAULTS[name]
 
-    return {name: one(name) for name in SMALL}
+    return {name: one(name) for name in SYNTHETIC_DEFAULTS}
 
 
 def commands(real: bool, like: dict):  # (sweep, study, types)
@@ -155,7 +155,9 @@ LOSSES = dict(
 
 def _loss(method):
     def draw(runs):
-        used = main_backbone(need(runs.of("train", method=method), f"a training of {METHOD_NAMES[method]}"), method)
+        used = main_backbone(
+            require_runs(runs.of("train", method=method), f"a training of {METHOD_NAMES[method]}"), method
+        )
         only_one(used, lambda r: (r["method"], r["train_data"] or r["data"], r.seed), "trainings")
         files = {r.path: r.folder / "history.csv" for r in used}
         if lost := [p for p, f in files.items() if not f.is_file()]:
@@ -165,7 +167,7 @@ def _loss(method):
             sets.setdefault(f"trained on {name_of(r['train_data'] or r['data'])}", []).append(
                 read_table(files[r.path], numbers="rest")
             )
-        return loss_figure(sets, LOSSES, remark=remark(used)), used
+        return loss_figure(sets, LOSSES, remark=synthetic_remark(used)), used
 
     return draw
 
@@ -178,7 +180,7 @@ def _views(run, method=None) -> Views:
 
 
 def _samples(runs):
-    found = need([r for r in runs.of("qualitative") if r["views"]], "views of a data set")
+    found = require_runs([r for r in runs.of("qualitative") if r["views"]], "views of a data set")
     used = {}
     for r in found:
         data = r["data"]
@@ -187,7 +189,7 @@ def _samples(runs):
             used[data] = r
     used = {d: used[d] for d in [*[n for n in DATASET_NAMES if n in used], *sorted(set(used) - set(DATASET_NAMES))]}
     return samples_figure(
-        {name_of(d): _views(r) for d, r in used.items()}, remark=remark(list(used.values()), model=False)
+        {name_of(d): _views(r) for d, r in used.items()}, remark=synthetic_remark(list(used.values()), model=False)
     ), list(used.values())
 
 
@@ -231,14 +233,14 @@ def _as_printed(found, paper, method):
 
 def _bars(method, level):
     def draw(runs):
-        table, used = _table_runs(runs, COLUMNS[method], method, SETS[method])
-        there = [m for m in COLUMNS[method] if m in set(table["method"])]
+        table, used = _table_runs(runs, TABLE_METHODS[method], method, TABLE_SETS[method])
+        there = [m for m in TABLE_METHODS[method] if m in set(table["method"])]
         if method not in there or len(there) < 2:
             raise ValueError(
                 f"bars need {METHOD_NAMES[method]} and one method beside it; there is"
                 f" {', '.join(METHOD_NAMES[m] for m in there)}"
             )
-        metrics = [m for m in LEVELS[level] if m in table]
+        metrics = [m for m in METRIC_LEVELS[level] if m in table]
         made = results_table(table, metrics, methods=there, published=method if runs.real else False)
         row = MEAN if MEAN in set(made.numbers["row"]) else made.numbers["row"].iloc[0]
         return (
@@ -247,7 +249,7 @@ def _bars(method, level):
                 row=row,
                 published=runs.real,
                 title=f"{level} level, {'mean over data sets' if row == MEAN else name_of(row)}",
-                remark=" ".join([*marked_notes(made), remark(used)]).strip(),
+                remark=" ".join([*marked_notes(made), synthetic_remark(used)]).strip(),
             ),
             used,
         )
@@ -262,10 +264,10 @@ def _overview(runs):
     numbers = made.numbers[made.numbers["row"] == row]
     said = " ".join(marked_notes(made))
     return (
-        overview_figure(
+        methods_figure(
             numbers,
             own=SYSTEMS,
-            remark=f"{'Mean over data sets' if row == MEAN else name_of(row)}, deviations over seeds and over test images. {said} {remark(used)}".replace(
+            remark=f"{'Mean over data sets' if row == MEAN else name_of(row)}, deviations over seeds and over test images. {said} {synthetic_remark(used)}".replace(
                 "  ", " "
             ).strip(),
         ),
@@ -276,23 +278,27 @@ def _overview(runs):
 def _all(runs):
     table, used = _table_runs(runs)
     made = methods_table(table)
-    if said := remark(used):
+    if said := synthetic_remark(used):
         made.notes.insert(0, said)
     return made, used
 
 
 def _results(method, level, layout="data", sets=None):
     def draw(runs):
-        table, used = _table_runs(runs, COLUMNS[method], method, sets or SETS[method])
+        table, used = _table_runs(runs, TABLE_METHODS[method], method, sets or TABLE_SETS[method])
         if method not in set(table["method"]):
             raise ValueError(f"no finished run: an evaluation of {METHOD_NAMES[method]}")
         columns = [
-            n for m in COLUMNS[method] for n in (m, *sorted({x for x in table["method"] if x.startswith(f"{m} (")}))
+            n
+            for m in TABLE_METHODS[method]
+            for n in (m, *sorted({x for x in table["method"] if x.startswith(f"{m} (")}))
         ]  # a method with several backbones
         data = None if layout == "data" else "mvtec" if "mvtec" in set(table["data"]) else sorted(set(table["data"]))[0]
-        metrics = [m for m in LEVELS[level] if m in table] if layout == "data" else ["image_auroc", "pixel_auroc"]
+        metrics = (
+            [m for m in METRIC_LEVELS[level] if m in table] if layout == "data" else ["image_auroc", "pixel_auroc"]
+        )
         made = results_table(table, metrics, layout, columns, data, published=method if runs.real else False)
-        if said := remark(used):
+        if said := synthetic_remark(used):
             made.notes.insert(0, said)
         return made, used
 
@@ -302,7 +308,7 @@ def _results(method, level, layout="data", sets=None):
 def _qualitative(method, peer=""):
     def draw(runs):
         found = [r for r in runs.of("qualitative") if r["views"]]
-        ours = need([r for r in found if method in r["views"]], f"views of {METHOD_NAMES[method]}")
+        ours = require_runs([r for r in found if method in r["views"]], f"views of {METHOD_NAMES[method]}")
         theirs = {
             p: [
                 r
@@ -333,14 +339,14 @@ def _qualitative(method, peer=""):
                 used.append(here[0])
             for c in side_by_side(pair, max(1, 8 // len(sets)), SHOWN if len(sets) > 1 else ()):
                 columns.append(dict(c, data=name_of(data) if len(sets) > 1 else ""))
-        return grid_figure(columns[:9], remark=remark(used)), used
+        return grid_figure(columns[:9], remark=synthetic_remark(used)), used
 
     return draw
 
 
 # %% ../../nbs/figures/10_paper_plan.ipynb #faa9fadd
 def _types(runs, count=6):
-    found = need([r for r in runs.of("qualitative") if "dapo" in (r["views"] or {})], "views of DAPO")
+    found = require_runs([r for r in runs.of("qualitative") if "dapo" in (r["views"] or {})], "views of DAPO")
     run = min(found, key=lambda r: (r.seed, r.path))
     only_one(
         [r for r in found if r.seed == run.seed and r["data"] == run["data"]],
@@ -375,13 +381,13 @@ def _types(runs, count=6):
             )
         )
     figure = type_figure(rows, views.types)
-    if said := remark([run]):
+    if said := synthetic_remark([run]):
         _note(figure, said)
     return figure, [run]
 
 
 def _types_run(runs, method="dapo"):
-    found = need(
+    found = require_runs(
         [r for r in runs.of("defect_types") if method in (r["methods"] or [])],
         f"{BOOKS}/defect_types.ipynb with {METHOD_NAMES[method]}",
     )
@@ -411,7 +417,7 @@ def _confusion(unit):
         figure = confusion_figure(table, unit=unit)
         if unit == "images":
             figure.axes[0].set_xlabel("said, % of the truth's images")
-        if said := remark([run]):
+        if said := synthetic_remark([run]):
             _note(
                 figure,
                 f"Types to choose from: {'the product’s own' if choice == 'filtered' else 'all'}. Seed {seed}. {said}",
@@ -444,7 +450,7 @@ def _types_table(runs):
         {k: (f"{h}, %", 100, 1) for k, h in heads.items() if k in rows},
         corner="method",
         caption=f"Types on {name_of(run['test'])}",
-        notes=[remark([run])] if remark([run]) else [],
+        notes=[synthetic_remark([run])] if synthetic_remark([run]) else [],
     )
     return made, [run]
 
@@ -481,7 +487,7 @@ UNMADE = [  # name, what and where, why nothing here makes it
     ("visualad_diagram", "VisualAD: diagram of the method", "a diagram: drawn by hand, not computed from runs"),
     ("dapo_diagram", "DAPO: diagram of the method", "a diagram: drawn by hand, not computed from runs"),
 ]
-SPEED = dict(  # what each paper says of its cost
+EFFICIENCY = dict(  # what each paper says of its cost
     dma_sap=(336, "DMA+SAP, efficiency: 43.4 ± 18.3 ms per image of 336 px on an RTX 4090, 436 M parameters"),
     ssvp=(518, "SSVP, efficiency: the paper gives no numbers, it admits the cost of two backbones"),
     visualad=(518, "VisualAD, efficiency: its claim of few trained parameters was taken back in its README"),
@@ -502,7 +508,7 @@ def _unmade(bench: Callable) -> list[Item]:  # bench: method -> command
     why = (
         "not made from runs: a measurement of a machine, and the paper's is an RTX 4090; the command measures this one"
     )
-    return items + [Item(f"{m}_efficiency", shows, _not_made(why), bench(m)) for m, (_, shows) in SPEED.items()]
+    return items + [Item(f"{m}_efficiency", shows, _not_made(why), bench(m)) for m, (_, shows) in EFFICIENCY.items()]
 
 
 def plan(
@@ -511,7 +517,7 @@ def plan(
 ) -> list[Item]:
     "Every figure and table, paper by paper."
     real = runs is not None and runs.real
-    sweep, study, types = commands(real, drawn_like(runs))
+    sweep, study, types = commands(real, synthetic_like(runs))
     baselines = sweep("baselines" if real else "synthetic")
 
     def results(m):
@@ -604,7 +610,7 @@ def plan(
                 _results(m, level),
                 results(m),
             )
-            for level in LEVELS
+            for level in METRIC_LEVELS
         ]
     backbones = study("ssvp", 10.0, sweep="dino", values=["tiny-dino", "tiny-clip"])
     out += [
@@ -652,6 +658,6 @@ def plan(
             if real
             else []
         ),
-        *_unmade(lambda m: BENCH.format(method=m, size=SPEED[m][0], towers=TOWERS[m])),
+        *_unmade(lambda m: BENCH.format(method=m, size=EFFICIENCY[m][0], towers=TOWERS[m])),
     ]
     return out

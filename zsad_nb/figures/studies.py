@@ -43,7 +43,7 @@ from ..evaluation.tables import Table
 from ..evaluation.variants_table import variants_table
 from ..evaluation.views import Views
 from .bars import SHORT
-from .chosen_runs import Runs, name_of, need, only_one, remark
+from .chosen_runs import Runs, name_of, require_runs, only_one, synthetic_remark
 from .curves import sweep_figure
 from .grids import ablation_figure, side_by_side
 from ..methods.base import method_class
@@ -76,7 +76,9 @@ def study_runs(
     table: str,  # a name of its tables, or the parameter that was swept
 ) -> list[Finished]:  # one a data set, in the order of tables
     "The runs of a study; of several trainings on one data set that of the paper."
-    found = need(runs.of("ablation", method=method, table=table), f"the study {table!r} of {METHOD_NAMES[method]}")
+    found = require_runs(
+        runs.of("ablation", method=method, table=table), f"the study {table!r} of {METHOD_NAMES[method]}"
+    )
     sets = [*DATASET_NAMES, *sorted({str(r["data"]) for r in found})]
     chosen = []
     for data in sorted({r["data"] for r in found}, key=sets.index):
@@ -223,7 +225,7 @@ def study_table(
         where = " and ".join(name_of(r["data"]) for r in found)
         notes = [
             *training_notes(method, found, unlike if runs.real else set()),
-            *([remark(found)] if remark(found) else []),
+            *([synthetic_remark(found)] if synthetic_remark(found) else []),
         ]
         made = variants_table(
             frame,
@@ -257,7 +259,7 @@ def alignment_table(
     }
     notes = [
         *training_notes("ssvp", [run], set(values) if runs.real else set()),
-        *([remark([run])] if remark([run]) else []),
+        *([synthetic_remark([run])] if synthetic_remark([run]) else []),
     ]
     return variants_table(
         rows[rows["variant"].isin(ends)],
@@ -310,7 +312,10 @@ def pair_figure(
             frame[frame["variant"].isin(variants)], heads, values if runs.real else None, images=images, unlike=unlike
         )
         said = " ".join(
-            filter(None, [*(training_notes(method, found, unlike)[1:] if runs.real and unlike else []), remark(found)])
+            filter(
+                None,
+                [*(training_notes(method, found, unlike)[1:] if runs.real and unlike else []), synthetic_remark(found)],
+            )
         )
         numbers = made.numbers.assign(method=made.numbers["method"].map(called))
         return ablation_figure(columns, numbers, published=runs.real, names=names, remark=said), found
@@ -337,7 +342,13 @@ def curve_figure(
         metrics = [m for m in ("image_auroc", "pixel_auroc", "pixel_aupro", "type_auroc") if m in rows]
         made = variants_table(rows, {m: (m, 100, 1) for m in metrics}, images=image_results(run))
         return sweep_figure(
-            made.numbers, values, label, chosen, metrics, dict(type_auroc="types, AUROC"), remark=remark([run])
+            made.numbers,
+            values,
+            label,
+            chosen,
+            metrics,
+            dict(type_auroc="types, AUROC"),
+            remark=synthetic_remark([run]),
         ), [run]
 
     return draw

@@ -23,7 +23,7 @@ __all__ = [
     "bar_colours",
     "line_looks",
     "bare",
-    "outline",
+    "outline_mask",
     "overlay",
     "note",
     "legend_above",
@@ -274,7 +274,7 @@ def letters(
 
 
 # %% ../../nbs/figures/01_style.ipynb #b1da4e08
-HEAT, OUTLINE, PRINTED = "inferno", "#4DF0FF", "#0072B2"  # heatmaps, a mask's outline, published values
+HEAT, OUTLINE, PRINTED = "inferno", "#4DF0FF", "#0072B2"  # heatmaps, a mask's outline_mask, published values
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # Okabe and Ito
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
@@ -315,7 +315,7 @@ def bare(
         axis.set_ylabel(letters(left, lines=True), rotation=0, ha="right", va="center", linespacing=1.4)
 
 
-def outline(
+def outline_mask(
     axis,
     mask: np.ndarray,  # (H, W) bool
     width: float = 0.9,  # points
