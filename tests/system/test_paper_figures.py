@@ -20,7 +20,7 @@ from zsad_nb.evaluation.views import Views
 from zsad_nb.figures import paper_figures
 from zsad_nb.figures.chosen_runs import Runs, synthetic_remark
 from zsad_nb.figures.paper_figures import BEGIN, END, build, write_index
-from zsad_nb.figures.paper_plan import EFFICIENCY, UNMADE, commands, synthetic_like, plan
+from zsad_nb.figures.paper_plan import EFFICIENCY, UNMADE, commands, plan, synthetic_like
 from zsad_nb.figures.style import COLUMN, NOTE, PAGE
 from zsad_nb.methods.base import method_class
 from zsad_nb.runs.parameters import check_parameters, parameters_of, read_notebook

@@ -8,11 +8,11 @@ import pytest
 
 from zsad_nb.data.readers import READERS
 from zsad_nb.evaluation.published import (
-    PUBLISHED_COLUMNS,
     DATASET_NAMES,
     METHOD_NAMES,
     METRIC_NAMES,
     NOT_COMPARABLE,
+    PUBLISHED_COLUMNS,
     SOURCES,
     TRANSDUCTIVE,
     averages,

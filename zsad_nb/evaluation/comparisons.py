@@ -28,8 +28,7 @@ import pandas as pd
 
 from ..core.names import shown
 from .evaluate import MEAN
-from .paired import NO_INTERVAL
-from .paired import Interval, image_deviation, interval_of, read_draws
+from .paired import NO_INTERVAL, Interval, image_deviation, interval_of, read_draws
 from zsad_nb.evaluation.published import (
     METHOD_NAMES,
     METRIC_NAMES,

@@ -22,8 +22,7 @@ from ..data.index import fingerprint
 from ..data.reading import read_as, takes_reading
 from .comparisons import mean_draws
 from .evaluate import MEAN, evaluate
-from .paired import NO_INTERVAL
-from .paired import interval_of, read_draws
+from .paired import NO_INTERVAL, interval_of, read_draws
 from .views import view
 from ..methods.base import create
 from ..training.fit import recipe_of

@@ -33,8 +33,8 @@ from ..core.names import shown
 from ..core.tables import table_text
 from zsad_nb.evaluation.comparisons import (
     cell_numbers,
-    mark_best,
     in_order,
+    mark_best,
     mark_training,
     mean_row,
     method_name,

@@ -49,7 +49,18 @@ from ..data.reading import Reading, read_as, reading_of, takes_reading
 from ..data.stored import upright_size
 from ..evaluation.run_state import result_of
 from .inside import Inside, image_patches, look_inside
-from ..figures.blending import ORDER, Drawing, View, colours, enlarge_map, ring, sheet, similarity, to_levels, wipe
+from zsad_nb.figures.blending import (
+    ORDER,
+    Drawing,
+    View,
+    colours,
+    enlarge_map,
+    ring,
+    sheet,
+    similarity,
+    to_levels,
+    wipe,
+)
 from ..inspection.thresholds import identity
 from ..methods.base import Method
 from ..methods.parameters import SIDE

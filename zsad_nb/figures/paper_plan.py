@@ -42,7 +42,15 @@ from ..evaluation.tables import Table, results_table
 from ..evaluation.variants_table import variants_table
 from ..evaluation.views import Views
 from .bars import METRIC_LEVELS, bar_figure
-from .chosen_runs import Runs, main_backbone, name_of, require_runs, only_one, paper_rows, synthetic_remark
+from zsad_nb.figures.chosen_runs import (
+    Runs,
+    main_backbone,
+    name_of,
+    only_one,
+    paper_rows,
+    require_runs,
+    synthetic_remark,
+)
 from .curves import loss_figure, methods_figure
 from .grids import grid_figure, samples_figure, side_by_side
 from .studies import alignment_table, below, curve_figure, pair_figure, study_table

@@ -43,7 +43,7 @@ from ..evaluation.tables import Table
 from ..evaluation.variants_table import variants_table
 from ..evaluation.views import Views
 from .bars import SHORT
-from .chosen_runs import Runs, name_of, require_runs, only_one, synthetic_remark
+from .chosen_runs import Runs, name_of, only_one, require_runs, synthetic_remark
 from .curves import sweep_figure
 from .grids import ablation_figure, side_by_side
 from ..methods.base import method_class
