@@ -21,6 +21,7 @@ __all__ = [
     "trained_alike",
     "protocol_set",
     "reference",
+    "printed_variants",
     "averages",
 ]
 
@@ -133,15 +134,13 @@ def _read() -> pd.DataFrame:
 
 def _chosen(table: pd.DataFrame, column: str, wanted) -> pd.Series:
     wanted = [wanted] if isinstance(wanted, str) else list(wanted)
-    known = list(table[column].unique())
+    values = list(table[column].unique())
     for name in wanted:
-        if name in known:
+        if name in values:
             continue
-        near = difflib.get_close_matches(name, known, 3, 0.5)
-        raise ValueError(
-            f"no published number has {column} {name!r}; "
-            + (f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}")
-        )
+        near = difflib.get_close_matches(name, values, 3, 0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(values)}"
+        raise ValueError(f"no published number has {column} {name!r}; {hint}")
     return table[column].isin(wanted)
 
 
@@ -187,8 +186,8 @@ def training_set(
         part = not {"", "*"} & sets[data] and whole is not None and len(sets[data]) < len(whole)
         return f"{data} ({len(sets[data])} of {len(whole)} categories)" if part else data
 
-    known = [name for name in DATASET_NAMES if name in sets]
-    return "+".join(map(one, sorted(sets, key=lambda name: (known.index(name) if name in known else len(known), name))))
+    places = {name: place for place, name in enumerate(DATASET_NAMES)}
+    return "+".join(map(one, sorted(sets, key=lambda name: (places.get(name, len(places)), name))))
 
 
 def training_name(
@@ -196,10 +195,10 @@ def training_name(
 ) -> str:
     "A training set as a reader calls it."
     words = {NOTHING: "nothing", UNKNOWN: "an unknown set", "rows": "the sets of its rows"}
-    return words.get(trained_on) or " and ".join(
-        DATASET_NAMES.get(name, name)
-        for name in re.sub(r"(\w+)( \(.*?\))", lambda m: DATASET_NAMES.get(m[1], m[1]) + m[2], trained_on).split("+")
-    )
+    if trained_on in words:
+        return words[trained_on]
+    parts = re.sub(r"(\w+)( \(.*?\))", lambda m: DATASET_NAMES.get(m[1], m[1]) + m[2], trained_on).split("+")
+    return " and ".join(DATASET_NAMES.get(name, name) for name in parts)
 
 
 def trained_alike(
@@ -226,13 +225,12 @@ HOME = dict(crane_plus="crane")  # method -> the paper that introduced it, where
 @lru_cache(maxsize=None)
 def _by_key() -> dict:
     table = _read()
-    found = {}
     table = table[table["variant"] == ""]
-    for row in (
-        table.assign(rank=table["source"].map(SOURCES.index)).sort_values("rank", kind="stable").itertuples(index=False)
-    ):
-        found.setdefault((row.method, row.dataset, row.category, row.metric), []).append(row)
-    return found
+    table = table.assign(rank=table["source"].map(SOURCES.index)).sort_values("rank", kind="stable")
+    lines = {}
+    for row in table.itertuples(index=False):
+        lines.setdefault((row.method, row.dataset, row.category, row.metric), []).append(row)
+    return lines
 
 
 def reference(
@@ -241,25 +239,53 @@ def reference(
     metric: str,  # names of this package
     category: str = "mean",  # or a class
     paper: str | None = None,  # only numbers printed there; None: the method's own paper, else the best source
-    trained_on: str = "",  # of the run that is held against it (see `training_set`): where a paper prints several, the one of the same training
+    # of the run that is held against it (see `training_set`): where a paper prints several, the one of that training
+    trained_on: str = "",
 ):  # a row with value, std, paper, table, source, trained_on, training, note; None where nothing is printed
     "The published number a run is held against; whether it was trained on the same set is for the caller to say."
     rows = _by_key().get((method, dataset, category, metric), [])
     if paper is None:
         home = HOME.get(method, method)
-        paper = home if any(r.paper == home for r in rows) else rows[0].paper if rows else None
+        papers = [r.paper for r in rows]
+        paper = home if home in papers else next(iter(papers), None)
     rows = [r for r in rows if r.paper == paper]
     return next((r for r in rows if r.trained_on == trained_on), rows[0] if rows else None)
 
 
+def printed_variants(
+    paper: str,  # such as ssvp
+    dataset: str | Iterable[str],
+    variants: Iterable[str],  # rows of one of the method's own tables, such as "A baseline"
+    metrics: Iterable[str],
+) -> pd.DataFrame:  # name (of `variants`), and the columns of `published`; in the order of the paper's table
+    "What a paper prints for variants of its method; a printed name is ours or its first word."
+    rows = _read()
+    datasets = {dataset} if isinstance(dataset, str) else set(dataset)
+    rows = rows[(rows["paper"] == paper) & (rows["variant"] != "")]
+    rows = rows[rows["dataset"].isin(datasets) & rows["metric"].isin(set(metrics))]
+    parts = [rows[rows["variant"].isin([name, name.split()[0]])].assign(name=name) for name in variants]
+    table = pd.concat(parts) if parts else rows.iloc[:0].assign(name="")
+    return table.sort_index(kind="stable").reset_index(drop=True)
+
+
 # %% ../../nbs/evaluation/07_published.ipynb #623338e8
+def _verdict(
+    off: float,  # printed average minus the mean of the printed rows, points
+) -> str:
+    "Whether rounding explains a difference: each row is printed to 0.1, so a mean may be 0.05 off, with bad luck 0.1."
+    if off <= 0.05:
+        return "agrees"
+    if off <= 0.1:
+        return "only if the rows were rounded against it"
+    return "does not follow from the rows"
+
+
 def averages(
     every: bool = False,  # also those that agree
-) -> (
-    pd.DataFrame
-):  # paper, table, method, variant, dataset, metric, rows (how many), printed, recomputed, difference, verdict
+) -> pd.DataFrame:  # paper, table, method, variant, dataset, metric, rows, printed, recomputed, difference, verdict
     "Averages the papers print, recomputed from their rows; those that differ by more than rounding."
-    keys, found = ["paper", "table", "method", "variant", "metric"], []
+    keys = ["paper", "table", "method", "variant", "metric"]
+    lines = []
     for key, rows in _read().groupby(keys, sort=False):
         whole = rows[rows["category"] == "mean"]
         groups = [(whole[whole["dataset"] == "mean"], whole[whole["dataset"] != "mean"])]  # over data sets
@@ -272,8 +298,7 @@ def averages(
                 continue
             value = printed["value"].iloc[0]
             mean = parts["value"].mean()
-            off = round(abs(value - mean), 9)
-            found.append(
+            lines.append(
                 dict(
                     zip(keys, key),
                     dataset=printed["dataset"].iloc[0],
@@ -281,16 +306,8 @@ def averages(
                     printed=value,
                     recomputed=round(mean, 3),
                     difference=round(value - mean, 3),
-                    verdict=(
-                        "agrees"
-                        if off <= 0.05
-                        else (
-                            "only if the rows were rounded against it"
-                            if off <= 0.1
-                            else "does not follow from the rows"
-                        )
-                    ),
+                    verdict=_verdict(round(abs(value - mean), 9)),
                 )
             )
-    table = pd.DataFrame(found)
+    table = pd.DataFrame(lines)
     return table if every else table[table["verdict"] != "agrees"].reset_index(drop=True)

@@ -90,21 +90,23 @@ class Finished:
         return self.result.get("notebook") or Path(self.record.get("spec", {}).get("notebook", "evaluate")).stem
 
     @property
+    def is_evaluation(self) -> bool:
+        "Whether it measured a method, under whatever name its notebook has."
+        if self.result.get("notebook", "evaluate") != "evaluate":
+            return False
+        return not self.record or self.notebook == "evaluate" or (self.folder / "metrics.csv").is_file()
+
+    @property
     def hash(self) -> str:
         return self.record.get("hash", "")
 
     @property
     def parameters(self) -> dict:
-        "All it was given; those of the runs it came after are called name.parameter."
-        own = self.record.get("spec", {}).get("parameters", {})
-        return {
-            **own,
-            **{
-                f"{n}.{k}": v
-                for n, d in self.record.get("after", {}).items()
-                for k, v in d.get("parameters", {}).items()
-            },
-        }
+        "All its parameters; those of the runs it came after are called name.parameter."
+        values = dict(self.record.get("spec", {}).get("parameters", {}))
+        for name, before in self.record.get("after", {}).items():
+            values |= {f"{name}.{k}": v for k, v in before.get("parameters", {}).items()}
+        return values
 
     @property
     def seed(self) -> int | None:
@@ -125,7 +127,7 @@ def _name(
     result: dict,  # result.json
     field: str,
 ) -> str:  # its value
-    "A field that must be a name."
+    "A field that must be a name: text, or a number that is meant as one."
     value = result[field]
     if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value == "":
         raise ValueError(f"result.json says {field} {shown(json.dumps(value))}, which is no name")
@@ -149,7 +151,7 @@ def _texts(
     value,  # a list of text, as it should be
     field: str,
 ) -> list[str]:
-    "A list that marks rows: where it is something else, a mark would be lost, so it is refused."
+    "A list that marks rows. Anything else is refused: a mark would be lost."
     if value is None:
         return []
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
@@ -160,7 +162,7 @@ def _texts(
 def _tidied(
     result: dict,  # result.json of an evaluation
 ) -> dict:
-    "Its fields for what they say; an odd one on which no row depends is left out, one that names or marks rows is not guessed."
+    "Its checked fields. One that names or marks rows must be right; another of the wrong kind is left out."
     result = dict(result)
     for field in ("method", "data"):
         if field in result:
@@ -177,31 +179,24 @@ def _tidied(
 
 def _finished(folder: Path, path: str) -> Finished:
     "ValueError says why this is no finished run."
-    (record, wrong), (result, missing) = (
-        read_record(folder / "run.json", RUN),
-        read_record(folder / "result.json", dict(notebook=str)),
-    )
+    record, wrong = read_record(folder / "run.json", RUN)
+    result, missing = read_record(folder / "result.json", dict(notebook=str))
     if os.path.lexists(folder / "run.json"):
         if wrong:
             raise ValueError(wrong)
         if record.get("status") != "done":
-            raise ValueError(
-                f"run.json says {record.get('status', 'nothing of how it ended')}"
-                + (f": {shown(record['error'])}" if record.get("error") else "")
-            )
+            reason = f": {shown(record['error'])}" if record.get("error") else ""
+            raise ValueError(f"run.json says {record.get('status', 'nothing of how it ended')}{reason}")
         if missing:
             raise ValueError(f"run.json says done, but {missing}")
     if missing:
-        raise ValueError(
-            missing
-            if os.path.lexists(folder / "result.json")
-            else "metrics.csv without result.json: the run did not finish"
-        )
+        there = os.path.lexists(folder / "result.json")
+        raise ValueError(missing if there else "metrics.csv without result.json: the run did not finish")
     run = Finished(folder, path, result, record)
-    if run.notebook == "evaluate":
-        run.result = _tidied(result)
-    elif run.notebook in NOTEBOOKS and (wrong := misfit(result, RESULT)):
+    if run.notebook in NOTEBOOKS and run.notebook != "evaluate" and (wrong := misfit(result, RESULT)):
         raise ValueError(f"result.json: {wrong}")
+    if run.is_evaluation:
+        run.result = _tidied(result)
     return run
 
 
@@ -210,7 +205,7 @@ def finished_runs(
 ) -> tuple[list[Finished], list[tuple[str, str]]]:  # runs; path and reason of what is none
     "Every run below a folder that ended well, whatever its notebook."
     folder = Path(folder)
-    found = []
+    runs = []
     skipped = []
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give the folder the runs were written to")
@@ -220,27 +215,21 @@ def finished_runs(
 
     for home, folders, files in os.walk(folder, onerror=unreadable):
         folders.sort()
-        path, names = (
-            Path(home).relative_to(folder).as_posix(),
-            {*folders, *files},
-        )  # a folder of a record's name is no run either
+        path = Path(home).relative_to(folder).as_posix()
+        names = {*folders, *files}  # a folder of a record's name is no run either
         if {"run.json", "result.json"} & names:
             folders.clear()  # what is inside belongs to this run
-        skipped += [
-            (
-                f"{path}/{name}".removeprefix("./"),
-                "it is a link to another folder, which is not followed; give that folder itself",
-            )
-            for name in folders
-            if os.path.islink(os.path.join(home, name))
-        ]
+        for name in folders:
+            if os.path.islink(os.path.join(home, name)):
+                reason = "it is a link to another folder, which is not followed; give that folder itself"
+                skipped.append((f"{path}/{name}".removeprefix("./"), reason))
         if not {"run.json", "result.json", "metrics.csv"} & names:
             continue
         try:
-            found.append(_finished(Path(home), path))
+            runs.append(_finished(Path(home), path))
         except ValueError as error:
             skipped.append((path, str(error)))
-    return found, skipped
+    return runs, skipped
 
 
 # %% ../../nbs/evaluation/14_results.ipynb #034dd133
@@ -290,7 +279,9 @@ def _plain(value):
     "What a cell of a table can hold: lists and dicts as JSON, text that is no UTF-8 written out, as \\udcff."
     if isinstance(value, (list, dict)):
         return json.dumps(value)
-    return value.encode("utf-8", "backslashreplace").decode("utf-8") if isinstance(value, str) else value
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    return value
 
 
 def _towers(
@@ -303,97 +294,113 @@ def _towers(
     return " + ".join(dict.fromkeys(map(str, names.values())))
 
 
-def _evaluation(
+def _metrics_of(
     run: Finished,
-) -> pd.DataFrame | None:  # None for a run of another notebook
-    "Rows of one evaluation."
-    result = run.result
-    record = run.record
+) -> pd.DataFrame:  # of `_rows`, with a column seen
+    "Its metrics.csv, if it agrees with its result.json."
     file = run.folder / "metrics.csv"
-    if result.get("notebook", "evaluate") != "evaluate" or (
-        record and not file.is_file() and run.notebook != "evaluate"
-    ):
-        return None
     if not file.is_file():
         raise ValueError("result.json without metrics.csv")
-    lost = [field for field in ("method", "data", "seed") if field not in result]
+    lost = [field for field in ("method", "data", "seed") if field not in run.result]
     if lost:
         raise ValueError(f"result.json has no {', '.join(lost)}")
     table = _rows(file)
     metrics = [c for c in table.columns if c in METRIC_NAMES]
-    differ = [m for m in metrics if isinstance(result.get(m), float) and abs(result[m] - table[m].iloc[-1]) > ROUNDING]
+    stated = {m: run.result[m] for m in metrics if isinstance(run.result.get(m), float)}
+    differ = [m for m, value in stated.items() if abs(value - table[m].iloc[-1]) > ROUNDING]
     if differ:
         raise ValueError(f"result.json and metrics.csv disagree on the mean {differ[0]}: they are of different runs")
     table[metrics] = table[metrics].clip(0, 1)
-    seen = {name.rpartition("/")[2] for name in _texts(result.get("seen"), "seen")}
+    seen = {name.rpartition("/")[2] for name in run.result.get("seen") or []}
     table["seen"] = [c in seen or (c == MEAN and bool(seen)) for c in table["category"]]
-    _texts(result.get("trained_on"), "trained_on")
-    head = dict(
-        method=_name(result, "method"),
-        data=_name(result, "data"),
+    return table
+
+
+def _identity(
+    run: Finished,
+) -> dict:
+    "Which method it was, on what, trained on what, and where the run lies."
+    result = run.result
+    return dict(
+        method=result["method"],
+        data=result["data"],
         seed=_seed(run.seed),
         transductive=bool(result.get("transductive", False)),
         checkpoint=str(result.get("checkpoint") or ""),
         trained_on=training_set(result.get("trained_on")),
         backbones=_towers(result),
-        fingerprint=result.get("fingerprint") or record.get("fingerprint"),
-        experiment=_part(record, "spec").get("experiment", ""),
+        fingerprint=result.get("fingerprint") or run.record.get("fingerprint"),
+        experiment=_part(run.record, "spec").get("experiment", ""),
         hash=run.hash,
         path=run.path,
     )
-    tail = {}
-    if record:
-        tail = {field: _part(record, "code").get(field) for field in ("commit", "dirty", "source")}
-        tail |= dict(
-            version=_part(record, "versions").get("zsad_nb"),
-            seconds=record.get("seconds"),
-            peak_memory_mb=record.get("peak_memory_mb"),
-        )
-    table = table.drop(columns=[c for c in table.columns if c in head or c in tail])
-    used = {
-        name: result[name]
-        for name in ("size", "batch", "epochs", "lr_scale", "names", "engine", "precision")
-        if result.get(name) is not None
-    }
+
+
+def _circumstances(
+    record: dict,  # run.json
+) -> dict:  # {} without one
+    "With which code it was made, and what it took."
+    if not record:
+        return {}
+    return dict(
+        {field: _part(record, "code").get(field) for field in ("commit", "dirty", "source")},
+        version=_part(record, "versions").get("zsad_nb"),
+        seconds=record.get("seconds"),
+        peak_memory_mb=record.get("peak_memory_mb"),
+    )
+
+
+def _evaluation(
+    run: Finished,
+) -> pd.DataFrame | None:  # None for a run of another notebook
+    "Rows of one evaluation."
+    if not run.is_evaluation:
+        return None
+    table = _metrics_of(run)
+    identity = _identity(run)
+    circumstances = _circumstances(run.record)
+    facts = {**identity, **circumstances}
+    table = table.drop(columns=[c for c in table.columns if c in facts])
+    used = ("size", "batch", "epochs", "lr_scale", "names", "engine", "precision")
+    settings = {**run.parameters, **{name: run.result[name] for name in used if run.result.get(name) is not None}}
     own = {
         f"parameter.{name}" if name in table.columns else name: value
-        for name, value in {**run.parameters, **used}.items()
-        if name not in head and name not in tail
+        for name, value in settings.items()
+        if name not in facts
     }
-    return pd.concat(
-        [
-            table,
-            pd.DataFrame({name: _plain(value) for name, value in {**head, **own, **tail}.items()}, index=table.index),
-        ],
-        axis=1,
-    )
+    columns = {**identity, **own, **circumstances}
+    values = pd.DataFrame({name: _plain(value) for name, value in columns.items()}, index=table.index)
+    return pd.concat([table, values], axis=1)
 
 
 def read_runs(
     folder: str | Path,  # searched through all levels
-) -> pd.DataFrame:  # one row a run and category (with the mean): method, data, seed, category, metrics (fractions), seen, transductive, trained_on (see `training_set`), backbones, every parameter, hash, path
-    "Every finished evaluation below a folder; `.attrs['skipped']` lists (path, reason) of what is none, `.attrs['folders']` has the folder of every path."
+) -> pd.DataFrame:  # a row a run and category: method, data, seed, metrics as fractions, marks, parameters, hash, path
+    "Every finished evaluation below a folder; attrs: skipped (path, reason) and folders (path -> folder)."
     return evaluations(*finished_runs(folder))
 
 
-def evaluations(runs: Iterable, skipped: Iterable = ()) -> pd.DataFrame:  # of `finished_runs`
+def evaluations(
+    runs: Iterable[Finished],  # of `finished_runs`
+    skipped: Iterable = (),  # path and reason of what is none
+) -> pd.DataFrame:
     "The evaluations among finished runs, as `read_runs` gives them."
-    parts = []
-    skipped = list(skipped)
     runs = list(runs)
+    skipped = list(skipped)
+    parts = []
     for run in runs:
         try:
             rows = _evaluation(run)
         except ValueError as error:
             skipped.append((run.path, str(error)))
             continue
-        parts += [] if rows is None else [rows]
+        if rows is not None:
+            parts.append(rows)
     front = ["method", "data", "seed", "category"]
-    table = (
-        pd.concat(parts, ignore_index=True)
-        if parts
-        else pd.DataFrame(columns=[*front, "seen", "transductive", "checkpoint", "hash", "path"])
-    )
+    if parts:
+        table = pd.concat(parts, ignore_index=True)
+    else:
+        table = pd.DataFrame(columns=[*front, "seen", "transductive", "checkpoint", "hash", "path"])
     table = table[[*front, *[c for c in table.columns if c not in front]]]
     table.attrs["skipped"] = sorted(skipped)
     table.attrs["folders"] = {run.path: str(run.folder) for run in runs}

@@ -21,7 +21,7 @@ from ..core.tables import read_table, write_table
 from ..data.index import fingerprint
 from ..data.reading import read_as, takes_reading
 from .comparisons import mean_draws
-from .evaluate import MEAN, evaluate
+from .evaluate import MEAN, Evaluation, evaluate
 from .paired import NO_INTERVAL, interval_of, read_draws
 from .views import view
 from ..methods.base import create
@@ -58,107 +58,153 @@ def study(
     device: str = "cpu",
     progress: bool = True,
     **reading,  # of both sets, see `Reading`; default: as each index says
-) -> pd.DataFrame:  # one row a variant, seed, stage ("untrained" or "trained") and category (with the mean): metrics, seconds; .attrs: views (variant -> folder), images (variant -> seed -> folder)
+) -> pd.DataFrame:  # a row a variant, seed, stage and category: metrics, seconds; attrs: views, images (folders)
     "Train and evaluate every variant under every seed; go on where a stopped study ended."
-    options = options or {}
-    recipe = recipe or {}
-    auxiliary = read_as(auxiliary, **reading)
-    target = read_as(target, **reading)
     shown = None if shown is None else read_as(shown, **reading)
-    if isinstance(cache, (str, Path)):
-        cache = FeatureCache(cache)
     if shown is not None and out is None:
         raise ValueError("the maps of `shown` are kept in files: pass out=FOLDER")
-    common = dict(
+    common = _Study(
         method=method,
-        options=options,
-        auxiliary=fingerprint(auxiliary),
-        target=fingerprint(target),
+        options=options or {},
+        auxiliary=read_as(auxiliary, **reading),
+        target=read_as(target, **reading),
+        cache=FeatureCache(cache) if isinstance(cache, (str, Path)) else cache,
         untrained=untrained,
+        more=more,
+        device=device,
     )
-    if more is not None:
-        common["more"] = getattr(more, "__name__", str(more))
+    key = common.key()
     parts, views, images = [], {}, {}
     for name, changes in variants.items():
-        own = {**getattr(changes, "recipe", {}), **recipe}  # a variant's training, but for what was asked of all
-        weights = {
-            role: b.hash for role, b in create(method, **options, **changes).backbones().items()
-        }  # other weights are another study
+        training = {
+            **getattr(changes, "recipe", {}),
+            **(recipe or {}),
+        }  # a variant's own, but for what was asked of all
+        own_key = dict(key, **common.variant_key(name, changes, training))
         for seed in tqdm(seeds, desc=name, disable=not progress):
             kept = shown if seed == seeds[0] else None
-            key = dict(
-                common,
-                recipe=dataclasses.asdict(recipe_of(method, **own)),
-                variant=name,
-                changes=changes,
-                seed=seed,
-                weights=weights,
-                **({} if kept is None else dict(shown=fingerprint(kept))),
-            )
-            file = None if out is None else Path(out) / f"{key_hash(key)}.csv"
-            home = None if file is None else file.with_suffix(".images")
-            if file is not None and file.is_file():
-                rows = read_table(file, numbers="rest", text=("variant", "category", "stage"))
-            else:
-                rows = _one(
-                    method,
-                    {**options, **changes},
-                    auxiliary,
-                    target,
-                    seed,
-                    own,
-                    cache,
-                    untrained,
-                    device,
-                    more,
-                    None if kept is None else (kept, file.with_suffix("")),
-                    home,
-                )
-                rows.insert(0, "seed", seed)
-                rows.insert(0, "variant", name)
-                if file is not None:
-                    write_json(file.with_suffix(".json"), key)
-                    write_table(rows, file)  # last: this one is done
+            files = None
+            if out is not None:
+                files = _Files(Path(out), dict(own_key, seed=seed, **_shown_key(kept)))
+            rows = files.read() if files else None
+            if rows is None:
+                rows = common.repetition(name, changes, seed, training, kept, files)
+                if files:
+                    files.write(rows)
             if kept is not None:
-                views[name] = file.with_suffix("")
-            if home is not None and home.is_dir():
-                images.setdefault(name, {})[str(seed)] = str(home)
+                views[name] = str(files.views)
+            if files and files.images.is_dir():
+                images.setdefault(name, {})[str(seed)] = str(files.images)
             parts.append(rows)
     table = pd.concat(parts, ignore_index=True)
-    table.attrs["views"] = {k: str(v) for k, v in views.items()}
-    table.attrs["images"] = images
+    table.attrs |= dict(views=views, images=images)
     return table
 
 
-def _one(
-    method, parameters, auxiliary, target, seed, recipe, cache, untrained, device, more=None, keep=None, home=None
-) -> pd.DataFrame:
-    seed_everything(seed)
-    model = create(method, **parameters).to(device)
-    stages = []
-    seconds = 0.0
-    quiet = dict(cache=cache, progress=False)
-    if untrained:
-        stages.append(("untrained", 0.0, evaluate(model, target, **quiet)))
-    if model.param_groups():
-        start = time.perf_counter()
-        fit_stages(model, auxiliary, recipe_of(model, **{"seed": seed, **recipe}), **quiet)
-        seconds = time.perf_counter() - start
-    stages.append(("trained", seconds, evaluate(model, target, **quiet)))
-    if home is not None:
-        stages[-1][2].save_images(home)  # of the trained model: what a bootstrap over the images needs
-    if keep is not None:
-        view(model, keep[0], ranges=stages[-1][2].per_image, cache=cache).save(keep[1])
-    rows = pd.concat(
-        [
-            e.per_class.reset_index()[["category", *METRICS]].assign(stage=stage, seconds=round(s, 1))
-            for stage, s, e in stages
-        ],
-        ignore_index=True,
-    )
-    for name, value in (more(model, target) if more is not None else {}).items():
-        rows.loc[(rows["stage"] == "trained") & (rows["category"] == MEAN), name] = value
-    return rows
+def _shown_key(shown: pd.DataFrame | None) -> dict:
+    "What distinguishes a repetition that keeps maps."
+    return {} if shown is None else dict(shown=fingerprint(shown))
+
+
+class _Files:
+    "Where one repetition is kept: its table, which is written last, and beside it maps and results of single images."
+
+    def __init__(
+        self,
+        folder: Path,
+        key: dict,  # all that its numbers depend on
+    ):
+        self.key = key
+        self.table = folder / f"{key_hash(key)}.csv"
+        self.images = self.table.with_suffix(".images")
+        self.views = self.table.with_suffix("")
+
+    def read(self) -> pd.DataFrame | None:  # None: not finished
+        if not self.table.is_file():
+            return None
+        return read_table(self.table, numbers="rest", text=("variant", "category", "stage"))
+
+    def write(self, rows: pd.DataFrame):
+        write_json(self.table.with_suffix(".json"), self.key)
+        write_table(rows, self.table)  # last: this one is done
+
+
+@dataclasses.dataclass
+class _Study:
+    "What all repetitions of a study share."
+
+    method: str
+    options: dict
+    auxiliary: pd.DataFrame
+    target: pd.DataFrame
+    cache: FeatureCache | None
+    untrained: bool
+    more: Callable | None
+    device: str
+
+    def key(self) -> dict:
+        "The part of a repetition's key that is the same for all."
+        key = dict(
+            method=self.method,
+            options=self.options,
+            auxiliary=fingerprint(self.auxiliary),
+            target=fingerprint(self.target),
+            untrained=self.untrained,
+        )
+        if self.more is not None:
+            key["more"] = getattr(self.more, "__name__", str(self.more))
+        return key
+
+    def variant_key(self, name: str, changes: dict, training: dict) -> dict:
+        "The part that is the same for all seeds of a variant; other weights are another study."
+        backbones = create(self.method, **self.options, **changes).backbones()
+        return dict(
+            recipe=dataclasses.asdict(recipe_of(self.method, **training)),
+            variant=name,
+            changes=changes,
+            weights={role: backbone.hash for role, backbone in backbones.items()},
+        )
+
+    def repetition(
+        self,
+        name: str,
+        changes: dict,
+        seed: int,
+        training: dict,  # changes to the recipe
+        shown: pd.DataFrame | None,  # rows whose maps are kept
+        files: _Files | None,
+    ) -> pd.DataFrame:  # rows of `study`
+        "Train and evaluate one variant under one seed."
+        seed_everything(seed)
+        model = create(self.method, **{**self.options, **changes}).to(self.device)
+        quiet = dict(cache=self.cache, progress=False)
+        stages = []
+        if self.untrained:
+            stages.append(("untrained", 0.0, evaluate(model, self.target, **quiet)))
+        seconds = 0.0
+        if model.param_groups():
+            start = time.perf_counter()
+            fit_stages(model, self.auxiliary, recipe_of(model, **{"seed": seed, **training}), **quiet)
+            seconds = time.perf_counter() - start
+        trained = evaluate(model, self.target, **quiet)
+        stages.append(("trained", seconds, trained))
+        if files is not None:
+            trained.save_images(files.images)  # what a bootstrap over the images needs
+        if shown is not None:
+            view(model, shown, ranges=trained.per_image, cache=self.cache).save(files.views)
+        rows = pd.concat([_stage_rows(*stage) for stage in stages], ignore_index=True)
+        numbers = self.more(model, self.target) if self.more is not None else {}
+        for column, value in numbers.items():
+            rows.loc[(rows["stage"] == "trained") & (rows["category"] == MEAN), column] = value
+        rows.insert(0, "seed", seed)
+        rows.insert(0, "variant", name)
+        return rows
+
+
+def _stage_rows(stage: str, seconds: float, evaluation: Evaluation) -> pd.DataFrame:
+    "The metrics of one evaluation, a row a category and one for the mean."
+    rows = evaluation.per_class.reset_index()[["category", *METRICS]]
+    return rows.assign(stage=stage, seconds=round(seconds, 1))
 
 
 # %% ../../nbs/evaluation/18_study.ipynb #5db6f57e
@@ -192,8 +238,8 @@ def ordering(
     table: pd.DataFrame,  # of `study`, with out=FOLDER
     expected: dict,  # variant -> the paper's value of `metric`, in percent
     metric: str = "image_auroc",
-) -> pd.DataFrame:  # one row a step of the paper's table: what it adds there and here (points), its standard error over seeds, its paired interval over test images, and whether it is shown
-    "Does the study show the steps of a published ablation? Shown is a step with the paper's sign whose paired interval over test images excludes zero."
+) -> pd.DataFrame:  # a row a step: what it adds in the paper and here (points), its deviations, and whether it is shown
+    "Does the study show the steps of a published ablation: the paper's sign, and a paired interval that excludes zero?"
     rows = (
         table[(table["category"] == MEAN) & (table["stage"] == "trained")].pivot(
             index="seed", columns="variant", values=metric
@@ -205,15 +251,15 @@ def ordering(
     out = []
 
     def draws(name):
-        found = [read_draws(folders[name, seed]) if (name, seed) in folders else None for seed in rows.index]
-        return mean_draws(found, metric, None, rows[name] / 100)
+        of_seeds = [read_draws(folders[name, seed]) if (name, seed) in folders else None for seed in rows.index]
+        return mean_draws(of_seeds, metric, None, rows[name] / 100)
 
     for before, after in zip(names, names[1:]):
         gain = rows[after] - rows[before]
-        (first, images), (second, others) = draws(after), draws(before)
-        lead = (
-            interval_of(first, second) if first is not None and second is not None and images == others else NO_INTERVAL
-        )
+        first, images = draws(after)
+        second, others = draws(before)
+        paired = first is not None and second is not None and images == others
+        lead = interval_of(first, second) if paired else NO_INTERVAL
         same = gain.mean() * (expected[after] - expected[before]) > 0
         out.append(
             dict(

@@ -26,7 +26,8 @@ from ..data.masks import load_mask
 from ..data.method_images import batches_for
 from ..data.reading import read_as, reading_of, takes_reading
 from ..data.taxonomy import typed
-from .multi_type import _own_types
+from .evaluate import predictions
+from .multi_type import own_types
 from ..methods.base import Method
 
 
@@ -96,8 +97,9 @@ def map_ranges(
             .head(each)
         )
     test.attrs = dict(index.attrs)
-    for batch in batches_for(method, test, size, 8, defects=defect_names(index)):
-        maps = method.predict(batch, cache).map.flatten(1).cpu()
+    batches = batches_for(method, test, size, 8, defects=defect_names(index))
+    for batch, prediction in predictions(method, batches, cache):
+        maps = prediction.map.flatten(1).cpu()
         rows += [
             dict(image=p, category=c, map_low=float(m.min()), map_high=float(m.max()))
             for p, c, m in zip(batch.path, batch.category, maps)
@@ -118,39 +120,37 @@ def look_at_types(
     "What a method with types says of every pixel (section 6 of DAPO)."
     ((dataset, category),) = set(zip(rows["dataset"], rows["category"]))
     size = size or next(iter(method.backbones().values())).size
-    found = []
     part = test[(test["dataset"] == dataset) & (test["category"] == category)]
-    keep = (
-        _own_types(method, dataset, category, part)[0]
-        if choice == "filtered"
-        else list(range(1, len(method.types) + 1))
-    )
-    for batch in batches_for(method, rows, size, 8, defects=defect_names(test)):
+    numbers = list(range(1, len(method.types) + 1))
+    if choice == "filtered":
+        numbers, _ = own_types(method, dataset, category, part)
+    looks = []
+    batches = batches_for(method, rows, size, 8, defects=defect_names(test))
+    for batch, prediction in predictions(method, batches):
         batch = batch.to(method.device)
-        said = method.predict(batch)
         kinds = method.kinds(batch)
-        kept = torch.tensor([0, *keep], device=method.device)
-        maps = method.type_maps(said.layers, tuple(batch.image.shape[-2:]), keep)
-        best = method.type_scores(said.layers, maps, keep).argmax(1)
+        states = torch.tensor([0, *numbers], device=method.device)
+        maps = method.type_maps(prediction.layers, tuple(batch.image.shape[-2:]), numbers)
+        best = method.type_scores(prediction.layers, maps, numbers).argmax(1)
         for i in range(len(batch)):
-            found.append(
+            looks.append(
                 dict(
                     image=batch.image[i].permute(1, 2, 0).cpu().numpy(),
                     truth=(batch.mask[i, 0] * kinds[i]).cpu().numpy(),
-                    largest=kept[maps[i].argmax(0)].cpu().numpy(),
-                    likely=kept[1 + maps[i, 1:].argmax(0)].cpu().numpy(),
+                    largest=states[maps[i].argmax(0)].cpu().numpy(),
+                    likely=states[1 + maps[i, 1:].argmax(0)].cpu().numpy(),
                     heat=maps[i, 1:].sum(0).cpu().numpy(),
-                    map=said.map[i].cpu().numpy(),
+                    map=prediction.map[i].cpu().numpy(),
                     mask=batch.mask[i, 0].cpu().numpy(),
                     path=batch.path[i],
                     category=batch.category[i],
                     has_mask=bool(batch.has_mask[i]),
                     type=method.types[kinds[i] - 1] if kinds[i] else "normal",
-                    guess=method.types[keep[best[i]] - 1],
-                    score=float(said.score[i]),
+                    guess=method.types[numbers[best[i]] - 1],
+                    score=float(prediction.score[i]),
                 )
             )
-    return found
+    return looks
 
 
 def _read_arrays(path: Path) -> dict:
@@ -180,7 +180,8 @@ def _read_arrays(path: Path) -> dict:
 class Views:
     "Images, masks and maps of one method."
 
-    rows: pd.DataFrame  # dataset, category, image, defect, anomalous, area, has_mask, score, low, high; of methods with types also type, guess
+    # dataset, category, image, defect, anomalous, area, has_mask, score, low, high; of methods with types also type, guess
+    rows: pd.DataFrame
     images: np.ndarray  # (n, H, W, 3) uint8
     masks: np.ndarray  # (n, H, W) bool
     maps: np.ndarray  # (n, H, W) float32
@@ -263,60 +264,81 @@ def view(
     shown = read_as(shown, **reading)
     test = None if test is None else read_as(test, **{**reading_of(shown).stated, **reading})
     size = size or next(iter(method.backbones().values())).size
-    found = []
     if method is not None and test is not None and hasattr(method, "type_maps"):
-        test = typed(test[test["split"] == "test"])  # labels become types
-        method.prepare(test)
-        keys = ["dataset", "category", "image"]  # one photograph may belong to several categories
-        shown = shown[[*keys, *(["area"] if "area" in shown else [])]].merge(test, on=keys)
-        for _, part in shown.groupby(["dataset", "category"], sort=True):
-            part.attrs = dict(test.attrs)
-            found += look_at_types(method, part, test, size=size)
+        shown, looks = _typed_looks(method, shown, test, size)
     else:
-        for batch in batches_for(method, shown, size, 8):
-            said = None if method is None else method.predict(batch, cache).cpu()
-            for i in range(len(batch)):
-                found.append(
-                    dict(
-                        path=batch.path[i],
-                        category=batch.category[i],
-                        image=batch.image[i].permute(1, 2, 0).numpy(),
-                        mask=batch.mask[i, 0].numpy(),
-                        has_mask=bool(batch.has_mask[i]),
-                        map=np.zeros((size, size), np.float32) if said is None else said.map[i].numpy(),
-                        score=np.nan if said is None else said.score[i].item(),
-                    )
-                )
-    if not found:
+        looks = _plain_looks(method, shown, size, cache)
+    if not looks:
         raise ValueError("there are no images to look at")
-    told = pd.DataFrame(
+    has_types = "heat" in looks[0]
+    kinds = dict(truth=np.uint8, largest=np.uint8, likely=np.uint8, heat=np.float32) if has_types else {}
+    return Views(
+        _look_rows(looks, shown, ranges),
+        np.stack([(look["image"] * 255).round().astype(np.uint8) for look in looks]),
+        np.stack([look["mask"] for look in looks]).astype(bool),
+        np.stack([look["map"] for look in looks]).astype(np.float32),
+        tuple(method.types) if has_types else (),
+        {name: np.stack([look[name] for look in looks]).astype(kind) for name, kind in kinds.items()},
+    )
+
+
+def _typed_looks(
+    method: Method, shown: pd.DataFrame, test: pd.DataFrame, size: int
+) -> tuple[pd.DataFrame, list[dict]]:  # the rows with types for labels, what is seen in each
+    "Images through a method that tells types apart."
+    test = typed(test[test["split"] == "test"])
+    method.prepare(test)
+    keys = ["dataset", "category", "image"]  # one photograph may belong to several categories
+    shown = shown[[*keys, *(["area"] if "area" in shown else [])]].merge(test, on=keys)
+    looks = []
+    for _, part in shown.groupby(["dataset", "category"], sort=True):
+        part.attrs = dict(test.attrs)
+        looks += look_at_types(method, part, test, size=size)
+    return shown, looks
+
+
+def _plain_looks(method: Method | None, shown: pd.DataFrame, size: int, cache: FeatureCache | None) -> list[dict]:
+    "Images, masks and, where there is a method, maps and scores."
+    batches = batches_for(method, shown, size, 8)
+    pairs = ((batch, None) for batch in batches) if method is None else predictions(method, batches, cache)
+    looks = []
+    for batch, prediction in pairs:
+        maps = np.zeros((len(batch), size, size), np.float32)
+        scores = [np.nan] * len(batch)
+        if prediction is not None:
+            prediction = prediction.cpu()
+            maps, scores = prediction.map.numpy(), prediction.score.tolist()
+        for i in range(len(batch)):
+            looks.append(
+                dict(
+                    path=batch.path[i],
+                    category=batch.category[i],
+                    image=batch.image[i].permute(1, 2, 0).numpy(),
+                    mask=batch.mask[i, 0].numpy(),
+                    has_mask=bool(batch.has_mask[i]),
+                    map=maps[i],
+                    score=scores[i],
+                )
+            )
+    return looks
+
+
+def _look_rows(
+    looks: list[dict],
+    shown: pd.DataFrame,  # the rows of the Index
+    ranges: pd.DataFrame | None,  # as of `view`
+) -> pd.DataFrame:
+    "One row an image: what the Index says, what the method says, and the ends of the colour scale."
+    columns = ("path", "category", "has_mask", "score", "type", "guess")
+    seen = pd.DataFrame(
         [
-            {k: f[k] for k in ("path", "category", "has_mask", "score", "type", "guess") if k in f}
-            | dict(map_low=f["map"].min(), map_high=f["map"].max())
-            for f in found
+            {name: look[name] for name in columns if name in look}
+            | dict(map_low=look["map"].min(), map_high=look["map"].max())
+            for look in looks
         ]
     ).rename(columns=dict(path="image"))
-    rows = told.merge(
-        shown[[c for c in ("dataset", "category", "image", "defect", "anomalous", "area") if c in shown]],
-        on=["category", "image"],
-        validate="1:1",
-        how="left",
-    )
+    facts = [c for c in ("dataset", "category", "image", "defect", "anomalous", "area") if c in shown]
+    rows = seen.merge(shown[facts], on=["category", "image"], validate="1:1", how="left")
     scales = {c: colour_scale(r) for c, r in (rows if ranges is None else ranges).groupby("category")}
-    rows["low"], rows["high"] = ([float(scales[c][k]) for c in rows["category"]] for k in (0, 1))
-    kinds = (
-        {
-            k: np.stack([f[k] for f in found]).astype(d)
-            for k, d in dict(truth=np.uint8, largest=np.uint8, likely=np.uint8, heat=np.float32).items()
-        }
-        if "heat" in found[0]
-        else {}
-    )
-    return Views(
-        rows.drop(columns=["map_low", "map_high"]),
-        np.stack([(f["image"] * 255).round().astype(np.uint8) for f in found]),
-        np.stack([f["mask"] for f in found]).astype(bool),
-        np.stack([f["map"] for f in found]).astype(np.float32),
-        tuple(method.types) if kinds else (),
-        kinds,
-    )
+    rows["low"], rows["high"] = ([float(scales[c][end]) for c in rows["category"]] for end in (0, 1))
+    return rows.drop(columns=["map_low", "map_high"])

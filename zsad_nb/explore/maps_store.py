@@ -47,6 +47,7 @@ from ..data.index import fingerprint, load_index, root_of, save_index
 from ..data.pixels import INTERPOLATIONS
 from ..data.reading import Reading, read_as, reading_of, takes_reading
 from ..data.stored import upright_size
+from ..evaluation.evaluate import predictions
 from ..evaluation.run_state import result_of
 from .inside import Inside, image_patches, look_inside
 from zsad_nb.figures.blending import (
@@ -207,17 +208,16 @@ class MapStore:
             tqdm(total=len(todo), desc=f"maps of {self.name}", disable=not progress, unit="image") as bar,
         ):
             warnings.filterwarnings("ignore", "skipped")  # a file that cannot be read is a state of its row
-            for batch in reading:
+            for batch, prediction in predictions(self.method, reading, bar=bar):
                 found = []
                 for path in batch.path:
                     while self.index["image"].iat[row := next(at)] != path:
                         self._mark(row, UNREADABLE, **self._image_of(row))
                     found.append(row)
-                self._keep(found, self.method.predict(batch).cpu(), before)
+                self._keep(found, prediction.cpu(), before)
                 if "layers" not in self.header:
                     self._note(layers=list(look_inside(self.method, batch[[0]])[1][0].maps))
                 made += len(found)
-                bar.update(len(found))
                 if each:
                     each(made, len(todo))
         for row in at:

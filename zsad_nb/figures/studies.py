@@ -32,6 +32,7 @@ from zsad_nb.evaluation.published import (
     DATASET_NAMES,
     METHOD_NAMES,
     METRIC_NAMES,
+    printed_variants,
     protocol_set,
     published,
     trained_alike,
@@ -118,17 +119,9 @@ def printed(
     metrics,
 ) -> tuple[dict, set]:  # (variant, metric) -> value; those of another training
     "What the paper prints for the same variants on the same data."
-    rows = published(method)
-    rows = rows[(rows["variant"] != "") & rows["dataset"].isin([run["data"], "all"])]
-    values = {}
-    unlike = set()
-    for variant in variants:
-        for line in rows[rows["variant"].isin([variant, variant.split()[0]])].itertuples():
-            if line.metric not in metrics:
-                continue
-            values[variant, line.metric] = line.value
-            if not trained_alike(run_training(run), line.trained_on):
-                unlike.add((variant, line.metric))
+    lines = list(printed_variants(method, [run["data"], "all"], variants, metrics).itertuples())
+    values = {(line.name, line.metric): line.value for line in lines}
+    unlike = {(line.name, line.metric) for line in lines if not trained_alike(run_training(run), line.trained_on)}
     return values, unlike
 
 
