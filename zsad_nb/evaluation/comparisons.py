@@ -28,7 +28,7 @@ import pandas as pd
 
 from ..core.names import shown
 from .evaluate import MEAN
-from .paired import NO_INTERVAL, Interval, image_deviation, interval_of, read_draws
+from .paired import NO_INTERVAL, Draws, Interval, image_deviation, interval_of, read_draws
 from zsad_nb.evaluation.published import (
     METHOD_NAMES,
     METRIC_NAMES,
@@ -74,8 +74,8 @@ def _require_repetitions(
 
 def tidy_runs(
     runs: pd.DataFrame,  # of `read_runs`, or any with method, data, seed, category and metrics as fractions
-) -> pd.DataFrame:  # with base (the method alone), trained_on, seen, transductive; repetitions once; methods with two trainings under two names
-    "What a table is made of."
+) -> pd.DataFrame:  # with base (the method alone), trained_on, seen, transductive
+    "What a table is made of: repetitions once, methods with two trainings under two names."
     if lost := [c for c in ("method", "data", "seed", "category") if c not in runs]:
         raise ValueError(f"the runs have no column {', '.join(lost)}; read them with read_runs(folder)")
     if runs.empty:
@@ -114,26 +114,24 @@ def method_name(
 
 def in_order(
     names: Iterable,
-    known: dict,  # names in the order of tables
+    order: dict,  # names in the order of tables
 ) -> list:
-    "Known names first, in their order, each with what is named after it; then the others."
-    places = {name: at for at, name in enumerate(known)}
-    return sorted(
-        set(names),
-        key=lambda name: (
-            places.get(str(name).partition(" (")[0], len(places)),
-            str(name).partition(" (")[0],
-            str(name),
-        ),
-    )
+    "The names of `order` first, each with what is named after it; then the others."
+    places = {name: place for place, name in enumerate(order)}
+
+    def key(name):
+        base = str(name).partition(" (")[0]
+        return places.get(base, len(places)), base, str(name)
+
+    return sorted(set(names), key=key)
 
 
 # %% ../../nbs/evaluation/12_comparisons.ipynb #64b27204
 def run_draws(
     folders: dict,  # path of a run -> its folder, as `runs.attrs["folders"]`
     path: str,
-):  # `Draws`, or None where the run keeps no results of single images that could be read
-    "Draws of one run; what is wrong with its files is warned of, and costs the deviation over images alone."
+) -> Draws | None:  # None: the run keeps no results of single images that could be read
+    "Draws of one run. Damaged files cost a warning and the deviation over images, nothing else."
     try:
         return read_draws(folders[path]) if path in folders else None
     except ValueError as error:
@@ -146,8 +144,8 @@ def mean_draws(
     metric: str,
     category: str | None,  # None: the mean over categories
     exact: Iterable,  # the metric of each seed, computed from all images and pixels; fractions
-) -> tuple:  # (resamples + 1,) percent, hash of the images; None and "" where a seed has no draws, or the seeds differ in their images
-    "A metric of one method under the resamples of the test images."
+) -> tuple[np.ndarray | None, str]:  # (resamples + 1,) percent, hash of the images
+    "A metric of one method under the resamples; None and no hash where a seed has none, or the seeds differ in their images."
     if not several or any(d is None or metric not in d.values for d in several) or len({d.images for d in several}) > 1:
         return None, ""
     moved = [d.of(metric, category) for d in several]
@@ -163,7 +161,7 @@ def cell_numbers(
     data: str | None,  # None: rows are data sets; else rows are categories of this one
     published: bool | str,  # as of `results_table`
     folders: dict,  # of `run_draws`
-) -> pd.DataFrame:  # row x method x metric: mean, std, image_std, seeds, draws, trained_on, seen, transductive; published, paper, source, ...
+) -> pd.DataFrame:  # row x method x metric: mean, std, image_std, seeds, draws, trained_on, marks, published, ...
     "Everything a table knows of its cells, in percent."
     paper = published if isinstance(published, str) else None
     out = []
@@ -186,11 +184,9 @@ def cell_numbers(
             )
             for metric in metrics:
                 values = cell.set_index("seed")[metric].dropna() * 100
-                some, images = (
-                    mean_draws(draws, metric, None if category == MEAN else category, cell[metric])
-                    if len(values) == len(cell)
-                    else (None, "")
-                )
+                moved, images = None, ""
+                if len(values) == len(cell):
+                    moved, images = mean_draws(draws, metric, None if category == MEAN else category, cell[metric])
                 printed = reference(base, name, metric, category, paper, trained_on) if published else None
                 out.append(
                     dict(
@@ -200,8 +196,8 @@ def cell_numbers(
                         std=values.std(),
                         seeds=len(values),
                         per_seed=values.to_dict(),
-                        image_std=math.nan if some is None else image_deviation(some),
-                        draws=some,
+                        image_std=math.nan if moved is None else image_deviation(moved),
+                        draws=moved,
                         images=images,
                         published=printed.value if printed else math.nan,
                         paper=f"{printed.paper} {printed.table}".strip() if printed else "",
@@ -235,13 +231,13 @@ def mark_training(
     wanted = {row: row_training(cells) for row, cells in numbers.groupby("row", sort=False)}
     aims = numbers["row"].map(wanted)
     there = numbers["runs"] > 0
-    known = ~numbers["trained_on"].isin([NOTHING, UNKNOWN])
+    has_training = ~numbers["trained_on"].isin([NOTHING, UNKNOWN])
     unlike = [
         not trained_alike(ours, theirs) for ours, theirs in zip(numbers["trained_on"], numbers["published_trained_on"])
     ]
     return numbers.assign(
         row_training=aims,
-        unlike_row=there & known & (numbers["trained_on"] != aims),
+        unlike_row=there & has_training & (numbers["trained_on"] != aims),
         unlike_published=there & numbers["published"].notna() & pd.Series(unlike, numbers.index),
     )
 
@@ -310,7 +306,7 @@ def lead_over(
     first: pd.Series,  # a line of the numbers
     second: pd.Series,
 ) -> Interval:  # percentage points
-    "How far one is ahead of another over the test images; nothing is known where one keeps no draws, or they saw different images."
+    "How far one is ahead of another over the test images; unknown without draws of both from the same images."
     if first["draws"] is None or second["draws"] is None or first["images"] != second["images"]:
         return NO_INTERVAL
     return interval_of(first["draws"], second["draws"])
@@ -319,7 +315,7 @@ def lead_over(
 def mark_best(
     numbers: pd.DataFrame,  # of `mark_training` and `mean_row`
 ) -> pd.DataFrame:  # with best, against, lead, lead_low, lead_high, told_apart
-    "Every method against the best of its row and metric, the best against its nearest competitor; the best is `best` where nobody is not told apart from it."
+    "Every method against the best of its row and metric, and the best against the next; `best` if told apart from all."
     columns = dict(best=False, against="", lead=math.nan, lead_low=math.nan, lead_high=math.nan, told_apart=False)
     numbers = numbers.assign(**columns)
     fair = numbers[numbers["mean"].notna() & ~numbers["seen"] & ~numbers["transductive"] & ~numbers["unlike_row"]]

@@ -20,37 +20,34 @@ SYSTEMS = ("dma_sap", "ssvp", "visualad", "dapo")  # the systems this package im
 
 
 def behind(
-    numbers: pd.DataFrame,  # of one row of a `Table`: method, metric, mean (percent), draws, images, seen, transductive, unlike_row
+    # of one row of a `Table`: method, metric, mean (percent), draws, images, seen, transductive, unlike_row
+    numbers: pd.DataFrame,
     own: Iterable = SYSTEMS,  # methods that are looked at
-) -> pd.DataFrame:  # method, metric, best, lead, low, high (points), ahead, close (how many): a row for every metric in which others have more
-    "Where a method of `own` loses to one that is not: `ahead` of it are those whose paired interval excludes zero, `close` the others with a larger mean."
+) -> pd.DataFrame:  # method, metric, best, lead, low, high (points), ahead, close (how many), transductive
+    "A row for every metric in which others have more than a method of `own`: `ahead` are told apart from it, `close` are not."
     own = set(own)
     out = []
     fair = numbers[~numbers["seen"] & ~numbers["unlike_row"] & numbers["mean"].notna()]
     for metric, cells in fair.groupby("metric", sort=False):
         others = cells[~cells["base"].isin(own)].sort_values("mean", ascending=False, kind="stable")
         for _, mine in cells[cells["base"].isin(own)].iterrows():
-            more = [other for _, other in others.iterrows() if other["mean"] > mine["mean"]]
-            leads = [(other, lead_over(other, mine)) for other in more]
+            leads = [(other, lead_over(other, mine)) for _, other in others.iterrows() if other["mean"] > mine["mean"]]
+            if not leads:
+                continue
             ahead = [(other, lead) for other, lead in leads if lead.told_apart]
-            best, lead = ahead[0] if ahead else (None, None)
-            if leads:
-                out.append(
-                    dict(
-                        method=mine["method"],
-                        metric=metric,
-                        best=best["method"] if ahead else "",
-                        lead=lead.difference if ahead else 0.0,
-                        low=lead.low if ahead else 0.0,
-                        high=lead.high if ahead else 0.0,
-                        ahead=len(ahead),
-                        close=len(leads) - len(ahead),
-                        transductive=bool(best["transductive"]) if ahead else False,
-                    )
+            row = dict(best="", lead=0.0, low=0.0, high=0.0, transductive=False)
+            if ahead:
+                best, lead = ahead[0]
+                row = dict(
+                    best=best["method"],
+                    lead=lead.difference,
+                    low=lead.low,
+                    high=lead.high,
+                    transductive=bool(best["transductive"]),
                 )
-    return pd.DataFrame(
-        out, columns=["method", "metric", "best", "lead", "low", "high", "ahead", "close", "transductive"]
-    )
+            out.append(dict(row, method=mine["method"], metric=metric, ahead=len(ahead), close=len(leads) - len(ahead)))
+    columns = ["method", "metric", "best", "lead", "low", "high", "ahead", "close", "transductive"]
+    return pd.DataFrame(out, columns=columns)
 
 
 def loss_sentences(
@@ -59,13 +56,14 @@ def loss_sentences(
     own: Iterable = SYSTEMS,
     digits: int = 1,
 ) -> list[str]:
-    "One sentence for every method: what it loses, by how much, and where others have more without being told apart from it."
+    "A sentence a method: what it loses and by how much, and where others have more without being told apart from it."
 
     def loss(r):
-        span = f" ({r.low:.{digits}f} to {r.high:.{digits}f})"
+        mark = "‡" if r.transductive else ""
+        more = f" ({r.ahead - 1} more ahead)" if r.ahead > 1 else ""
         return (
-            f"{METRIC_NAMES[r.metric]} {r.lead:.{digits}f}{span} behind {names[r.best]}{'‡' if r.transductive else ''}"
-            + (f" ({r.ahead - 1} more ahead)" if r.ahead > 1 else "")
+            f"{METRIC_NAMES[r.metric]} {r.lead:.{digits}f} ({r.low:.{digits}f} to {r.high:.{digits}f})"
+            f" behind {names[r.best]}{mark}{more}"
         )
 
     sentences = []
@@ -73,17 +71,13 @@ def loss_sentences(
         mine = lost[lost["method"] == method]
         ahead = mine[mine["ahead"] > 0]
         close = mine[mine["close"] > 0]
-        said = (
-            f"{names[method]} loses: {'; '.join(map(loss, ahead.itertuples()))}."
-            if len(ahead)
-            else f"{names[method]} loses to no baseline and no control that can be told apart from it."
-        )
+        sentence = f"{names[method]} loses to no baseline and no control that can be told apart from it."
+        if len(ahead):
+            sentence = f"{names[method]} loses: {'; '.join(map(loss, ahead.itertuples()))}."
         if len(close):
-            said += (
-                " Not told apart from others with more:"
-                f" {joined(f'{METRIC_NAMES[r.metric]} ({r.close})' for r in close.itertuples())}."
-            )
-        sentences.append(said)
+            metrics = joined(f"{METRIC_NAMES[r.metric]} ({r.close})" for r in close.itertuples())
+            sentence += f" Not told apart from others with more: {metrics}."
+        sentences.append(sentence)
     return sentences
 
 
@@ -101,46 +95,49 @@ def methods_table(
     ),  # those the runs have are shown
     data: str | Iterable | None = None,  # data sets; None: all. Of several their mean is shown
     methods: Iterable | None = None,  # rows, in this order; None: all that have runs
-    own: Iterable = SYSTEMS,  # methods whose losses are told
+    own: Iterable = SYSTEMS,  # methods whose losses are stated
     digits: int = 1,
     caption: str = "",
 ) -> Table:
     "Every method a row, every metric a column: both deviations, percent."
     metrics = [m for m in metrics if m in runs]
-    made = results_table(runs, metrics, methods=methods, data=data, digits=digits)
-    row = MEAN if MEAN in set(made.numbers["row"]) else made.numbers["row"].iloc[0]
-    numbers = made.numbers[made.numbers["row"] == row].reset_index(drop=True)
+    results = results_table(runs, metrics, methods=methods, data=data, digits=digits)
+    rows = list(dict.fromkeys(results.numbers["row"]))
+    row = MEAN if MEAN in rows else rows[0]
+    numbers = results.numbers[results.numbers["row"] == row].reset_index(drop=True)
     order = list(dict.fromkeys(numbers["method"]))
     names = {m: method_name(m) for m in order}
     at = numbers.set_index(["method", "metric"])
     cells = []
     for method in order:
-        parts = [at.loc[(method, m)] for m in metrics]
-        cells.append([Cell([(value_text(p, digits), bool(p["best"]))]) for p in parts])
-    marked = [
-        names[m]
-        + "".join(
-            k
-            for k, v in {
-                "†": at.loc[m]["seen"].any(),
-                "‡": at.loc[m]["transductive"].any(),
-                "‖": at.loc[m]["unlike_row"].any(),
-            }.items()
-            if v
-        )
-        for m in order
-    ]
+        parts = [at.loc[(method, metric)] for metric in metrics]
+        cells.append([Cell([(value_text(part, digits), bool(part["best"]))]) for part in parts])
+    sets = ", ".join(DATASET_NAMES.get(r, r) for r in rows if r != MEAN)
+    other = (
+        "Each cell:",
+        "Bold:",
+        "Nothing is bold",
+        "Not told apart",
+    )  # they speak of rows; here a column is compared
     verdicts = [n.replace("the best of its row", "the best of its column") for n in verdict_notes(numbers, names, str)]
-    notes = [
-        n for n in made.notes if not n.startswith(("Each cell:", "Bold:", "Nothing is bold", "Not told apart"))
-    ] + verdicts
-    where = ", ".join(DATASET_NAMES.get(r, r) for r in dict.fromkeys(made.numbers["row"]) if r != MEAN)
     return Table(
         "method",
-        marked,
+        [names[method] + _marks(at.loc[method]) for method in order],
         [(METRIC_NAMES[m], "") for m in metrics],
         cells,
         numbers,
-        caption or f"All methods on {where if row != MEAN else f'the mean of {where}'}, %",
-        [*notes, *loss_sentences(behind(numbers, own), names, own, digits)],
+        caption or f"All methods on {sets if row != MEAN else f'the mean of {sets}'}, %",
+        [
+            *[note for note in results.notes if not note.startswith(other)],
+            *verdicts,
+            *loss_sentences(behind(numbers, own), names, own, digits),
+        ],
     )
+
+
+def _marks(
+    lines: pd.DataFrame,  # a method's numbers
+) -> str:
+    "The marks of a method in the table's first column."
+    columns = {"†": "seen", "‡": "transductive", "‖": "unlike_row"}
+    return "".join(mark for mark, column in columns.items() if lines[column].any())

@@ -283,20 +283,23 @@ class Table:
 
 
 # %% ../../nbs/evaluation/13_tables.ipynb #f68ecaeb
-def value_text(row, digits, value="mean", signed=False) -> str:
-    "A number with its deviation over seeds and, in brackets, over test images; a dash where there is no run, n/a where the metric is undefined."
-    v = row[value]
-    if v != v:
+def value_text(
+    row: pd.Series,  # of a table's numbers
+    digits: int,
+    value: str = "mean",  # or published, difference
+    signed: bool = False,
+) -> str:  # a dash where there is no run, n/a where the metric is undefined
+    "A number with its deviation over seeds and, in brackets, over test images."
+    number = row[value]
+    if number != number:
         return "n/a" if value == "mean" and row["runs"] else DASH
-    text = f"{v:{'+' if signed else ''}.{digits}f}".replace("-", "−")
+    text = f"{number:{'+' if signed else ''}.{digits}f}".replace("-", "−")
     if value != "mean":
         return text
-    images = row.get("image_std", math.nan)
-    return (
-        text
-        + (f" ± {row['std']:.{digits}f}" if row["seeds"] > 1 else "")
-        + (f" ({images:.{digits}f})" if images == images else "")
-    )
+    if row["seeds"] > 1:
+        text += f" ± {row['std']:.{digits}f}"
+    over_images = row.get("image_std", math.nan)
+    return text if over_images != over_images else f"{text} ({over_images:.{digits}f})"
 
 
 # %% ../../nbs/evaluation/13_tables.ipynb #cc10ab01
@@ -315,24 +318,71 @@ def joined(
     return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
 
 
-def _seed_notes(there: pd.DataFrame, names: dict, place, with_mean: bool) -> list[str]:
+@dataclass
+class _Layout:
+    "What a table of results shows, and what its reader calls it."
+
+    numbers: pd.DataFrame  # of `mark_best`
+    rows: list[str]  # data sets or categories, perhaps with their mean below
+    methods: list[str]
+    metrics: list[str]
+    data: str | None  # the data set whose categories the rows are; None: rows are data sets
+    published: bool | str  # as of `results_table`
+
+    @property
+    def by_data(self) -> bool:
+        return self.data is None
+
+    @property
+    def has_mean(self) -> bool:
+        "Whether the last row is a mean over data sets."
+        return self.by_data and MEAN in self.rows
+
+    @property
+    def names(self) -> dict[str, str]:
+        "Method -> what a reader calls it."
+        return {m: method_name(m) for m in self.methods}
+
+    @property
+    def body(self) -> pd.DataFrame:
+        "The numbers of all rows but the mean."
+        return self.numbers[self.numbers["row"].isin(self.rows) & (self.numbers["row"] != MEAN)]
+
+    @property
+    def places(self) -> pd.DataFrame:
+        "Method, row: how many runs, and whether they are marked."
+        grouped = self.body.groupby(["method", "row"], sort=False)
+        return grouped[["runs", "seen", "transductive"]].max().reset_index()
+
+    def heading(self, row: str) -> str:
+        return DATASET_NAMES.get(row, row) if self.by_data else row
+
+    def place(self, cell) -> str:  # a row with method and row
+        return f"{method_name(cell.method)} on {self.heading(cell.row)}"
+
+    def list_places(self, cells: pd.DataFrame) -> str:
+        return joined(self.place(cell) for cell in cells.itertuples())
+
+
+def _seed_notes(layout: _Layout) -> list[str]:
     "Over how many seeds the deviations are."
+    cells = layout.places
+    there = cells[cells["runs"] > 0]
     most = there["runs"].max()
-    few = []
     if not most > 1:
         return []
-    for method, g in there.groupby("method", sort=False):  # a method with one count everywhere is named once
-        less = g[g["runs"] < most]
-        few += (
-            [f"{names[method]} {less['runs'].iloc[0]}"]
-            if len(less) == len(g) and less["runs"].nunique() == 1
-            else [f"{place(r)} {r.runs}" for r in less.itertuples()]
-        )
-    return [
-        f"Mean ± standard deviation (n - 1) over {most} seeds"
-        + (f"; fewer: {', '.join(few)}" if few else "")
-        + ("; the mean's deviation is over the seeds that all its rows have." if with_mean and few else ".")
-    ]
+    fewer = []
+    for method, rows in there.groupby("method", sort=False):
+        less = rows[rows["runs"] < most]
+        if len(less) == len(rows) and less["runs"].nunique() == 1:  # one count everywhere is named once
+            fewer.append(f"{method_name(method)} {less['runs'].iloc[0]}")
+        else:
+            fewer += [f"{layout.place(r)} {r.runs}" for r in less.itertuples()]
+    text = f"Mean ± standard deviation (n - 1) over {most} seeds"
+    if not fewer:
+        return [f"{text}."]
+    end = "; the mean's deviation is over the seeds that all its rows have." if layout.has_mean else "."
+    return [f"{text}; fewer: {', '.join(fewer)}{end}"]
 
 
 def verdict_notes(
@@ -341,49 +391,25 @@ def verdict_notes(
     heading,  # row -> what a reader calls it
 ) -> list[str]:
     "What bold means, and who is not told apart from the best of a row."
-    notes = []
     fair = numbers[numbers["against"] != ""]
     if fair.empty:
-        return notes
-    if numbers["best"].any():
-        odd = [
-            mark
-            for mark, column in {"†": "seen", "‡": "transductive", "‖": "unlike_row"}.items()
-            if numbers[column].any()
-        ]
-        part = (
-            f"; {' and '.join(filter(None, [', '.join(odd[:-1]), odd[-1]]))} take no part."
-            if len(odd) > 1
-            else f"; {odd[0]} takes no part."
-            if odd
-            else "."
-        )
-        notes.append(
-            f"Bold: the best of its row, where the paired {LEVEL:.0%} interval over test images tells it apart from"
-            " every other".replace("%", " %")
-            + part
-        )
+        return []
+    notes = _bold_notes(numbers) if numbers["best"].any() else []
     if fair["lead"].isna().all():
         return [
             *notes,
-            (
-                "Nothing is bold: these runs keep no results of single images, not of the same ones, or have one image"
-                " of a kind, so nobody can be told apart."
-            ),
+            "Nothing is bold: these runs keep no results of single images, not of the same ones, or have one image of a"
+            " kind, so nobody can be told apart.",
         ]
+    several_rows = numbers["row"].nunique() > 1
+    several_metrics = numbers["metric"].nunique() > 1
     close = []
     for (row, metric), cells in fair[~fair["told_apart"]].groupby(["row", "metric"], sort=False):
         order = cells.sort_values("mean", ascending=False, kind="stable")["method"]
-        where = ", ".join(
-            filter(
-                None,
-                [
-                    heading(row) if numbers["row"].nunique() > 1 else "",
-                    METRIC_NAMES.get(metric, metric) if numbers["metric"].nunique() > 1 else "",
-                ],
-            )
-        )
-        close.append(f"{where + ': ' if where else ''}{joined(names[m] for m in order)}")
+        where = [heading(row)] if several_rows else []
+        where += [METRIC_NAMES.get(metric, metric)] if several_metrics else []
+        where = [part for part in where if part]
+        close.append(f"{', '.join(where)}{': ' if where else ''}{joined(names[m] for m in order)}")
     if close:
         notes.append(
             f"Not told apart from the best ({LEVEL * 100:.0f} %, paired, over test images): {'; '.join(close)}."
@@ -391,128 +417,143 @@ def verdict_notes(
     return notes
 
 
-def _training_notes(body: pd.DataFrame, names: dict, place, heading, published) -> list[str]:
+def _bold_notes(numbers: pd.DataFrame) -> list[str]:
+    "What bold means, and which marked cells it leaves out."
+    columns = {"†": "seen", "‡": "transductive", "‖": "unlike_row"}
+    marks = [mark for mark, column in columns.items() if numbers[column].any()]
+    end = "."
+    if len(marks) > 1:
+        end = f"; {', '.join(marks[:-1])} and {marks[-1]} take no part."
+    elif marks:
+        end = f"; {marks[0]} takes no part."
+    return [
+        f"Bold: the best of its row, where the paired {LEVEL * 100:.0f} % interval over test images tells it apart from"
+        f" every other{end}"
+    ]
+
+
+def _training_notes(layout: _Layout) -> list[str]:
     "What was trained on, and what therefore cannot be compared."
     notes = []
+    body = layout.body
     cells = body[body["runs"] > 0].drop_duplicates(["row", "method"])
     aims = cells[cells["row_training"] != ""].drop_duplicates("row")
-    groups = {t: [heading(r) for r in g["row"]] for t, g in aims.groupby("row_training", sort=False)}
+    groups = {t: [layout.heading(r) for r in g["row"]] for t, g in aims.groupby("row_training", sort=False)}
     if groups:
-        notes.append(
-            "Trained on: "
-            + "; ".join(
-                training_name(t) + (f" ({joined(rows)})" if len(groups) > 1 else "") for t, rows in groups.items()
-            )
-            + "."
-        )
+        parts = [training_name(t) + (f" ({joined(rows)})" if len(groups) > 1 else "") for t, rows in groups.items()]
+        notes.append(f"Trained on: {'; '.join(parts)}.")
     unlike = cells[cells["unlike_row"]]
     if len(unlike):
-        notes.append(
-            "‖ Trained on another set than the rest of its row: "
-            + joined(f"{place(r)} ({training_name(r.trained_on)})" for r in unlike.itertuples())
-            + "."
-        )
+        places = joined(f"{layout.place(r)} ({training_name(r.trained_on)})" for r in unlike.itertuples())
+        notes.append(f"‖ Trained on another set than the rest of its row: {places}.")
     lost = cells[cells["trained_on"] == UNKNOWN]
-    if len(lost) and (len(groups) or published):
-        notes.append("Not recorded what was trained on: " + joined(place(r) for r in lost.itertuples()) + ".")
-    if not published:
-        return notes
+    if len(lost) and (groups or layout.published):
+        notes.append(f"Not recorded what was trained on: {layout.list_places(lost)}.")
+    return notes + (_published_training_notes(layout) if layout.published else [])
+
+
+def _published_training_notes(layout: _Layout) -> list[str]:
+    "Where a published number is of another training, or where nobody says of which."
+    notes = []
+    body = layout.body
     other = body[body["unlike_published"]].drop_duplicates(["row", "method"])
     if len(other):
         pairs = [
-            f"{place(r)} (here {training_name(r.trained_on)}, published {training_name(r.published_trained_on)})"
+            f"{layout.place(r)} (here {training_name(r.trained_on)}, published {training_name(r.published_trained_on)})"
             for r in other.itertuples()
         ]
-        notes.append(
-            "¶ Trained on another set than the published number, so without a difference: " + joined(pairs) + "."
-        )
+        notes.append(f"¶ Trained on another set than the published number, so without a difference: {joined(pairs)}.")
     guessed = body[body["published"].notna() & body["training"].str.startswith("inferred")]
     if len(guessed):
+        names = joined(method_name(m) for m in guessed["method"])
+        notes.append(f"What the published number was trained on is inferred, not stated: {names}.")
+    return notes
+
+
+def _mark_notes(layout: _Layout) -> list[str]:
+    "What is not zero-shot, and what needs more than the image."
+    notes = []
+    cells = layout.places
+    if cells["seen"].any():
+        places = ", ".join(layout.place(r) for r in cells[cells["seen"]].itertuples())
+        notes.append(f"† Not zero-shot, the method was trained on this row or a part of it: {places}.")
+    printed = layout.body[layout.body["published"].notna()] if layout.published else layout.body.iloc[:0]
+    marked = set(cells.loc[cells["transductive"], "method"]) | set(TRANSDUCTIVE).intersection(printed["method"])
+    reasons = {m: TRANSDUCTIVE.get(m, "") for m in layout.methods if m in marked}
+    if reasons:
+        texts = [method_name(m) + (f" ({reason})" if reason else "") for m, reason in reasons.items()]
+        notes.append(f"‡ Transductive, an image alone has no score: {', '.join(texts)}.")
+    return notes
+
+
+def _published_notes(layout: _Layout) -> list[str]:
+    "Where the published numbers stand, and what they are worth."
+    body = layout.body
+    printed = [
+        f"{method_name(m)}: {', '.join(dict.fromkeys(g['paper'][g['paper'] != '']))}"
+        for m, g in body.groupby("method", sort=False)
+        if (g["paper"] != "").any()
+    ]
+    notes = [f"Published, by paper and table: {'; '.join(printed) or 'nothing for these rows'}."]
+    if printed:
         notes.append(
-            "What the published number was trained on is inferred, not stated: "
-            + joined(names[m] for m in guessed["method"])
-            + "."
+            "Of published numbers no results of single images are known: a difference from them is no verdict."
+        )
+    if "pixel_aupro" in layout.metrics:
+        notes.append(
+            "Published AUPRO is the approximation with 200 thresholds: compare it with pixel_aupro_200, not with the"
+            " exact value here."
+        )
+    for r in body[body["note"].str.contains("slip")].itertuples():
+        notes.append(f"{layout.place(r)}, published {METRIC_NAMES[r.metric]}: {r.note}.")
+    for data in layout.rows if layout.by_data else [layout.data]:
+        if data in NOT_COMPARABLE:
+            end = "; the mean's difference leaves it out." if layout.by_data and len(layout.rows) > 2 else "."
+            notes.append(
+                f"§ {DATASET_NAMES[data]} is not comparable with what is published: {NOT_COMPARABLE[data]}{end}"
+            )
+    return notes
+
+
+def _gap_notes(layout: _Layout) -> list[str]:
+    "Runs that are missing, and metrics that are undefined."
+    notes = []
+    cells = layout.places
+    lost = cells[cells["runs"] == 0]
+    if len(lost):
+        absent = []  # without a run on this data set: named once
+        if not layout.by_data:
+            absent = [m for m, g in cells.groupby("method", sort=False) if not g["runs"].any()]
+        some = [layout.place(r) for r in lost[~lost["method"].isin(absent)].itertuples()]
+        end = f"; no {MEAN} where a row is missing." if layout.has_mean else "."
+        notes.append(f"{DASH} Missing runs: {', '.join([*map(method_name, absent), *some])}{end}")
+    body = layout.body
+    undefined = body[(body["runs"] > 0) & (body["seeds"] == 0)].groupby("row", sort=False)["metric"].unique()
+    for row, metrics in undefined.items():
+        end = "; the mean leaves it out." if layout.by_data else "."
+        notes.append(
+            f"n/a: {', '.join(METRIC_NAMES[m] for m in metrics)} is undefined on {layout.heading(row)} (one class only,"
+            f" or no masks){end}"
         )
     return notes
 
 
-def _legend(numbers, rows, methods, metrics, by_data, data, published, skipped, names, heading) -> list[str]:
-    body = numbers[numbers["row"].isin(rows) & (numbers["row"] != MEAN)]
+def _legend(
+    layout: _Layout,
+    skipped: list,  # path and reason of folders that are no runs
+) -> list[str]:
+    "Everything a reader must know of a table of results."
     notes = []
-
-    def place(r):
-        return names[r.method] + (f" on {DATASET_NAMES.get(r.row, r.row)}" if by_data else f" on {r.row}")
-
-    def places(chosen):
-        return ", ".join(place(r) for r in chosen.itertuples())
-
-    cells = body.groupby(["method", "row"], sort=False)[["runs", "seen", "transductive"]].max().reset_index()
-    there = cells[cells["runs"] > 0]
-    if len(metrics) > 1:
-        notes.append("Each cell: " + " / ".join(METRIC_NAMES[m] for m in metrics) + ", %.")
-    notes += _seed_notes(there, names, place, by_data and MEAN in rows)
-    if numbers["image_std"].notna().any():
+    if len(layout.metrics) > 1:
+        notes.append(f"Each cell: {' / '.join(METRIC_NAMES[m] for m in layout.metrics)}, %.")
+    notes += _seed_notes(layout)
+    if layout.numbers["image_std"].notna().any():
         notes.append(IMAGES_NOTE)
-    notes += verdict_notes(numbers, names, heading)
-    if cells["seen"].any():
-        notes.append(
-            f"† Not zero-shot, the method was trained on this row or a part of it: {places(cells[cells['seen']])}."
-        )
-    far = {
-        m: TRANSDUCTIVE.get(m, "")
-        for m in methods
-        if cells.loc[cells["method"] == m, "transductive"].any()
-        or (published and m in TRANSDUCTIVE and body.loc[body["method"] == m, "published"].notna().any())
-    }
-    if far:
-        notes.append(
-            "‡ Transductive, an image alone has no score: "
-            + ", ".join(names[m] + (f" ({why})" if why else "") for m, why in far.items())
-            + "."
-        )
-    notes += _training_notes(body, names, place, heading, published)
-    if published:
-        printed = [
-            f"{names[m]}: {', '.join(dict.fromkeys(g['paper'][g['paper'] != '']))}"
-            for m, g in body.groupby("method", sort=False)
-            if (g["paper"] != "").any()
-        ]
-        notes.append(
-            "Published, by paper and table: " + ("; ".join(printed) if printed else "nothing for these rows") + "."
-        )
-        if printed:
-            notes.append(
-                "Of published numbers no results of single images are known: a difference from them is no verdict."
-            )
-        if "pixel_aupro" in metrics:
-            notes.append(
-                "Published AUPRO is the approximation with 200 thresholds: compare it with pixel_aupro_200, not with"
-                " the exact value here."
-            )
-        for r in body[body["note"].str.contains("slip")].itertuples():
-            notes.append(f"{place(r)}, published {METRIC_NAMES[r.metric]}: {r.note}.")
-    fenced = [d for d in (rows if by_data else [data]) if d in NOT_COMPARABLE] if published else []
-    for d in fenced:
-        notes.append(
-            f"§ {DATASET_NAMES[d]} is not comparable with what is published: {NOT_COMPARABLE[d]}"
-            + ("; the mean's difference leaves it out." if by_data and len(rows) > 2 else ".")
-        )
-    lost = cells[cells["runs"] == 0]
-    absent = (
-        [] if by_data else [m for m, g in cells.groupby("method", sort=False) if not g["runs"].any()]
-    )  # without a run on this data set: named once
-    some = [names[m] for m in absent] + [place(r) for r in lost[~lost["method"].isin(absent)].itertuples()]
-    if len(lost):
-        notes.append(
-            f"{DASH} Missing runs: {', '.join(some)}"
-            + (f"; no {MEAN} where a row is missing." if by_data and MEAN in rows else ".")
-        )
-    undefined = body[(body["runs"] > 0) & (body["seeds"] == 0)].groupby("row", sort=False)["metric"].unique()
-    for row, which in undefined.items():
-        notes.append(
-            f"n/a: {', '.join(METRIC_NAMES[m] for m in which)} is undefined on {heading(row)} (one class only, or no"
-            " masks)" + ("; the mean leaves it out." if by_data else ".")
-        )
+    notes += verdict_notes(layout.numbers, layout.names, layout.heading)
+    notes += _mark_notes(layout)
+    notes += _training_notes(layout)
+    notes += _published_notes(layout) if layout.published else []
+    notes += _gap_notes(layout)
     if skipped:
         notes.append("Skipped folders: " + "; ".join(f"{p} ({r})" for p, r in skipped) + ".")
     return notes
@@ -526,11 +567,11 @@ def _method_columns(
     "The methods of a table, in its order."
     if wanted is None:
         return in_order(runs["method"], METHOD_NAMES)
-    found = []
+    chosen = []
     for name in wanted:
-        split = in_order(runs.loc[runs["base"] == name, "method"], {})
-        found += split or [name]
-    return list(dict.fromkeys(found))
+        variants = in_order(runs.loc[runs["base"] == name, "method"], {})
+        chosen += variants or [name]
+    return list(dict.fromkeys(chosen))
 
 
 def _cell_marks(
@@ -566,17 +607,10 @@ def results_table(
     skipped = runs.attrs.get("skipped", [])
     folders = runs.attrs.get("folders", {})
     runs = tidy_runs(runs)
-    if rows not in ("data", "category"):
-        raise ValueError(f"rows={rows!r}; it must be 'data' or 'category'")
-    if unknown := [m for m in metrics if m not in METRIC_NAMES]:
-        raise ValueError(f"unknown metric {', '.join(unknown)}; known: {', '.join(METRIC_NAMES)}")
-    if absent := [m for m in metrics if m not in runs]:
-        raise ValueError(
-            f"the runs have no metric {', '.join(absent)}; they have {', '.join(m for m in METRIC_NAMES if m in runs)}"
-        )
+    _require_columns(runs, rows, metrics)
     by_data = rows == "data"
     methods = _method_columns(runs, methods)
-    sets = in_order(runs["data"], DATASET_NAMES) if data is None else [data] if isinstance(data, str) else list(data)
+    sets = _data_sets(runs, data)
     if not by_data and len(sets) != 1:
         raise ValueError(f"rows='category' shows one data set; there are {', '.join(sets)}: pass data=NAME")
     here = runs[runs["data"].isin(sets) & runs["method"].isin(methods)]
@@ -586,50 +620,80 @@ def results_table(
             f" {', '.join(sorted(set(runs['method'])))} on {', '.join(sorted(set(runs['data'])))}"
         )
     lines = sets if by_data else [*sorted(set(here["category"]) - {MEAN}), MEAN]
-    numbers = mark_training(
-        cell_numbers(here, methods, lines, metrics, None if by_data else sets[0], published, folders)
-    )
-    numbers["difference"] = (numbers["mean"] - numbers["published"]).where(
-        numbers["comparable"] & ~numbers["unlike_published"]
-    )
+    only = None if by_data else sets[0]
+    numbers = mark_training(cell_numbers(here, methods, lines, metrics, only, published, folders))
+    fair = numbers["comparable"] & ~numbers["unlike_published"]
+    numbers["difference"] = (numbers["mean"] - numbers["published"]).where(fair)
     if by_data and len(lines) > 1:
         numbers = pd.concat([numbers, mean_row(numbers)], ignore_index=True)
         lines = [*lines, MEAN]
-    numbers = mark_best(numbers)
-    names = {m: method_name(m) for m in methods}
-
-    def heading(row):
-        return DATASET_NAMES.get(row, row) if by_data else row
-
-    kinds = (
-        [("ours", "mean"), ("published", "published"), ("difference", "difference")] if published else [("", "mean")]
-    )
-    at = numbers.set_index(["row", "method", "metric"])
-    cells = []
-    for row in lines:
-        line = []
-        for method in methods:
-            parts = [at.loc[(row, method, m)] for m in metrics]
-            for _, value in kinds:
-                texts = [
-                    (value_text(p, digits, value, value == "difference"), bool(value == "mean" and p["best"]))
-                    for p in parts
-                ]
-                if all(t == DASH for t, _ in texts):
-                    texts = [(DASH, False)]
-                some = any(p[value] == p[value] for p in parts)
-                line.append(Cell(texts, _cell_marks(parts[0], value, row) if some else ""))
-        cells.append(line)
-    notes = _legend(numbers, lines, methods, metrics, by_data, sets[0], published, skipped, names, heading)
-    caption = caption or (f"{METRIC_NAMES[metrics[0]]}, %" if len(metrics) == 1 else "Results, %") + (
-        "" if by_data else f", {DATASET_NAMES.get(sets[0], sets[0])}"
-    )
+    layout = _Layout(mark_best(numbers), lines, methods, metrics, only, published)
+    if not caption:
+        caption = f"{METRIC_NAMES[metrics[0]]}, %" if len(metrics) == 1 else "Results, %"
+        caption += "" if by_data else f", {DATASET_NAMES.get(only, only)}"
+    kinds = _kinds(published)
     return Table(
         "data set" if by_data else "category",
-        [heading(r) for r in lines],
-        [(names[m], what) for m in methods for what, _ in kinds],
-        cells,
-        numbers,
+        [layout.heading(row) for row in lines],
+        [(method_name(m), heading) for m in methods for heading, _ in kinds],
+        _cells(layout, kinds, digits),
+        layout.numbers,
         caption,
-        notes,
+        _legend(layout, skipped),
     )
+
+
+def _require_columns(runs: pd.DataFrame, rows: str, metrics: list[str]):
+    "Refuse rows and metrics that a table of these runs cannot have."
+    if rows not in ("data", "category"):
+        raise ValueError(f"rows={rows!r}; it must be 'data' or 'category'")
+    if unknown := [m for m in metrics if m not in METRIC_NAMES]:
+        raise ValueError(f"unknown metric {', '.join(unknown)}; known: {', '.join(METRIC_NAMES)}")
+    if absent := [m for m in metrics if m not in runs]:
+        raise ValueError(
+            f"the runs have no metric {', '.join(absent)}; they have {', '.join(m for m in METRIC_NAMES if m in runs)}"
+        )
+
+
+def _data_sets(runs: pd.DataFrame, data: str | Iterable | None) -> list[str]:
+    "The data sets of a table, in its order."
+    if data is None:
+        return in_order(runs["data"], DATASET_NAMES)
+    return [data] if isinstance(data, str) else list(data)
+
+
+def _kinds(published: bool | str) -> list[tuple[str, str]]:  # (heading, column of the numbers)
+    "The columns of each method."
+    if published:
+        return [("ours", "mean"), ("published", "published"), ("difference", "difference")]
+    return [("", "mean")]
+
+
+def _cells(layout: _Layout, kinds: list[tuple[str, str]], digits: int) -> list[list[Cell]]:
+    "Row by row what stands in a table of results."
+    at = layout.numbers.set_index(["row", "method", "metric"])
+    cells = []
+    for row in layout.rows:
+        line = []
+        for method in layout.methods:
+            parts = [at.loc[(row, method, metric)] for metric in layout.metrics]
+            line += [_cell(parts, value, row, digits) for _, value in kinds]
+        cells.append(line)
+    return cells
+
+
+def _cell(
+    parts: list[pd.Series],  # of the numbers, a metric each
+    value: str,  # mean, published or difference
+    row: str,
+    digits: int,
+) -> Cell:
+    "One cell; where no metric has a value a single dash."
+    texts = [
+        (value_text(part, digits, value, value == "difference"), bool(value == "mean" and part["best"]))
+        for part in parts
+    ]
+    if all(text == DASH for text, _ in texts):
+        texts = [(DASH, False)]
+    any_value = any(part[value] == part[value] for part in parts)
+    return Cell(texts, _cell_marks(parts[0], value, row) if any_value else "")

@@ -33,12 +33,10 @@ def step_notes(
         steps = []
         for k in range(1, len(lines)):
             lead = lead_over(lines.loc[k], lines.loc[k - 1])
-            said = (
-                f"{lead.difference:+.1f} ({lead.low:+.1f} to {lead.high:+.1f})".replace("-", "−")
-                if lead.told_apart
-                else "not told apart"
-            )
-            steps.append(f"{lines.loc[k - 1, 'method']} → {lines.loc[k, 'method']} {said}")
+            verdict = "not told apart"
+            if lead.told_apart:
+                verdict = f"{lead.difference:+.1f} ({lead.low:+.1f} to {lead.high:+.1f})".replace("-", "−")
+            steps.append(f"{lines.loc[k - 1, 'method']} → {lines.loc[k, 'method']} {verdict}")
         notes.append(
             f"Steps in {headings[metric].removesuffix(', %')}, paired {LEVEL * 100:.0f} % interval over test images:"
             f" {'; '.join(steps)}."
@@ -56,16 +54,16 @@ def column_draws(
 ) -> tuple:  # as of `mean_draws`
     "A column under the resamples of the test images."
     parts = images.get(column, [(column, images)])
-    found = []
-    hashed = []
+    means = []
+    hashes = []
     for metric, folders in parts:
         draws = [read_draws(folders[variant, seed]) if (variant, seed) in folders else None for seed in seeds]
-        values, of = mean_draws(draws, metric, None, [0.0] * len(seeds))
+        values, hashed = mean_draws(draws, metric, None, [0.0] * len(seeds))
         if values is None:
             return None, ""
-        found.append(values)
-        hashed.append(of)
-    return np.mean(found, axis=0) + 100 * np.mean(exact), " ".join(hashed)
+        means.append(values)
+        hashes.append(hashed)
+    return np.mean(means, axis=0) + 100 * np.mean(exact), " ".join(hashes)
 
 
 def variant_numbers(
@@ -88,10 +86,10 @@ def variant_numbers(
         for name, (_, factor, _) in columns.items():
             values = mine.set_index("seed")[name].dropna() * factor
             printed = (published or {}).get((variant, name), math.nan)
-            whole = factor == 100 and len(values) == len(mine)
-            draws, hashed = (
-                column_draws(images, name, variant, mine["seed"].tolist(), mine[name].tolist()) if whole else (None, "")
-            )
+            other_training = (variant, name) in unlike
+            draws, hashed = None, ""
+            if factor == 100 and len(values) == len(mine):
+                draws, hashed = column_draws(images, name, variant, mine["seed"].tolist(), mine[name].tolist())
             out.append(
                 dict(
                     row=MEAN,
@@ -110,8 +108,8 @@ def variant_numbers(
                     transductive=False,
                     unlike_row=False,
                     published=printed,
-                    unlike_published=(variant, name) in unlike,
-                    difference=math.nan if (variant, name) in unlike else values.mean() - printed,
+                    unlike_published=other_training,
+                    difference=math.nan if other_training else values.mean() - printed,
                 )
             )
     return pd.DataFrame(out)
@@ -138,46 +136,50 @@ def variants_table(
     if runs.empty:
         raise ValueError("there are no variants to show")
     numbers = variant_numbers(runs, columns, published, images or {}, unlike)
-    at = numbers.set_index(["method", "metric"])
     variants = list(dict.fromkeys(runs["variant"]))
+    kinds = [("", "mean")] if published is None else [("ours", "mean"), ("published", "published")]
+    headings = {name: heading for name, (heading, *_) in columns.items()}
+    return Table(
+        corner,
+        variants,
+        [(headings[name], kind) for name in columns for kind, _ in kinds],
+        _variant_cells(numbers, variants, columns, [value for _, value in kinds]),
+        numbers,
+        caption,
+        [*_deviation_notes(numbers, headings), *notes],
+    )
+
+
+def _variant_cells(numbers: pd.DataFrame, variants: list, columns: dict, values: list[str]) -> list[list[Cell]]:
+    "Row by row what stands in a table of variants."
+    at = numbers.set_index(["method", "metric"])
     cells = []
-    kinds = ("mean", "published") if published is not None else ("mean",)
     for variant in variants:
         line = []
         for name, (_, _, digits) in columns.items():
             number = at.loc[(variant, name)]
-            line += [
-                Cell(
-                    [(value_text(number, digits, value), False)],
-                    "¶" if value == "published" and number["unlike_published"] else "",
-                )
-                for value in kinds
-            ]
+            for value in values:
+                mark = "¶" if value == "published" and number["unlike_published"] else ""
+                line.append(Cell([(value_text(number, digits, value), False)], mark))
         cells.append(line)
-    heads = {n: h for n, (h, *_) in columns.items()}
+    return cells
+
+
+def _deviation_notes(
+    numbers: pd.DataFrame,  # of `variant_numbers`
+    headings: dict,  # column -> what a reader calls it
+) -> list[str]:
+    "Over how many seeds the deviations are, and which steps can be told apart over the test images."
     most = numbers["seeds"].max()
     counts = numbers.groupby("method", sort=False)["seeds"].max()
-    fewer = "; fewer: " + ", ".join(f"{v} {n}" for v, n in counts.items() if n < most) if (counts < most).any() else ""
-    legend = [
-        (
-            f"Mean ± standard deviation (n - 1) over {most} seeds{fewer}."
-            if most > 1
-            else "One seed: no deviation over seeds."
-        )
-    ]
+    fewer = ", ".join(f"{variant} {count}" for variant, count in counts.items() if count < most)
+    seeds = "One seed: no deviation over seeds."
+    if most > 1:
+        seeds = f"Mean ± standard deviation (n - 1) over {most} seeds{f'; fewer: {fewer}' if fewer else ''}."
     if numbers["image_std"].notna().any():
-        legend += [IMAGES_NOTE, *step_notes(numbers, heads)]
-    else:
-        legend.append(
-            "No deviation over test images (these runs keep no results of single images, or have one image of a kind):"
-            " no variant is told apart from another."
-        )
-    return Table(
-        corner,
-        variants,
-        [(heads[n], what) for n in columns for what in (("ours", "published") if published is not None else ("",))],
-        cells,
-        numbers,
-        caption,
-        [*legend, *notes],
-    )
+        return [seeds, IMAGES_NOTE, *step_notes(numbers, headings)]
+    return [
+        seeds,
+        "No deviation over test images (these runs keep no results of single images, or have one image of a kind):"
+        " no variant is told apart from another.",
+    ]
