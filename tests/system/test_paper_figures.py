@@ -20,7 +20,7 @@ from zsad_nb.evaluation.views import Views
 from zsad_nb.figures import paper_figures
 from zsad_nb.figures.chosen_runs import Runs, synthetic_remark
 from zsad_nb.figures.paper_figures import BEGIN, END, build, write_index
-from zsad_nb.figures.paper_plan import EFFICIENCY, UNMADE, commands, plan, synthetic_like
+from zsad_nb.figures.paper_plan import commands, plan, plan_rows, synthetic_like
 from zsad_nb.figures.style import COLUMN, NOTE, PAGE
 from zsad_nb.methods.base import method_class
 from zsad_nb.runs.parameters import check_parameters, parameters_of, read_notebook
@@ -335,9 +335,7 @@ def files_of(folder):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-NEVER = {name for name, *_ in UNMADE} | {
-    f"{method}_efficiency" for method in EFFICIENCY
-}  # diagrams, and measurements of a machine
+NEVER = set(plan_rows().query("maker == 'nothing'")["name"])  # diagrams, and measurements of a machine
 TABLES = [
     i.name for i in plan() if re.fullmatch("(" + "|".join(SYSTEMS) + ")_(image|pixel)", i.name) or "table" in i.name
 ]

@@ -28,7 +28,7 @@ from ..evaluation.published import DATASET_NAMES, protocol_set, reference, train
 from ..evaluation.results import Finished, evaluations, finished_runs
 
 # %% ../../nbs/figures/08_chosen_runs.ipynb #fe27f2bb
-FIGURE_NOTEBOOKS = ("train", "evaluate", "qualitative", "ablation", "defect_types")  # notebooks whose runs are drawn
+FIGURE_NOTEBOOKS = ("train", "evaluate", "qualitative", "ablation", "defect_types")  # whose runs are plotted
 NEUTRAL = (
     "cache",
     "device",
@@ -42,28 +42,49 @@ NEUTRAL = (
 
 
 def name_of(data: str) -> str:
+    "A data set as a reader calls it."
     return DATASET_NAMES.get(data, data)
 
 
-def _drawn(run: Finished) -> bool:
+def _is_synthetic(run: Finished) -> bool:
     return str(run["data"] or run["test"] or "").startswith("synthetic-")
 
 
 def stated_parameters(run: Finished) -> dict:
-    "What a run was given beside its notebook's defaults."
+    "Parameters that were stated when the run was started; the others are its notebook's defaults."
     spec = run.record.get("spec", {})
-    return {k: v for k, v in spec.get("parameters", {}).items() if k in spec.get("given", spec.get("parameters", {}))}
+    parameters = spec.get("parameters", {})
+    stated = spec.get("given", parameters)
+    return {name: value for name, value in parameters.items() if name in stated}
 
 
 def _same(run: Finished, by_hash: dict) -> str:
-    "What a repetition has in common with the run that it repeats; a later state of the package or the notebook makes it another run."
-    before = {
-        n: stated_parameters(by_hash[h])
-        if (h := str(d.get("run", "")).rpartition("/")[2]) in by_hash
-        else d.get("parameters")
-        for n, d in run.record.get("after", {}).items()
-    }
-    return json.dumps([run.notebook, stated_parameters(run), before] if run.record else run.path, sort_keys=True)
+    "What repetitions of a run have in common; a later state of the package or the notebook makes it another run."
+    if not run.record:
+        return json.dumps(run.path)
+    before = {}
+    for name, earlier in run.record.get("after", {}).items():
+        first = by_hash.get(str(earlier.get("run", "")).rpartition("/")[2])
+        before[name] = stated_parameters(first) if first is not None else earlier.get("parameters")
+    return json.dumps([run.notebook, stated_parameters(run), before], sort_keys=True)
+
+
+def _last_of_each(
+    runs: list[Finished],
+) -> tuple[list[Finished], list[tuple[str, str]]]:  # runs; path and reason of those that are left out
+    "Of repetitions the last."
+    by_hash = {r.hash: r for r in runs if r.hash}
+    kinds = {r.path: _same(r, by_hash) for r in runs}
+    last = {kinds[r.path]: r for r in sorted(runs, key=lambda r: (r.record.get("finished", ""), r.path))}
+    kept = []
+    repeated = []
+    for r in runs:
+        by = last[kinds[r.path]]
+        if by is r:
+            kept.append(r)
+        else:
+            repeated.append((r.path, f"repeated with the same parameters by {by.path}"))
+    return kept, repeated
 
 
 class Runs:
@@ -74,31 +95,19 @@ class Runs:
         folder: str | Path,
         where: dict | None = None,  # parameter -> value, as text: runs that have the parameter must have this value
     ):
-        found, self.skipped = finished_runs(folder)
-        found = [r for r in found if r.notebook in FIGURE_NOTEBOOKS]
-        by_hash = {r.hash: r for r in found if r.hash}
-        last = {}
-        same = {r.path: _same(r, by_hash) for r in found}
-        for r in sorted(found, key=lambda r: (r.record.get("finished", ""), r.path)):
-            last[same[r.path]] = r
-        self.skipped += [
-            (r.path, f"repeated with the same parameters by {last[same[r.path]].path}")
-            for r in found
-            if last[same[r.path]] is not r
-        ]
-        found = [r for r in found if last[same[r.path]] is r]
+        runs, self.skipped = finished_runs(folder)
+        runs, repeated = _last_of_each([r for r in runs if r.notebook in FIGURE_NOTEBOOKS])
+        self.skipped += repeated
         self.where = {k: str(v) for k, v in (where or {}).items()}
         for k, v in self.where.items():
-            values = sorted({str(r[k]) for r in found if r[k] is not None})
+            values = sorted({str(r[k]) for r in runs if r[k] is not None})
             if v not in values:
-                raise ValueError(
-                    f"no run has {k}={v}"
-                    + (f"; there are {', '.join(values[:8])}" if values else f": no run has a parameter {k}")
-                )
-        self.found = [r for r in found if all(r[k] is None or str(r[k]) == v for k, v in self.where.items())]
-        self.real = any(not _drawn(r) for r in self.found)
+                hint = f"; there are {', '.join(values[:8])}" if values else f": no run has a parameter {k}"
+                raise ValueError(f"no run has {k}={v}{hint}")
+        self.found = [r for r in runs if all(r[k] is None or str(r[k]) == v for k, v in self.where.items())]
+        self.real = any(not _is_synthetic(r) for r in self.found)
         if self.real:
-            self.found = [r for r in self.found if not _drawn(r)]
+            self.found = [r for r in self.found if not _is_synthetic(r)]
         self._table = None
 
     def of(self, notebook: str, **values) -> list[Finished]:
@@ -136,18 +145,14 @@ def only_one(runs: list, place: Callable, what: str):
         if len(several) == 1:
             continue
         own = [{k: json.dumps(v) for k, v in r.parameters.items() if k not in NEUTRAL} for r in several]
-        differ = {
-            k: sorted({g.get(k, "unset") for g in own})
-            for k in sorted(set().union(*own))
-            if len({g.get(k, "unset") for g in own}) > 1
-        }
-        told = ", ".join(
-            f"{k} ({', '.join(v[:4])})" for k, v in list(differ.items())[:3]
-        ) or "nothing but their place: " + ", ".join(r.path for r in several[:3])
-        first = next(((k, v[-1].strip('"')) for k, v in differ.items() if "unset" not in v), None)
+        values = {k: sorted({g.get(k, "unset") for g in own}) for k in sorted(set().union(*own))}
+        differ = {k: v for k, v in values.items() if len(v) > 1}
+        parts = [f"{k} ({', '.join(v[:4])})" for k, v in list(differ.items())[:3]]
+        difference = ", ".join(parts) or f"nothing but their place: {', '.join(r.path for r in several[:3])}"
+        choices = [(k, v[-1].strip('"')) for k, v in differ.items() if "unset" not in v]
+        advice = "choose with --where {}={}".format(*choices[0]) if choices else "remove all but one"
         raise ValueError(
-            f"{what}: {len(several)} runs of {' '.join(str(k) for k in key)} differ in {told}"
-            + (f"; choose with --where {first[0]}={first[1]}" if first else "; remove all but one")
+            f"{what}: {len(several)} runs of {' '.join(str(k) for k in key)} differ in {difference}; {advice}"
         )
 
 
@@ -172,8 +177,8 @@ def synthetic_remark(
     runs: list,
     model: bool = True,  # the figure shows what a model says, not only images
 ) -> str:
-    "What stands inside a figure of drawn images; nothing for real ones."
-    if not any(map(_drawn, runs)):
+    "What stands inside a figure of synthetic images; nothing for real ones."
+    if not any(map(_is_synthetic, runs)):
         return ""
     if not model:
         return (
@@ -221,7 +226,7 @@ def paper_rows(
     table: pd.DataFrame,  # of `Runs.evaluations`
     paper: str,  # of PROTOCOLS
 ) -> pd.DataFrame:
-    "Of a method that was evaluated on one data set after several trainings the training of the paper's table; where that is not there, the paper's protocol's, else all of them."
+    "Of several trainings of a method that of the paper's table, else that of the paper's protocol, else all of them."
     keep = []
     for (method, data), rows in table.groupby(["method", "data"], sort=False):
         base = method.partition(" (")[0]

@@ -8,12 +8,13 @@ __all__ = ["TABLES", "BEGIN", "END", "Built", "build", "run_rows", "write_index"
 # %% ../../nbs/figures/11_paper_figures.ipynb #a57ffb31
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from ..core.files import write_atomically
 from ..core.names import shown
@@ -21,7 +22,7 @@ from ..core.tables import write_table
 from ..evaluation.results import Finished
 from ..evaluation.tables import Table, html_text, markdown_text
 from .chosen_runs import NEUTRAL, Runs, name_of, stated_parameters
-from .paper_plan import plan
+from .paper_plan import Item, plan
 from .style import save_figure, style
 
 # %% ../../nbs/figures/11_paper_figures.ipynb #50dc8346
@@ -34,9 +35,8 @@ class Built:
 
     out: Path
     made: list[dict] = field(default_factory=list)  # name, shows, files, runs, width (pixels in the index)
-    missing: list[dict] = field(
-        default_factory=list
-    )  # name, shows, why, command, wrong: it is there and could not be drawn
+    # name, shows, why, command, wrong: something that is there is damaged
+    missing: list[dict] = field(default_factory=list)
     skipped: list = field(default_factory=list)  # folders that are no finished runs: path, reason
 
 
@@ -48,60 +48,57 @@ def build(
     only: Iterable = (),  # names, or their beginnings
     peer: str = "",  # of the qualitative figures
     dpi: int = 300,  # of PNGs and of pictures inside PDFs
-    progress=None,  # called with every Item and "" or what is missing
+    progress: Callable | None = None,  # called with every Item and "" or what is missing
 ) -> Built:
-    "Draw what the runs allow, and write the index."
+    "Make what the runs allow, and write the index."
     source = Runs(runs, where)
-    out = Path(out)
     items = plan(source, peer)
     only = tuple(only)
     if lost := [n for n in only if not any(i.name.startswith(n) for i in items)]:
         raise ValueError(f"no figure is called {', '.join(lost)}; there are {', '.join(i.name for i in items)}")
-    done = Built(out, skipped=source.skipped)
+    done = Built(Path(out), skipped=source.skipped)
     for item in items:
         if only and not item.name.startswith(only):
             continue
-        made = None
-        try:
-            made, used = item.make(source)
-        except ValueError as error:
-            why = str(error)
-            wrong = False
-        except Exception as error:
-            why, wrong = (
-                f"it could not be drawn ({type(error).__name__}: {error})",
-                True,
-            )  # a damaged run must not take the other figures with it
+        made, used, reason, wrong = _made(item, source)
         if made is None:
-            done.missing.append(
-                dict(
-                    name=item.name,
-                    shows=item.shows,
-                    why=" ".join(why.split()),
-                    command=item.command.replace("RUNS", str(runs)),
-                    wrong=wrong,
-                )
-            )
+            command = item.command.replace("RUNS", str(runs))
+            done.missing.append(dict(name=item.name, shows=item.shows, why=reason, command=command, wrong=wrong))
         else:
-            files = (
-                made.save(out / "tables", item.name, TABLES)
-                if isinstance(made, Table)
-                else save_figure(made, out / item.name, dpi)
-            )
             done.made.append(
-                dict(
-                    name=item.name,
-                    shows=item.shows,
-                    files=files,
-                    runs=used,
-                    width=0 if isinstance(made, Table) else round(120 * made.get_figwidth()),
-                )
+                dict(name=item.name, shows=item.shows, runs=used, **_saved(made, done.out, item.name, dpi))
             )
         if progress:
-            progress(item, done.missing[-1]["why"] if done.missing and done.missing[-1]["name"] == item.name else "")
+            progress(item, reason)
     if not only:
         write_index(done)
     return done
+
+
+def _made(
+    item: Item,
+    runs: Runs,
+) -> tuple:  # figure or table, or None; its runs; why there is none; whether something that is there is damaged
+    "One item of the plan; a damaged run must not take the other figures with it."
+    try:
+        return *item.make(runs), "", False
+    except ValueError as error:
+        return None, [], " ".join(str(error).split()), False
+    except Exception as error:
+        reason = f"it could not be drawn ({type(error).__name__}: {error})"
+        return None, [], " ".join(reason.split()), True
+
+
+def _saved(
+    made: Figure | Table,
+    out: Path,
+    name: str,
+    dpi: int,
+) -> dict:  # files, width in the index (pixels; 0 for a table)
+    "A figure or a table as files."
+    if isinstance(made, Table):
+        return dict(files=made.save(out / "tables", name, TABLES), width=0)
+    return dict(files=save_figure(made, out / name, dpi), width=round(120 * made.get_figwidth()))
 
 
 # %% ../../nbs/figures/11_paper_figures.ipynb #7ef6aaa8
@@ -109,8 +106,8 @@ BEGIN = "<!-- zsad figures: from here to the end mark this file is written by th
 END = "<!-- zsad figures: end -->"
 
 
-def _given(run: Finished) -> dict:
-    "What a run was given beside its notebook's defaults, without places of a machine."
+def _portable(run: Finished) -> dict:
+    "Parameters that were stated beside the notebook's defaults, without places of a machine."
     own = {k: v for k, v in stated_parameters(run).items() if k not in NEUTRAL}
     return {
         k: Path(v).name if isinstance(v, str) and ("/" in v or "\\" in v) else v
@@ -121,12 +118,13 @@ def _given(run: Finished) -> dict:
 
 def _parameters(runs: list) -> str:
     "What a figure's runs have in common, and what differs."
-    own = [{k: v for k, v in _given(r).items() if not k.endswith("checkpoint")} for r in runs]
-    said = []
-    for k in dict.fromkeys(k for g in own for k in g):
-        values = sorted({json.dumps(g[k]) if not isinstance(g[k], str) else g[k] for g in own if k in g})
-        said.append(f"{k} {', '.join(values[:6])}{' …' if len(values) > 6 else ''}")
-    return "; ".join(said)
+    own = [{k: v for k, v in _portable(r).items() if not k.endswith("checkpoint")} for r in runs]
+    parts = []
+    for name in dict.fromkeys(name for parameters in own for name in parameters):
+        stated = [parameters[name] for parameters in own if name in parameters]
+        values = sorted({value if isinstance(value, str) else json.dumps(value) for value in stated})
+        parts.append(f"{name} {', '.join(values[:6])}{' …' if len(values) > 6 else ''}")
+    return "; ".join(parts)
 
 
 def _cell(text) -> str:
@@ -155,7 +153,7 @@ def run_rows(
                 seed=r.seed if r["seeds"] is None else " ".join(map(str, r["seeds"])),
                 hash=r.hash,
                 path=r.path,
-                parameters=json.dumps(_given(r), sort_keys=True),
+                parameters=json.dumps(_portable(r), sort_keys=True),
                 commit=r.record.get("code", {}).get("commit"),
                 source=r.record.get("code", {}).get("source"),
             )
@@ -168,94 +166,100 @@ def run_rows(
 def write_index(done: Built) -> Path:
     "README.md and runs.csv."
     rows = run_rows(done)
-    out = done.out
-    lines = [BEGIN, "", "## Figures and tables of the papers", ""]
-    if done.made:
-        states = rows["source"].dropna().unique()
-        lines += [
-            f"`zsad figures RUNS` made these from {rows['path'].nunique()} runs"
-            + (
-                f" of {len(states)} states of the package: a run is best repeated where that matters"
-                " ([runs.csv](runs.csv), column source)"
-                if len(states) > 1
-                else ""
-            )
-            + ". A figure of drawn images (the synthetic benchmark) says so in itself. Every run behind every figure,"
-            " with its parameters: [runs.csv](runs.csv).",
-            "",
-            "| figure | shows | data | made by | parameters | runs |",
-            "|---|---|---|---|---|---|",
-        ]
-    for m in done.made:
-        used = m["runs"]
-        name = m["name"]
-        where = [
-            (f.suffix[1:], f.relative_to(out).as_posix()) for f in m["files"] if not f.name.endswith("_numbers.csv")
-        ]
-        data = ", ".join(dict.fromkeys(name_of(str(r["data"] or r["test"])) for r in used))
-        books = ", ".join(
-            f"[{_cell(b)}](../nbs/experiments/{quote(str(b))}.ipynb)" for b in dict.fromkeys(r.notebook for r in used)
-        )
-        hashes = [r.hash[:8] or r.path for r in used]
-        cells = [
-            f"**{name}** " + " ".join(f"[{end}]({link})" for end, link in where),
-            _cell(m["shows"]),
-            _cell(data),
-            books,
-            _cell(_parameters(used)),
-            _cell(f"{len(used)}: " + " ".join(hashes[:4]) + (" …" if len(hashes) > 4 else "")),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
     pictures = [m for m in done.made if any(f.suffix == ".png" for f in m["files"])]
-    for m in pictures:
-        lines += [
-            "",
-            f"**{_cell(m['shows'])}**",
-            "",
-            f'<img src="{m["name"]}.png" alt="{html_text(m["shows"])}" width="{m["width"]}">',
-        ]
-    for m in done.made:
-        if m not in pictures:
-            lines += [
-                "",
-                f"**{_cell(m['shows'])}**",
-                "",
-                re.sub(
-                    r"^\*\*.*\*\*\n\n", "", next(f for f in m["files"] if f.suffix == ".md").read_text(encoding="utf-8")
-                ).strip(),
-            ]
-    if done.missing:
-        lines += [
-            "",
-            "## Not made",
-            "",
-            (
-                "Nothing stands in for them; each line has the command that makes the runs, if any does. A file of that"
-                " name that lies here is of an earlier call."
-            ),
-            "",
-            "| figure | shows | why not | command |",
-            "|---|---|---|---|",
-        ]
-        lines += [
-            "| "
-            + " | ".join([m["name"], _cell(m["shows"]), _cell(m["why"]), _code(m["command"]) if m["command"] else "–"])
-            + " |"
-            for m in done.missing
-        ]
+    tables = [m for m in done.made if m not in pictures]
+    lines = [
+        BEGIN,
+        "",
+        "## Figures and tables of the papers",
+        "",
+        *(_made_lines(done, rows) if done.made else []),
+        *(line for m in pictures for line in _picture_lines(m)),
+        *(line for m in tables for line in _table_lines(m)),
+        *(_missing_lines(done.missing) if done.missing else []),
+    ]
     if done.skipped:
-        lines += [
-            "",
-            "Folders that are no finished runs: " + _cell("; ".join(f"{p} ({r})" for p, r in done.skipped)) + ".",
-        ]
+        skipped = "; ".join(f"{p} ({r})" for p, r in done.skipped)
+        lines += ["", f"Folders that are no finished runs: {_cell(skipped)}."]
     lines += ["", END]
-    readme = out / "README.md"
-    text = "\n".join(lines)
-    before = readme.read_text(encoding="utf-8") if readme.is_file() else "# Figures and tables\n"
-    if BEGIN in before and END in before.partition(BEGIN)[2]:
-        text = before.partition(BEGIN)[0] + text + before.partition(BEGIN)[2].partition(END)[2]
-    else:
-        text = before.rstrip("\n") + "\n\n" + text + "\n"
     if len(rows):
-        write_table(rows, out / "runs.csv")
+        write_table(rows, done.out / "runs.csv")
+    readme = done.out / "README.md"
+    before = readme.read_text(encoding="utf-8") if readme.is_file() else "# Figures and tables\n"
+    text = _between_marks(before, "\n".join(lines))
     return write_atomically(readme, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def _between_marks(before: str, text: str) -> str:
+    "A file with our part replaced, or put at its end."
+    head, begin, rest = before.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if begin and end:
+        return head + text + tail
+    return before.rstrip("\n") + "\n\n" + text + "\n"
+
+
+def _made_lines(done: Built, rows: pd.DataFrame) -> list[str]:
+    "The table of what was made."
+    states = rows["source"].dropna().nunique()
+    several = (
+        f" of {states} states of the package: a run is best repeated where that matters ([runs.csv](runs.csv), column"
+        " source)"
+    )
+    return [
+        f"`zsad figures RUNS` made these from {rows['path'].nunique()} runs{several if states > 1 else ''}. A figure of"
+        " drawn images (the synthetic benchmark) says so in itself. Every run behind every figure, with its parameters:"
+        " [runs.csv](runs.csv).",
+        "",
+        "| figure | shows | data | made by | parameters | runs |",
+        "|---|---|---|---|---|---|",
+        *[_made_line(m, done.out) for m in done.made],
+    ]
+
+
+def _made_line(m: dict, out: Path) -> str:  # of Built.made
+    "One row of that table."
+    used = m["runs"]
+    files = [(f.suffix[1:], f.relative_to(out).as_posix()) for f in m["files"] if not f.name.endswith("_numbers.csv")]
+    notebooks = dict.fromkeys(r.notebook for r in used)
+    hashes = [r.hash[:8] or r.path for r in used]
+    cells = [
+        f"**{m['name']}** " + " ".join(f"[{end}]({link})" for end, link in files),
+        _cell(m["shows"]),
+        _cell(", ".join(dict.fromkeys(name_of(str(r["data"] or r["test"])) for r in used))),
+        ", ".join(f"[{_cell(b)}](../nbs/experiments/{quote(str(b))}.ipynb)" for b in notebooks),
+        _cell(_parameters(used)),
+        _cell(f"{len(used)}: " + " ".join(hashes[:4]) + (" …" if len(hashes) > 4 else "")),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _picture_lines(m: dict) -> list[str]:  # of Built.made
+    "A figure below its heading."
+    picture = f'<img src="{m["name"]}.png" alt="{html_text(m["shows"])}" width="{m["width"]}">'
+    return ["", f"**{_cell(m['shows'])}**", "", picture]
+
+
+def _table_lines(m: dict) -> list[str]:  # of Built.made
+    "A table below its heading, which replaces its caption."
+    file = next(f for f in m["files"] if f.suffix == ".md")
+    text = re.sub(r"^\*\*.*\*\*\n\n", "", file.read_text(encoding="utf-8"))
+    return ["", f"**{_cell(m['shows'])}**", "", text.strip()]
+
+
+def _missing_lines(missing: list[dict]) -> list[str]:
+    "The table of what was not made."
+    rows = [
+        [m["name"], _cell(m["shows"]), _cell(m["why"]), _code(m["command"]) if m["command"] else "–"] for m in missing
+    ]
+    return [
+        "",
+        "## Not made",
+        "",
+        "Nothing stands in for them; each line has the command that makes the runs, if any does. A file of that name"
+        " that lies here is of an earlier call.",
+        "",
+        "| figure | shows | why not | command |",
+        "|---|---|---|---|",
+        *[f"| {' | '.join(row)} |" for row in rows],
+    ]

@@ -13,15 +13,13 @@ __all__ = [
     "BOOKS",
     "SYNTHETIC_DEFAULTS",
     "LOSSES",
-    "PERCENT",
-    "BENCH",
-    "TOWERS",
-    "UNMADE",
-    "EFFICIENCY",
+    "LEARNING_RATE",
+    "MAKERS",
     "Item",
     "synthetic_like",
     "commands",
     "marked_notes",
+    "plan_rows",
     "plan",
 ]
 
@@ -30,6 +28,8 @@ import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, partial
+from importlib.resources import files
 
 import numpy as np
 import pandas as pd
@@ -53,7 +53,7 @@ from zsad_nb.figures.chosen_runs import (
 )
 from .curves import loss_figure, methods_figure
 from .grids import grid_figure, samples_figure, side_by_side
-from .studies import alignment_table, below, curve_figure, pair_figure, study_table
+from .studies import alignment_table, auxiliary_table, below, curve_figure, pair_figure, study_table
 from .style import letters, note, style
 from .types import confusion_figure, type_figure
 
@@ -86,7 +86,7 @@ SHOWN = ("hazelnut", "capsules", "tubes", "02")  # of Fig. 9 of the DMA+SAP pape
 
 @dataclass(frozen=True)
 class Item:
-    "A figure or a table, and how to come by it."
+    "A figure or a table, and the command for its runs."
 
     name: str  # of its files
     shows: str  # what, and where in which paper
@@ -111,33 +111,29 @@ def synthetic_like(runs: Runs | None) -> dict:  # size, images, epochs
     return {name: one(name) for name in SYNTHETIC_DEFAULTS}
 
 
-def commands(real: bool, like: dict):  # (sweep, study, types)
+def commands(
+    real: bool,  # photographs; False: synthetic images
+    like: dict,  # of `synthetic_like`
+) -> tuple[Callable, Callable, Callable]:  # sweep(file), study(method, lr_scale, **parameters), types()
     "Functions that give the command for a sweep file, a study of a method, and defect types."
 
     def sweep(name):
-        if real:
-            return f"zsad sweep {SWEEPS}/{name}.yaml --set DATA=FOLDER --root RUNS"
-        return (
-            f"zsad sweep {SWEEPS}/{name}.yaml "
-            + " ".join(f"--set {k.upper()}={v}" for k, v in like.items())
-            + " --root RUNS"
-        )
+        settings = ["DATA=FOLDER"] if real else [f"{k.upper()}={v}" for k, v in like.items()]
+        return f"zsad sweep {SWEEPS}/{name}.yaml {' '.join(f'--set {s}' for s in settings)} --root RUNS"
 
     def run(notebook, **parameters):
-        words = [
-            w
-            for k, v in {**parameters, **like, "seeds": [0, 1, 2]}.items()
-            for w in ("-p", k, v if isinstance(v, str) else json.dumps(v))
-        ]
+        words = []
+        for name, value in {**parameters, **like, "seeds": [0, 1, 2]}.items():
+            words += ["-p", name, value if isinstance(value, str) else json.dumps(value)]
         return shlex.join(["zsad", "run", f"{BOOKS}/{notebook}.ipynb", *words, "--root", "RUNS"])
 
-    return (
-        sweep,
-        lambda method, lr_scale, **more: (
-            sweep(method) if real else run("ablation", method=method, lr_scale=lr_scale, **more)
-        ),
-        lambda: sweep("dapo") if real else run("defect_types"),
-    )
+    def study(method, lr_scale, **more):
+        return sweep(method) if real else run("ablation", method=method, lr_scale=lr_scale, **more)
+
+    def types():
+        return sweep("dapo") if real else run("defect_types")
+
+    return sweep, study, types
 
 
 # %% ../../nbs/figures/10_paper_plan.ipynb #889cd015
@@ -161,23 +157,18 @@ LOSSES = dict(
 )
 
 
-def _loss(method):
-    def draw(runs):
-        used = main_backbone(
-            require_runs(runs.of("train", method=method), f"a training of {METHOD_NAMES[method]}"), method
+def _loss(runs, method):
+    used = main_backbone(require_runs(runs.of("train", method=method), f"a training of {METHOD_NAMES[method]}"), method)
+    only_one(used, lambda r: (r["method"], r["train_data"] or r["data"], r.seed), "trainings")
+    files = {r.path: r.folder / "history.csv" for r in used}
+    if lost := [p for p, f in files.items() if not f.is_file()]:
+        raise ValueError(f"{', '.join(lost)} left no history.csv")
+    sets = {}
+    for r in used:
+        sets.setdefault(f"trained on {name_of(r['train_data'] or r['data'])}", []).append(
+            read_table(files[r.path], numbers="rest")
         )
-        only_one(used, lambda r: (r["method"], r["train_data"] or r["data"], r.seed), "trainings")
-        files = {r.path: r.folder / "history.csv" for r in used}
-        if lost := [p for p, f in files.items() if not f.is_file()]:
-            raise ValueError(f"{', '.join(lost)} left no history.csv")
-        sets = {}
-        for r in used:
-            sets.setdefault(f"trained on {name_of(r['train_data'] or r['data'])}", []).append(
-                read_table(files[r.path], numbers="rest")
-            )
-        return loss_figure(sets, LOSSES, remark=synthetic_remark(used)), used
-
-    return draw
+    return loss_figure(sets, LOSSES, remark=synthetic_remark(used)), used
 
 
 def _views(run, method=None) -> Views:
@@ -239,117 +230,129 @@ def _as_printed(found, paper, method):
     return alike or found
 
 
-def _bars(method, level):
-    def draw(runs):
-        table, used = _table_runs(runs, TABLE_METHODS[method], method, TABLE_SETS[method])
-        there = [m for m in TABLE_METHODS[method] if m in set(table["method"])]
-        if method not in there or len(there) < 2:
-            raise ValueError(
-                f"bars need {METHOD_NAMES[method]} and one method beside it; there is"
-                f" {', '.join(METHOD_NAMES[m] for m in there)}"
-            )
-        metrics = [m for m in METRIC_LEVELS[level] if m in table]
-        made = results_table(table, metrics, methods=there, published=method if runs.real else False)
-        row = MEAN if MEAN in set(made.numbers["row"]) else made.numbers["row"].iloc[0]
-        return (
-            bar_figure(
-                made,
-                row=row,
-                published=runs.real,
-                title=f"{level} level, {'mean over data sets' if row == MEAN else name_of(row)}",
-                remark=" ".join([*marked_notes(made), synthetic_remark(used)]).strip(),
-            ),
-            used,
-        )
+def _mean_row(
+    made: Table,
+) -> tuple[str, str]:  # the row, and what a reader calls it
+    "The mean over data sets; with one data set its row."
+    rows = list(made.numbers["row"])
+    return (MEAN, "mean over data sets") if MEAN in rows else (rows[0], name_of(rows[0]))
 
-    return draw
+
+def _bars(runs, method, level):
+    table, used = _table_runs(runs, TABLE_METHODS[method], method, TABLE_SETS[method])
+    there = [m for m in TABLE_METHODS[method] if m in set(table["method"])]
+    if method not in there or len(there) < 2:
+        raise ValueError(
+            f"bars need {METHOD_NAMES[method]} and one method beside it; there is"
+            f" {', '.join(METHOD_NAMES[m] for m in there)}"
+        )
+    metrics = [m for m in METRIC_LEVELS[level] if m in table]
+    made = results_table(table, metrics, methods=there, published=method if runs.real else False)
+    row, name = _mean_row(made)
+    remark = " ".join([*marked_notes(made), synthetic_remark(used)]).strip()
+    return bar_figure(made, row=row, published=runs.real, title=f"{level} level, {name}", remark=remark), used
 
 
 def _overview(runs):
     table, used = _table_runs(runs)
     made = results_table(table, [m for m in ("image_auroc", "pixel_auroc", "pixel_aupro") if m in table])
-    row = MEAN if MEAN in set(made.numbers["row"]) else made.numbers["row"].iloc[0]
+    row, name = _mean_row(made)
+    name = name[:1].upper() + name[1:] if row == MEAN else name
+    parts = [f"{name}, deviations over seeds and over test images.", *marked_notes(made), synthetic_remark(used)]
     numbers = made.numbers[made.numbers["row"] == row]
-    said = " ".join(marked_notes(made))
-    return (
-        methods_figure(
-            numbers,
-            own=SYSTEMS,
-            remark=f"{'Mean over data sets' if row == MEAN else name_of(row)}, deviations over seeds and over test images. {said} {synthetic_remark(used)}".replace(
-                "  ", " "
-            ).strip(),
-        ),
-        used,
-    )
+    return methods_figure(numbers, own=SYSTEMS, remark=" ".join(filter(None, parts))), used
 
 
 def _all(runs):
     table, used = _table_runs(runs)
     made = methods_table(table)
-    if said := synthetic_remark(used):
-        made.notes.insert(0, said)
-    return made, used
+    return _with_remark(made, used), used
 
 
-def _results(method, level, layout="data", sets=None):
-    def draw(runs):
-        table, used = _table_runs(runs, TABLE_METHODS[method], method, sets or TABLE_SETS[method])
-        if method not in set(table["method"]):
-            raise ValueError(f"no finished run: an evaluation of {METHOD_NAMES[method]}")
-        columns = [
-            n
-            for m in TABLE_METHODS[method]
-            for n in (m, *sorted({x for x in table["method"] if x.startswith(f"{m} (")}))
-        ]  # a method with several backbones
-        data = None if layout == "data" else "mvtec" if "mvtec" in set(table["data"]) else sorted(set(table["data"]))[0]
-        metrics = (
-            [m for m in METRIC_LEVELS[level] if m in table] if layout == "data" else ["image_auroc", "pixel_auroc"]
-        )
-        made = results_table(table, metrics, layout, columns, data, published=method if runs.real else False)
-        if said := synthetic_remark(used):
-            made.notes.insert(0, said)
-        return made, used
-
-    return draw
+def _with_remark(made: Table, used: list) -> Table:
+    "A table of synthetic images says so first."
+    made.notes[:0] = filter(None, [synthetic_remark(used)])
+    return made
 
 
-def _qualitative(method, peer=""):
-    def draw(runs):
-        found = [r for r in runs.of("qualitative") if r["views"]]
-        ours = require_runs([r for r in found if method in r["views"]], f"views of {METHOD_NAMES[method]}")
-        theirs = {
-            p: [
-                r
-                for r in found
-                if p in r["views"]
-                and any(r["data"] == o["data"] and r["fingerprint"] == o["fingerprint"] for o in ours)
-            ]
-            for p in ((peer,) if peer else PEERS)
-            if p != method
-        }
-        name = next((p for p in theirs if theirs[p]), None)
-        if name is None:
-            raise ValueError(
-                f"no finished run: views of {METHOD_NAMES.get(peer, peer) if peer else 'a peer'} on the images shown"
-                f" for {METHOD_NAMES[method]}"
-            )
-        columns = []
-        used = []
-        sets = list(dict.fromkeys(r["data"] for r in ours if any(t["data"] == r["data"] for t in theirs[name])))
-        for data in sets:
-            pair = {}
-            for label, kind, runs_ in ((name, name, theirs[name]), (method, method, ours)):
-                here = main_backbone(_as_printed([r for r in runs_ if r["data"] == data], method, kind), kind)
-                first = min(r.seed for r in here)
-                here = [r for r in here if r.seed == first]
-                only_one(here, lambda r: (r["data"], r.seed), f"views of {METHOD_NAMES.get(label, label)}")
-                pair[METHOD_NAMES.get(label, label)] = _views(here[0], kind)
-                used.append(here[0])
-            for c in side_by_side(pair, max(1, 8 // len(sets)), SHOWN if len(sets) > 1 else ()):
-                columns.append(dict(c, data=name_of(data) if len(sets) > 1 else ""))
-        return grid_figure(columns[:9], remark=synthetic_remark(used)), used
+def _results(runs, method, level, sets=None):
+    table, used = _own_runs(runs, method, sets or TABLE_SETS[method])
+    metrics = [m for m in METRIC_LEVELS[level] if m in table]
+    columns = _with_backbones(table, TABLE_METHODS[method])
+    made = results_table(table, metrics, "data", columns, published=method if runs.real else False)
+    return _with_remark(made, used), used
 
-    return draw
+
+def _medical(runs, method):
+    return _results(runs, method, "image", MEDICAL)
+
+
+def _categories(runs, method):
+    table, used = _own_runs(runs, method, TABLE_SETS[method])
+    sets = sorted(set(table["data"]))
+    columns = _with_backbones(table, TABLE_METHODS[method])
+    made = results_table(
+        table,
+        ["image_auroc", "pixel_auroc"],
+        "category",
+        columns,
+        "mvtec" if "mvtec" in sets else sets[0],
+        published=method if runs.real else False,
+    )
+    return _with_remark(made, used), used
+
+
+def _own_runs(runs, method, sets):
+    "As `_table_runs`, for a table that needs the paper's own method."
+    table, used = _table_runs(runs, TABLE_METHODS[method], method, sets)
+    if method not in set(table["method"]):
+        raise ValueError(f"no finished run: an evaluation of {METHOD_NAMES[method]}")
+    return table, used
+
+
+def _with_backbones(table, methods) -> list[str]:
+    "A method that ran on several backbones is several columns."
+    names = set(table["method"])
+    return [n for m in methods for n in (m, *sorted(x for x in names if x.startswith(f"{m} (")))]
+
+
+def _peers_of(found, ours, method, peer) -> tuple[str, list]:  # name, its runs
+    "The first peer that was run on the same images."
+    images = [(r["data"], r["fingerprint"]) for r in ours]
+    for name in (peer,) if peer else PEERS:
+        theirs = [r for r in found if name in r["views"] and (r["data"], r["fingerprint"]) in images]
+        if theirs and name != method:
+            return name, theirs
+    raise ValueError(
+        f"no finished run: views of {METHOD_NAMES.get(peer, peer) if peer else 'a peer'} on the images shown for"
+        f" {METHOD_NAMES[method]}"
+    )
+
+
+def _first_seed(runs, data, paper, method):
+    "Of runs with views of a method those on one data set, trained as in the paper, of the first seed: one run."
+    here = main_backbone(_as_printed([r for r in runs if r["data"] == data], paper, method), method)
+    first = min(r.seed for r in here)
+    here = [r for r in here if r.seed == first]
+    only_one(here, lambda r: (r["data"], r.seed), f"views of {METHOD_NAMES.get(method, method)}")
+    return here[0]
+
+
+def _qualitative(runs, method, peer=""):
+    found = [r for r in runs.of("qualitative") if r["views"]]
+    ours = require_runs([r for r in found if method in r["views"]], f"views of {METHOD_NAMES[method]}")
+    name, theirs = _peers_of(found, ours, method, peer)
+    columns = []
+    used = []
+    sets = [data for data in dict.fromkeys(r["data"] for r in ours) if any(t["data"] == data for t in theirs)]
+    several = len(sets) > 1
+    for data in sets:
+        pair = [_first_seed(theirs, data, method, name), _first_seed(ours, data, method, method)]
+        used += pair
+        views = {METHOD_NAMES.get(n, n): _views(run, n) for n, run in zip((name, method), pair)}
+        for column in side_by_side(views, max(1, 8 // len(sets)), SHOWN if several else ()):
+            columns.append(dict(column, data=name_of(data) if several else ""))
+    return grid_figure(columns[:9], remark=synthetic_remark(used)), used
 
 
 # %% ../../nbs/figures/10_paper_plan.ipynb #faa9fadd
@@ -362,36 +365,32 @@ def _types(runs, count=6):
         "views",
     )
     views = _views(run, "dapo")
-    rows = []
     if not views.typed:
         raise ValueError(f"{run.path} kept no types")
-    heat = views.typed["heat"]
-    for at in (
-        views.rows.sort_values(["type", "image"])
-        .groupby("type", sort=False)
-        .cumcount()
-        .sort_values(kind="stable")
-        .index[:count]
-    ):  # every type once before any twice
-        same = np.flatnonzero(views.rows["category"] == views.rows["category"][at])
-        low = np.median([heat[k].min() for k in same])
-        high = max(heat[k].max() for k in same)
-        r = views.rows.loc[at]
-        rows.append(
-            dict(
-                image=views.images[at] / 255,
-                truth=views.typed["truth"][at],
-                said=views.typed["largest"][at],
-                likely=views.typed["likely"][at],
-                heat=np.clip((heat[at] - low) / max(high - low, 1e-12), 0, 1),
-                has_mask=bool(r["has_mask"]),
-                left=f"{letters(r['category'])}\n{letters(r['type'])}\nsaid: {letters(r['guess'])}",
-            )
-        )
-    figure = type_figure(rows, views.types)
-    if said := synthetic_remark([run]):
-        _note(figure, said)
+    turns = views.rows.sort_values(["type", "image"]).groupby("type", sort=False).cumcount()
+    places = turns.sort_values(kind="stable").index[:count]  # every type once before any twice
+    figure = type_figure([_type_row(views, place) for place in places], views.types)
+    if text := synthetic_remark([run]):
+        _note(figure, text)
     return figure, [run]
+
+
+def _type_row(views: Views, at: int) -> dict:  # for `type_figure`
+    "One image; its heat on the scale of its category."
+    row = views.rows.loc[at]
+    heat = views.typed["heat"]
+    same = heat[(views.rows["category"] == row["category"]).to_numpy()]
+    low = np.median(same.min((1, 2)))
+    high = same.max()
+    return dict(
+        image=views.images[at] / 255,
+        truth=views.typed["truth"][at],
+        said=views.typed["largest"][at],
+        likely=views.typed["likely"][at],
+        heat=np.clip((heat[at] - low) / max(high - low, 1e-12), 0, 1),
+        has_mask=bool(row["has_mask"]),
+        left=f"{letters(row['category'])}\n{letters(row['type'])}\nsaid: {letters(row['guess'])}",
+    )
 
 
 def _types_run(runs, method="dapo"):
@@ -403,36 +402,30 @@ def _types_run(runs, method="dapo"):
     return found[0]
 
 
-def _confusion(unit):
-    def draw(runs):
-        run = _types_run(runs)
-        choice = run["choice"] or "filtered"
-        seed = run["seeds"][0]
-        home = below(run, f"dapo-seed{seed}")
-        try:
-            if unit == "pixels":
-                file = below(run, home.name, f"types_confusion_{choice}.csv")
-                truth = read_table(file).columns[0]
-                table = read_table(file, numbers="rest", text=[truth]).set_index(truth)
-            else:
-                said = read_table(home / "types_images.csv")
-                names = list(dict.fromkeys([*sorted(said["type"].unique()), *sorted(said[f"said_{choice}"].unique())]))
-                table = pd.crosstab(said["type"], said[f"said_{choice}"]).reindex(
-                    index=names, columns=names, fill_value=0
-                )
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{run.path}: no confusion of {unit} ({error})") from None
-        figure = confusion_figure(table, unit=unit)
-        if unit == "images":
-            figure.axes[0].set_xlabel("said, % of the truth's images")
-        if said := synthetic_remark([run]):
-            _note(
-                figure,
-                f"Types to choose from: {'the product’s own' if choice == 'filtered' else 'all'}. Seed {seed}. {said}",
-            )
-        return figure, [run]
-
-    return draw
+def _confusion(runs, unit):
+    run = _types_run(runs)
+    choice = run["choice"] or "filtered"
+    seed = run["seeds"][0]
+    home = below(run, f"dapo-seed{seed}")
+    try:
+        if unit == "pixels":
+            file = below(run, home.name, f"types_confusion_{choice}.csv")
+            truth = read_table(file).columns[0]
+            table = read_table(file, numbers="rest", text=[truth]).set_index(truth)
+        else:
+            images = read_table(home / "types_images.csv")
+            truth, guess = images["type"], images[f"said_{choice}"]
+            names = list(dict.fromkeys([*sorted(truth.unique()), *sorted(guess.unique())]))
+            table = pd.crosstab(truth, guess).reindex(index=names, columns=names, fill_value=0)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{run.path}: no confusion of {unit} ({error})") from None
+    figure = confusion_figure(table, unit=unit)
+    if unit == "images":
+        figure.axes[0].set_xlabel("said, % of the truth's images")
+    if text := synthetic_remark([run]):
+        types = "the product’s own" if choice == "filtered" else "all"
+        _note(figure, f"Types to choose from: {types}. Seed {seed}. {text}")
+    return figure, [run]
 
 
 def _types_table(runs):
@@ -458,7 +451,7 @@ def _types_table(runs):
         {k: (f"{h}, %", 100, 1) for k, h in heads.items() if k in rows},
         corner="method",
         caption=f"Types on {name_of(run['test'])}",
-        notes=[synthetic_remark([run])] if synthetic_remark([run]) else [],
+        notes=list(filter(None, [synthetic_remark([run])])),
     )
     return made, [run]
 
@@ -469,54 +462,64 @@ def _note(figure, text):
 
 
 # %% ../../nbs/figures/10_paper_plan.ipynb #c2b8919a
-PERCENT = ("image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "pixel_aupro")
+LEARNING_RATE = dict(dma_sap=1.0, ssvp=10.0, visualad=8.0, dapo=1.0)  # scale of the studies on synthetic images
 
-BENCH = (  # what an efficiency paragraph says, measured here
-    "zsad bench --methods {method} --size {size} --device cuda --set {towers}"
-)
-TOWERS = dict(
-    dma_sap="clip=clip-vitl14-336 dino=dinov2-vitb14-reg",
-    ssvp="clip=clip-vitl14-336 dino=dinov3-vitl16",
-    visualad="backbone=clip-vitl14-336",
-    dapo="clip=clip-vitl14-336",
-)
-UNMADE = [  # name, what and where, why nothing here makes it
-    (
-        "dma_sap_figs01_04_diagrams",
-        "DMA+SAP, Figs 1-4: diagrams of the method",
-        "a diagram: drawn by hand, not computed from runs",
-    ),
-    (
-        "ssvp_figs01_02_diagrams",
-        "SSVP, Figs 1 and 2: diagrams of the method",
-        "a diagram: drawn by hand, not computed from runs",
-    ),
-    ("ssvp_figs03_06", "SSVP, Figs 3-6", "what they show is not known here; SSVP's heatmaps are in ssvp_qualitative"),
-    ("visualad_diagram", "VisualAD: diagram of the method", "a diagram: drawn by hand, not computed from runs"),
-    ("dapo_diagram", "DAPO: diagram of the method", "a diagram: drawn by hand, not computed from runs"),
-]
-EFFICIENCY = dict(  # what each paper says of its cost
-    dma_sap=(336, "DMA+SAP, efficiency: 43.4 ± 18.3 ms per image of 336 px on an RTX 4090, 436 M parameters"),
-    ssvp=(518, "SSVP, efficiency: the paper gives no numbers, it admits the cost of two backbones"),
-    visualad=(518, "VisualAD, efficiency: its claim of few trained parameters was taken back in its README"),
-    dapo=(518, "DAPO, efficiency: no paragraph was found"),
+
+def _not_made(runs, reason):
+    raise ValueError(reason)
+
+
+MAKERS = dict(  # what a row of the plan calls, with the runs and its own arguments
+    overview=_overview,
+    all_methods=_all,
+    loss=_loss,
+    samples=_samples,
+    bars=_bars,
+    qualitative=_qualitative,
+    results=_results,
+    categories=_categories,
+    medical=_medical,
+    types=_types,
+    confusion=_confusion,
+    types_table=_types_table,
+    pair=pair_figure,
+    curve=curve_figure,
+    study=study_table,
+    auxiliary=auxiliary_table,
+    alignment=alignment_table,
+    nothing=_not_made,
 )
 
 
-def _not_made(why: str) -> Callable:
-    def draw(runs):
-        raise ValueError(why)
+@lru_cache(maxsize=None)
+def plan_rows() -> pd.DataFrame:  # name, shows, maker (of MAKERS), arguments (JSON), command, only (real, or "")
+    "Every figure and table of the papers, paper by paper; `command` is written for `plan`."
+    return read_table(str(files("zsad_nb") / "assets" / "paper_plan.csv"))
 
-    return draw
+
+def _command(text: str, real: bool, like: dict) -> str:
+    "A command of the plan in full: results, views or study of a method, types, baselines, or a command as it is."
+    kind, *words = text.split(" ") if text else [""]
+    sweep, study, types = commands(real, like)
+    baselines = sweep("baselines" if real else "synthetic")
+    if kind == "types":
+        return types()
+    if kind == "study":
+        settings = dict(word.split("=", 1) for word in words[1:])
+        return study(words[0], LEARNING_RATE[words[0]], **{name: _value(v) for name, v in settings.items()})
+    if kind in ("results", "views") and real:
+        return f"{sweep(words[0])}; {baselines}"
+    if kind in ("baselines", "results"):
+        return baselines
+    return sweep("figures") if kind == "views" else text
 
 
-def _unmade(bench: Callable) -> list[Item]:  # bench: method -> command
-    "What stands in the papers and comes from no run."
-    items = [Item(name, shows, _not_made(f"not made: {why}"), "") for name, shows, why in UNMADE]
-    why = (
-        "not made from runs: a measurement of a machine, and the paper's is an RTX 4090; the command measures this one"
-    )
-    return items + [Item(f"{m}_efficiency", shows, _not_made(why), bench(m)) for m, (_, shows) in EFFICIENCY.items()]
+def _value(text: str):
+    "A parameter as JSON, or as the text it is."
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 def plan(
@@ -525,147 +528,16 @@ def plan(
 ) -> list[Item]:
     "Every figure and table, paper by paper."
     real = runs is not None and runs.real
-    sweep, study, types = commands(real, synthetic_like(runs))
-    baselines = sweep("baselines" if real else "synthetic")
+    like = synthetic_like(runs)
+    items = []
+    for row in plan_rows().itertuples(index=False):
+        if row.only == "real" and not real:
+            continue
+        options = dict(peer=peer) if row.maker == "qualitative" else {}
+        make = partial(_make, MAKERS[row.maker], json.loads(row.arguments), options)
+        items.append(Item(row.name, row.shows, make, _command(row.command, real, like)))
+    return items
 
-    def results(m):
-        return f"{sweep(m)}; {baselines}" if real else baselines
 
-    def views(m):
-        return results(m) if real else sweep("figures")
-
-    out = [
-        Item("overview_methods", "all methods, mean image AUROC, pixel AUROC and AUPRO", _overview, baselines),
-        Item("all_methods_table", "all methods, image and pixel metrics, and where ours loses", _all, baselines),
-        Item("dma_sap_fig05_loss", "DMA+SAP, Fig. 5: losses over epochs", _loss("dma_sap"), results("dma_sap")),
-        Item("dma_sap_fig06_samples", "DMA+SAP, Fig. 6: samples of the data sets", _samples, views("dma_sap")),
-        Item(
-            "dma_sap_fig07_bars_image",
-            "DMA+SAP, Fig. 7: mean image metrics",
-            _bars("dma_sap", "image"),
-            results("dma_sap"),
-        ),
-        Item(
-            "dma_sap_fig08_bars_pixel",
-            "DMA+SAP, Fig. 8: mean pixel metrics",
-            _bars("dma_sap", "pixel"),
-            results("dma_sap"),
-        ),
-        *[
-            Item(
-                f"{m}_{'fig09_' if m == 'dma_sap' else ''}qualitative",
-                f"{METHOD_NAMES[m]}{', Fig. 9' if m == 'dma_sap' else ''}: image, mask, a peer's heatmap, ours",
-                _qualitative(m, peer),
-                views(m),
-            )
-            for m in SYSTEMS
-        ],
-        *[
-            Item(
-                f"dma_sap_fig{n}_ablation_a{v.lower()}",
-                f"DMA+SAP, Fig. {n}: model A beside model {v}",
-                pair_figure("dma_sap", "A", v, ("image_auroc", "image_ap", "pixel_auroc", "pixel_aupro")),
-                study("dma_sap", 1.0),
-            )
-            for n, v in ((10, "B"), (11, "C"), (12, "D"))
-        ],
-        *[Item(f"{m}_loss", f"{METHOD_NAMES[m]}: losses over epochs", _loss(m), results(m)) for m in SYSTEMS[1:]],
-        Item(
-            "ssvp_fig07_gamma",
-            "SSVP, Fig. 7: share γ of the local score",
-            curve_figure("ssvp", "gamma", "γ", 0.5),
-            study("ssvp", 10.0, table="gamma"),
-        ),
-        Item(
-            "ssvp_fig08_xi",
-            "SSVP, Fig. 8: margin ξ",
-            curve_figure("ssvp", "xi", "ξ", 0.85),
-            study("ssvp", 10.0, table="xi"),
-        ),
-        Item(
-            "visualad_ablation",
-            "VisualAD, ablation: heatmaps and metrics of its variants",
-            pair_figure("visualad", None, None, ("image_auroc", "pixel_auroc", "pixel_ap")),
-            study("visualad", 8.0),
-        ),
-        Item("dapo_types", "DAPO: masks by type", _types, views("dapo")),
-        Item("dapo_confusion", "DAPO: confusion of types, pixels", _confusion("pixels"), types()),
-        Item("dapo_confusion_images", "DAPO: confusion of types, defective images", _confusion("images"), types()),
-        Item(
-            "dapo_alpha",
-            "DAPO: carry-over α",
-            curve_figure("dapo", "alpha", "α", 0.01),
-            study("dapo", 1.0, sweep="alpha", values=[0.0, 0.01, 0.1, 0.5, 1.0]),
-        ),
-        Item(
-            "dapo_lambda",
-            "DAPO: weight λ of the pixel losses",
-            curve_figure("dapo", "weight_local", "λ", 4.0),
-            study("dapo", 1.0, sweep="weight_local", values=[1.0, 2.0, 4.0, 8.0]),
-        ),
-        Item(
-            "dapo_depth",
-            "DAPO: image blocks with deep tokens",
-            curve_figure("dapo", "image_depth", "blocks with deep tokens", None),
-            study("dapo", 1.0, sweep="image_depth", values=[0, 1, 3, 5]),
-        ),
-    ]
-    for m, tables in dict(dma_sap="Tables 1-6", ssvp="Table 1", visualad="results", dapo="results").items():
-        out += [
-            Item(
-                f"{m}_{level}",
-                f"{METHOD_NAMES[m]}, {tables}: {level} metrics by data set",
-                _results(m, level),
-                results(m),
-            )
-            for level in METRIC_LEVELS
-        ]
-    backbones = study("ssvp", 10.0, sweep="dino", values=["tiny-dino", "tiny-clip"])
-    out += [
-        Item(
-            "dma_sap_table7_ablation",
-            "DMA+SAP, Table 7: ablation",
-            study_table("dma_sap", "ablations", PERCENT, "DMA+SAP, ablation"),
-            study("dma_sap", 1.0),
-        ),
-        Item(
-            "ssvp_table2_categories",
-            "SSVP, Table 2: image and pixel AUROC by category",
-            _results("ssvp", "image", "category"),
-            results("ssvp"),
-        ),
-        Item(
-            "ssvp_table3_ablation",
-            "SSVP, Table 3: ablation",
-            study_table("ssvp", "ablations", PERCENT, "SSVP, ablation"),
-            study("ssvp", 10.0),
-        ),
-        Item("ssvp_table4_alignment", "SSVP, Table 4: TIR-FG and SCD", alignment_table, study("ssvp", 10.0)),
-        Item(
-            "ssvp_table5_backbones",
-            "SSVP, Table 5: second tower",
-            study_table("ssvp", "auxiliary" if real else "dino", PERCENT, "SSVP, second tower"),
-            backbones,
-        ),
-        Item(
-            "visualad_table_ablation",
-            "VisualAD: ablation",
-            study_table("visualad", "ablations", PERCENT, "VisualAD, ablation"),
-            study("visualad", 8.0),
-        ),
-        Item("dapo_table_types", "DAPO and MultiADS: which defect is it", _types_table, types()),
-        *(
-            [
-                Item(
-                    "visualad_medical",
-                    "VisualAD, medical sets: image metrics",
-                    _results("visualad", "image", sets=MEDICAL),
-                    results("visualad"),
-                )
-            ]
-            if real
-            else []
-        ),
-        *_unmade(lambda m: BENCH.format(method=m, size=EFFICIENCY[m][0], towers=TOWERS[m])),
-    ]
-    return out
+def _make(maker: Callable, arguments: list, options: dict, runs: Runs) -> tuple:  # figure or table, its runs
+    return maker(runs, *arguments, **options)

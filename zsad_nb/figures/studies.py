@@ -13,16 +13,18 @@ __all__ = [
     "side_by_side_rows",
     "side_by_side_printed",
     "training_notes",
+    "study_numbers",
     "study_table",
+    "auxiliary_table",
     "alignment_table",
+    "variant_columns",
     "pair_figure",
     "curve_figure",
 ]
 
 # %% ../../nbs/figures/09_studies.ipynb #66d56dcf
-from collections.abc import Callable
-
 import pandas as pd
+from matplotlib.figure import Figure
 
 from ..core.files import inside
 from ..core.names import shown
@@ -66,9 +68,9 @@ def run_training(
     run: Finished,  # of ablation
 ) -> str:  # of `training_set`
     "What a study's models were trained on."
-    return training_set(
-        run["trained_on"] if run["trained_on"] is not None else [run["train_data"]] if run["train_data"] else None
-    )
+    if run["trained_on"] is not None:
+        return training_set(run["trained_on"])
+    return training_set([run["train_data"]] if run["train_data"] else None)
 
 
 def study_runs(
@@ -181,8 +183,8 @@ def training_notes(
     unlike: set,
 ) -> list[str]:
     "What a study's models were trained on, and what therefore cannot be compared."
-    said = [f"{training_name(run_training(r))} ({name_of(r['data'])})" for r in found]
-    notes = ["Trained on: " + "; ".join(said) + "."]
+    sets = [f"{training_name(run_training(r))} ({name_of(r['data'])})" for r in found]
+    notes = [f"Trained on: {'; '.join(sets)}."]
     if unlike:
         notes.append(
             "¶ Trained on another set than the published number, or not known to be on the same:"
@@ -193,45 +195,55 @@ def training_notes(
 
 
 # %% ../../nbs/figures/09_studies.ipynb #4e7d87d7
+def study_numbers(
+    method: str,
+    found: list[Finished],  # of `study_runs`
+    variants: list,
+    metrics: list,
+) -> tuple:  # rows of variants, columns, images, values, unlike: what `variants_table` takes
+    "The numbers of a study beside what is printed, on one data set or side by side on several."
+    if len(found) > 1:
+        return *side_by_side_rows(found, metrics), *side_by_side_printed(method, found, variants, metrics)
+    columns = {m: (f"{METRIC_NAMES[m]}, %", 100, 1) for m in metrics}
+    return trained(found[0]), columns, image_results(found[0]), *printed(method, found[0], variants, metrics)
+
+
 def study_table(
+    runs: Runs,
     method: str,
     table: str,
     metrics: tuple,  # of one data set
     caption: str,
     together: tuple = ("image_auroc", "image_ap"),  # of several data sets
-) -> Callable:  # Runs -> (Table, the runs it was made of)
+) -> tuple[Table, list]:  # and the runs it was made of
     "A paper's ablation table."
+    found = study_runs(runs, method, table)
+    rows = trained(found[0])
+    chosen = [m for m in (metrics if len(found) == 1 else together) if m in rows]
+    variants = list(dict.fromkeys(rows["variant"]))
+    frame, columns, images, values, unlike = study_numbers(method, found, variants, chosen)
+    sets = " and ".join(name_of(r["data"]) for r in found)
+    notes = training_notes(method, found, unlike if runs.real else set())
+    if text := synthetic_remark(found):
+        notes.append(text)
+    made = variants_table(
+        frame,
+        columns,
+        (values or None) if runs.real else None,
+        caption=f"{caption}, {sets}",
+        notes=notes,
+        images=images,
+        unlike=unlike,
+    )
+    return made, found
 
-    def draw(runs: Runs) -> tuple[Table, list]:
-        found = study_runs(runs, method, table)
-        rows = trained(found[0])
-        chosen = [m for m in (metrics if len(found) == 1 else together) if m in rows]
-        variants = list(dict.fromkeys(rows["variant"]))
-        if len(found) == 1:
-            frame = rows
-            columns = {m: (f"{METRIC_NAMES[m]}, %", 100, 1) for m in chosen}
-            images = image_results(found[0])
-            values, unlike = printed(method, found[0], variants, chosen)
-        else:
-            frame, columns, images = side_by_side_rows(found, chosen)
-            values, unlike = side_by_side_printed(method, found, variants, chosen)
-        where = " and ".join(name_of(r["data"]) for r in found)
-        notes = [
-            *training_notes(method, found, unlike if runs.real else set()),
-            *([synthetic_remark(found)] if synthetic_remark(found) else []),
-        ]
-        made = variants_table(
-            frame,
-            columns,
-            (values or None) if runs.real else None,
-            caption=f"{caption}, {where}",
-            notes=notes,
-            images=images,
-            unlike=unlike,
-        )
-        return made, found
 
-    return draw
+def auxiliary_table(
+    runs: Runs,
+    metrics: tuple,
+) -> tuple[Table, list]:  # and the run it was made of
+    "SSVP's Table 5: the second tower; on synthetic images the two towers of the package."
+    return study_table(runs, "ssvp", "auxiliary" if runs.real else "dino", metrics, "SSVP, second tower")
 
 
 def alignment_table(
@@ -252,7 +264,7 @@ def alignment_table(
     }
     notes = [
         *training_notes("ssvp", [run], set(values) if runs.real else set()),
-        *([synthetic_remark([run])] if synthetic_remark([run]) else []),
+        *filter(None, [synthetic_remark([run])]),
     ]
     return variants_table(
         rows[rows["variant"].isin(ends)],
@@ -264,84 +276,69 @@ def alignment_table(
     ), [run]
 
 
+def variant_columns(
+    found: list[Finished],  # of `study_runs`
+    called: dict[str, str],  # variant -> what stands beside its maps
+) -> list[dict]:  # of `side_by_side`
+    "Images with the maps of all variants, from every data set of a study."
+    several = len(found) > 1
+    columns = []
+    for run in found:
+        views = run["views"] or {}
+        if lost := [v for v in called if v not in views]:
+            raise ValueError(f"{run.path} kept no maps of {', '.join(lost)}; run it with -p each 1 and all variants")
+        looks = {name: Views.read(below(run, views[v])) for v, name in called.items()}
+        count = max(2, 6 // len(found)) if several else 5
+        columns += [dict(c, data=name_of(run["data"]) if several else "") for c in side_by_side(looks, count)]
+    return columns
+
+
 def pair_figure(
+    runs: Runs,
     method: str,
     first: str | None,
     second: str | None,  # variants; None: all of them
     metrics: tuple,  # of one data set
     together: tuple = ("image_auroc", "image_ap"),  # of several
-) -> Callable:  # Runs -> (Figure, the runs it was made of)
+) -> tuple[Figure, list]:  # and the runs it was made of
     "Heatmaps of variants on every data set of the study, and their metrics with the average."
-
-    def draw(runs: Runs) -> tuple:
-        found = study_runs(runs, method, "ablations")
-        rows = trained(found[0])
-        variants = list(dict.fromkeys(rows["variant"])) if second is None else [first, second]
-        called = {v: f"model {v}" if len(v) == 1 else v for v in variants}
-        columns = []
-        for run in found:
-            views = run["views"] or {}
-            if lost := [v for v in variants if v not in views]:
-                raise ValueError(
-                    f"{run.path} kept no maps of {', '.join(lost)}; run it with -p each 1 and all variants"
-                )
-            looks = {called[v]: Views.read(below(run, views[v])) for v in variants}
-            columns += [
-                dict(c, data=name_of(run["data"]) if len(found) > 1 else "")
-                for c in side_by_side(looks, max(2, 6 // len(found)) if len(found) > 1 else 5)
-            ]
-        chosen = [m for m in (metrics if len(found) == 1 else together) if m in rows]
-        names = None
-        if len(found) == 1:
-            frame = rows
-            heads = {m: (m, 100, 1) for m in chosen}
-            images = image_results(found[0])
-            values, unlike = printed(method, found[0], variants, chosen)
-        else:
-            frame, heads, images = side_by_side_rows(found, chosen)
-            values, unlike = side_by_side_printed(method, found, variants, chosen)
-            names = {c: f"{name_of(c.rpartition(' ')[0])}\n{SHORT[c.rpartition(' ')[2]]}" for c in heads}
-        made = variants_table(
-            frame[frame["variant"].isin(variants)], heads, values if runs.real else None, images=images, unlike=unlike
-        )
-        said = " ".join(
-            filter(
-                None,
-                [*(training_notes(method, found, unlike)[1:] if runs.real and unlike else []), synthetic_remark(found)],
-            )
-        )
-        numbers = made.numbers.assign(method=made.numbers["method"].map(called))
-        return ablation_figure(columns, numbers, published=runs.real, names=names, remark=said), found
-
-    return draw
+    found = study_runs(runs, method, "ablations")
+    rows = trained(found[0])
+    variants = list(dict.fromkeys(rows["variant"])) if second is None else [first, second]
+    called = {v: f"model {v}" if len(v) == 1 else v for v in variants}
+    columns = variant_columns(found, called)
+    chosen = [m for m in (metrics if len(found) == 1 else together) if m in rows]
+    frame, heads, images, values, unlike = study_numbers(method, found, variants, chosen)
+    names = None
+    if len(found) == 1:
+        heads = {m: (m, 100, 1) for m in chosen}
+    else:
+        names = {c: f"{name_of(c.rpartition(' ')[0])}\n{SHORT[c.rpartition(' ')[2]]}" for c in heads}
+    frame = frame[frame["variant"].isin(variants)]
+    made = variants_table(frame, heads, values if runs.real else None, images=images, unlike=unlike)
+    notes = training_notes(method, found, unlike)[1:] if runs.real and unlike else []
+    remark = " ".join(filter(None, [*notes, synthetic_remark(found)]))
+    numbers = made.numbers.assign(method=made.numbers["method"].map(called))
+    return ablation_figure(columns, numbers, published=runs.real, names=names, remark=remark), found
 
 
 def curve_figure(
+    runs: Runs,
     method: str,
     parameter: str,
     label: str,  # below the axis
     chosen: float | None,  # the paper's value
-) -> Callable:  # Runs -> (Figure, the runs it was made of)
+) -> tuple[Figure, list]:  # and the runs it was made of
     "Metrics over the values of one parameter, on the first data set of the study."
-
-    def draw(runs: Runs) -> tuple:
-        run = study_runs(runs, method, parameter)[0]
-        rows = trained(run)
-        kinds = method_class(method).studies.get(parameter, {})
-        values = {
-            v: kinds[v][parameter] if v in kinds else float(v.rpartition("=")[2])
-            for v in dict.fromkeys(rows["variant"])
-        }
-        metrics = [m for m in ("image_auroc", "pixel_auroc", "pixel_aupro", "type_auroc") if m in rows]
-        made = variants_table(rows, {m: (m, 100, 1) for m in metrics}, images=image_results(run))
-        return sweep_figure(
-            made.numbers,
-            values,
-            label,
-            chosen,
-            metrics,
-            dict(type_auroc="types, AUROC"),
-            remark=synthetic_remark([run]),
-        ), [run]
-
-    return draw
+    run = study_runs(runs, method, parameter)[0]
+    rows = trained(run)
+    variants = method_class(method).studies.get(parameter, {})
+    values = {
+        v: variants[v][parameter] if v in variants else float(v.rpartition("=")[2])
+        for v in dict.fromkeys(rows["variant"])
+    }
+    metrics = [m for m in ("image_auroc", "pixel_auroc", "pixel_aupro", "type_auroc") if m in rows]
+    made = variants_table(rows, {m: (m, 100, 1) for m in metrics}, images=image_results(run))
+    names = dict(type_auroc="types, AUROC")
+    remark = synthetic_remark([run])
+    return sweep_figure(made.numbers, values, label, chosen, metrics, names, remark=remark), [run]

@@ -6,11 +6,13 @@
 __all__ = ["TOL", "type_colours", "paint_types", "type_figure", "confusion_figure", "render_types"]
 
 # %% ../../nbs/figures/04_types.ipynb #da059ffe
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pandas as pd
+import seaborn
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -26,7 +28,7 @@ TOL = ("#332288", "#882255", "#999933", "#44AA99", "#AA4499", "#661100", "#DDCC7
 
 
 def type_colours(
-    types,  # names, in the method's order
+    types: Iterable[str],  # names, in the method's order
 ) -> dict:  # name -> (r, g, b)
     "A colour for every type."
     strong = [matplotlib.colors.to_rgb(c) for c in (*SERIES[:6], *TOL)] + list(
@@ -42,7 +44,7 @@ def paint_types(
     image: np.ndarray,  # (H, W, 3) in [0, 1]
     labels: np.ndarray,  # (H, W) 0 normal, k the k-th type
     colours: dict,  # of `type_colours`, in the order of the numbers
-    strength=0.75,  # opacity of the colour, one number or (H, W)
+    strength: float | np.ndarray = 0.75,  # opacity of the colour, one number or (H, W)
 ) -> np.ndarray:  # (H, W, 3)
     "A grey image with coloured types."
     grey = np.repeat(image.mean(-1, keepdims=True), 3, -1) * 0.55 + 0.4
@@ -54,25 +56,30 @@ def paint_types(
 # %% ../../nbs/figures/04_types.ipynb #cfc1fa7b
 @style()
 def type_figure(
-    views: list,  # per image a dict: image (H, W, 3), truth (H, W), said (H, W), likely (H, W) without normal, heat (H, W) in [0, 1], left (text beside it), has_mask
-    types,  # names in the order of the numbers
+    # a dict an image: image (H, W, 3), truth (H, W), said (H, W), likely (H, W) without normal, heat (H, W) in [0, 1],
+    # left (text beside it), has_mask
+    views: list[dict],
+    types: Iterable,  # names in the order of the numbers
     heading: str = "",
     height: float = 1.28,  # inches a row
 ) -> Figure:
-    "Image, mask by type, prediction by type, likeliest type where it is anomalous; with a legend of the types that are seen."
+    "Image, mask by type, prediction by type, likeliest type where it is anomalous; with a legend of the types."
     colours = type_colours(types)
     soft = all("likely" in v for v in views)
     figure = Figure(figsize=(PAGE if soft else 5.9, height * len(views) + 0.35), layout="compressed")
     grid = figure.subplots(len(views), 4 if soft else 3, squeeze=False)
-    shown = set()
+    shown = set()  # numbers of the types, for the legend
     for i, (axes, view) in enumerate(zip(grid, views)):
-        known = view.get("has_mask", True)
+        has_mask = view.get("has_mask", True)
         image = view["image"]
         pictures = [
             image,
-            paint_types(image, view["truth"], colours) if known else None,
+            paint_types(image, view["truth"], colours) if has_mask else None,
             paint_types(image, view["said"], colours),
         ]
+        shown |= set(np.unique(view["said"]))
+        if has_mask:
+            shown |= set(np.unique(view["truth"]))
         if soft:
             pictures.append(paint_types(image, view["likely"], colours, 0.85 * view["heat"]))
             shown |= set(np.unique(view["likely"][view["heat"] > 0.3]))
@@ -83,7 +90,6 @@ def type_figure(
             else:
                 ax.imshow(picture, vmin=0, vmax=1)
         bare(axes[0], left=view.get("left", ""))
-        shown |= set(np.unique(view["said"])) | (set(np.unique(view["truth"])) if known else set())
     names = [t for k, t in enumerate(types, 1) if k in shown]
     if names:
         figure.legend(handles=[Patch(color=colours[t], label=letters(t)) for t in names], loc="outside right upper")
@@ -105,30 +111,28 @@ def confusion_figure(
     table = confusion.loc[rows, columns]
     if table.empty:
         raise ValueError("the confusion holds no counts; nothing was evaluated")
-    shares = table.div(counts[rows], axis=0)
+    shares = table.div(counts[rows], axis=0) * 100
     figure = Figure(
         figsize=(COLUMN if shares.shape[1] < 7 else PAGE, 1.4 + 0.2 * shares.shape[0]), layout="constrained"
     )
     ax = figure.subplots()
-    ax.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    for i, row in enumerate(shares.to_numpy()):
-        for j, share in enumerate(row):
-            if share >= 0.005:
-                ax.text(
-                    j,
-                    i,
-                    f"{100 * share:.0f}",
-                    ha="center",
-                    va="center",
-                    fontsize=6,
-                    color="white" if share > 0.55 else "black",
-                )
-    ax.set_xticks(range(shares.shape[1]), [letters(name) for name in shares.columns], rotation=90)
-    ax.set_yticks(range(shares.shape[0]), [f"{letters(name)} ({n:,})" for name, n in counts[rows].items()])
+    seaborn.heatmap(
+        shares,
+        cmap="Blues",
+        vmin=0,
+        vmax=100,
+        annot=shares.map(lambda share: f"{share:.0f}" if share >= 0.5 else ""),
+        fmt="",
+        annot_kws=dict(size=6),
+        xticklabels=[letters(name) for name in shares.columns],
+        yticklabels=[f"{letters(name)} ({n:,})" for name, n in counts[rows].items()],
+        cbar_kws=dict(label="%", ticks=[0, 50, 100], pad=0.02, fraction=0.05),
+        ax=ax,
+    )
     ax.set(xlabel=f"largest state, % of the truth's {letters(unit)}", ylabel="truth")
     ax.tick_params(length=0)
-    for side in ax.spines.values():
-        side.set_visible(False)
+    ax.tick_params(axis="x", rotation=90)
+    ax.tick_params(axis="y", rotation=0)
     if heading:
         figure.suptitle(letters(heading))
     return figure
@@ -156,35 +160,18 @@ def render_types(
     test = typed(index[index["split"] == "test"])
     size = size or next(iter(method.backbones().values())).size
     front = f"{title}  " if title else ""
-    was = method.training
+    was_training = method.training
     method.prepare(test)
     method.eval()
     numbers = evaluation.per_product.set_index(["choice", "category"]).loc[choice]
     figures = {}
     names = FileNames(reserved=["confusion"])
     for (dataset, category), part in test.groupby(["dataset", "category"], sort=True):
-        rows = (
-            part[part["anomalous"]]
-            .sort_values("image", kind="stable")
-            .groupby("defect", sort=True)
-            .head(each)
-            .sort_values(["defect", "image"], kind="stable")
-        )
+        rows = _first_of_each_type(part, each)
         if rows.empty:
             continue
         rows.attrs = dict(index.attrs)
-        views = [
-            dict(
-                v, said=v["largest"], left=f"{letters(v['type'])}\nsaid: {letters(v['guess'])}\nscore {v['score']:.2f}"
-            )
-            for v in look_at_types(method, rows, test, choice, size)
-        ]
-        low, high = (
-            np.median([v["heat"].min() for v in views]),
-            max(v["heat"].max() for v in views),
-        )  # one scale a product
-        for v in views:
-            v["heat"] = np.clip((v["heat"] - low) / max(high - low, 1e-12), 0, 1)
+        views = _type_views(look_at_types(method, rows, test, choice, size))
         m = numbers.loc[category]
         figures[names.name(category)] = type_figure(
             views,
@@ -192,9 +179,32 @@ def render_types(
             f"{front}{category}, {choice}: AUROC {100 * m['auroc']:.1f}   AP {100 * m['ap']:.1f}   F1"
             f" {100 * m['f1']:.1f}",
         )
-    method.train(was)
+    method.train(was_training)
     figures["confusion"] = confusion_figure(evaluation.confusion[choice], f"{front}pixels of all products, {choice}")
     return [
         write_atomically(inside(folder, f"{name}.png"), lambda p, f=figure: f.savefig(p, dpi=dpi, format="png"))
         for name, figure in figures.items()
+    ]
+
+
+def _first_of_each_type(part: pd.DataFrame, each: int) -> pd.DataFrame:
+    "The first defective images of every type, type by type."
+    rows = part[part["anomalous"]].sort_values("image", kind="stable")
+    return rows.groupby("defect", sort=True).head(each).sort_values(["defect", "image"], kind="stable")
+
+
+def _type_views(
+    looks: list[dict],  # of `look_at_types`, of one product
+) -> list[dict]:  # for `type_figure`
+    "With heat on one scale a product, and a text beside each."
+    low = np.median([look["heat"].min() for look in looks])
+    high = max(look["heat"].max() for look in looks)
+    return [
+        dict(
+            look,
+            said=look["largest"],
+            heat=np.clip((look["heat"] - low) / max(high - low, 1e-12), 0, 1),
+            left=f"{letters(look['type'])}\nsaid: {letters(look['guess'])}\nscore {look['score']:.2f}",
+        )
+        for look in looks
     ]
