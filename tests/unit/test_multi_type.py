@@ -389,7 +389,10 @@ def test_legend_names_what_is_seen():
     said = one.copy()
     truth[:2], said[3:5] = 1, 3
     figure = type_figure(
-        [dict(image=image, truth=truth, said=said, left="x"), dict(image=image, truth=one, said=one, has_mask=False)],
+        [
+            dict(image=image, truth=truth, largest=said, left="x"),
+            dict(image=image, truth=one, largest=one, has_mask=False),
+        ],
         ["a", "b", "c"],
         "title",
     )

@@ -139,7 +139,7 @@ def every_figure(names):
     yield "bars", bar_figure(table, row="d", title=few[0], remark=few[0])
     yield (
         "types",
-        type_figure([dict(image=picture, truth=labels, said=labels, left=letters(few[0]))], names[:6], few[0]),
+        type_figure([dict(image=picture, truth=labels, largest=labels, left=letters(few[0]))], names[:6], few[0]),
     )
     yield (
         "confusion",

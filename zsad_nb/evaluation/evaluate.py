@@ -233,7 +233,7 @@ def seen_in_training(
     test: pd.DataFrame,  # Index
     allow_seen: tuple | str = (),  # data sets ("visa") or categories ("visa/candle") asked for by name
 ) -> list[str]:  # "dataset/category" of all that is not zero-shot
-    "Categories whose data set was trained on; those that were not asked for by name are refused (protocol, section 3.4)."
+    "Categories whose data set was trained on; those not asked for by name are refused (protocol, section 3.4)."
     allowed = {allow_seen} if isinstance(allow_seen, str) else set(allow_seen)
     sets = {name.split("/", 1)[0] for name in method.trained_on}
     seen = sorted(n for n in set(test["dataset"] + "/" + test["category"]) if n.split("/", 1)[0] in sets)
@@ -248,8 +248,8 @@ def seen_in_training(
     if refused:
         names = sorted({n.split("/", 1)[0] for n in refused})
         raise ValueError(
-            f"{method.name} was trained on {training_from(names)}, so {listed(refused)} would not be zero-shot; evaluate on"
-            f" another data set, or pass allow_seen={tuple(names)!r} to do it all the same and have it marked"
+            f"{method.name} was trained on {training_from(names)}, so {listed(refused)} would not be zero-shot; evaluate"
+            f" on another data set, or pass allow_seen={tuple(names)!r} to do it all the same and have it marked"
         )
     if seen:
         warnings.warn(

@@ -53,10 +53,11 @@ def class_figure(
     grid = figure.subplots(len(rows), 4, squeeze=False)
     for i, (axes, (_, row)) in enumerate(zip(grid, rows.iterrows())):
         image, mask, heat, has_mask = views[row["position"]]
-        said = f"{row['case']}\n{letters(row['defect'] or 'unknown')}\nscore {row['score']:.2f}" + (
-            f"\nAP {row['pixel_ap']:.2f}" if row["pixel_ap"] == row["pixel_ap"] else ""
-        )
-        artist = _row(axes, image, mask, heat, *scale, said, TITLES if i == 0 else ("",) * 4, has_mask)
+        texts = [row["case"], letters(row["defect"] or "unknown"), f"score {row['score']:.2f}"]
+        if row["pixel_ap"] == row["pixel_ap"]:
+            texts.append(f"AP {row['pixel_ap']:.2f}")
+        titles = TITLES if i == 0 else ("",) * 4
+        artist = _row(axes, image, mask, heat, *scale, "\n".join(texts), titles, has_mask)
     bar = figure.colorbar(artist, ax=grid[:, 3].tolist(), shrink=0.6, pad=0.02)
     bar.outline.set_visible(False)
     figure.suptitle(letters(heading))
@@ -75,9 +76,8 @@ def median_cases_figure(
     "The median case of every class in two columns, numbers on the left of each."
     rows = chosen[chosen["case"] == "median"]
     half = -(-len(rows) // 2)
-    figure = Figure(
-        figsize=(12.6, 1.36 * half + 0.5), layout="constrained"
-    )  # for a screen; a page shows `grid_figures`
+    # for a screen; a page shows `grid_figure`
+    figure = Figure(figsize=(12.6, 1.36 * half + 0.5), layout="constrained")
     grid = figure.subplots(half, 9, squeeze=False, gridspec_kw=dict(width_ratios=[1, 1, 1, 1, 0.05, 1, 1, 1, 1]))
     for axis in grid.ravel():
         axis.axis("off")
@@ -86,12 +86,15 @@ def median_cases_figure(
         for axis in axes:
             axis.axis("on")
         m = evaluation.per_class.loc[row["category"]]
-        said = (
-            f"{letters(row['category'])}\n{letters(row['defect'])}\nimage {100 * m['image_auroc']:.1f}\npixel"
-            f" {100 * m['pixel_auroc']:.1f}"
-        )
+        texts = [
+            letters(row["category"]),
+            letters(row["defect"]),
+            f"image {100 * m['image_auroc']:.1f}",
+            f"pixel {100 * m['pixel_auroc']:.1f}",
+        ]
         image, mask, heat, has_mask = views[row["position"]]
-        _row(axes, image, mask, heat, *scales[row["category"]], said, TITLES if i % half == 0 else ("",) * 4, has_mask)
+        titles = TITLES if i % half == 0 else ("",) * 4
+        _row(axes, image, mask, heat, *scales[row["category"]], "\n".join(texts), titles, has_mask)
     figure.suptitle(letters(heading))
     return figure
 
