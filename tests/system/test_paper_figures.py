@@ -428,8 +428,7 @@ def test_what_a_figure_says_of_its_data(drawn, name):
     figure = drawn[2][name]
     said = figure._supxlabel
     assert (
-        "Synthetic benchmark (drawn images of 64 px" in " ".join(said.get_text().split())
-        and said.get_fontsize() >= NOTE > 5
+        "Synthetic benchmark (images of 64 px" in " ".join(said.get_text().split()) and said.get_fontsize() >= NOTE > 5
     )
     letters = [
         t
@@ -458,7 +457,7 @@ def test_real_runs_make_real_figures(tmp_path):
     )
     assert synthetic_remark(runs.found) == "" and synthetic_remark(
         Runs(Folder(tmp_path / "drawn").views("crane").parent).found
-    ).startswith("Synthetic benchmark (drawn images of 64 px; tiny-clip; seed 0)")
+    ).startswith("Synthetic benchmark (images of 64 px; tiny-clip; seed 0)")
     assert not any("synthetic" in item.command for item in plan(runs))
 
 

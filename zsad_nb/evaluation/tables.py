@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
+from fastcore.basics import patch
 
 from ..core.files import inside, safe_name, write_atomically
 from ..core.names import shown
@@ -115,6 +116,7 @@ def markdown_text(
     return text.replace("<", "&lt;").replace(">", "&gt;")
 
 
+# %% ../../nbs/evaluation/13_tables.ipynb #a016145d
 @dataclass
 class Cell:
     "What stands in one place of a table."
@@ -167,119 +169,133 @@ class Table:
             columns=self._headings,
         )
 
-    def markdown(self) -> str:
-        "GitHub's Markdown, the legend below."
 
-        def line(cells):
-            return "| " + " | ".join(cells) + " |"
+# %% ../../nbs/evaluation/13_tables.ipynb #3743f067
+@patch
+def markdown(self: Table) -> str:
+    "GitHub's Markdown, the legend below."
 
-        heads = [markdown_text(head) for head in (self.corner, *self._headings)]
-        body = [line([markdown_text(name), *[c.markdown for c in cells]]) for name, cells in zip(self.rows, self.cells)]
-        caption = [f"**{markdown_text(self.caption)}**", ""] if self.caption else []
-        return (
-            "\n".join(
-                [
-                    *caption,
-                    line(heads),
-                    "|" + "---|" * len(heads),
-                    *body,
-                    "",
-                    *[f"- {markdown_text(n)}" for n in self.notes],
-                ]
-            )
-            + "\n"
-        )
+    def line(cells):
+        return "| " + " | ".join(cells) + " |"
 
-    def latex(self, label: str = "tab:results") -> str:
-        "A `table` environment for booktabs, the legend below it."
-        groups = list(dict.fromkeys(m for m, _ in self.columns))
-        width = len(self.columns) // len(groups)
-        heads = [
-            " & ".join(
-                [
-                    tex(self.corner),
-                    *[tex(m) if width == 1 else rf"\multicolumn{{{width}}}{{c}}{{{tex(m)}}}" for m in groups],
-                ]
-            )
-            + r" \\"
-        ]
-        if width > 1:
-            heads += [
-                "".join(rf"\cmidrule(lr){{{2 + i * width}-{1 + (i + 1) * width}}}" for i in range(len(groups))),
-                " & ".join(["", *[tex(what) for _, what in self.columns]]) + r" \\",
+    heads = [markdown_text(head) for head in (self.corner, *self._headings)]
+    body = [line([markdown_text(name), *[c.markdown for c in cells]]) for name, cells in zip(self.rows, self.cells)]
+    caption = [f"**{markdown_text(self.caption)}**", ""] if self.caption else []
+    return (
+        "\n".join(
+            [
+                *caption,
+                line(heads),
+                "|" + "---|" * len(heads),
+                *body,
+                "",
+                *[f"- {markdown_text(n)}" for n in self.notes],
             ]
-        body = [" & ".join([tex(name), *[c.tex for c in cells]]) + r" \\" for name, cells in zip(self.rows, self.cells)]
-        if self.rows[-1:] == [MEAN] and len(body) > 1:
-            body.insert(-1, r"\midrule")
-        return (
-            "\n".join(
-                [
-                    r"\begin{table}[t]",
-                    r"\centering\footnotesize",
-                    *([rf"\caption{{{tex(self.caption)}}}"] if self.caption else []),
-                    rf"\label{{{re.sub(r'[^A-Za-z0-9:.-]', '-', label)}}}",
-                    rf"\begin{{tabular}}{{l{'c' * len(self.columns)}}}",
-                    r"\toprule",
-                    *heads,
-                    r"\midrule",
-                    *body,
-                    r"\bottomrule",
-                    r"\end{tabular}",
-                    *[rf"\par\smallskip\raggedright\scriptsize {tex(n)}" for n in self.notes],
-                    r"\end{table}",
-                ]
-            )
-            + "\n"
         )
+        + "\n"
+    )
 
-    def styler(self):  # a pandas Styler
-        "For a notebook: the best in bold, headings in two levels."
-        names = [(html_text(m), html_text(what)) for m, what in self.columns]
-        columns = pd.MultiIndex.from_tuples(names) if any(w for _, w in names) else [m for m, _ in names]
-        frame = pd.DataFrame(
-            [[c.html for c in line] for line in self.cells],
-            index=[html_text(name) for name in self.rows],
-            columns=columns,
+
+# %% ../../nbs/evaluation/13_tables.ipynb #e8a3c0af
+@patch
+def latex(self: Table, label: str = "tab:results") -> str:
+    "A `table` environment for booktabs, the legend below it."
+    groups = list(dict.fromkeys(m for m, _ in self.columns))
+    width = len(self.columns) // len(groups)
+    heads = [
+        " & ".join(
+            [
+                tex(self.corner),
+                *[tex(m) if width == 1 else rf"\multicolumn{{{width}}}{{c}}{{{tex(m)}}}" for m in groups],
+            ]
         )
-        rules = [
-            dict(selector="td", props="text-align: center; white-space: nowrap"),
-            dict(selector="th", props="text-align: center"),
-            dict(selector="caption", props="caption-side: top; font-weight: bold"),
+        + r" \\"
+    ]
+    if width > 1:
+        heads += [
+            "".join(rf"\cmidrule(lr){{{2 + i * width}-{1 + (i + 1) * width}}}" for i in range(len(groups))),
+            " & ".join(["", *[tex(what) for _, what in self.columns]]) + r" \\",
         ]
-        last = (
-            [dict(selector="tbody tr:last-child td, tbody tr:last-child th", props="border-top: 1px solid")]
-            if self.rows[-1:] == [MEAN]
-            else []
+    body = [" & ".join([tex(name), *[c.tex for c in cells]]) + r" \\" for name, cells in zip(self.rows, self.cells)]
+    if self.rows[-1:] == [MEAN] and len(body) > 1:
+        body.insert(-1, r"\midrule")
+    return (
+        "\n".join(
+            [
+                r"\begin{table}[t]",
+                r"\centering\footnotesize",
+                *([rf"\caption{{{tex(self.caption)}}}"] if self.caption else []),
+                rf"\label{{{re.sub(r'[^A-Za-z0-9:.-]', '-', label)}}}",
+                rf"\begin{{tabular}}{{l{'c' * len(self.columns)}}}",
+                r"\toprule",
+                *heads,
+                r"\midrule",
+                *body,
+                r"\bottomrule",
+                r"\end{tabular}",
+                *[rf"\par\smallskip\raggedright\scriptsize {tex(n)}" for n in self.notes],
+                r"\end{table}",
+            ]
         )
-        return frame.style.set_table_styles(rules + last).set_uuid("results").set_caption(html_text(self.caption))
+        + "\n"
+    )
 
-    def _repr_html_(self) -> str:
-        return self.styler().to_html() + "".join(
-            f"<div style='font-size: smaller'>{html_text(n)}</div>" for n in self.notes
+
+# %% ../../nbs/evaluation/13_tables.ipynb #0e1fd8e3
+@patch
+def styler(self: Table):  # a pandas Styler
+    "For a notebook: the best in bold, headings in two levels."
+    names = [(html_text(m), html_text(what)) for m, what in self.columns]
+    columns = pd.MultiIndex.from_tuples(names) if any(w for _, w in names) else [m for m, _ in names]
+    frame = pd.DataFrame(
+        [[c.html for c in line] for line in self.cells],
+        index=[html_text(name) for name in self.rows],
+        columns=columns,
+    )
+    rules = [
+        dict(selector="td", props="text-align: center; white-space: nowrap"),
+        dict(selector="th", props="text-align: center"),
+        dict(selector="caption", props="caption-side: top; font-weight: bold"),
+    ]
+    last = (
+        [dict(selector="tbody tr:last-child td, tbody tr:last-child th", props="border-top: 1px solid")]
+        if self.rows[-1:] == [MEAN]
+        else []
+    )
+    return frame.style.set_table_styles(rules + last).set_uuid("results").set_caption(html_text(self.caption))
+
+
+@patch
+def _repr_html_(self: Table) -> str:
+    return self.styler().to_html() + "".join(
+        f"<div style='font-size: smaller'>{html_text(n)}</div>" for n in self.notes
+    )
+
+
+# %% ../../nbs/evaluation/13_tables.ipynb #beb07deb
+@patch
+def save(
+    self: Table,
+    folder: str | Path,  # is created
+    name: str = "results",  # of the files, and of LaTeX's label
+    kinds: Iterable = ("md", "tex", "html", "csv", "numbers"),
+) -> list[Path]:
+    "NAME.csv (as printed), NAME_numbers.csv (unrounded), NAME.md, NAME.tex, NAME.html; each whole or absent."
+    make = {
+        "md": self.markdown,
+        "tex": lambda: self.latex(f"tab:{name}"),
+        "html": self._repr_html_,
+        "csv": lambda: table_text(self.frame, index=True),
+        "numbers": lambda: table_text(self.numbers.drop(columns=["per_seed", "draws"], errors="ignore")),
+    }
+    stem = safe_name(name)
+    return [
+        write_atomically(
+            inside(folder, f"{stem}_numbers.csv" if k == "numbers" else f"{stem}.{k}"),
+            lambda p, t=make[k](): p.write_bytes(t.encode("utf-8", "backslashreplace")),
         )
-
-    def save(
-        self,
-        folder: str | Path,  # is created
-        name: str = "results",  # of the files, and of LaTeX's label
-        kinds: Iterable = ("md", "tex", "html", "csv", "numbers"),
-    ) -> list[Path]:
-        "NAME.csv (as printed), NAME_numbers.csv (unrounded), NAME.md, NAME.tex, NAME.html; each whole or absent."
-        make = {
-            "md": self.markdown,
-            "tex": lambda: self.latex(f"tab:{name}"),
-            "html": self._repr_html_,
-            "csv": lambda: table_text(self.frame, index=True),
-            "numbers": lambda: table_text(self.numbers.drop(columns=["per_seed", "draws"], errors="ignore")),
-        }
-        stem = safe_name(name)
-        return [
-            write_atomically(
-                inside(folder, f"{stem}_numbers.csv" if k == "numbers" else f"{stem}.{k}"),
-                lambda p, t=make[k](): p.write_bytes(t.encode("utf-8", "backslashreplace")),
-            )
-            for k in kinds
-        ]
+        for k in kinds
+    ]
 
 
 # %% ../../nbs/evaluation/13_tables.ipynb #f68ecaeb
@@ -364,6 +380,7 @@ class _Layout:
         return joined(self.place(cell) for cell in cells.itertuples())
 
 
+# %% ../../nbs/evaluation/13_tables.ipynb #256fa77d
 def _seed_notes(layout: _Layout) -> list[str]:
     "Over how many seeds the deviations are."
     cells = layout.places
@@ -432,6 +449,7 @@ def _bold_notes(numbers: pd.DataFrame) -> list[str]:
     ]
 
 
+# %% ../../nbs/evaluation/13_tables.ipynb #dadea42f
 def _training_notes(layout: _Layout) -> list[str]:
     "What was trained on, and what therefore cannot be compared."
     notes = []
@@ -470,6 +488,7 @@ def _published_training_notes(layout: _Layout) -> list[str]:
     return notes
 
 
+# %% ../../nbs/evaluation/13_tables.ipynb #4e01656a
 def _mark_notes(layout: _Layout) -> list[str]:
     "What is not zero-shot, and what needs more than the image."
     notes = []
@@ -538,6 +557,7 @@ def _gap_notes(layout: _Layout) -> list[str]:
     return notes
 
 
+# %% ../../nbs/evaluation/13_tables.ipynb #a81fd4b6
 def _legend(
     layout: _Layout,
     skipped: list,  # path and reason of folders that are no runs

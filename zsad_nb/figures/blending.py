@@ -48,7 +48,7 @@ ORDER = ("image", "mask", "heatmap", "overlay", "contour")
 
 @dataclass(frozen=True)
 class View:
-    "How a map is drawn."
+    "How a map is shown."
 
     low: float = 0.0  # ends of the colour scale, in units of the map
     high: float = 1.0
@@ -161,7 +161,7 @@ def smooth(
 
 # %% ../../nbs/figures/02_blending.ipynb #5e4cde0d
 class Drawing:
-    "One image with one map, drawn by views."
+    "One image with one map, rendered by views."
 
     def __init__(
         self,

@@ -182,7 +182,7 @@ def synthetic_remark(
         return ""
     if not model:
         return (
-            f"Synthetic benchmark (drawn images of {', '.join(dict.fromkeys(str(r['size']) for r in runs))} px): not"
+            f"Synthetic benchmark (images of {', '.join(dict.fromkeys(str(r['size']) for r in runs))} px): not"
             " the paper's data sets."
         )
 
@@ -196,7 +196,7 @@ def synthetic_remark(
     )
     seeds = sorted({s for r in runs for s in r["seeds"] or [r.seed] if s is not None})
     parts = [
-        "drawn images" + (f" of {several('size')} px" if several("size") else ""),
+        "images" + (f" of {several('size')} px" if several("size") else ""),
         " and ".join(towers),
         f"{several('epochs')} epoch{'s' * (several('epochs') != '1')}" if several("epochs") else "",
         f"seed{'s' * (len(seeds) != 1)} {', '.join(map(str, seeds))}" if seeds else "",

@@ -208,7 +208,7 @@ def _made_lines(done: Built, rows: pd.DataFrame) -> list[str]:
     )
     return [
         f"`zsad figures RUNS` made these from {rows['path'].nunique()} runs{several if states > 1 else ''}. A figure of"
-        " drawn images (the synthetic benchmark) says so in itself. Every run behind every figure, with its parameters:"
+        " synthetic images says so in itself. Every run behind every figure, with its parameters:"
         " [runs.csv](runs.csv).",
         "",
         "| figure | shows | data | made by | parameters | runs |",

@@ -95,7 +95,7 @@ class Item:
 
 
 SWEEPS, BOOKS = "nbs/experiments/sweeps", "nbs/experiments"
-SYNTHETIC_DEFAULTS = dict(size=256, images=6, epochs=3)  # drawn images, where no run says otherwise
+SYNTHETIC_DEFAULTS = dict(size=256, images=6, epochs=3)  # of synthetic images, where no run says otherwise
 
 
 def synthetic_like(runs: Runs | None) -> dict:  # size, images, epochs
