@@ -91,7 +91,7 @@ class Evaluation:
 # %% ../../nbs/evaluation/06_evaluate.ipynb #d6ff0e99
 def require_categories(
     test: pd.DataFrame,  # rows of an Index
-):
+) -> None:
     "Refuse categories that no table could keep apart, before anything is computed."
     unnamed = [
         number for number, category in enumerate(test["category"]) if not isinstance(category, str) or not category

@@ -79,7 +79,7 @@ class _Ranks:
         self.f1max = 0.0
         self.seen = 0  # anomalous scores below the next slice
 
-    def add(self, hits: np.ndarray, less: np.ndarray, ties: np.ndarray):
+    def add(self, hits: np.ndarray, less: np.ndarray, ties: np.ndarray) -> None:
         "`hits` anomalous scores at each value; `less`, `ties`: normal scores below it and equal to it. Values ascend"
         tp = self.p - self.seen - (np.cumsum(hits) - hits)
         fp = self.n - less
@@ -285,7 +285,7 @@ class PixelMetrics:
         self._high = max(self._high, other._high)
         return self
 
-    def close(self):
+    def close(self) -> None:
         "Free memory and disk; `with PixelMetrics() as m:` does it at the end"
         self._normal.close()
         self._anomalous, self.closed = [], True
@@ -293,7 +293,7 @@ class PixelMetrics:
     def __enter__(self) -> "PixelMetrics":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_) -> None:
         self.close()
 
     def _check_open(self):
@@ -495,7 +495,7 @@ def save(self: PixelMetrics, path: str | Path) -> Path:
     ).encode()
     head += b" " * (-len(head) % 8)
 
-    def write(p):
+    def write(p) -> None:
         with open(p, "wb") as f:
             for part in (_MAGIC, len(head).to_bytes(8, "little"), head, keys):
                 f.write(part)

@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from tqdm.auto import tqdm
 
+from ..backbones.features import FeatureCache
 from ..core.tables import write_table
 from ..data.images import defect_names
 from ..data.index import GOOD
@@ -25,6 +27,7 @@ from ..data.taxonomy import novel_types, product_types, typed
 from .evaluate import MEAN, predictions, seen_in_training, target_set
 from .metrics import _Ranks, fraction
 from .rank_counts import RankCounts
+from ..methods.base import Method
 
 
 # %% ../../nbs/evaluation/10_multi_type.ipynb #4a95e54c
@@ -77,8 +80,8 @@ class TypeMetrics:
 
     def update(
         self,
-        maps,  # (B, C, H, W) one number a state, finite
-        labels,  # (B, H, W) the true state of every pixel, 0..C-1
+        maps: np.ndarray | torch.Tensor,  # (B, C, H, W) one number a state, finite
+        labels: np.ndarray | torch.Tensor,  # (B, H, W) the true state of every pixel, 0..C-1
     ) -> "TypeMetrics":  # itself
         "Add a batch; a batch with an error in it changes nothing"
         maps, labels = (np.asarray(x.detach().cpu() if hasattr(x, "detach") else x) for x in (maps, labels))
@@ -107,43 +110,7 @@ class TypeMetrics:
         self.images += len(maps)
         return self
 
-    def _ranks(self, k: int) -> _Ranks:
-        "The scores of a state, those of its own pixels against those of all others."
-        own, rest = self.own[k], self.rest[k]
-        ranks = _Ranks(own.total, rest.total)
-        for values, hits in distinct(own) if own.total else ():
-            ranks.add(hits, *rest.counts(values))
-        return ranks
-
-    def compute(self) -> pd.DataFrame:  # one row a state: pixels, auroc, ap, f1, precision, recall, reason
-        "The metrics of every state so far; more batches may follow"
-        rows = {}
-        hits = np.diag(self.confusion)
-        for k, name in enumerate(self.names):
-            own, rest = self.own[k].total, self.rest[k].total
-            reason = ""
-            if not own:
-                reason = f"no pixel is {name}"
-            elif not rest:
-                reason = f"no pixel is anything but {name}"
-            ranks = self._ranks(k)
-            predicted = self.confusion[:, k].sum()
-            true = self.confusion[k].sum()
-            values = dict(
-                auroc=ranks.auroc if own and rest else np.nan,
-                ap=ranks.ap if own and rest else np.nan,
-                f1=2 * hits[k] / (predicted + true) if predicted + true else np.nan,
-                precision=hits[k] / predicted if predicted else np.nan,
-                recall=hits[k] / true if true else np.nan,
-            )
-            rows[name] = dict(
-                pixels=own,
-                **{metric: fraction(value, f"{metric} of {name}") for metric, value in values.items()},
-                reason=reason,
-            )
-        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("type")
-
-    def close(self):
+    def close(self) -> None:
         "Free memory and disk"
         for heap in (*self.own, *self.rest):
             heap.close()
@@ -151,10 +118,52 @@ class TypeMetrics:
     def __enter__(self) -> "TypeMetrics":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_) -> None:
         self.close()
 
 
+# %% ../../nbs/evaluation/10_multi_type.ipynb #3825734c
+@patch
+def _ranks(self: TypeMetrics, k: int) -> _Ranks:
+    "The scores of a state, those of its own pixels against those of all others."
+    own, rest = self.own[k], self.rest[k]
+    ranks = _Ranks(own.total, rest.total)
+    for values, hits in distinct(own) if own.total else ():
+        ranks.add(hits, *rest.counts(values))
+    return ranks
+
+
+@patch
+def compute(self: TypeMetrics) -> pd.DataFrame:  # one row a state: pixels, auroc, ap, f1, precision, recall, reason
+    "The metrics of every state so far; more batches may follow"
+    rows = {}
+    hits = np.diag(self.confusion)
+    for k, name in enumerate(self.names):
+        own, rest = self.own[k].total, self.rest[k].total
+        reason = ""
+        if not own:
+            reason = f"no pixel is {name}"
+        elif not rest:
+            reason = f"no pixel is anything but {name}"
+        ranks = self._ranks(k)
+        predicted = self.confusion[:, k].sum()
+        true = self.confusion[k].sum()
+        values = dict(
+            auroc=ranks.auroc if own and rest else np.nan,
+            ap=ranks.ap if own and rest else np.nan,
+            f1=2 * hits[k] / (predicted + true) if predicted + true else np.nan,
+            precision=hits[k] / predicted if predicted else np.nan,
+            recall=hits[k] / true if true else np.nan,
+        )
+        rows[name] = dict(
+            pixels=own,
+            **{metric: fraction(value, f"{metric} of {name}") for metric, value in values.items()},
+            reason=reason,
+        )
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("type")
+
+
+# %% ../../nbs/evaluation/10_multi_type.ipynb #12201d25
 def macro(
     table: pd.DataFrame,  # of `TypeMetrics.compute`, normal first
 ) -> dict:  # auroc, ap, f1 with normal (the papers' numbers), and auroc_defects, ap_defects, f1_defects without
@@ -233,19 +242,19 @@ class TypeEvaluation:
 # %% ../../nbs/evaluation/10_multi_type.ipynb #04a66fa5
 @takes_reading
 def evaluate_types(
-    method,  # with types: dapo, multiads
+    method: Method,  # with types: dapo, multiads
     index: pd.DataFrame,  # target set; rows with split "test" are used
     size: int | None = None,  # pixels of maps and masks; default: the size of the method's first backbone
     batch_size: int = 8,  # changes the speed, not the numbers
     choices: tuple = CHOICES,  # filtered (the product's list), unfiltered (all types of the method)
-    trained_on=None,  # data sets, for novel and seen; default: what the method was trained on
+    trained_on: Iterable[str] | None = None,  # data sets, for novel and seen; default: what the method was trained on
     multi_label: str = "drop",  # images with several labels: drop (the protocol) or first
     # folder for scores that do not fit in memory; default: the system's temporary folder
     spill: str | Path | None = None,
     memory_limit: int = 256 * 2**20,  # bytes of scores in memory, for each choice
     workers: int = 2,  # threads that read ahead
     progress: bool = True,  # a bar on stderr
-    cache=None,  # keeps frozen features (see `evaluate`)
+    cache: FeatureCache | None = None,  # keeps frozen features (see `evaluate`)
     allow_seen: tuple | str = (),  # data sets or "dataset/category" to evaluate although training has seen them
     **reading,  # see `Reading`; default: as the index says
 ) -> TypeEvaluation:
@@ -293,7 +302,7 @@ def evaluate_types(
 
 
 def _typed_target(
-    method,
+    method: Method,
     test: pd.DataFrame,  # of `target_set`
     multi_label: str,  # as of `evaluate_types`
 ) -> tuple[pd.DataFrame, list[str]]:  # rows with one type each, notes
@@ -311,7 +320,7 @@ def _typed_target(
 
 
 def own_types(
-    method,  # with types
+    method: Method,  # with types
     dataset: str,
     category: str,
     part: pd.DataFrame,  # the product's rows
@@ -330,14 +339,14 @@ def own_types(
 class _TypePass:
     "How one evaluation reads images and keeps scores."
 
-    method: object
+    method: Method
     size: int
     batch_size: int
     workers: int
     defects: list[str]
     spill: str | Path | None
     memory_limit: int
-    cache: object
+    cache: FeatureCache | None
     bar: tqdm
 
     def evaluate(

@@ -21,9 +21,11 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
+from ..backbones.features import FeatureCache
 from ..data.reading import read_as
 from .evaluate import by_category, predict_images, seen_in_training, target_set
 from .published import reference
+from ..methods.base import Method
 
 
 # %% ../../nbs/evaluation/09_power.ipynb #0ffbb60d
@@ -95,7 +97,7 @@ class KeptMaps:
     def __init__(self):
         self.maps, self.masks = [], []
 
-    def update(self, maps: np.ndarray, masks: np.ndarray, has_mask: np.ndarray):
+    def update(self, maps: np.ndarray, masks: np.ndarray, has_mask: np.ndarray) -> None:
         "One batch, (B, H, W) each"
         if not has_mask.all():
             raise ValueError(
@@ -114,12 +116,12 @@ def scene_of(dataset: str, category: str, image: str) -> str:
 
 
 def image_contributions(
-    method,  # a Method
+    method: Method,
     index: pd.DataFrame,  # target set; rows with split "test" are used
     size: int | None = None,  # pixels of maps and masks; default: the size of the method's first backbone
     batch_size: int = 16,
     workers: int = 2,  # threads that read ahead
-    cache=None,  # a FeatureCache
+    cache: FeatureCache | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # a row an image (`standard_error`); a row a category: image_auroc, pixel_auroc
     "Image and pixel AUROC of every category, and what every image contributes to their deviation"
     test = target_set(read_as(index))

@@ -22,7 +22,7 @@ __all__ = [
 import html
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -405,7 +405,7 @@ def _seed_notes(layout: _Layout) -> list[str]:
 def verdict_notes(
     numbers: pd.DataFrame,  # of `mark_best`
     names: dict,  # method -> what a reader calls it
-    heading,  # row -> what a reader calls it
+    heading: Callable[[str], str],  # row -> what a reader calls it
 ) -> list[str]:
     "What bold means, and who is not told apart from the best of a row."
     fair = numbers[numbers["against"] != ""]
@@ -611,7 +611,11 @@ def _cell_marks(
 
 def results_table(
     runs: pd.DataFrame,  # of `read_runs`, or any with method, data, seed, category and metrics as fractions
-    metrics=("image_auroc", "image_ap", "image_f1max"),  # columns of metrics.csv; one, or several in a cell
+    metrics: str | Iterable[str] = (
+        "image_auroc",
+        "image_ap",
+        "image_f1max",
+    ),  # columns of metrics.csv; one, or several in a cell
     rows: str = "data",  # "data": a row a data set, and their mean; "category": a row a category of one data set
     # columns, in this order; None: all that have runs. One without runs is a column of dashes
     methods: Iterable | None = None,

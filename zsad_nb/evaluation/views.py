@@ -109,7 +109,7 @@ def map_ranges(
 
 @torch.inference_mode()
 def look_at_types(
-    method,  # with types: dapo, multiads; prepared for `test`
+    method: Method,  # with types: dapo, multiads; prepared for `test`
     rows: pd.DataFrame,  # of the Index, of one product
     test: pd.DataFrame,  # the Index they are from, as `typed` gives it
     choice: str = "filtered",  # types to choose from: the product's own, or all (unfiltered)

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import seaborn
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -71,7 +72,7 @@ GROUP = 0.84  # width of a group of bars; the distance between two groups is 1
 
 @style()
 def plot_bars(
-    ax,
+    ax: Axes,
     numbers: pd.DataFrame,  # of a table, one row of it: method, metric, mean, std, seeds, seen, transductive, published
     published: bool = False,  # a tick on every bar where the published value lies
     bottom: float = 0.0,  # where the axis starts; above 0 it says so
@@ -118,7 +119,7 @@ def plot_bars(
 
 
 def _plot_number(
-    ax,
+    ax: Axes,
     cell: pd.Series,  # of the numbers
     x: float,  # middle of the bar
     width: float,  # of the tick for the published value
@@ -151,7 +152,7 @@ def _plot_number(
     )
 
 
-def _label_bars(ax, metrics: list, bottom: float, names: dict | None):
+def _label_bars(ax: Axes, metrics: list, bottom: float, names: dict | None):
     "Axis of percent, and the metrics below their groups."
     ax.set(
         ylim=(bottom, bottom + (100 - bottom) * 1.16),

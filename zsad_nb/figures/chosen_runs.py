@@ -136,7 +136,7 @@ class Runs:
         return self._table
 
 
-def only_one(runs: list, place: Callable, what: str):
+def only_one(runs: list, place: Callable, what: str) -> None:
     "Refuse two runs for one place, and say what tells them apart."
     taken = {}
     for run in runs:

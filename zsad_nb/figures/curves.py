@@ -6,9 +6,12 @@
 __all__ = ["NOT_LOSSES", "loss_points", "loss_figure", "sweep_figure", "methods_figure"]
 
 # %% ../../nbs/figures/06_curves.ipynb #5f2acd2a
+from collections.abc import Iterable
+
 import numpy as np
 import pandas as pd
 import seaborn
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -97,7 +100,7 @@ def sweep_figure(
     values: dict,  # variant -> value of the parameter
     name: str,  # the parameter, as it stands below the axis
     chosen: float | None = None,  # the paper's value
-    metrics=("image_auroc", "pixel_auroc", "pixel_aupro"),
+    metrics: Iterable[str] = ("image_auroc", "pixel_auroc", "pixel_aupro"),
     names: dict | None = None,  # metric -> what a reader calls it, where it is none of the usual
     height: float = 2.0,
     remark: str = "",
@@ -141,7 +144,7 @@ def _places(
     return dict(zip(order, ticks if even else range(len(order)))), even
 
 
-def _plot_sweep(ax, numbers: pd.DataFrame, place: dict, looks: dict):
+def _plot_sweep(ax: Axes, numbers: pd.DataFrame, place: dict, looks: dict):
     "A line a metric; the deviation over seeds from the seeds, that over images as it stands in the numbers."
     rows = numbers[numbers["metric"].isin(list(looks)) & numbers["method"].isin(list(place))]
     points = pd.DataFrame(
@@ -188,8 +191,8 @@ def _plot_sweep(ax, numbers: pd.DataFrame, place: dict, looks: dict):
 @style()
 def methods_figure(
     numbers: pd.DataFrame,  # of `results_table`, one row of it
-    metrics=("image_auroc", "pixel_auroc", "pixel_aupro"),
-    own=(),  # methods in bold
+    metrics: Iterable[str] = ("image_auroc", "pixel_auroc", "pixel_aupro"),
+    own: Iterable[str] = (),  # methods in bold
     width: float = PAGE,
     remark: str = "",
 ) -> Figure:
@@ -219,7 +222,7 @@ def methods_figure(
     return figure
 
 
-def _plot_point(ax, cell: pd.Series, y: float, look: dict):
+def _plot_point(ax: Axes, cell: pd.Series, y: float, look: dict):
     "A method's number with both deviations; the number stands at the right end of the line."
     over_images = cell.get("image_std", float("nan"))
     if np.isfinite(over_images):  # wide and grey, behind the thin one over seeds

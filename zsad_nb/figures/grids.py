@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from PIL import Image
 
 from ..evaluation.views import Views
@@ -62,10 +62,10 @@ def side_by_side(
 
 
 def plot_grid(
-    figure,  # a Figure, or a part of one
+    figure: FigureBase,  # a Figure, or a part of one
     columns: list,  # of `side_by_side`
     mask_row: bool = True,  # the mask in a row of its own
-):
+) -> np.ndarray:  # of axes, a row a picture, a column an image
     "Image, mask and a heatmap a method, one column an image."
     labels = ["image", *(["mask"] if mask_row else []), *columns[0]["maps"]]
     grid = figure.subplots(len(labels), len(columns), squeeze=False)

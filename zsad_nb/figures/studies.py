@@ -23,6 +23,9 @@ __all__ = [
 ]
 
 # %% ../../nbs/figures/09_studies.ipynb #66d56dcf
+from collections.abc import Iterable
+from pathlib import Path
+
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -55,8 +58,8 @@ from ..methods.base import method_class
 # %% ../../nbs/figures/09_studies.ipynb #7da4766d
 def below(
     run: Finished,
-    *parts,  # of a path, as the run's own files name it
-):
+    *parts: str,  # of a path, as the run's own files name it
+) -> Path:
     "A path in a run's folder and nowhere else, whatever its record says."
     try:
         return inside(run.folder, *map(str, parts))
@@ -117,8 +120,8 @@ def image_results(
 def printed(
     method: str,
     run: Finished,
-    variants,
-    metrics,
+    variants: Iterable[str],
+    metrics: Iterable[str],
 ) -> tuple[dict, set]:  # (variant, metric) -> value; those of another training
     "What the paper prints for the same variants on the same data."
     lines = list(printed_variants(method, [run["data"], "all"], variants, metrics).itertuples())

@@ -44,8 +44,10 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib import font_manager
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.font_manager import FontProperties
+from matplotlib.legend import Legend
 from matplotlib.textpath import TextPath
 
 from ..core.files import write_atomically
@@ -298,7 +300,7 @@ def line_looks(
 
 # %% ../../nbs/figures/01_style.ipynb #740a0269
 def bare(
-    axis,
+    axis: Axes,
     title: str = "",
     left: str = "",  # beside it, horizontally
 ):
@@ -313,7 +315,7 @@ def bare(
 
 
 def outline_mask(
-    axis,
+    axis: Axes,
     mask: np.ndarray,  # (H, W) bool
     width: float = 0.9,  # points
 ):
@@ -344,7 +346,7 @@ def _wide(text: str, size: float) -> float:  # inches
         return TextPath((0, 0), text, size=size, prop=FontProperties(family=list(families()))).get_extents().width / 72
 
 
-def note(figure: Figure, text: str):
+def note(figure: Figure, text: str) -> None:
     "A line below everything: what the figure was made of. A long one is broken between words."
     if not text:
         return
@@ -362,10 +364,10 @@ def note(figure: Figure, text: str):
 
 
 def legend_above(
-    figure,  # a Figure, or a part of one
+    figure: FigureBase,  # a Figure, or a part of one
     handles: list,
     across: int | None = None,  # entries in a line; default: as many as fit
-):  # the legend; its lines beyond the first make a Figure higher
+) -> Legend:  # its lines beyond the first make a Figure higher
     "A legend above everything, read line by line."
     for handle in handles:
         handle.set_label(letters(handle.get_label()))

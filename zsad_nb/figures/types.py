@@ -22,6 +22,7 @@ from ..data.taxonomy import typed
 from ..evaluation.multi_type import TypeEvaluation
 from ..evaluation.views import look_at_types
 from .style import COLUMN, PAGE, SERIES, bare, letters, style
+from ..methods.base import Method
 
 # %% ../../nbs/figures/04_types.ipynb #55635229
 TOL = ("#332288", "#882255", "#999933", "#44AA99", "#AA4499", "#661100", "#DDCC77", "#6699CC", "#117733")  # muted
@@ -142,7 +143,7 @@ def confusion_figure(
 @takes_reading
 @style()
 def render_types(
-    method,
+    method: Method,  # with types
     index: pd.DataFrame,
     evaluation: TypeEvaluation,
     folder: str | Path,  # is created; one PNG a product and confusion.png
