@@ -18,9 +18,9 @@ from zsad_nb.evaluation.multi_type import TypeEvaluation
 from zsad_nb.evaluation.results import read_runs
 from zsad_nb.evaluation.views import Views
 from zsad_nb.figures import paper_figures
-from zsad_nb.figures.chosen_runs import Runs, remark
+from zsad_nb.figures.chosen_runs import Runs, synthetic_remark
 from zsad_nb.figures.paper_figures import BEGIN, END, build, write_index
-from zsad_nb.figures.paper_plan import SPEED, UNMADE, commands, drawn_like, plan
+from zsad_nb.figures.paper_plan import commands, plan, plan_rows, synthetic_like
 from zsad_nb.figures.style import COLUMN, NOTE, PAGE
 from zsad_nb.methods.base import method_class
 from zsad_nb.runs.parameters import check_parameters, parameters_of, read_notebook
@@ -335,9 +335,7 @@ def files_of(folder):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-NEVER = {name for name, *_ in UNMADE} | {
-    f"{method}_efficiency" for method in SPEED
-}  # diagrams, and measurements of a machine
+NEVER = set(plan_rows().query("maker == 'nothing'")["name"])  # diagrams, and measurements of a machine
 TABLES = [
     i.name for i in plan() if re.fullmatch("(" + "|".join(SYSTEMS) + ")_(image|pixel)", i.name) or "table" in i.name
 ]
@@ -430,8 +428,7 @@ def test_what_a_figure_says_of_its_data(drawn, name):
     figure = drawn[2][name]
     said = figure._supxlabel
     assert (
-        "Synthetic benchmark (drawn images of 64 px" in " ".join(said.get_text().split())
-        and said.get_fontsize() >= NOTE > 5
+        "Synthetic benchmark (images of 64 px" in " ".join(said.get_text().split()) and said.get_fontsize() >= NOTE > 5
     )
     letters = [
         t
@@ -458,9 +455,9 @@ def test_real_runs_make_real_figures(tmp_path):
         "82.3" in (tmp_path / "out" / "tables" / "visualad_table_ablation.md").read_text()
         and "0.4425" in (tmp_path / "out" / "tables" / "ssvp_table4_alignment.md").read_text()
     )
-    assert remark(runs.found) == "" and remark(Runs(Folder(tmp_path / "drawn").views("crane").parent).found).startswith(
-        "Synthetic benchmark (drawn images of 64 px; tiny-clip; seed 0)"
-    )
+    assert synthetic_remark(runs.found) == "" and synthetic_remark(
+        Runs(Folder(tmp_path / "drawn").views("crane").parent).found
+    ).startswith("Synthetic benchmark (images of 64 px; tiny-clip; seed 0)")
     assert not any("synthetic" in item.command for item in plan(runs))
 
 
@@ -472,7 +469,7 @@ def test_an_ablation_on_two_data_sets(tmp_path):
         folder.study(*STUDIES[0])
     runs = Runs(tmp_path / "runs")
     items = {i.name: i for i in plan(runs)}
-    table, used = items["dma_sap_table7_ablation"].draw(runs)
+    table, used = items["dma_sap_table7_ablation"].make(runs)
     assert [r["data"] for r in used] == ["mvtec", "btad"] and list(dict.fromkeys(h for h, _ in table.columns)) == [
         f"{d}, {m}, %" for d in ("MVTec AD", "BTAD", "Average") for m in ("image AUROC", "image AP")
     ]
@@ -482,7 +479,7 @@ def test_an_ablation_on_two_data_sets(tmp_path):
         and at.loc[("C", "Average image_auroc"), "published"] == pytest.approx((94.4 + 96.1) / 2, abs=1e-9)
         and not table.numbers["unlike_published"].any()
     )
-    figure, used = items["dma_sap_fig10_ablation_ab"].draw(runs)
+    figure, used = items["dma_sap_fig10_ablation_ab"].make(runs)
     labels = [t.get_text() for f in figure.subfigs for ax in f.axes for t in ax.get_xticklabels()]
     titles = [ax.get_title() for f in figure.subfigs for ax in f.axes]
     assert (
@@ -575,13 +572,13 @@ def test_sweeps_make_what_the_plan_needs():
 
 
 def test_missing_runs_are_made_like_those_that_are_there(tmp_path):
-    assert drawn_like(None) == dict(size=256, images=6, epochs=3)
+    assert synthetic_like(None) == dict(size=256, images=6, epochs=3)
     folder = Folder(tmp_path / "runs", size=96)
     folder.training("ssvp", 0)
-    assert drawn_like(Runs(tmp_path / "runs")) == dict(size=96, images=2, epochs=6)
+    assert synthetic_like(Runs(tmp_path / "runs")) == dict(size=96, images=2, epochs=6)
     folder.size = 64
     folder.training("ssvp", 1)
-    assert drawn_like(Runs(tmp_path / "runs"))["size"] == 256  # two sizes: neither
+    assert synthetic_like(Runs(tmp_path / "runs"))["size"] == 256  # two sizes: neither
     sweep, study, types = commands(False, dict(size=96, images=2, epochs=6))
     assert (
         sweep("figures").count("--set") == 3
@@ -642,13 +639,13 @@ def test_a_method_on_two_backbones(tmp_path):
     runs = Runs(tmp_path / "runs")
     assert set(runs.evaluations["method"]) == {"visualad", "visualad (dinov2-vitl14)"}
     items = {i.name: i for i in plan(runs)}
-    table, used = items["visualad_image"].draw(runs)
+    table, used = items["visualad_image"].make(runs)
     assert (
         len(used) == 2
         and ("VisualAD (dinov2-vitl14)", "ours") in table.columns
         and ("VisualAD", "published") in table.columns
     )
-    assert len(items["visualad_loss"].draw(runs)[1]) == 1
+    assert len(items["visualad_loss"].make(runs)[1]) == 1
 
 
 def test_each_paper_takes_the_training_of_its_printed_number(tmp_path):
@@ -660,7 +657,7 @@ def test_each_paper_takes_the_training_of_its_printed_number(tmp_path):
     runs = Runs(tmp_path / "runs")
     items = {i.name: i for i in plan(runs)}
     for paper, train in (("dma_sap", "mvtec"), ("ssvp", "visa")):
-        table, used = items[f"{paper}_image"].draw(runs)
+        table, used = items[f"{paper}_image"].make(runs)
         line = table.numbers[
             (table.numbers["method"] == "anomalyclip") & (table.numbers["metric"] == "image_auroc")
         ].iloc[0]
@@ -670,7 +667,7 @@ def test_each_paper_takes_the_training_of_its_printed_number(tmp_path):
             and not table.numbers["unlike_row"].any()
             and len(used) == 2
         )
-    both, used = items["all_methods_table"].draw(runs)
+    both, used = items["all_methods_table"].make(runs)
     assert len(used) == 4 and {"AnomalyCLIP (trained on MVTec AD)", "AnomalyCLIP (trained on VisA)"} <= {
         name.rstrip("‖") for name in both.rows
     }

@@ -5,7 +5,7 @@ import pytest
 from conftest import ROOT
 
 from zsad_nb.evaluation.published import NOTHING, protocol_set, published
-from zsad_nb.figures.paper_plan import COLUMNS, MEDICAL, SETS
+from zsad_nb.figures.paper_plan import MEDICAL, TABLE_METHODS, TABLE_SETS
 from zsad_nb.methods.base import MODULES, method_class
 from zsad_nb.runs.parameters import parameters_of, read_notebook
 from zsad_nb.runs.sweeps import expand
@@ -85,7 +85,7 @@ def test_every_row_of_every_table_has_its_run(paper, evaluated, studied):
 
 def test_dapo_and_its_peers_and_the_medical_sets(evaluated):
     "DAPO's tables were not found: the data sets that it names, for the methods of its columns; VisualAD's medical sets of pixels."
-    wanted = {(m, protocol_set("dapo", d), d) for m in COLUMNS["dapo"] for d in SETS["dapo"]}
+    wanted = {(m, protocol_set("dapo", d), d) for m in TABLE_METHODS["dapo"] for d in TABLE_SETS["dapo"]}
     wanted |= {("visualad", "visa", d) for d in MEDICAL}
     assert not wanted - {(m, t, d) for m, _, t, d in evaluated}
 

@@ -27,7 +27,7 @@ from zsad_nb.evaluation.study import study
 from zsad_nb.evaluation.views import choose, map_ranges, view
 from zsad_nb.explore import maps_store
 from zsad_nb.explore.maps_store import make_store, open_store
-from zsad_nb.figures.heatmaps import draw_cases
+from zsad_nb.figures.heatmaps import render_cases
 from zsad_nb.inspection.inspector import Inspector
 from zsad_nb.methods.base import create
 from zsad_nb.runs.shards import evaluate_shards
@@ -414,7 +414,7 @@ def test_the_depth_reaches_shards_types_maps_and_views(sets, method, tmp_path):
 
 def test_the_depth_reaches_figures_and_what_a_run_knows(sets, method, tmp_path, monkeypatch):
     found = evaluate(method, sets["grey"], progress=False, bits=12)
-    assert len(draw_cases(method, sets["grey"], found, tmp_path, dpi=20)) == 2  # read as it was evaluated
+    assert len(render_cases(method, sets["grey"], found, tmp_path, dpi=20)) == 2  # read as it was evaluated
     record = dict(spec=dict(parameters=dict(data="t", root="r", bits=12, mask_threshold=100, white=None)))
     monkeypatch.setattr(maps_store, "result_of", lambda folder: SimpleNamespace(record=record))
     monkeypatch.setattr(maps_store, "load_dataset", lambda name, root: sets["grey"])

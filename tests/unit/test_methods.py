@@ -16,7 +16,7 @@ from zsad_nb.core.settings import seed_everything
 from zsad_nb.data.images import Batch, batches
 from zsad_nb.data.index import make_index
 from zsad_nb.evaluation.evaluate import MEAN, cases, evaluate
-from zsad_nb.figures.heatmaps import draw_cases
+from zsad_nb.figures.heatmaps import render_cases
 from zsad_nb.methods import controls, visualad  # noqa: F401 (registered by their import)
 from zsad_nb.methods.base import MODULES, create, describe, load, method_class, save
 from zsad_nb.synthetic.benchmark import synthetic_index
@@ -683,7 +683,7 @@ def test_figures(full, model, tmp_path, kind):
     index = rows(full, keep(full), **columns)
     if kind == "without masks":
         assert (index["mask"] == "").all()
-    paths = draw_cases(model, index, evaluate(model, index, progress=False), tmp_path, title="a title", dpi=50)
+    paths = render_cases(model, index, evaluate(model, index, progress=False), tmp_path, title="a title", dpi=50)
     names = sorted(p.name for p in tmp_path.iterdir())
     assert sorted(p.name for p in paths) == names, "a path was named that is not there"
     assert {f"{c}.png" for c in index["category"]} <= set(names) and len(names) >= classes
@@ -706,7 +706,7 @@ def test_figures_show_the_image_they_name(full, model, tmp_path, monkeypatch):
     shuffled = full[category(full, 0)].sample(frac=1, random_state=1)
     shuffled.attrs = dict(full.attrs)
     found = evaluate(model, shuffled, progress=False)
-    draw_cases(model, shuffled, found, tmp_path, dpi=30)
+    render_cases(model, shuffled, found, tmp_path, dpi=30)
     assert caught
     for path, (score, (image, mask, heat, _)) in caught.items():
         true_image = np.asarray(Image.open(f"{full.attrs['root']}/{path}").convert("RGB"))

@@ -15,7 +15,7 @@ from zsad_nb.data.index import GOOD, concat_indices
 from zsad_nb.data.taxonomy import type_words
 from zsad_nb.evaluation.multi_type import CHOICES, TypeMetrics, distinct, evaluate_types, macro
 from zsad_nb.evaluation.rank_counts import RankCounts
-from zsad_nb.figures.types import confusion_figure, draw_types, paint_types, type_colours, type_figure
+from zsad_nb.figures.types import confusion_figure, paint_types, render_types, type_colours, type_figure
 from zsad_nb.methods import controls, dapo  # noqa: F401 (registered by their import)
 from zsad_nb.methods.base import Prediction, create
 from zsad_nb.methods.dapo import DAPOParameters, TypeMethod
@@ -354,12 +354,12 @@ def test_figures(target, tmp_path):
     model = Oracle()
     found = evaluate_types(model, few, progress=False)
     for choice in CHOICES:
-        files = draw_types(model, few, found, tmp_path / choice, choice=choice, title="oracle", dpi=60)
+        files = render_types(model, few, found, tmp_path / choice, choice=choice, title="oracle", dpi=60)
         assert [f.name for f in files] == [f"{few['category'].iloc[0]}.png", "confusion.png"] and all(
             2_000 < f.stat().st_size < 400_000 for f in files
         )
     with pytest.raises(ValueError, match="choice='x'"):
-        draw_types(model, few, found, tmp_path, choice="x")
+        render_types(model, few, found, tmp_path, choice="x")
     assert model.training is True
 
 
@@ -389,7 +389,10 @@ def test_legend_names_what_is_seen():
     said = one.copy()
     truth[:2], said[3:5] = 1, 3
     figure = type_figure(
-        [dict(image=image, truth=truth, said=said, left="x"), dict(image=image, truth=one, said=one, has_mask=False)],
+        [
+            dict(image=image, truth=truth, largest=said, left="x"),
+            dict(image=image, truth=one, largest=one, has_mask=False),
+        ],
         ["a", "b", "c"],
         "title",
     )

@@ -29,14 +29,14 @@ from zsad_nb.explore.gallery import Gallery
 from zsad_nb.explore.screen import name_part
 from zsad_nb.explore.upload import Upload
 from zsad_nb.figures import style as paper_style
-from zsad_nb.figures.bars import bar_figure, draw_bars
+from zsad_nb.figures.bars import bar_figure, render_bars
 from zsad_nb.figures.blending import sheet
-from zsad_nb.figures.curves import loss_figure, overview_figure, sweep_figure
+from zsad_nb.figures.curves import loss_figure, methods_figure, sweep_figure
 from zsad_nb.figures.grids import ablation_figure, grid_figure, samples_figure, side_by_side
-from zsad_nb.figures.heatmaps import draw_cases
+from zsad_nb.figures.heatmaps import render_cases
 from zsad_nb.figures.paper_figures import _cell, _code
 from zsad_nb.figures.style import letters, save_figure, style
-from zsad_nb.figures.types import confusion_figure, draw_types, type_figure
+from zsad_nb.figures.types import confusion_figure, render_types, type_figure
 from zsad_nb.inspection.verdicts import NO_THRESHOLD, Inspection
 from zsad_nb.methods.base import create
 
@@ -140,7 +140,7 @@ def every_figure(names):
     yield "bars", bar_figure(table, row="d", title=few[0], remark=few[0])
     yield (
         "types",
-        type_figure([dict(image=picture, truth=labels, said=labels, left=letters(few[0]))], names[:6], few[0]),
+        type_figure([dict(image=picture, truth=labels, largest=labels, left=letters(few[0]))], names[:6], few[0]),
     )
     yield (
         "confusion",
@@ -170,7 +170,7 @@ def every_figure(names):
             names=dict(image_auroc=few[1]),
         ),
     )
-    yield "overview", overview_figure(numbers, own=few[:1], remark=few[0])
+    yield "overview", methods_figure(numbers, own=few[:1], remark=few[0])
 
 
 @pytest.mark.parametrize("names", [NAMES[:6], [NAMES[10], NAMES[13], NAMES[15], NAMES[16], "a\x00b", "caf\udce9"]])
@@ -316,7 +316,7 @@ def test_every_class_has_a_file_of_its_own_in_the_folder(tmp_path, method):
     folder = tmp_path / "in" / "figures"
     categories = PLACES
     index = images(tmp_path, categories, r"$\foo$")
-    files = draw_cases(method, index, evaluate(method, index, progress=False), folder, size=32, dpi=20)
+    files = render_cases(method, index, evaluate(method, index, progress=False), folder, size=32, dpi=20)
     assert len(files) == len(categories) + 1 and files[0].name == "overview.png"
     assert len({same_name(file.name) for file in files}) == len(files)
     assert all(file.parent == folder and file.is_file() and not file.is_symlink() for file in files)
@@ -332,7 +332,7 @@ def test_nothing_is_written_through_a_link(tmp_path, method):
     (tmp_path / "away.png").write_bytes(b"kept")
     os.symlink(tmp_path / "away.png", tmp_path / "figures" / "c.png")
     with pytest.raises(ValueError, match="leads outside .* by a link"):
-        draw_cases(method, index, evaluate(method, index, progress=False), tmp_path / "figures", size=32, dpi=20)
+        render_cases(method, index, evaluate(method, index, progress=False), tmp_path / "figures", size=32, dpi=20)
     assert (tmp_path / "away.png").read_bytes() == b"kept"
 
 
@@ -344,7 +344,7 @@ def test_types_and_products_of_any_name(tmp_path):
     products = ["confusion", "Confusion", "../../esc"]
     index = images(tmp_path, products, r"$\foo$")
     found = evaluate_types(model, index, size=32, progress=False, choices=("unfiltered",))
-    files = draw_types(model, index, found, tmp_path / "in" / "figures", "unfiltered", size=32, dpi=20)
+    files = render_types(model, index, found, tmp_path / "in" / "figures", "unfiltered", size=32, dpi=20)
     assert len({same_name(file.name) for file in files}) == 4 and all(
         file.parent == tmp_path / "in" / "figures" for file in files
     )
@@ -352,7 +352,7 @@ def test_types_and_products_of_any_name(tmp_path):
 
 @pytest.mark.parametrize("level", ["../../esc", "a/b", "/abs", "..", "ok"])
 def test_levels_of_bars_stay_in_the_folder(tmp_path, level):
-    files = draw_bars(numbers_of(["a", "b"]), tmp_path / "in" / "bars", levels={level: ["image_auroc"]})
+    files = render_bars(numbers_of(["a", "b"]), tmp_path / "in" / "bars", levels={level: ["image_auroc"]})
     assert {file.suffix for file in files} == {".pdf", ".png"} and all(
         file.parent == tmp_path / "in" / "bars" for file in files
     )

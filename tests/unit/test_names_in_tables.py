@@ -440,7 +440,7 @@ def test_studies_come_back(tmp_path, monkeypatch):
         def backbones(self):
             return {}
 
-    def one(method, parameters, auxiliary, target, seed, *rest):
+    def repetition(self, changes, seed, *rest):
         made.append(seed)
         return pd.DataFrame(
             [
@@ -454,7 +454,7 @@ def test_studies_come_back(tmp_path, monkeypatch):
             ]
         )
 
-    monkeypatch.setattr(module, "_one", one)
+    monkeypatch.setattr(module._Study, "repetition", repetition)
     monkeypatch.setattr(module, "create", lambda *a, **k: Small())
     monkeypatch.setattr(module, "recipe_of", lambda *a, **k: _Recipe())
     monkeypatch.setattr(module, "fingerprint", lambda index: "x")

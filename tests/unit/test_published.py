@@ -8,11 +8,11 @@ import pytest
 
 from zsad_nb.data.readers import READERS
 from zsad_nb.evaluation.published import (
-    COLUMNS,
     DATASET_NAMES,
     METHOD_NAMES,
     METRIC_NAMES,
     NOT_COMPARABLE,
+    PUBLISHED_COLUMNS,
     SOURCES,
     TRANSDUCTIVE,
     averages,
@@ -219,7 +219,7 @@ def test_numbers_of_the_prose_stand_where_they_belong():
 
 def test_shape_of_the_table():
     table = published()
-    assert list(table.columns) == COLUMNS and len(table) > 1300
+    assert list(table.columns) == PUBLISHED_COLUMNS and len(table) > 1300
     assert not table.duplicated(["paper", "table", "dataset", "category", "method", "variant", "metric"]).any()
     assert set(table["source"]) == set(SOURCES) and set(table["metric"]) == set(METRIC_NAMES) - {"pixel_aupro"} | OTHER
     assert set(table["dataset"]) - {"mean", "all", "asic"} <= set(READERS) and set(DATASET_NAMES) - {"mean"} <= set(
@@ -239,7 +239,11 @@ def test_shape_of_the_table():
 def test_packaged_as_data():
     file = files("zsad_nb") / "assets" / "published.csv"
     text = file.read_bytes()
-    assert text.endswith(b"\n") and b"\r" not in text and pd.read_csv(str(file), nrows=3).columns.tolist() == COLUMNS
+    assert (
+        text.endswith(b"\n")
+        and b"\r" not in text
+        and pd.read_csv(str(file), nrows=3).columns.tolist() == PUBLISHED_COLUMNS
+    )
 
 
 def test_filters():

@@ -222,7 +222,7 @@ def execute(name: str, **parameters) -> dict:
 @pytest.mark.filterwarnings("ignore")
 def test_evaluate_with_a_released_file(linear, target, tmp_path, monkeypatch):
     method, towers, file = linear
-    monkeypatch.setattr("zsad_nb.figures.heatmaps.draw_cases", lambda *_, **__: [])
+    monkeypatch.setattr("zsad_nb.figures.heatmaps.render_cases", lambda *_, **__: [])
     few = target.groupby("category").head(2).head(4)
     monkeypatch.setattr(
         "zsad_nb.synthetic.datasets.load_dataset",

@@ -21,7 +21,7 @@ from zsad_nb.evaluation.evaluate import evaluate
 from zsad_nb.evaluation.published import METRIC_NAMES, PROTOCOLS, published
 from zsad_nb.evaluation.results import read_runs
 from zsad_nb.evaluation.tables import DASH, Cell, Table, results_table, tex
-from zsad_nb.figures.bars import bar_figure, draw_bars
+from zsad_nb.figures.bars import bar_figure, render_bars
 from zsad_nb.figures.style import COLUMN, bar_colours
 
 METRICS = [m for m in METRIC_NAMES]
@@ -665,11 +665,11 @@ def test_text_of_the_bars_does_not_overlap(paper):
 
 
 def test_files_of_the_bars(paper, tmp_path):
-    files = draw_bars(paper, tmp_path)
+    files = render_bars(paper, tmp_path)
     assert [p.name for p in files] == ["bars_image.pdf", "bars_image.png", "bars_pixel.pdf", "bars_pixel.png"]
     first = [p.read_bytes() for p in files]
     time.sleep(1.1)  # no clock in the files
-    assert [p.read_bytes() for p in draw_bars(paper, tmp_path)] == first
+    assert [p.read_bytes() for p in render_bars(paper, tmp_path)] == first
     assert b"/Subtype /Image" not in first[0] and b"/FontFile2" in first[0]  # vectors and letters
     with Image.open(files[1]) as image:
         assert image.width == pytest.approx(COLUMN * 400, abs=2)
@@ -677,7 +677,7 @@ def test_files_of_the_bars(paper, tmp_path):
 
 def test_bars_of_one_set_and_refusals(sweep, tmp_path):
     runs = read_runs(sweep)
-    assert len(draw_bars(runs, tmp_path, data="btad", methods=["visualad", "dma_sap"], published=True)) == 4
+    assert len(render_bars(runs, tmp_path, data="btad", methods=["visualad", "dma_sap"], published=True)) == 4
     figure = bar_figure(results_table(runs, "image_auroc"))
     assert {t.get_text() for t in figure.legends[0].get_texts()} == {
         "WinCLIP (runs missing)",

@@ -18,7 +18,7 @@ from ..core.files import write_json
 from ..core.settings import require_known, seed_everything
 from ..core.tables import write_table
 from ..evaluation.evaluate import Evaluation, evaluate
-from ..figures.heatmaps import draw_cases
+from ..figures.heatmaps import render_cases
 from ..methods.base import create, save
 from ..synthetic.benchmark import synthetic_index
 from ..training.fit import Recipe, fit
@@ -109,7 +109,7 @@ def demo(
     write_table(history, out / "history.csv")
     save(method, out / "visualad.safetensors")
     if figures:
-        draw_cases(method, target, trained, out / "figures", title="VisualAD, unseen categories")
+        render_cases(method, target, trained, out / "figures", title="VisualAD, unseen categories")
     write_json(
         out / "settings.json",
         dict(

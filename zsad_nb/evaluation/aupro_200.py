@@ -16,7 +16,9 @@ def thresholds_200(
     low: float,  # lowest score of the class
     high: float,  # highest score of the class
     steps: int = 200,  # evenly spaced steps between them
-) -> np.ndarray:  # float32, ascending, `steps` or `steps + 1` of them, rounded down; empty where the public loop's step is 0 or not finite
+) -> (
+    np.ndarray
+):  # float32, ascending, `steps` or `steps + 1`, rounded down; empty where the loop's step is 0 or not finite
     "Thresholds of the public AUPRO loop (AnomalyCLIP, `cal_pro_score`)"
     low = np.float32(low)
     high = np.float32(high)
@@ -67,7 +69,7 @@ def aupro_200(
 
 # %% ../../nbs/evaluation/02_aupro_200.ipynb #1cb3c7d4
 def _grid(low: np.float32, high: np.float32, steps: int) -> np.ndarray:
-    "float32 grid from both ends, each point rounded once: bit for bit the grid of `torch.linspace`, on which the public code stands"
+    "float32 grid from both ends, each point rounded once: bit for bit that of `torch.linspace`, as in the public code"
     i = np.arange(steps)
     step = float((high - low) / np.float32(steps - 1))
     return np.where(i < steps // 2, float(low) + step * i, float(high) - step * (steps - 1 - i)).astype(np.float32)
@@ -90,7 +92,8 @@ class Aupimo(NamedTuple):
 def aupimo(
     maps: np.ndarray,  # (n, H, W) float32 scores
     masks: np.ndarray,  # (n, H, W) bool
-    has_mask: np.ndarray = None,  # (n,) bool; False leaves an anomalous image without a mask file out. None: all have one
+    # (n,) bool; False leaves an anomalous image without a mask file out; None: all have one
+    has_mask: np.ndarray | None = None,
     bounds: tuple = (1e-5, 1e-4),  # L and U, the FPR bounds (paper section 3)
     steps: int = 300_000,  # thresholds
 ) -> Aupimo:  # per image, mean, reason

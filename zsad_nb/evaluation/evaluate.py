@@ -9,6 +9,7 @@ __all__ = [
     "require_categories",
     "target_set",
     "by_category",
+    "predictions",
     "predict_images",
     "put_together",
     "seen_in_training",
@@ -18,7 +19,7 @@ __all__ = [
 
 # %% ../../nbs/evaluation/06_evaluate.ipynb #25923364
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -29,12 +30,13 @@ from ..backbones.features import FeatureCache
 from ..core.names import shown
 from ..core.settings import usual_defaults
 from ..core.tables import write_table
+from ..data.images import Batch
 from ..data.method_images import batches_for
 from ..data.reading import read_as, reading_of, takes_reading
 from .binned import BinnedPixelMetrics
 from .metrics import Metrics, PixelMetrics, image_metrics, mean_over_classes
 from .pixel_digests import PixelDigest, pixel_digest, save_digests
-from ..methods.base import Method
+from ..methods.base import Method, Prediction
 
 # %% ../../nbs/evaluation/06_evaluate.ipynb #1fe33d6e
 MEAN = "mean"  # name of the row below the classes
@@ -51,9 +53,8 @@ class Evaluation:
     reasons: pd.DataFrame  # category, metric, reason: every number that is missing or not exact
     seen: list[str]  # "dataset/category" of this index whose data set was trained on: not zero-shot
     reading: dict = field(default_factory=dict)  # how images and masks were read: the fields of `Reading`
-    digests: list[PixelDigest] = field(
-        default_factory=list
-    )  # of the rows of per_image: the pixels, for deviations over images
+    # of the rows of per_image: the pixels, for deviations over images
+    digests: list[PixelDigest] = field(default_factory=list)
 
     @property
     def mean(self) -> pd.Series:
@@ -90,7 +91,7 @@ class Evaluation:
 # %% ../../nbs/evaluation/06_evaluate.ipynb #d6ff0e99
 def require_categories(
     test: pd.DataFrame,  # rows of an Index
-):
+) -> None:
     "Refuse categories that no table could keep apart, before anything is computed."
     unnamed = [
         number for number, category in enumerate(test["category"]) if not isinstance(category, str) or not category
@@ -133,47 +134,64 @@ def by_category(
         yield category, part
 
 
+def predictions(
+    method: Method,
+    batches: Iterable[Batch],  # such as those of `batches_for`
+    cache: FeatureCache | None = None,  # keeps frozen features
+    bar: tqdm | None = None,  # advances by the images of every batch
+) -> Iterator[tuple[Batch, Prediction]]:  # the prediction on the method's device
+    "Every batch together with what a method predicts for it."
+    for batch in batches:
+        yield batch, method.predict(batch, cache)
+        if bar is not None:
+            bar.update(len(batch))
+
+
 def predict_images(
     method: Method,
-    part: pd.DataFrame,
+    part: pd.DataFrame,  # rows of an Index, in the order in which they are predicted
     pixels: PixelMetrics,  # which are updated
     size: int,
     batch_size: int = 8,
     workers: int = 2,
     cache: FeatureCache | None = None,  # as of `evaluate`
     defects: list[str] | None = None,  # as of `batches`
-    bar=None,
+    bar: tqdm | None = None,
 ) -> list[dict]:  # image, score, map_low, map_high, pixel_ap, digest
-    "One row an image; the maps go into the pixel metrics and are forgotten."
+    "One row an image. The maps go into the pixel metrics and are not kept."
     rows = []
-    for batch in batches_for(method, part, size, batch_size, workers=workers, defects=defects):
-        prediction = method.predict(batch, cache).cpu()
-        pixels.update(prediction.map.numpy(), batch.mask[:, 0].numpy(), batch.has_mask.numpy())
-        for i, (m, y) in enumerate(zip(prediction.map.numpy(), batch.mask[:, 0].numpy())):
+    batches = batches_for(method, part, size, batch_size, workers=workers, defects=defects)
+    for batch, prediction in predictions(method, batches, cache, bar):
+        prediction = prediction.cpu()
+        maps = prediction.map.numpy()
+        masks = batch.mask[:, 0].numpy()
+        pixels.update(maps, masks, batch.has_mask.numpy())
+        for i, (heat, mask) in enumerate(zip(maps, masks)):
             rows.append(
                 dict(
                     image=batch.path[i],
                     score=prediction.score[i].item(),
-                    map_low=float(m.min()),
-                    map_high=float(m.max()),
-                    pixel_ap=image_metrics(m.ravel(), y.ravel())["image_ap"] if y.any() else float("nan"),
-                    digest=pixel_digest(m, y, bool(batch.has_mask[i])),
+                    map_low=float(heat.min()),
+                    map_high=float(heat.max()),
+                    pixel_ap=image_metrics(heat.ravel(), mask.ravel())["image_ap"] if mask.any() else float("nan"),
+                    digest=pixel_digest(heat, mask, bool(batch.has_mask[i])),
                 )
             )
-        if bar is not None:
-            bar.update(len(batch))
     return rows
 
 
 def put_together(
     test: pd.DataFrame,  # of `target_set`
-    found: dict[str, tuple[list[dict], Metrics]],  # category -> rows of `predict_images`, metrics of all their pixels
+    results: dict[str, tuple[list[dict], Metrics]],  # category -> rows of `predict_images`, metrics of all their pixels
     seen: list[str],
 ) -> Evaluation:
     "Image metrics, the mean over classes, and why a number is missing."
-    classes, images, reasons, columns = {}, [], [], ["image", "category", "anomalous", "defect"]
+    classes = {}
+    images = []
+    reasons = []
     digests = []
-    for category, (rows, pixel) in found.items():
+    columns = ["image", "category", "anomalous", "defect"]
+    for category, (rows, pixel) in results.items():
         rows = pd.DataFrame(rows).merge(
             test[test["category"] == category].reset_index(names="position")[["position", *columns]],
             on="image",
@@ -215,27 +233,28 @@ def seen_in_training(
     test: pd.DataFrame,  # Index
     allow_seen: tuple | str = (),  # data sets ("visa") or categories ("visa/candle") asked for by name
 ) -> list[str]:  # "dataset/category" of all that is not zero-shot
-    "Categories of an index whose data set was trained on; those that were not asked for are refused (protocol, section 3.4)."
+    "Categories whose data set was trained on; those not asked for by name are refused (protocol, section 3.4)."
     allowed = {allow_seen} if isinstance(allow_seen, str) else set(allow_seen)
     sets = {name.split("/", 1)[0] for name in method.trained_on}
     seen = sorted(n for n in set(test["dataset"] + "/" + test["category"]) if n.split("/", 1)[0] in sets)
     refused = [n for n in seen if n not in allowed and n.split("/", 1)[0] not in allowed]
 
-    def some(names):
+    def listed(names):
         return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
-    def taught(names):
-        return some(sorted(t for t in method.trained_on if t.split("/", 1)[0] in names))
+    def training_from(names):
+        return listed(sorted(t for t in method.trained_on if t.split("/", 1)[0] in names))
 
     if refused:
         names = sorted({n.split("/", 1)[0] for n in refused})
         raise ValueError(
-            f"{method.name} was trained on {taught(names)}, so {some(refused)} would not be zero-shot; evaluate on"
-            f" another data set, or pass allow_seen={tuple(names)!r} to do it all the same and have it marked"
+            f"{method.name} was trained on {training_from(names)}, so {listed(refused)} would not be zero-shot; evaluate"
+            f" on another data set, or pass allow_seen={tuple(names)!r} to do it all the same and have it marked"
         )
     if seen:
         warnings.warn(
-            f"{method.name} was trained on {taught(sets)}: the rows of {some(seen)} are not zero-shot", stacklevel=3
+            f"{method.name} was trained on {training_from(sets)}: the rows of {listed(seen)} are not zero-shot",
+            stacklevel=3,
         )
     return seen
 
@@ -257,8 +276,10 @@ def evaluate(
     # keeps frozen features, for the next method with the same backbones
     cache: FeatureCache | str | Path | None = None,
     allow_seen: tuple | str = (),  # data sets or "dataset/category" to evaluate although training has seen them
-    exact: bool = True,  # False: pixels are counted in bins, 150 MB however many; `reasons` says how far each number may be off
-    **reading,  # see `Reading`: bits, white, mask_threshold, mask_mismatch, mask_orientation; default: as the index says
+    # False: pixels are counted in bins, 150 MB however many; `reasons` says how far each number may be off
+    exact: bool = True,
+    # see `Reading`: bits, white, mask_threshold, mask_mismatch, mask_orientation; default: as the index says
+    **reading,
 ) -> Evaluation:
     "Metrics per class and mean, streaming (protocol, section 3.4)."
     index = read_as(index, **reading)
@@ -268,15 +289,15 @@ def evaluate(
     if isinstance(cache, (str, Path)):
         cache = FeatureCache(cache)
     method.prepare(test)
-    found = {}
+    results = {}
     with tqdm(total=len(test), desc=label, disable=not progress, unit="image") as bar:
         for category, part in by_category(test):
             with PixelMetrics(limits, spill=spill) if exact else BinnedPixelMetrics(limits) as pixels:
-                found[category] = (
+                results[category] = (
                     predict_images(method, part, pixels, size, batch_size, workers, cache, bar=bar),
                     pixels.compute(),
                 )
-    return put_together(test, found, seen)
+    return put_together(test, results, seen)
 
 
 # %% ../../nbs/evaluation/06_evaluate.ipynb #e6a8be01
@@ -290,9 +311,8 @@ def cases(
         by = "pixel_ap" if bad["pixel_ap"].notna().any() else "score"  # without masks the score is all there is
         bad = bad.dropna(subset=[by]).sort_values([by, "image"], ascending=[False, True])
         if len(bad):
-            chosen += [
-                bad.iloc[[i]].assign(case=c) for c, i in dict(best=0, median=len(bad) // 2, worst=len(bad) - 1).items()
-            ]
+            places = dict(best=0, median=len(bad) // 2, worst=len(bad) - 1)
+            chosen += [bad.iloc[[place]].assign(case=case) for case, place in places.items()]
         good = rows[~rows["anomalous"]].sort_values(["score", "image"], ascending=[False, True])
         if len(good):
             chosen.append(good.iloc[[0]].assign(case="false alarm"))

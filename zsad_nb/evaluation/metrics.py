@@ -79,7 +79,7 @@ class _Ranks:
         self.f1max = 0.0
         self.seen = 0  # anomalous scores below the next slice
 
-    def add(self, hits: np.ndarray, less: np.ndarray, ties: np.ndarray):
+    def add(self, hits: np.ndarray, less: np.ndarray, ties: np.ndarray) -> None:
         "`hits` anomalous scores at each value; `less`, `ties`: normal scores below it and equal to it. Values ascend"
         tp = self.p - self.seen - (np.cumsum(hits) - hits)
         fp = self.n - less
@@ -145,6 +145,19 @@ def _undefined(names: list, why: str) -> Metrics:
     return Metrics(dict.fromkeys(names, math.nan), dict.fromkeys(names, why))
 
 
+def _lacking(
+    anomalous: int,  # pixels
+    normal: int,  # pixels
+    excluded: int,  # images without a mask file
+) -> str:
+    "Why pixel metrics are undefined."
+    if not anomalous and not normal:
+        reason = "no image"
+    else:
+        reason = "no anomalous pixel" if normal else "no normal pixel"
+    return f"{reason} ({excluded} images without a mask file were left out)" if excluded else reason
+
+
 # %% ../../nbs/evaluation/03_metrics.ipynb #2254aeee
 def _keys(scores: np.ndarray, areas: np.ndarray) -> np.ndarray:
     "float32 scores and region areas -> uint64 that sort by score, then area; -0 and 0 are one score"
@@ -182,7 +195,7 @@ def aupro_name(
 
 
 def _pro_area(weight: np.ndarray, less: np.ndarray, ties: np.ndarray, n: int, limit: float) -> float:
-    "Area under the PRO curve up to FPR `limit`, divided by it, of anomalous scores with these weights (sum 1 = all regions)"
+    "Area under the PRO curve up to FPR `limit`, divided by it; the weights of all regions add up to 1."
     before = (n - less - ties) / n
     after = (n - less) / n
     left = np.minimum(before, limit)
@@ -195,7 +208,7 @@ def _pro_area(weight: np.ndarray, less: np.ndarray, ties: np.ndarray, n: int, li
 
 # %% ../../nbs/evaluation/03_metrics.ipynb #4a405bd2
 class PixelMetrics:
-    "Streaming pixel AUROC, AP, F1-max and AUPRO, exact in float32 scores; memory: one block, `memory_limit`, and 8 bytes per anomalous pixel"
+    "Streaming pixel AUROC, AP, F1-max and AUPRO, exact in float32 scores, in bounded memory."
 
     def __init__(
         self,
@@ -203,7 +216,8 @@ class PixelMetrics:
             0.3,
         ),  # FPR limits of the AUPRO; 0.3 is reported as `pixel_aupro`, another limit L as `pixel_aupro@L`
         spill: str | Path = None,  # folder for full blocks beyond memory_limit. None: the system's temporary folder
-        memory_limit: int = 0,  # bytes of full blocks of normal scores kept in memory, besides the one that is being filled
+        # bytes of full blocks of normal scores in memory, beside one block and 8 bytes an anomalous pixel
+        memory_limit: int = 0,
         variant_200: str = "anomalyclip",  # the public code whose 200-threshold AUPRO is reported, one of VARIANTS_200
         block: int = 2
         ** 26,  # normal pixels sorted at once (256 MB; 200 maps of 518 x 518 fit): smaller saves memory and costs time
@@ -253,7 +267,7 @@ class PixelMetrics:
         return self
 
     def merge(self, other: "PixelMetrics") -> "PixelMetrics":
-        "Add everything `other` (say, another worker's shard) has seen, exactly as if it had been seen here; `other` stays as it is"
+        "Add all that `other`, such as another worker's shard, has seen; `other` stays as it is."
         if other is self:
             raise ValueError("a PixelMetrics cannot be merged with itself: every image would count twice")
         self._check_open()
@@ -271,7 +285,7 @@ class PixelMetrics:
         self._high = max(self._high, other._high)
         return self
 
-    def close(self):
+    def close(self) -> None:
         "Free memory and disk; `with PixelMetrics() as m:` does it at the end"
         self._normal.close()
         self._anomalous, self.closed = [], True
@@ -279,7 +293,7 @@ class PixelMetrics:
     def __enter__(self) -> "PixelMetrics":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_) -> None:
         self.close()
 
     def _check_open(self):
@@ -362,11 +376,7 @@ def compute(
     n = self._normal.total
     keys.sort()
     if not len(keys) or not n:
-        left_out = f" ({self.excluded} images without a mask file were left out)" if self.excluded else ""
-        return _undefined(
-            names,
-            ("no image" if not n and not len(keys) else "no anomalous pixel" if n else "no normal pixel") + left_out,
-        )
+        return _undefined(names, _lacking(len(keys), n, self.excluded))
     ranks = _Ranks(len(keys), n)
     areas = dict.fromkeys(aupro, 0.0)
     grid = thresholds_200(self._low, self._high)
@@ -485,7 +495,7 @@ def save(self: PixelMetrics, path: str | Path) -> Path:
     ).encode()
     head += b" " * (-len(head) % 8)
 
-    def write(p):
+    def write(p) -> None:
         with open(p, "wb") as f:
             for part in (_MAGIC, len(head).to_bytes(8, "little"), head, keys):
                 f.write(part)

@@ -34,7 +34,7 @@ class PixelDigest:
 def part_edges(
     pixels: int,  # of one kind, in one image
 ) -> np.ndarray:  # (parts + 1,) int: part k holds the sorted pixels from edge k to edge k + 1
-    "Where sorted pixels are cut: half of the parts are of equal size, the others ever finer towards the highest scores."
+    "Where sorted pixels are cut: half of the parts are of equal size, the others finer towards the highest scores."
     if pixels <= PARTS:
         return np.arange(pixels + 1)
     equal = np.arange(PARTS // 2 + 1) * pixels // (PARTS // 2)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from fastcore.basics import patch
 
 
 # %% ../../nbs/evaluation/01_rank_counts.ipynb #80e1f0cb
@@ -50,7 +51,7 @@ class RankCounts:
         self.total = 0
         self.unsorted = False
 
-    def add(self, scores: np.ndarray):
+    def add(self, scores: np.ndarray) -> None:
         "Append (n,) float32"
         self.total += scores.size
         while scores.size:
@@ -100,58 +101,68 @@ class RankCounts:
                 self.unsorted = False  # once, not at every question
             yield self.tail[: self.fill]
 
-    def counts(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        "For ascending float32 `values`: int64 numbers of scores less than each, and equal to each"
-        if _TOGETHER < len(values) <= _FAR:  # each maps up to a megabyte of a block
-            return tuple(
-                np.concatenate(c)
-                for c in zip(*(self.counts(values[i : i + _TOGETHER]) for i in range(0, len(values), _TOGETHER)))
-            )
-        less = np.zeros(len(values), np.int64)
-        ties = np.zeros(len(values), np.int64)
-        for b in self if len(values) else ():
-            low, high = b.searchsorted(values[[0, -1]])  # search only the part of the block that the values span
-            part = b[low : high + 1]
-            at = part.searchsorted(values)
-            less += at
-            less += low
-            if part.size:
-                hit = np.flatnonzero(
-                    part[np.minimum(at, part.size - 1)] == values
-                )  # few, except where scores are quantised
-                ties[hit] += 1
-                after = low + at[hit] + 1
-                more = (b[np.minimum(after, b.size - 1)] == values[hit]) & (after < b.size)  # fewer still
-                if more.any():
-                    ties[hit[more]] += b.searchsorted(values[hit[more]], "right") - after[more]
-            _let_go(b)
-        return less, ties
-
-    def merge(self, other: "RankCounts"):
-        "Append all scores of `other`; its large blocks on disk stay where they are"
-        for b in other:
-            if b.flags.writeable or 4 * len(b) < self.size:
-                self.add(b)  # `other` may change it, or there would be too many to search
-            else:
-                self.blocks.append(b)
-                self.total += len(b)
-
-    def write(self, file: BinaryIO):
-        "Append all blocks to a buffered file"
-        for b in self:
-            file.write(b)
-
-    def map(self, path: str | Path, at: int, sizes: list):
-        "Take blocks of these sizes from byte `at` of a file on; they are read when they are searched"
-        for n in sizes:
-            self.blocks.append(np.asarray(np.memmap(path, np.float32, "r", at, (n,))))
-            self.total += n
-            at += 4 * n
-
     def __getstate__(self) -> dict:  # what is on disk travels to another process as arrays
         return {**self.__dict__, "blocks": [np.array(b) for b in self], "file": None, "end": 0, "tail": None, "fill": 0}
 
-    def close(self):
+    def close(self) -> None:
         if self.file:
             self.file.close()
         self.blocks, self.file, self.tail = [], None, None
+
+
+# %% ../../nbs/evaluation/01_rank_counts.ipynb #f2247690
+@patch
+def counts(self: RankCounts, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "For ascending float32 `values`: int64 numbers of scores less than each, and equal to each"
+    if _TOGETHER < len(values) <= _FAR:  # each maps up to a megabyte of a block
+        return tuple(
+            np.concatenate(c)
+            for c in zip(*(self.counts(values[i : i + _TOGETHER]) for i in range(0, len(values), _TOGETHER)))
+        )
+    less = np.zeros(len(values), np.int64)
+    ties = np.zeros(len(values), np.int64)
+    for b in self if len(values) else ():
+        low, high = b.searchsorted(values[[0, -1]])  # search only the part of the block that the values span
+        part = b[low : high + 1]
+        at = part.searchsorted(values)
+        less += at
+        less += low
+        if part.size:
+            hit = np.flatnonzero(
+                part[np.minimum(at, part.size - 1)] == values
+            )  # few, except where scores are quantised
+            ties[hit] += 1
+            after = low + at[hit] + 1
+            more = (b[np.minimum(after, b.size - 1)] == values[hit]) & (after < b.size)  # fewer still
+            if more.any():
+                ties[hit[more]] += b.searchsorted(values[hit[more]], "right") - after[more]
+        _let_go(b)
+    return less, ties
+
+
+# %% ../../nbs/evaluation/01_rank_counts.ipynb #2b983839
+@patch
+def merge(self: RankCounts, other: "RankCounts") -> None:
+    "Append all scores of `other`; its large blocks on disk stay where they are"
+    for b in other:
+        if b.flags.writeable or 4 * len(b) < self.size:
+            self.add(b)  # `other` may change it, or there would be too many to search
+        else:
+            self.blocks.append(b)
+            self.total += len(b)
+
+
+@patch
+def write(self: RankCounts, file: BinaryIO) -> None:
+    "Append all blocks to a buffered file"
+    for b in self:
+        file.write(b)
+
+
+@patch
+def map(self: RankCounts, path: str | Path, at: int, sizes: list) -> None:
+    "Take blocks of these sizes from byte `at` of a file on; they are read when they are searched"
+    for n in sizes:
+        self.blocks.append(np.asarray(np.memmap(path, np.float32, "r", at, (n,))))
+        self.total += n
+        at += 4 * n

@@ -18,7 +18,7 @@ from .results import RUN
 # %% ../../nbs/evaluation/15_run_state.ipynb #c7404b98
 @dataclass
 class Result:
-    "What is known of a run."
+    "The state of a run, and its records."
 
     folder: Path
     status: str  # absent, running, interrupted, damaged, failed or done

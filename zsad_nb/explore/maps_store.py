@@ -28,6 +28,7 @@ from ..data.images import Batch, batches, defect_names
 from ..data.index import fingerprint, load_index, root_of, save_index
 from ..data.reading import Reading, read_as, reading_of, takes_reading
 from ..data.stored import upright_size
+from ..evaluation.evaluate import predictions
 from ..evaluation.run_state import result_of
 from .inside import Inside, image_patches, look_inside
 from .map_parts import read_parts, write_parts
@@ -46,7 +47,7 @@ from zsad_nb.explore.map_records import (
     seal_of,
     settled_state,
 )
-from ..figures.blending import ORDER, Drawing, View, colours, enlarge, ring, sheet, similarity, to_levels, wipe
+from ..figures.blending import ORDER, Drawing, View, colours, enlarge_map, ring, sheet, similarity, to_levels, wipe
 from ..inspection.thresholds import identity
 from ..methods.base import Method
 from ..synthetic.datasets import load_dataset
@@ -173,7 +174,7 @@ def _predict_rows(
 ) -> int:  # maps made
     rest = iter(todo)
     made = 0
-    for batch in reading:
+    for batch, prediction in predictions(self.method, reading, bar=bar):
         rows = []
         for path in batch.path:
             row = next(rest)
@@ -181,11 +182,10 @@ def _predict_rows(
                 self._record(row, UNREADABLE, **self._image_of(row))
                 row = next(rest)
             rows.append(row)
-        self._keep_maps(rows, self.method.predict(batch).cpu(), before)
+        self._keep_maps(rows, prediction.cpu(), before)
         if "layers" not in self.header:
             self._add_to_header(layers=list(look_inside(self.method, batch[[0]])[1][0].maps))
         made += len(rows)
-        bar.update(len(rows))
         if each:
             each(made, len(todo))
     for row in rest:
@@ -375,7 +375,7 @@ def drawing(
 ) -> Drawing:
     "Image, mask and map of a row, ready to be rendered."
     image, mask = self.picture(row)
-    map = enlarge(self.inside(row).maps[layer], image.shape[:2]) if layer else self.map(row)
+    map = enlarge_map(self.inside(row).maps[layer], image.shape[:2]) if layer else self.map(row)
     return Drawing(image, map, mask)
 
 
@@ -583,7 +583,7 @@ def similarity_panel(
 ) -> tuple:  # (H, W, 3) uint8, tower
     "Cosines of the patch under a point with all others, from 0 (dark) to 1."
     patches, grid, tower = store.patches(row)
-    cosines = enlarge(similarity(patches.astype(np.float32), grid, at), (store.size, store.size))
+    cosines = enlarge_map(similarity(patches.astype(np.float32), grid, at), (store.size, store.size))
     panel = colours(to_levels(cosines, 0, 1))
     return ring(panel, at) if ringed else panel, tower
 
