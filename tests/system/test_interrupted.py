@@ -18,7 +18,7 @@ from conftest import ROOT
 from PIL import Image
 
 from zsad_nb.cli import commands as cli
-from zsad_nb.cli.grammar import COMMANDS
+from zsad_nb.cli import grammar
 from zsad_nb.synthetic.benchmark import synthetic_index
 
 TIMES = int(os.environ.get("ZSAD_KILLS", 2))
@@ -181,7 +181,7 @@ def test_commands_import_where_an_interruption_is_understood():
         functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
         imports = [n for f in functions for n in ast.walk(f) if isinstance(n, ast.Import | ast.ImportFrom)]
         assert imports and all(node in guarded for node in imports), name
-    assert all("importing()" in inspect.getsource(each.function) for each in COMMANDS.values())
+    assert all("importing()" in inspect.getsource(each.function) for each in grammar.COMMANDS.values())
 
 
 def test_a_call_from_python_changes_no_signal(capsys):
