@@ -123,7 +123,7 @@ class Upload:
         return sheet(
             {name: self.drawing.panel(name, view) for name in PANELS},
             f"{self.inspector.method.name}   {self.found.name}",
-            (self.found.said,),
+            (self.found.reason,),
             tile,
         )
 
@@ -182,10 +182,10 @@ class Upload:
                 if found.decision in ("normal", "defective")
                 else ""
             ),
-            html_text(found.said),
+            html_text(found.reason),
         ]
         if found.decision == "score only":
-            parts = [f"score <b>{found.score:.4g}</b>", f'<span class="soft">{html_text(found.said)}</span>']
+            parts = [f"score <b>{found.score:.4g}</b>", f'<span class="soft">{html_text(found.reason)}</span>']
         if found.mask is not None:
             parts.append(f"{counted(len(found.regions), 'region')}, {found.area:,} px together")
         self.verdict.value = (
