@@ -597,9 +597,14 @@ def test_journals_of_earlier_versions_are_believed(tmp_path, shielded):
 
 
 def test_a_row_that_was_changed_is_not_believed(tmp_path):
-    sealed(tmp_path / "r.csv", ["name", "score"], [["=1", "0.5"], ["b", "0.5"]], lambda name, field: field)
+    sealed(
+        tmp_path / "r.csv",
+        ["name", "score"],
+        [["=1", "0.5"], ["b", "0.5"]],
+        lambda name, field: spreadsheet_safe(field),
+    )
     text = (tmp_path / "r.csv").read_text()
-    (tmp_path / "r.csv").write_text(text.replace("=1", "'=1").replace('"b","0.5"', '"b","0.6"'))
+    (tmp_path / "r.csv").write_text(text.replace("'=1", "''=1").replace('"b","0.5"', '"b","0.6"'))
     assert read_sealed_csv(tmp_path / "r.csv", ["name", "score"], ["score"]) == ([], 2)
     journal = Journal(tmp_path / "r.sqlite", ["name", "score"])
     for name in ("=1", "b"):

@@ -152,21 +152,15 @@ def predict_images(
     options = {name: typed_value(value) for name, value in parameter}
     options |= dict(bits=bits, white=white, max_side=max_side, min_area=min_area, batch_size=batch)
     inspector = Inspector.load(model, released=released, device=device, category=category, **options)
-    try:
-        if normals is not None:
-            keep = Path(out) / "calibration"
-            made = inspector.calibrate(normals, defective, out=keep, comparable=comparable, **rates)
-            print(f"{made}\nkept in {made.save(Path(out) / 'thresholds.json')}\n")
-        elif thresholds is not None:
-            inspector.use(thresholds)
-        elif threshold is not None or pixel_threshold is not None:
-            inspector.use_values(threshold, pixel_threshold)
-        table = inspector.predict(images, out, pictures, format)
-    except KeyboardInterrupt:
-        print(
-            f"zsad predict: stopped; the rows in {out} are kept, the same command goes on from there", file=sys.stderr
-        )
-        return 130
+    if normals is not None:
+        keep = Path(out) / "calibration"
+        made = inspector.calibrate(normals, defective, out=keep, comparable=comparable, **rates)
+        print(f"{made}\nkept in {made.save(Path(out) / 'thresholds.json')}\n")
+    elif thresholds is not None:
+        inspector.use(thresholds)
+    elif threshold is not None or pixel_threshold is not None:
+        inspector.use_values(threshold, pixel_threshold)
+    table = inspector.predict(images, out, pictures, format)
     decided = inspector.calibration is not None and bool(inspector.calibration.image)
     _print_images(table, decided, Path(out) / f"results.{format}", pictures)
     return exit_code(table)
