@@ -8,11 +8,12 @@ export MPLBACKEND = Agg
 export PYTHONUNBUFFERED = 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help env everything demo test real seeds ablations systems parts types neu_seg figures benchmark pretrain bench bench-cluster memory screenshots export notebooks clean lab
+.PHONY: help env everything demo test quick real seeds ablations systems parts types neu_seg figures benchmark pretrain bench bench-cluster memory screenshots export notebooks clean lab
 
 help:
 	@echo "make demo      from nothing to pictures of defects in unseen categories (minutes, CPU, offline after install)"
 	@echo "make test      every check: style, notebooks in step, notebook tests, parity, failures, papermill, demo"
+	@echo "make quick     unit and parity tests but for the slow ones: under three minutes on two cores"
 	@echo "make real      DATA=... WEIGHTS=...  VisualAD on real images with a real small ViT, both ways, three seeds"
 	@echo "make seeds     the demo's job under three seeds -> paper_figures/tables/visualad_synthetic.csv"
 	@echo "make benchmark the baselines on version 2 of the drawn benchmark: table, powers, rank correlation with the papers (hours on one core)"
@@ -53,6 +54,9 @@ test: everything
 	OMP_NUM_THREADS=1 nbdev_test --path nbs --n_workers 2
 	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile
 	zsad demo --out runs/demo
+
+quick: env
+	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile -m quick
 
 real: env
 	@mkdir -p runs/real

@@ -82,6 +82,14 @@ def permissions_hold():
     assert not libc.capset(header, found)
 
 
+def pytest_collection_modifyitems(items):
+    "Unit and parity tests that are not marked slow are the quick ones."
+    for item in items:
+        folder_name = item.path.parent.name
+        if folder_name in ("unit", "parity") and "slow" not in item.keywords:
+            item.add_marker("quick")
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
