@@ -75,11 +75,9 @@ def demo(
 
     stage(1, "rendering the benchmark")
     auxiliary, target = _benchmark(out / "data", s)
+    count = f"{target.category.nunique()} categories, {len(target)} images"
     new = ", ".join(sorted(set(target.defect) - set(auxiliary.defect)))
-    stage(
-        2,
-        f"before training: {target.category.nunique()} categories, {len(target)} images, defects never trained on: {new}",
-    )
+    stage(2, f"before training: {count}, defects never trained on: {new}")
     seed_everything(seed)
     sizes = dict(image_size=s["size"], sigma=s["sigma"])
     method = create("visualad", **sizes).to(device)

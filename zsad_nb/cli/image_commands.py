@@ -74,6 +74,12 @@ def _require_consistent(normals, thresholds, threshold, labelled: bool, rates: d
         raise ValueError(f"--{flags}: thresholds are made from good images; add --normals FOLDER")
 
 
+def _calibrate(inspector, normals: list[str], defective: list[str] | None, out: Path, **how):
+    "Make thresholds, keep them beside the results, print them."
+    thresholds = inspector.calibrate(normals, defective, out=out / "calibration", **how)
+    print(f"{thresholds}\nkept in {thresholds.save(out / 'thresholds.json')}\n")
+
+
 def _print_images(table, decided: bool, results: Path, pictures: str):
     "What became of the images, for a person."
     errors = table[table["decision"] == "error"]
@@ -142,8 +148,7 @@ def predict_images(
     _require_consistent(normals, thresholds, threshold, bool(defective or comparable), rates)
     if model is not None and released is not None:
         raise ValueError("give one of --model and --released: each is a method")
-    if model is None and released is None:
-        model = "self_distance"
+    model = "self_distance" if model is None and released is None else model
     with importing():
         from zsad_nb.inspection.inspector import Inspector
         from zsad_nb.inspection.verdicts import exit_code
@@ -153,9 +158,7 @@ def predict_images(
     options |= dict(bits=bits, white=white, max_side=max_side, min_area=min_area, batch_size=batch)
     inspector = Inspector.load(model, released=released, device=device, category=category, **options)
     if normals is not None:
-        keep = Path(out) / "calibration"
-        made = inspector.calibrate(normals, defective, out=keep, comparable=comparable, **rates)
-        print(f"{made}\nkept in {made.save(Path(out) / 'thresholds.json')}\n")
+        _calibrate(inspector, normals, defective, Path(out), comparable=comparable, **rates)
     elif thresholds is not None:
         inspector.use(thresholds)
     elif threshold is not None or pixel_threshold is not None:

@@ -126,8 +126,8 @@ def _bench_demo(threads: int, device: str) -> int:
     result = demo_evaluation(threads, device)
     print(
         f"VisualAD on the demo's target set, {result['images']} images of {result['size']} px:"
-        f" {result['seconds']:.1f} s, {result['cpu_s']:.1f} CPU s, {result['images_per_s']:.1f} images/s, peak {result['peak_mb']:.0f} MB,"
-        f" {result['threads']} threads"
+        f" {result['seconds']:.1f} s, {result['cpu_s']:.1f} CPU s, {result['images_per_s']:.1f} images/s,"
+        f" peak {result['peak_mb']:.0f} MB, {result['threads']} threads"
     )
     return 0
 

@@ -127,8 +127,8 @@ class Journal:
             cure = "Close the program that has it open" if busy else "Free some space"
             raise OSError(
                 errno.EBUSY if busy else errno.EIO,
-                f"a row was not written to {shown(str(self.path))} ({error}); {len(self.rows)} rows are kept. {cure} and"
-                " start again: they are not computed again",
+                f"a row was not written to {shown(str(self.path))} ({error}); {len(self.rows)} rows are kept. {cure}"
+                " and start again: they are not computed again",
             ) from error
 
     def _fields(self, row: dict) -> list[str]:

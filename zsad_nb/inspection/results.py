@@ -94,9 +94,9 @@ class Results:
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"{shown(str(self.table_path))} was not written ({error.strerror or error}). {len(self.journal.rows)} rows"
-                f" are kept in {self.journal.path.name}: free some space, or close the program that has the table open,"
-                " and start again; nothing is computed again",
+                f"{shown(str(self.table_path))} was not written ({error.strerror or error})."
+                f" {len(self.journal.rows)} rows are kept in {self.journal.path.name}: free some space, or close the"
+                " program that has the table open, and start again; nothing is computed again",
             ) from error
 
 
