@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -511,7 +512,7 @@ class Exported:
     def image(
         self,
         # a picture or several: paths, bytes or open files, PIL images, arrays; or a batch (B, 3, size, size) in [0, 1]
-        images,
+        images: Any,
         bits: int | None = None,
         white: float | None = None,  # see `Reading`: of images with more than 8 bits, of floats
     ) -> Tensor:  # (B, 3, size, size) in [0, 1]
@@ -539,7 +540,7 @@ class Exported:
             values = step(values)
         return values
 
-    def predict(self, images, bits: int | None = None, white: float | None = None) -> Prediction:  # as of `image`
+    def predict(self, images: Any, bits: int | None = None, white: float | None = None) -> Prediction:  # as of `image`
         "Map and score of pictures, or of a batch of tensors."
         answer = self.run(self.image(images, bits, white))
         return Prediction(

@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -80,7 +81,7 @@ class Inspector:
     @classmethod
     def load(
         cls,
-        what=None,  # a run's folder, a checkpoint, the name of a method, or a Method
+        what: Any = None,  # a run's folder, a checkpoint, the name of a method, or a Method
         calibration: Calibration | str | Path | None = None,
         device: str | None = None,  # cpu or cuda; None: where it is
         released: str | None = None,  # instead of `what`: METHOD=FILE, a checkpoint of a method's authors
@@ -178,8 +179,8 @@ def _notes_on(
 @patch
 def calibrate(
     self: Inspector,
-    normal,  # images assumed normal: whatever `predict` takes
-    defective=None,  # labelled defects, where there are some
+    normal: Any,  # images assumed normal: whatever `predict` takes
+    defective: Any = None,  # labelled defects, where there are some
     out: str | Path | None = None,  # folder that keeps their rows, so that a killed calibration goes on
     progress: bool = True,
     **how,  # rate, sure, pixel_rate, miss, false_alarm, share, comparable, level: see `thresholds.calibration`
@@ -364,7 +365,7 @@ def _check_categories(self: Inspector, names: list[str]):
 
 
 @patch
-def stream(self: Inspector, what) -> Iterator[Inspection | BadImage]:  # whatever `predict` takes
+def stream(self: Inspector, what: Any) -> Iterator[Inspection | BadImage]:  # whatever `predict` takes
     "Results one after the other, with heatmaps; a file that cannot be used comes as the error it is."
     items = self._sources(what)
     if items.left_out:
@@ -410,7 +411,7 @@ def _summarised(rows: list[dict], known_before: int, **more) -> pd.DataFrame:
 @patch
 def predict(
     self: Inspector,
-    what,  # a path, array or PIL image; a folder, pattern, Index, or a list of any of these
+    what: Any,  # a path, array or PIL image; a folder, pattern, Index, or a list of any of these
     out: str | Path | None = None,  # folder for results.csv and pictures/; is created
     pictures: str = "all",  # overlays in `out`: all, defective, or none
     table: str = "csv",  # or "parquet": results.parquet beside the CSV, when all is done

@@ -39,7 +39,7 @@ def utf8(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def field_text(value) -> str:
+def field_text(value: object) -> str:
     "A value as a field."
     if value is None:
         return ""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from ..methods.base import Method
 
 # %% ../../nbs/inspection/07_loading.ipynb #e693b4a3
 def content_hash(
-    what,  # a path, bytes, an array, a tensor or an opened image
+    what: Any,  # a path, bytes, an array, a tensor or an opened image
 ) -> str:
     "Hash of a file's bytes, or of an array."
     if isinstance(what, Path):

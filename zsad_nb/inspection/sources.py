@@ -12,6 +12,7 @@ import os
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -34,7 +35,7 @@ from ..methods.released_files import file_record, split_released
 
 # %% ../../nbs/inspection/04_sources.ipynb #6775e671
 def from_array(
-    array,  # an array, a tensor, an opened image, the bytes of a file or an open one
+    array: Any,  # an array, a tensor, an opened image, the bytes of a file or an open one
     bits: int | None = None,  # depth of images with more than 8 bits, such as 12
     white: float | None = None,  # white of floating point; default: 1
 ) -> Image.Image:
@@ -73,7 +74,7 @@ def _is_pattern(what) -> bool:
     return glob.has_magic(str(what)) and not os.path.lexists(what)
 
 
-def is_single(what) -> bool:
+def is_single(what: Any) -> bool:
     "One image, not several: what `Inspector.predict` gives an Inspection for."
     if _is_array(what):
         return isinstance(what, Image.Image) or _is_file(what) or what.ndim < 4
@@ -212,7 +213,7 @@ def _category(path, category: str) -> str:  # "": an array lies in no folder
 
 
 def sources(
-    what,  # a path, array, PIL image, folder, pattern, Index, or a list of these
+    what: Any,  # a path, array, PIL image, folder, pattern, Index, or a list of these
     category: str = "object",  # of all; "folder": the name of the folder an image lies in
     out: str | Path | None = None,  # folder of results: nothing in it is looked at
 ) -> Sources:  # a list of `Source` in a fixed order; `.left_out`: what is not looked at, and why
@@ -309,7 +310,7 @@ def _released_in(parameters: dict, run, changes: dict) -> Method:
 
 
 def method_from(
-    what=None,  # a run's folder, a checkpoint, the name of a method, a Method, or anything that has one as `.method`
+    what: Any = None,  # a run's folder, a checkpoint, the name of a method, a Method, or anything that has one as `.method`
     released: str | None = None,  # instead: METHOD=FILE, a checkpoint of a method's authors
     **changes,  # parameters of the method
 ) -> Method:

@@ -33,6 +33,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from fastcore.basics import patch
 from scipy.stats import beta, betabinom, binom
@@ -158,7 +159,7 @@ class Threshold:
 
     def check(
         self,
-        scores,  # of normal images that had no part in the threshold
+        scores: npt.ArrayLike,  # of normal images that had no part in the threshold
         level: float = 0.95,
         # alarms, images, rate, low, high (Clopper-Pearson); for a threshold from normal images also expected (fewest,
         # most) and plausible
@@ -178,7 +179,7 @@ class Threshold:
 
 
 def from_normals(
-    scores,  # of images assumed normal
+    scores: npt.ArrayLike,  # of images assumed normal
     rate: float = 0.01,  # false-alarm rate: share of good images that may be called defective
     sure: float | None = None,  # keep it with this certainty; None: on average
     level: float = 0.95,  # of the interval that is reported
@@ -269,8 +270,8 @@ def _decided_without_itself(scores: np.ndarray, labels: np.ndarray, goal: tuple,
 
 
 def from_labels(
-    scores,
-    labels,  # True or 1 for defective
+    scores: npt.ArrayLike,
+    labels: npt.ArrayLike,  # True or 1 for defective
     miss: float | None = None,  # cost of a defect that passes; None: best F1
     false_alarm: float | None = None,  # cost of a good part that is stopped
     share: float | None = None,  # defective parts in production; None: as in this set
@@ -347,8 +348,8 @@ class Comparable:
 
 
 def compare_with(
-    scores,  # of normal images
-    categories,  # of the same images
+    scores: npt.ArrayLike,  # of normal images
+    categories: npt.ArrayLike,  # of the same images
     how: str,  # robust or quantile
 ) -> Comparable:
     "What scores of other images will be set against."
