@@ -331,7 +331,7 @@ def export(
     return about
 
 
-def _write(graph: dict, drawn, new: Path, formats: tuple, about: dict, optimise: bool):
+def _write(graph: dict, traced, new: Path, formats: tuple, about: dict, optimise: bool):
     "One graph in all formats; bytes are written by Python, so that a full disk is an OSError like any other."
     graph["files"] = {}
     note = to_json(about, None)
@@ -339,11 +339,11 @@ def _write(graph: dict, drawn, new: Path, formats: tuple, about: dict, optimise:
         graph["files"]["torch"] = f"{graph['name']}.pt2"
         content = io.BytesIO()
         with quiet():
-            torch.export.save(drawn.program, content, extra_files={"zsad_nb.json": note})
+            torch.export.save(traced.program, content, extra_files={"zsad_nb.json": note})
         (new / graph["files"]["torch"]).write_bytes(content.getbuffer())
     if "onnx" in formats:
         graph["files"]["onnx"] = f"{graph['name']}.onnx"
-        write_onnx(drawn, new / graph["files"]["onnx"], {"zsad_nb": note}, optimise)
+        write_onnx(traced, new / graph["files"]["onnx"], {"zsad_nb": note}, optimise)
 
 
 def _largest_differences(answers: list[dict], expected: list[dict]) -> dict[str, float]:

@@ -310,7 +310,8 @@ def _released_in(parameters: dict, run, changes: dict) -> Method:
 
 
 def method_from(
-    what: Any = None,  # a run's folder, a checkpoint, the name of a method, a Method, or anything that has one as `.method`
+    # a run's folder, a checkpoint, the name of a method, a Method, or anything that has one as `.method`
+    what: Any = None,
     released: str | None = None,  # instead: METHOD=FILE, a checkpoint of a method's authors
     **changes,  # parameters of the method
 ) -> Method:
