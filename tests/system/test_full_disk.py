@@ -261,24 +261,27 @@ def test_inspection_goes_on(method, images, tmp_path):
     out = tmp_path / "out"
     inspector = Inspector(method)
     inspector.predict(what[:2], out=out, pictures="none", progress=False)
-    grown = (out / "results.csv").stat().st_size
-    with full_disk(grown + 10), pytest.raises(OSError, match="results.csv|settings.json"):
+    grown = (out / "journal.sqlite").stat().st_size
+    with full_disk(grown + 10), pytest.raises(OSError, match="results.csv|settings.json|journal.sqlite"):
         inspector.predict(what, out=out, pictures="none", progress=False)
     table = inspector.predict(what, out=out, pictures="none", progress=False)
     assert len(table) == 4 and table["decision"].ne("error").all() and not list(out.rglob(".*.tmp"))
-    with full_disk(grown // 2), pytest.raises(OSError, match=r"\.png was not written|results.csv|settings.json"):
+    with (
+        full_disk(grown // 2),
+        pytest.raises(OSError, match=r"\.png was not written|results.csv|settings.json|journal.sqlite"),
+    ):
         Inspector(method).predict(what, out=tmp_path / "pictures", progress=False)
 
 
 def test_journal(tmp_path):
-    journal = Journal(tmp_path / "a.csv", ["name", "score"])
+    journal = Journal(tmp_path / "a.sqlite", ["name", "score"])
     journal.append(dict(name="a", score=1.0))
     with (
-        full_disk((tmp_path / "a.csv").stat().st_size + 5),
-        pytest.raises(OSError, match=r"a row was not written to .*a.csv .*; 1 rows are kept"),
+        full_disk((tmp_path / "a.sqlite").stat().st_size + 5),
+        pytest.raises(OSError, match=r"a row was not written to .*a.sqlite .*; 1 rows are kept"),
     ):
-        journal.append(dict(name="b" * 50, score=2.0))
-    assert [r["name"] for r in Journal(tmp_path / "a.csv", ["name", "score"]).rows] == ["a"]
+        journal.append(dict(name="b" * 5000, score=2.0))
+    assert [r["name"] for r in Journal(tmp_path / "a.sqlite", ["name", "score"]).rows] == ["a"]
 
 
 def test_feature_cache_is_no_reason_to_stop(images, tmp_path, monkeypatch):

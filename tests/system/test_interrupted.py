@@ -1,5 +1,7 @@
 "Ctrl-C and SIGTERM while a command runs, from its first imports on: one line, the right exit status, nothing half-written, nobody left behind."
 
+import ast
+import inspect
 import json
 import os
 import random
@@ -12,9 +14,11 @@ import nbformat
 import numpy as np
 import psutil
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 from zsad_nb.cli import commands as cli
+from zsad_nb.cli import grammar
 from zsad_nb.synthetic.benchmark import synthetic_index
 
 TIMES = int(os.environ.get("ZSAD_KILLS", 2))
@@ -164,6 +168,22 @@ def test_the_grammar_is_light():
     assert done.stdout.strip() == "[]"
 
 
+def test_commands_import_where_an_interruption_is_understood():
+    "What a command imports, it imports inside `importing`."
+    for name in ("model_commands", "image_commands", "run_commands"):
+        tree = ast.parse((ROOT / "zsad_nb" / "cli" / f"{name}.py").read_text())
+        guarded = [
+            inner
+            for node in ast.walk(tree)
+            if isinstance(node, ast.With) and ast.unparse(node.items[0]) == "importing()"
+            for inner in ast.walk(node)
+        ]
+        functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+        imports = [n for f in functions for n in ast.walk(f) if isinstance(n, ast.Import | ast.ImportFrom)]
+        assert imports and all(node in guarded for node in imports), name
+    assert all("importing()" in inspect.getsource(each.function) for each in grammar.COMMANDS.values())
+
+
 def test_a_call_from_python_changes_no_signal(capsys):
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     assert cli.main(["show", "nowhere.safetensors"]) == 2
@@ -188,12 +208,18 @@ def test_stopped_inside_any_command(tmp_path, monkeypatch, capsys, arguments):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    cli._load()
-    for name in ("check", "detect", "Inspector", "read_header", "status", "collect", "rerun", "export", "load"):
-        monkeypatch.setattr(
-            cli, name, type("Stops", (), dict(load=stop, __new__=stop)) if name == "Inspector" else stop
-        )
-    monkeypatch.setattr(cli, "_load", lambda: None)
+    for name in (
+        "data.images.check",
+        "data.readers.detect",
+        "inspection.inspector.Inspector.load",
+        "methods.checkpoint_files.read_header",
+        "methods.base.load",
+        "runs.run.status",
+        "runs.run.collect",
+        "runs.rerun.rerun",
+        "deploy.export.export",
+    ):
+        monkeypatch.setattr(f"zsad_nb.{name}", stop)
     assert cli.main(list(arguments)) == 130
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and said.startswith(f"zsad {arguments[0]}: stopped")

@@ -118,7 +118,7 @@ def test_every_module_has_one_notebook():
 def test_only_rooms_export():
     assert not [p.name for p in EXPORTING if p.parent.name in ("experiments", "tutorials")]
     for path in notebooks():
-        if path.parent.name not in ("experiments", "tutorials") and not path.name.startswith("00_"):
+        if path.parent.name not in ("experiments", "tutorials") and not path.name.startswith("00_"):  # a room's opening
             assert path in EXPORTING, f"{path.relative_to(ROOT)} exports nothing and is no tutorial"
 
 

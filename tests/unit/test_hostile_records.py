@@ -315,7 +315,9 @@ def test_a_record_that_cannot_be_repeated_says_so(tmp_path):
 # ------------------------------------------------------------------------------------------------------- an existing folder of results
 
 
-@pytest.mark.parametrize("name", ["results.csv", "settings.json", ".lock"])
+@pytest.mark.parametrize(
+    "name", ["results.csv", "settings.json", "journal.sqlite", "journal.sqlite-journal", "results.parquet", ".lock"]
+)
 @pytest.mark.parametrize("kind", ["folder", "link", "dangling", "binary", "list"])
 def test_predict_goes_on_in_a_folder_with_odd_files(tmp_path, photographs, name, kind):
     inspector, images = photographs

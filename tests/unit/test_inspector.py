@@ -1,12 +1,16 @@
 "One's own images: folders as they come, killed runs, what identifies a row, what is refused."
 
-import errno
+import contextlib
+import csv
 import gc
+import hashlib
+import io
 import json
 import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -24,14 +28,16 @@ from scipy import ndimage
 
 from zsad_nb.cli.commands import main
 from zsad_nb.core.locks import Busy, lock
+from zsad_nb.core.tables import read_table, spreadsheet_safe
 from zsad_nb.data.stored import BadImage
 from zsad_nb.evaluation.evaluate import evaluate
 from zsad_nb.inspection import inspector as module
+from zsad_nb.inspection import results
 from zsad_nb.inspection.inspector import Inspector
 from zsad_nb.inspection.journal import Journal
 from zsad_nb.inspection.regions import at_size, find_regions
 from zsad_nb.inspection.sources import from_array, method_from, sources
-from zsad_nb.inspection.verdicts import Inspection, exit_code
+from zsad_nb.inspection.verdicts import COLUMNS, COUNTS, NUMBERS, Inspection, exit_code
 from zsad_nb.methods.base import METHODS, Method, Prediction, create, save
 from zsad_nb.methods.controls import SelfDistance, SelfDistanceParameters
 from zsad_nb.synthetic.benchmark import render, synthetic_index
@@ -340,8 +346,8 @@ def test_no_threshold_is_said(inspector, tmp_path):
         found.decision == "score only"
         and found.mask is None
         and found.threshold is None
-        and "no threshold: score only" in found.said
-        and "Inspector.calibrate" in found.said
+        and "no threshold: score only" in found.reason
+        and "Inspector.calibrate" in found.reason
     )
     row = look(inspector, pictures(tmp_path, 1)).iloc[0]
     assert (
@@ -558,7 +564,9 @@ def test_what_is_done_is_not_done_again(inspector, tmp_path):
     assert len(look(inspector, tmp_path / "in", out=tmp_path / "out")) == 9 and Counted.seen == 9
 
 
-@pytest.mark.parametrize("change", ["bytes", "method", "threshold", "category", "max_side", "picture", "row", "size"])
+@pytest.mark.parametrize(
+    "change", ["bytes", "method", "threshold", "category", "max_side", "picture", "row", "table", "size"]
+)
 def test_a_row_of_something_else_is_not_believed(inspector, tmp_path, change):
     files = pictures(tmp_path / "in", 5)
     inspector.use_values(0.0, 0.05)
@@ -583,21 +591,29 @@ def test_a_row_of_something_else_is_not_believed(inspector, tmp_path, change):
     if change == "picture":
         (tmp_path / "out" / first["picture"][1]).unlink()
         redone, aside = 1, False
-    if change == "row":
+    if change == "row":  # by hand
+        with contextlib.closing(sqlite3.connect(tmp_path / "out" / "journal.sqlite")) as journal, journal:
+            journal.execute("UPDATE rows SET decision = 'normal' WHERE rowid = 2")
+        redone, aside = 1, False
+    if change == "table":  # by hand; the journal has what was found
         path = tmp_path / "out" / "results.csv"
+        before = path.read_bytes()
         path.write_text(path.read_text().replace("defective", "normal", 1))
-        redone, aside = 1, False  # by hand
+        redone, aside = 0, False
     again = look(other, tmp_path / "in", out=tmp_path / "out")
     summary = again.attrs["summary"]
     assert Counted.seen == 5 + redone and summary["known_before"] == 5 - redone and bool(summary["moved"]) == aside
     if aside:
         assert not set(again["settings"]) & set(first["settings"])
-        kept = Journal(Path(summary["moved"]), [*first.columns])
-        assert [r["path"] for r in kept.rows] == first["path"].tolist() and not kept.dropped  # renamed, not lost
+        kept = read_table(summary["moved"], numbers=(*NUMBERS, *COUNTS))
+        for column in first.columns:  # renamed, not lost
+            assert kept[column].astype(first[column].dtype).equals(first[column]), column
     if change == "bytes":
         assert again["score"][2] != first["score"][2] and (again["score"] == first["score"]).sum() == 4
-    if change in ("picture", "row"):
+    if change in ("picture", "row", "table"):
         pd.testing.assert_frame_equal(again, first)
+    if change == "table":
+        assert path.read_bytes() == before
 
 
 def test_bad_ones_are_tried_again_and_others_rows_stay(inspector, tmp_path):
@@ -629,27 +645,56 @@ inspector.predict(sys.argv[1], out=sys.argv[2], progress=False)
 """
 
 
-def test_a_killed_run_goes_on(tmp_path):
-    "SIGKILL in the middle, half a row at the end: whole rows are kept and not computed again; the end is that of a run that was never disturbed, byte for byte."
+def rows_in_journal(out: Path) -> int:
+    "As another program reads it, while it may be written."
+    if not (out / "journal.sqlite").is_file():
+        return 0
+    with contextlib.closing(sqlite3.connect(f"file:{out / 'journal.sqlite'}?mode=ro", uri=True)) as journal:
+        try:
+            return journal.execute("SELECT count(*) FROM rows").fetchone()[0]
+        except sqlite3.OperationalError as error:
+            assert "no such table" in str(error)
+            return 0
+
+
+def sealed_csv(rows: list) -> str:
+    "Rows as results.csv held them when it was the journal."
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*COLUMNS, "seal"])
+    for fields in rows:
+        seal = hashlib.sha256("\0".join(fields).encode()).hexdigest()[:8]
+        writer.writerow([*map(spreadsheet_safe, fields), seal])
+    return text.getvalue()
+
+
+@pytest.mark.parametrize("form", ["sqlite", "csv"])
+def test_a_killed_run_goes_on(tmp_path, form):
+    "SIGKILL in the middle: whole rows are kept and not computed again; the end is that of a run that was never disturbed, byte for byte. The same where an earlier version was killed, whose journal was a CSV."
     pictures(tmp_path / "in", 16)
     (tmp_path / "in" / "bad.png").write_text("no")
-    rows = tmp_path / "out" / "results.csv"
+    out = tmp_path / "out"
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW, str(tmp_path / "in"), str(tmp_path / "out")],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     end = time.time() + 120
-    while time.time() < end and process.poll() is None and (not rows.exists() or rows.read_bytes().count(b"\n") < 6):
+    while time.time() < end and process.poll() is None and rows_in_journal(out) < 5:  # read while it is written
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it was too fast to be killed"
-    whole = rows.read_bytes()
-    done = whole.count(b"\n") - 1
-    assert 5 <= done < 17 and whole.endswith(b"\n")
-    last = whole.rstrip(b"\n").rfind(b"\n") + 1
-    rows.write_bytes(
-        whole[: last + (len(whole) - last) // 2]
-    )  # the last row is cut in half, as a full disk or a power cut leaves it
+    done = rows_in_journal(out)
+    assert 5 <= done < 17
+    if form == "sqlite":
+        lost = 0
+    else:  # as an earlier version left it, the last row cut in half as by a full disk or a power cut
+        with contextlib.closing(sqlite3.connect(out / "journal.sqlite")) as journal:
+            fields = [row[:-1] for row in journal.execute("SELECT * FROM rows")]
+        whole = sealed_csv(fields).encode()
+        last = whole.rstrip(b"\n").rfind(b"\n") + 1
+        (out / "results.csv").write_bytes(whole[: last + (len(whole) - last) // 2])
+        (out / "journal.sqlite").unlink()
+        lost = 1
     Counted.seen = 0
     inspector = Inspector(Counted(SelfDistanceParameters(image_size=64, sigma=2.0)).eval(), batch_size=2).use_values(
         0.1, 0.05
@@ -657,50 +702,109 @@ def test_a_killed_run_goes_on(tmp_path):
     inspector.identity["method"] = inspector.method.name
     table = look(inspector, tmp_path / "in", out=tmp_path / "out")
     assert (
-        table.attrs["summary"]["known_before"] == done - 1
-        and table.attrs["summary"]["half_rows"] == 1
-        and Counted.seen == 16 - (done - 1)
+        table.attrs["summary"]["known_before"] == done - lost
+        and table.attrs["summary"]["half_rows"] == lost
+        and Counted.seen == 16 - (done - lost)
         and table.attrs["summary"]["moved"] == ""
     )
     look(inspector, tmp_path / "in", out=tmp_path / "undisturbed")
-    assert rows.read_bytes() == (tmp_path / "undisturbed" / "results.csv").read_bytes()
+    assert (out / "results.csv").read_bytes() == (tmp_path / "undisturbed" / "results.csv").read_bytes()
+    assert "seal" not in pd.read_csv(out / "results.csv").columns
     for p in (tmp_path / "undisturbed" / "pictures").rglob("*.png"):
         assert p.read_bytes() == (tmp_path / "out" / "pictures" / p.name).read_bytes()
     assert not list((tmp_path / "out").rglob("*.tmp"))
 
 
 def test_a_full_disk_keeps_the_rows(inspector, tmp_path, monkeypatch):
-    pictures(tmp_path / "in", 6)
-    real = os.write
-    calls = []
+    "SQLite itself is told that there is no further room after three rows."
+    pictures(tmp_path / "in", 24)
+    insert = Journal._insert
 
-    def full(handle, data):
-        calls.append(len(data))
-        if len(calls) < 4:
-            return real(handle, data)
-        if len(calls) == 4:
-            return real(handle, data[:20])
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def full(journal, connection, lines):
+        if len(journal.rows) >= 3:
+            (pages,) = connection.execute("PRAGMA page_count").fetchone()
+            connection.execute(f"PRAGMA max_page_count = {pages}")
+        insert(journal, connection, lines)
 
-    monkeypatch.setattr("zsad_nb.inspection.journal.os.write", full)
-    with pytest.raises(OSError, match="3 rows are kept. Free some space"):
+    monkeypatch.setattr(Journal, "_insert", full)
+    with pytest.raises(OSError, match=r"\d+ rows are kept. Free some space") as error:
         look(inspector, tmp_path / "in", out=tmp_path / "out", pictures="none")
     monkeypatch.undo()
-    assert len(pd.read_csv(tmp_path / "out" / "results.csv")) == 3
+    kept = int(re.search(r"(\d+) rows are kept", str(error.value))[1])
+    assert 3 <= kept < 24 and rows_in_journal(tmp_path / "out") == kept
+    assert len(pd.read_csv(tmp_path / "out" / "results.csv")) == kept  # written when the call ended
+    seen = Counted.seen
     assert look(inspector, tmp_path / "in", out=tmp_path / "out", pictures="none").attrs["summary"] | dict(
         out=""
     ) == dict(
-        images=6,
+        images=24,
         errors=0,
         defective=0,
         normal=0,
         duplicates=0,
-        known_before=3,
+        known_before=kept,
         left_out=[],
         half_rows=0,
         moved="",
         out="",
     )
+    assert Counted.seen - seen == 24 - kept
+
+
+def test_a_table_that_cannot_be_written_loses_nothing(inspector, tmp_path, monkeypatch):
+    "results.csv is open in a program that locks it."
+    pictures(tmp_path / "in", 3)
+    write = results.write_table
+    calls = []
+
+    def locked(table, path):
+        calls.append(path)
+        if len(calls) > 1:  # not yet when the run began
+            raise PermissionError(13, "Permission denied")
+        return write(table, path)
+
+    monkeypatch.setattr(results, "write_table", locked)
+    with pytest.raises(OSError, match="3 rows are kept in journal.sqlite.*close the program"):
+        look(inspector, tmp_path / "in", out=tmp_path / "out")
+    monkeypatch.undo()
+    assert rows_in_journal(tmp_path / "out") == 3
+    assert look(inspector, tmp_path / "in", out=tmp_path / "out").attrs["summary"]["known_before"] == 3
+    assert len(pd.read_csv(tmp_path / "out" / "results.csv")) == 3
+
+
+def test_a_journal_that_another_program_holds(inspector, tmp_path, monkeypatch):
+    "A reader does not disturb; a writer is waited for, and then named."
+    pictures(tmp_path / "in", 2)
+    look(inspector, tmp_path / "in", out=tmp_path / "out")
+    path = tmp_path / "out" / "journal.sqlite"
+    write(tmp_path / "in" / "late.png")
+    with contextlib.closing(sqlite3.connect(path)) as reader:
+        assert len(reader.execute("SELECT path FROM rows").fetchall()) == 2
+        assert len(look(inspector, tmp_path / "in", out=tmp_path / "out")) == 3
+    monkeypatch.setattr("zsad_nb.inspection.journal.PATIENCE", 0.05)
+    write(tmp_path / "in" / "later.png")
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as writer:
+        writer.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(OSError, match="locked"):
+            look(inspector, tmp_path / "in", out=tmp_path / "out")
+    assert look(inspector, tmp_path / "in", out=tmp_path / "out").attrs["summary"]["known_before"] == 3
+
+
+def test_ctrl_c_leaves_a_table(inspector, tmp_path, monkeypatch):
+    pictures(tmp_path / "in", 5)
+    append = Journal.append
+
+    def stop(journal, row):
+        if len(journal.rows) == 2:
+            raise KeyboardInterrupt
+        return append(journal, row)
+
+    monkeypatch.setattr(Journal, "append", stop)
+    with pytest.raises(KeyboardInterrupt):
+        look(inspector, tmp_path / "in", out=tmp_path / "out")
+    assert len(pd.read_csv(tmp_path / "out" / "results.csv")) == 2
+    monkeypatch.undo()
+    assert look(inspector, tmp_path / "in", out=tmp_path / "out").attrs["summary"]["known_before"] == 2
 
 
 def test_two_at_once_are_refused(inspector, tmp_path):

@@ -1,10 +1,12 @@
 "Names come back from every table as the text they were, no spreadsheet runs them, and no page, LaTeX or Markdown takes them for mark-up; a finished run is never lost for its names."
 
+import contextlib
 import csv
 import dataclasses
 import io
 import json
 import re
+import sqlite3
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zsad_nb.cli.commands import main
-from zsad_nb.core.tables import read_table, table_text, write_table
+from zsad_nb.core.tables import read_table, spreadsheet_safe, table_text, write_table
 from zsad_nb.evaluation.evaluate import Evaluation, cases, put_together, require_categories, target_set
 from zsad_nb.evaluation.metrics import pixel_metrics
 from zsad_nb.evaluation.multi_type import TypeEvaluation
@@ -24,7 +26,7 @@ from zsad_nb.evaluation.study import ordering, summary
 from zsad_nb.evaluation.tables import Cell, Table, html_text, markdown_text, results_table, tex
 from zsad_nb.evaluation.variants_table import variants_table
 from zsad_nb.evaluation.views import Views
-from zsad_nb.inspection.journal import Journal, _seal, save_parquet
+from zsad_nb.inspection.journal import Journal, _seal, read_sealed_csv
 from zsad_nb.inspection.verdicts import COLUMNS, COUNTS, NUMBERS, table_of
 from zsad_nb.runs.run import collect, save_table
 
@@ -520,38 +522,41 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("numbers", [(), (*NUMBERS, *COUNTS)])
-def test_a_journal_keeps_its_rows(tmp_path, numbers):
-    journal = Journal(tmp_path / "r.csv", COLUMNS, numbers)
+def test_a_journal_keeps_its_rows(tmp_path):
+    journal = Journal(tmp_path / "r.sqlite", COLUMNS)
     for row in ROWS:
         journal.append(row)
-    again = Journal(tmp_path / "r.csv", COLUMNS, numbers)
+    again = Journal(tmp_path / "r.sqlite", COLUMNS)
     assert (again.rows, again.dropped) == (journal.rows, 0) and [row["path"] for row in again.rows[:-2]] == NAMES
-    assert Journal(tmp_path / "r.csv", COLUMNS, numbers).rows == journal.rows  # rewritten once more
+    journal.rewrite(journal.rows)
+    assert Journal(tmp_path / "r.sqlite", COLUMNS).rows == again.rows
     assert table_of(again.rows)["score"].tolist() == [row["score"] for row in ROWS]
+    write_table(table_of(again.rows), tmp_path / "r.csv")
     raw = pd.read_csv(tmp_path / "r.csv", keep_default_na=False)
-    assert len(raw) == len(ROWS)
+    assert len(raw) == len(ROWS) and list(raw) == [*COLUMNS]
     for column in ("path", "category", "type", "error"):
         assert not [cell for cell in raw[column] if str(cell).startswith(DANGEROUS)], column
-    if numbers:
-        assert raw["score"].tolist() == [row["score"] for row in ROWS]
-    parquet = pd.read_parquet(save_parquet(table_of(again.rows), tmp_path / "r.parquet"))
+    assert raw["score"].tolist() == [row["score"] for row in ROWS]
+    back = read_table(tmp_path / "r.csv", numbers=(*NUMBERS, *COUNTS))
+    assert back["path"].tolist() == [row["path"] for row in again.rows]
+    parquet = pd.read_parquet(write_table(table_of(again.rows), tmp_path / "r.parquet"))
     assert parquet["path"].tolist() == [row["path"] for row in again.rows]
 
 
-@given(
+any_rows = st.lists(
     st.lists(
-        st.lists(
-            st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
-            | st.sampled_from(FORMULAS + MARKUP + ["", "\x00", "'"]),
-            min_size=2,
-            max_size=2,
-        ),
-        max_size=4,
-    )
+        st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
+        | st.sampled_from(FORMULAS + MARKUP + ["", "\x00", "'"]),
+        min_size=2,
+        max_size=2,
+    ),
+    max_size=4,
 )
+
+
+@given(any_rows)
 def test_any_text_comes_back_from_a_journal(tmp_path_factory, rows):
-    path = tmp_path_factory.getbasetemp() / "any.csv"
+    path = tmp_path_factory.getbasetemp() / "any.sqlite"
     path.unlink(missing_ok=True)
     journal = Journal(path, ["a", "b"])
     for a, b in rows:
@@ -560,27 +565,54 @@ def test_any_text_comes_back_from_a_journal(tmp_path_factory, rows):
     assert [[row["a"], row["b"]] for row in again.rows] == rows and again.dropped == 0
 
 
-def test_journals_of_earlier_versions_are_believed(tmp_path):
-    "Fields as they were, sealed as they were."
-    fields = [["=1", "-0.5"], ["'=x", "1"], ["a,b", "2"], ["NA", ""]]
+def sealed(path, heading, rows, shield):
+    "A journal as earlier versions wrote it."
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(
-        [["name", "score", "seal"], *([*row, _seal(row)] for row in fields)]
-    )
-    (tmp_path / "old.csv").write_text(text.getvalue())
-    journal = Journal(tmp_path / "old.csv", ["name", "score"], ["score"])
-    assert [[row["name"], row["score"]] for row in journal.rows] == fields and journal.dropped == 0
-    no_formula(tmp_path / "old.csv")  # written anew when it was opened
-    assert Journal(tmp_path / "old.csv", ["name", "score"], ["score"]).rows == journal.rows
+    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    writer.writerow([*heading, "seal"])
+    for fields in rows:
+        writer.writerow([*(shield(name, field) for name, field in zip(heading, fields)), _seal(fields)])
+    path.write_bytes(text.getvalue().encode())
+
+
+@given(any_rows)
+def test_any_text_comes_back_from_a_journal_of_earlier_versions(tmp_path_factory, rows):
+    path = tmp_path_factory.getbasetemp() / "any.csv"
+    sealed(path, ["a", "b"], rows, lambda name, field: spreadsheet_safe(field))
+    back, dropped = read_sealed_csv(path, ["a", "b"])
+    assert [[row["a"], row["b"]] for row in back] == rows and dropped == 0
+
+
+@pytest.mark.parametrize("shielded", [False, True])
+def test_journals_of_earlier_versions_are_believed(tmp_path, shielded):
+    "Fields as they were, sealed as they were; the earliest versions shielded nothing from spreadsheets."
+    fields = [["=1", "-0.5"], ["'=x", "1"], ["a,b", "2"], ["NA", ""]]
+
+    def shield(name, field):
+        return spreadsheet_safe(field) if shielded and name == "name" else field
+
+    sealed(tmp_path / "old.csv", ["name", "score"], fields, shield)
+    rows, dropped = read_sealed_csv(tmp_path / "old.csv", ["name", "score"], ["score"])
+    assert [[row["name"], row["score"]] for row in rows] == fields and dropped == 0
 
 
 def test_a_row_that_was_changed_is_not_believed(tmp_path):
-    journal = Journal(tmp_path / "r.csv", ["name", "score"], ["score"])
+    sealed(
+        tmp_path / "r.csv",
+        ["name", "score"],
+        [["=1", "0.5"], ["b", "0.5"]],
+        lambda name, field: spreadsheet_safe(field),
+    )
+    text = (tmp_path / "r.csv").read_text()
+    (tmp_path / "r.csv").write_text(text.replace("'=1", "''=1").replace('"b","0.5"', '"b","0.6"'))
+    assert read_sealed_csv(tmp_path / "r.csv", ["name", "score"], ["score"]) == ([], 2)
+    journal = Journal(tmp_path / "r.sqlite", ["name", "score"])
     for name in ("=1", "b"):
         journal.append(dict(name=name, score=0.5))
-    text = (tmp_path / "r.csv").read_text()
-    (tmp_path / "r.csv").write_text(text.replace("'=1", "''=1").replace("b,0.5", "b,0.6"))
-    assert (Journal(tmp_path / "r.csv", ["name", "score"], ["score"]).rows,) == ([],)
+    with contextlib.closing(sqlite3.connect(tmp_path / "r.sqlite")) as connection, connection:
+        connection.execute("UPDATE rows SET name = '+' || name")
+    again = Journal(tmp_path / "r.sqlite", ["name", "score"])
+    assert (again.rows, again.dropped) == ([], 2)
 
 
 # ------------------------------------------------------------------------------------------------------------- Parquet, other tables

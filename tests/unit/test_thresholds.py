@@ -20,7 +20,7 @@ from zsad_nb.inspection.thresholds import (
     compare_with,
     from_labels,
     from_normals,
-    given,
+    from_value,
     identity,
     needed,
     rank,
@@ -427,9 +427,9 @@ def test_a_file_that_is_not_believed(tmp_path, change, message):
 
 def test_words():
     "What it was made from is said, also of a threshold from elsewhere."
-    assert "nothing is known of its false alarms" in str(given(0.4))
+    assert "nothing is known of its false alarms" in str(from_value(0.4))
     with pytest.raises(ValueError, match="finite"):
-        given(math.nan)
+        from_value(math.nan)
     t = from_normals(np.arange(300.0), 0.01)
     assert (
         str(t)

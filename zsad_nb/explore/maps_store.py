@@ -47,7 +47,18 @@ from zsad_nb.explore.map_records import (
     seal_of,
     settled_state,
 )
-from ..figures.blending import ORDER, Drawing, View, colours, enlarge_map, ring, sheet, similarity, to_levels, wipe
+from zsad_nb.figures.blending import (
+    ORDER,
+    Drawing,
+    View,
+    colours,
+    enlarge_map,
+    ring,
+    sheet,
+    similarity,
+    to_levels,
+    wipe,
+)
 from ..inspection.thresholds import identity
 from ..methods.base import Method
 from ..synthetic.datasets import load_dataset

@@ -86,7 +86,7 @@ class Upload:
         view = self.view()
         panels = {name: self.drawing.panel(name, view) for name in PANELS}
         heading = f"{self.inspector.method.name}   {self.result.name}"
-        return sheet(panels, heading, (self.result.said,), tile)
+        return sheet(panels, heading, (self.result.reason,), tile)
 
     def _repr_mimebundle_(self, include=None, exclude=None, **options) -> dict:
         "The widget, and a still picture where there are no widgets."
@@ -250,7 +250,7 @@ def _draw(self: Upload, *names: str):
 @patch
 def _verdict_text(self: Upload, note: str) -> str:
     result = self.result
-    summary = html_text(result.said)
+    summary = html_text(result.reason)
     if result.decision == "score only":
         statements = [f"score <b>{result.score:.4g}</b>", f'<span class="soft">{summary}</span>']
     elif result.decision in ("normal", "defective"):
