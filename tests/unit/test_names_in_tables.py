@@ -24,9 +24,9 @@ from zsad_nb.evaluation.study import ordering, summary
 from zsad_nb.evaluation.tables import Cell, Table, html_text, markdown_text, results_table, tex
 from zsad_nb.evaluation.variants_table import variants_table
 from zsad_nb.evaluation.views import Views
-from zsad_nb.inspection.journal import Journal, _seal, save_parquet
+from zsad_nb.inspection.journal import Journal, _seal
 from zsad_nb.inspection.verdicts import COLUMNS, COUNTS, NUMBERS, table_of
-from zsad_nb.runs.run import collect, save_table
+from zsad_nb.runs.run import collect
 
 WORDS = [
     "NA",
@@ -197,7 +197,7 @@ def test_names_come_back_from_runs_and_their_collections(tmp_path):
     table = results_table(runs, rows="category", data="d")
     assert set(table.rows) == {*NAMES, "mean"} and len(table.rows) == len(NAMES) + 1
     for file in ("all.csv", "all.parquet"):
-        written = save_table(collect(tmp_path / "runs"), tmp_path / file)
+        written = write_table(collect(tmp_path / "runs"), tmp_path / file, csv_fallback=True)
         assert read_table(written)["category"].tolist() == [*NAMES, "mean"]
     no_formula(tmp_path / "all.csv")
     raw = pd.read_csv(tmp_path / "all.csv", keep_default_na=False)
@@ -298,7 +298,7 @@ def test_an_odd_field_loses_no_run(tmp_path, kind):
     assert runs.attrs["skipped"] == [] and len(runs) == 6 and list(runs["category"]) == ["a", "b", "mean"] * 2
     assert runs.columns.is_unique and set(runs["seed"]) == {0}
     for file in ("t.csv", "t.parquet"):
-        assert len(read_table(save_table(runs, tmp_path / file))) == 6
+        assert len(read_table(write_table(runs, tmp_path / file, csv_fallback=True))) == 6
     no_formula(tmp_path / "t.csv")
 
 
@@ -535,7 +535,7 @@ def test_a_journal_keeps_its_rows(tmp_path, numbers):
         assert not [cell for cell in raw[column] if str(cell).startswith(DANGEROUS)], column
     if numbers:
         assert raw["score"].tolist() == [row["score"] for row in ROWS]
-    parquet = pd.read_parquet(save_parquet(table_of(again.rows), tmp_path / "r.parquet"))
+    parquet = pd.read_parquet(write_table(table_of(again.rows), tmp_path / "r.parquet"))
     assert parquet["path"].tolist() == [row["path"] for row in again.rows]
 
 

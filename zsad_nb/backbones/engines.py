@@ -69,7 +69,10 @@ def engine_folder() -> Path:
         try:
             cache = Path.home() / ".cache"
         except RuntimeError:
-            cache = private_folder(Path(tempfile.gettempdir()) / f"zsad_nb-{os.getuid()}")
+            user = (
+                os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "user")
+            )  # Windows has no numbers
+            cache = private_folder(Path(tempfile.gettempdir()) / f"zsad_nb-{user}")
     return cache / "zsad_nb" / "engines"
 
 

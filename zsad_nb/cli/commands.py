@@ -35,15 +35,15 @@ def _load():
         table_text, \
         write_table
     global bench, bench_cases, bench_table, demo_evaluation, demo, export, exit_code, Inspector, build
-    global parameters_of, typed_value, rerun, Spec, collect, run, save_table, status, expand, sweep, shutil
+    global parameters_of, typed_value, rerun, Spec, collect, run, status, expand, sweep, shutil
     import shutil
 
     import pandas as pd
 
     from zsad_nb.cli.demo import demo, demo_evaluation
     from zsad_nb.core.files import write_atomically
-    from zsad_nb.core.names import shown
-    from zsad_nb.core.settings import require_known
+    from zsad_nb.core.names import require_known, shown
+    from zsad_nb.core.plain_yaml import typed_value
     from zsad_nb.core.tables import table_text, write_table
     from zsad_nb.data.images import check
     from zsad_nb.data.readers import detect, read
@@ -55,10 +55,11 @@ def _load():
     from zsad_nb.inspection.verdicts import exit_code
     from zsad_nb.methods.base import load
     from zsad_nb.methods.checkpoint_files import read_header
-    from zsad_nb.runs.parameters import parameters_of, typed_value
+    from zsad_nb.runs.parameters import parameters_of
+    from zsad_nb.runs.plans import expand
     from zsad_nb.runs.rerun import rerun
-    from zsad_nb.runs.run import Spec, collect, run, save_table, status
-    from zsad_nb.runs.sweeps import expand, sweep
+    from zsad_nb.runs.run import Spec, collect, run, status
+    from zsad_nb.runs.sweeps import sweep
 
 
 # %% ../../nbs/cli/04_commands.ipynb #11f8cf8a
@@ -154,12 +155,8 @@ def _run(args) -> int:
     return 0
 
 
-def _value(text: str):
-    return typed_value(text)  # of --set, and of -p where no notebook says the type
-
-
 def _sweep(args) -> int:
-    variables = {k: _value(v) for k, _, v in (text.partition("=") for text in args.set)}
+    variables = {k: typed_value(v) for k, _, v in (text.partition("=") for text in args.set)}
     tls = {name: path for name in ("ca", "cert", "key") if (path := getattr(args, f"tls_{name}")) is not None}
     if tls and args.scheduler is None:
         raise ValueError("--tls-ca, --tls-cert and --tls-key go with --scheduler tls://HOST:PORT")
@@ -194,7 +191,7 @@ def _status(args) -> int:
 def _collect(args) -> int:
     table = collect(args.folder)
     if args.out:
-        print(f"{len(table)} rows of {table['hash'].nunique()} runs: {save_table(table, args.out)}")
+        print(f"{len(table)} rows of {table['hash'].nunique()} runs: {write_table(table, args.out, csv_fallback=True)}")
     else:
         print(table_text(table).encode("utf-8", "backslashreplace").decode("utf-8"), end="")
     return 0
@@ -223,7 +220,7 @@ def _bench(args) -> int:
         return 0
     if wrong := [text for text in args.set if "=" not in text]:
         raise ValueError(f"--set {wrong[0]}: write NAME=VALUE, or METHOD.NAME=VALUE for one method")
-    given = {k: _value(v) for k, _, v in (text.partition("=") for text in args.set)}
+    given = {k: typed_value(v) for k, _, v in (text.partition("=") for text in args.set)}
     sizes = args.size or [given.get("image_size", 256)]
     cases = bench_cases(
         args.methods,
@@ -301,7 +298,7 @@ def _predict(args) -> int:
         max_side=args.max_side,
         min_area=args.min_area,
         batch_size=args.batch,
-        **{k: _value(v) for k, v in _pairs(args.parameter).items()},
+        **{k: typed_value(v) for k, v in _pairs(args.parameter).items()},
     )
     try:
         if args.normals is not None:

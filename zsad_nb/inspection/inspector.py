@@ -31,12 +31,13 @@ import zsad_nb
 from ..backbones.features import key_hash
 from ..core.files import write_atomically, write_json
 from ..core.locks import lock
+from ..core.tables import require_pyarrow, write_table
 from ..data.images import Batch
 from ..data.method_images import resize_for
 from ..data.pixels import file_bytes, read_image
 from ..data.reading import Reading, reading_of
 from ..data.stored import BadImage, file_content
-from .journal import Journal, aside, clear_temporary, make_way, need_parquet, save_parquet
+from .journal import Journal, aside, clear_temporary, make_way
 from .regions import at_size, display_size, find_regions
 from .sources import Source, Sources, is_single, method_from, sources
 from .thresholds import Calibration, calibration, given, identity
@@ -456,7 +457,7 @@ class Inspector:
                 " use pictures='all'"
             )
         if table == "parquet":
-            need_parquet()
+            require_pyarrow()
         items = self._sources(what, out)
         with warnings.catch_warnings():
             warnings.simplefilter(
@@ -539,7 +540,7 @@ class Inspector:
             others = {r["path"]: r for r in journal.rows if r["path"] not in asked and r["decision"] != "error"}
             journal.rewrite([*rows, *others.values()])
             if table == "parquet":
-                save_parquet(table_of(journal.rows), out / "results.parquet")
+                write_table(table_of(journal.rows), out / "results.parquet")
         return _summed(rows, kept, left_out=items.left_out, half_rows=journal.dropped, moved=moved, out=str(out))
 
 
