@@ -32,9 +32,10 @@ from zsad_nb.evaluation.run_state import result_of
 from zsad_nb.methods.base import create, save
 from zsad_nb.runs.cluster import DaskExecutor, connect, open_executor
 from zsad_nb.runs.executors import LostWorker, Unusable
+from zsad_nb.runs.plans import expand
 from zsad_nb.runs.run import Spec
 from zsad_nb.runs.shards import evaluate_shards, split
-from zsad_nb.runs.sweeps import expand, sweep
+from zsad_nb.runs.sweeps import sweep
 
 GATED = (
     "import time\nopen(f'{output}/pids', 'w').write(f'{os.getpid()} {os.getppid()}')\nwhile gate and not"
@@ -304,7 +305,7 @@ def test_a_stopped_sweep_leaves_nothing_running(cluster, tmp_path, executor):
     tasks = [executor.submit(time.sleep, 300) for _ in range(3)]
     wait_for(lambda: sum(t.running() for t in tasks) == 2)  # two workers
     children = wait_for(lambda: [c for p in cluster.made[1:] for c in psutil.Process(p.pid).children()])
-    assert len(children) == 2 and executor.check() == "" or "2 runs at a time" in executor._said
+    assert len(children) == 2 and executor.check() == "" or "2 runs at a time" in executor._news
     executor.shutdown()
     for child in children:
         wait_for(lambda pid=child.pid: gone(pid), 30)

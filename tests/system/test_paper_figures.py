@@ -24,7 +24,7 @@ from zsad_nb.figures.paper_plan import commands, plan, plan_rows, synthetic_like
 from zsad_nb.figures.style import COLUMN, NOTE, PAGE
 from zsad_nb.methods.base import method_class
 from zsad_nb.runs.parameters import check_parameters, parameters_of, read_notebook
-from zsad_nb.runs.sweeps import expand
+from zsad_nb.runs.plans import expand
 
 METRICS = (
     "image_auroc",

@@ -8,7 +8,7 @@ from zsad_nb.evaluation.published import NOTHING, protocol_set, published
 from zsad_nb.figures.paper_plan import MEDICAL, TABLE_METHODS, TABLE_SETS
 from zsad_nb.methods.base import MODULES, method_class
 from zsad_nb.runs.parameters import parameters_of, read_notebook
-from zsad_nb.runs.sweeps import expand
+from zsad_nb.runs.plans import expand
 
 SWEEPS = ROOT / "nbs" / "experiments" / "sweeps"
 FILES = ("baselines", "dma_sap", "ssvp", "visualad", "dapo")

@@ -23,7 +23,7 @@ from zsad_nb.figures.paper_plan import plan
 from zsad_nb.methods.base import create, save
 from zsad_nb.methods.visualad import export_released
 from zsad_nb.runs.parameters import check_parameters, parameters_of, read_notebook
-from zsad_nb.runs.sweeps import expand
+from zsad_nb.runs.plans import expand
 
 FIRST = ("zsad", "papermill", "make", "python", "pip", "dask", "git", "conda", "mkdir", "voila", "pytest")
 NOT_RUN = {  # beginning of a command -> why it is not run here, and what is looked at instead

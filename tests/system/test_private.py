@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-from zsad_nb.core.locks import Busy, lock
+from zsad_nb.core.locks import LOCKS, Busy, is_locked, lock
 from zsad_nb.evaluation.run_state import result_of
 from zsad_nb.methods.base import create
 from zsad_nb.runs import run as runs_module
@@ -402,10 +402,10 @@ def test_what_is_called_like_a_lock_is_left_alone(tmp_path, kind):
     )[kind]()
     before = at.read_bytes() if kind in ("text", "binary", "hard link") else os.lstat(at)
     with lock(folder):
-        assert runs_module.is_locked(folder)
+        assert is_locked(folder)
         with pytest.raises(Busy, match=f"is being run by process {os.getpid()}"), lock(folder):
             pass
-    assert not runs_module.is_locked(folder)
+    assert not is_locked(folder)
     assert victim.read_text() == "years of work" and not (tmp_path / "nowhere").exists()
     assert (at.read_bytes() if kind in ("text", "binary", "hard link") else os.lstat(at)) == before
 
@@ -426,7 +426,7 @@ def test_a_run_goes_on_beside_it(tmp_path):
 
 
 def test_both_names_taken_is_an_error(tmp_path):
-    for name in runs_module.LOCKS:
+    for name in LOCKS:
         (tmp_path / name).mkdir()
     with pytest.raises(OSError, match="are not files of this package; delete them"), lock(tmp_path):
         pass

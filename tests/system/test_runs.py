@@ -19,14 +19,17 @@ import yaml
 from conftest import ROOT
 
 from zsad_nb.core.locks import Busy, lock
+from zsad_nb.core.tables import write_table
 from zsad_nb.evaluation.run_state import result_of
 from zsad_nb.methods.base import MODULES
 from zsad_nb.runs import run as runs_module
 from zsad_nb.runs.executors import LocalExecutor, LostWorker
 from zsad_nb.runs.parameters import Parameter
+from zsad_nb.runs.plans import expand
+from zsad_nb.runs.progress import Progress, Task
 from zsad_nb.runs.rerun import rerun
-from zsad_nb.runs.run import Spec, collect, run, save_table, status
-from zsad_nb.runs.sweeps import Progress, Task, expand, sweep
+from zsad_nb.runs.run import Spec, collect, run, status
+from zsad_nb.runs.sweeps import sweep
 
 EXPERIMENTS = ROOT / "nbs" / "experiments"
 SWEEPS = sorted((EXPERIMENTS / "sweeps").glob("*.yaml"))
@@ -570,7 +573,7 @@ def test_progress_on_a_terminal(twice, monkeypatch):
     tasks[1].begun = time.monotonic()
     show.slots = 2
     assert show.eta() == pytest.approx(10, abs=0.5)  # ten seconds each, one waiting and one begun, two at a time
-    show.draw()
+    show.refresh()
     drawn = show.stream.getvalue()
     assert "1 done, 1 running, 1 waiting, 1 failed of 4" in drawn and "0:10 left" in drawn and "twice n=1" in drawn
     show.say("line")
@@ -663,7 +666,7 @@ def test_train_and_evaluate_leave_what_tables_need(tmp_path):
         and table.image_auroc.between(0, 1).all()
         and table["size"].unique().tolist() == [64]
     )
-    file = save_table(table, tmp_path / "all.csv")
+    file = write_table(table, tmp_path / "all.csv", csv_fallback=True)
     pd.testing.assert_frame_equal(
         pd.read_csv(file)[["category", "image_auroc"]],
         table[["category", "image_auroc"]],

@@ -18,7 +18,7 @@ from zsad_nb.evaluation.run_state import result_of
 from zsad_nb.figures.chosen_runs import Runs
 from zsad_nb.inspection.inspector import Inspector
 from zsad_nb.inspection.thresholds import FORMAT, Calibration
-from zsad_nb.runs.rerun import compare, rerun
+from zsad_nb.runs.rerun import compare_runs, rerun
 from zsad_nb.runs.run import collect, run_folders, status
 from zsad_nb.synthetic.benchmark import synthetic_index
 
@@ -309,7 +309,7 @@ def test_a_record_that_cannot_be_repeated_says_so(tmp_path):
     with pytest.raises(ValueError, match="run.json in .* has no after"):
         rerun(folder)
     (folder / "more.csv").write_text("a,b\n1\n2,3,4\n")  # of a shape of its own
-    assert compare(folder, folder)["same"].all() and "more.csv sha256" in set(compare(folder, folder)["what"])
+    assert compare_runs(folder, folder)["same"].all() and "more.csv sha256" in set(compare_runs(folder, folder)["what"])
 
 
 # ------------------------------------------------------------------------------------------------------- an existing folder of results

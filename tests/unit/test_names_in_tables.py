@@ -28,7 +28,7 @@ from zsad_nb.evaluation.variants_table import variants_table
 from zsad_nb.evaluation.views import Views
 from zsad_nb.inspection.journal import Journal, _seal, read_sealed_csv
 from zsad_nb.inspection.verdicts import COLUMNS, COUNTS, NUMBERS, table_of
-from zsad_nb.runs.run import collect, save_table
+from zsad_nb.runs.run import collect
 
 WORDS = [
     "NA",
@@ -199,7 +199,7 @@ def test_names_come_back_from_runs_and_their_collections(tmp_path):
     table = results_table(runs, rows="category", data="d")
     assert set(table.rows) == {*NAMES, "mean"} and len(table.rows) == len(NAMES) + 1
     for file in ("all.csv", "all.parquet"):
-        written = save_table(collect(tmp_path / "runs"), tmp_path / file)
+        written = write_table(collect(tmp_path / "runs"), tmp_path / file, csv_fallback=True)
         assert read_table(written)["category"].tolist() == [*NAMES, "mean"]
     no_formula(tmp_path / "all.csv")
     raw = pd.read_csv(tmp_path / "all.csv", keep_default_na=False)
@@ -300,7 +300,7 @@ def test_an_odd_field_loses_no_run(tmp_path, kind):
     assert runs.attrs["skipped"] == [] and len(runs) == 6 and list(runs["category"]) == ["a", "b", "mean"] * 2
     assert runs.columns.is_unique and set(runs["seed"]) == {0}
     for file in ("t.csv", "t.parquet"):
-        assert len(read_table(save_table(runs, tmp_path / file))) == 6
+        assert len(read_table(write_table(runs, tmp_path / file, csv_fallback=True))) == 6
     no_formula(tmp_path / "t.csv")
 
 

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zsad_nb.cli.commands import main
-from zsad_nb.core.plain_yaml import DEPTH, LENGTH, VALUES, plain_value, read_yaml, require_bounded
-from zsad_nb.runs import sweeps
-from zsad_nb.runs.parameters import Parameter, check_parameters, read_notebook, typed_value
+from zsad_nb.core.plain_yaml import DEPTH, LENGTH, VALUES, plain_value, read_yaml, require_bounded, typed_value
+from zsad_nb.runs.parameters import Parameter, check_parameters, read_notebook
+from zsad_nb.runs.plans import LIMIT, STAGE, STAGES, expand
 from zsad_nb.runs.run import Spec
-from zsad_nb.runs.sweeps import LIMIT, STAGES, expand, sweep
+from zsad_nb.runs.sweeps import sweep, tasks_of
 
 
 @pytest.fixture
@@ -335,7 +335,7 @@ def test_the_limit_can_be_raised(tmp_path, book, monkeypatch, capsys):
         lambda inner: (
             st.lists(inner, max_size=3)
             | st.dictionaries(
-                st.sampled_from([*sweeps.STAGE, "stages", "seeds", "variables", "name", "s", "seed"]), inner, max_size=4
+                st.sampled_from([*STAGE, "stages", "seeds", "variables", "name", "s", "seed"]), inner, max_size=4
             )
         ),
         max_leaves=15,
@@ -383,7 +383,7 @@ def test_no_value_names_a_folder(tmp_path, book, word):
 def test_many_runs_are_labelled_in_time(book):
     specs = expand(dict(notebook=str(book), grid=dict(seed=list(range(600)))))
     begun = time.process_time()
-    assert sweeps.tasks_of(specs)[7].label == "n seed=7" and time.process_time() - begun < 5
+    assert tasks_of(specs)[7].label == "n seed=7" and time.process_time() - begun < 5
 
 
 @pytest.mark.parametrize(

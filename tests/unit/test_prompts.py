@@ -419,7 +419,8 @@ def test_words_without_a_network(tmp_path):
         import socket
         def refuse(*_, **__): raise OSError("no network")
         socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-        from zsad_nb.backbones.prompts import ObjectPrompts, create_text
+        from zsad_nb.backbones.prompts import ObjectPrompts
+        from zsad_nb.backbones.text import create_text
         text = create_text("tiny-clip", "random:0")
         print(tuple(ObjectPrompts(text).features().shape), text.tokenize(["a damaged screw."])[0, :7].tolist())"""
     env = {k: v for k, v in os.environ.items() if not k.upper().endswith("_PROXY")} | dict(

@@ -15,7 +15,8 @@ import pandas as pd
 import torch
 
 from ..core.files import write_json
-from ..core.settings import require_known, seed_everything
+from ..core.names import require_known
+from ..core.settings import seed_everything
 from ..core.tables import write_table
 from ..evaluation.evaluate import Evaluation, evaluate
 from ..figures.heatmaps import render_cases

@@ -150,9 +150,9 @@ def predict_images(
         raise ValueError("give one of --model and --released: each is a method")
     model = "self_distance" if model is None and released is None else model
     with importing():
+        from zsad_nb.core.plain_yaml import typed_value
         from zsad_nb.inspection.inspector import Inspector
         from zsad_nb.inspection.verdicts import exit_code
-        from zsad_nb.runs.parameters import typed_value
 
     options = {name: typed_value(value) for name, value in parameter}
     options |= dict(bits=bits, white=white, max_side=max_side, min_area=min_area, batch_size=batch)

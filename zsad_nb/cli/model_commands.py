@@ -175,8 +175,8 @@ def bench_methods(
     if wrong := [text for text in set if "=" not in text]:
         raise ValueError(f"--set {wrong[0]}: write NAME=VALUE, or METHOD.NAME=VALUE for one method")
     with importing():
+        from zsad_nb.core.plain_yaml import typed_value
         from zsad_nb.deploy.bench import bench, bench_cases, bench_table
-        from zsad_nb.runs.parameters import typed_value
 
     parameters = {name: typed_value(text) for name, text in assignments(set).items()}
     cases = bench_cases(

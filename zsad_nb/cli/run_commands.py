@@ -27,7 +27,7 @@ def run_notebook(
 ) -> int:
     "execute a notebook with parameters, unless its result is there already"
     with importing():
-        from zsad_nb.core.settings import require_known
+        from zsad_nb.core.names import require_known
         from zsad_nb.runs.parameters import parameters_of
         from zsad_nb.runs.run import Spec, run
 
@@ -75,8 +75,9 @@ def run_sweep(
     if tls and scheduler is None:
         raise ValueError("--tls-ca, --tls-cert and --tls-key go with --scheduler tls://HOST:PORT")
     with importing():
-        from zsad_nb.runs.parameters import typed_value
-        from zsad_nb.runs.sweeps import expand, sweep
+        from zsad_nb.core.plain_yaml import typed_value
+        from zsad_nb.runs.plans import expand
+        from zsad_nb.runs.sweeps import sweep
 
     variables = {name: typed_value(text) for name, text in assignments(set).items()}
     result = sweep(
@@ -127,12 +128,12 @@ def collect_runs(
 ) -> int:
     "one table of all finished evaluations, as CSV or Parquet"
     with importing():
-        from zsad_nb.core.tables import table_text
-        from zsad_nb.runs.run import collect, save_table
+        from zsad_nb.core.tables import table_text, write_table
+        from zsad_nb.runs.run import collect
 
     table = collect(folder)
     if out:
-        print(f"{len(table)} rows of {table['hash'].nunique()} runs: {save_table(table, out)}")
+        print(f"{len(table)} rows of {table['hash'].nunique()} runs: {write_table(table, out, csv_fallback=True)}")
     else:
         print(table_text(table).encode("utf-8", "backslashreplace").decode("utf-8"), end="")
     return 0

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from ..core.settings import require_known
+from ..core.names import require_known
 
 
 # %% ../../nbs/data/05_reading.ipynb #3dea7085

@@ -52,7 +52,7 @@ from ..backbones.products import fast_products, products, products_switch
 from ..backbones.towers import Backbone
 from ..components import maps
 from ..core.files import write_json
-from ..core.settings import require_known
+from ..core.names import require_known
 from ..core.tables import write_table
 from ..data.method_images import batches_for
 from ..evaluation.metrics import PixelMetrics

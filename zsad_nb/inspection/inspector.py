@@ -24,12 +24,13 @@ from tqdm.auto import tqdm
 
 import zsad_nb
 from ..core.locks import lock
+from ..core.tables import require_pyarrow
 from ..data.images import Batch
 from ..data.reading import Reading, reading_of
 from ..data.stored import BadImage
 from .loading import Loaded, Loader, ahead
 from .regions import at_size, display_size, find_regions
-from .results import Results, need_parquet
+from .results import Results
 from .sources import Source, Sources, is_single, method_from, sources
 from .thresholds import Calibration, calibration, from_value, identity
 from .verdicts import NO_THRESHOLD, Inspection, row_of, table_of
@@ -430,7 +431,7 @@ def predict(
             " pictures='all'"
         )
     if table == "parquet":
-        need_parquet()
+        require_pyarrow()
     items = self._sources(what, out)
     with warnings.catch_warnings():
         # a large photograph is expected here; one beyond twice the limit is an error of its own

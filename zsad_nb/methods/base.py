@@ -53,8 +53,8 @@ from ..backbones.table import BACKBONES
 from ..backbones.towers import Features, Frozen
 from ..backbones.weights import WeightsError, fitted, listed
 from ..core.files import to_json, write_atomically
-from ..core.names import shown
-from ..core.settings import require_known, usual_defaults
+from ..core.names import require_known, shown
+from ..core.settings import usual_defaults
 from ..data.method_images import require_read_for
 from zsad_nb.methods.checkpoint_files import (
     checkpoint_content,

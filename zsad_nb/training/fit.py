@@ -23,7 +23,8 @@ from tqdm.auto import tqdm
 
 from ..backbones.features import FeatureCache, all_finite
 from ..backbones.products import fast_products
-from ..core.settings import require_known, seed_everything, usual_defaults
+from ..core.names import require_known
+from ..core.settings import seed_everything, usual_defaults
 from ..data.augment import AUGMENTATIONS
 from ..data.images import Batch
 from ..data.method_images import batches_for

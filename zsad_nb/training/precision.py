@@ -7,15 +7,20 @@ __all__ = ["PRECISIONS", "lowered", "full", "frozen_blocks", "checkpointed", "pe
 
 # %% ../../nbs/training/01_precision.ipynb #dcfd713b
 import contextlib
-import resource
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
+import psutil
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 from ..methods.base import Method, Prediction
 
@@ -83,6 +88,8 @@ def peak_memory(device: torch.device) -> int:  # bytes
     "On a GPU the most that was allocated since `reset_peak`; elsewhere the most this process ever held."
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return psutil.Process().memory_info().peak_wset
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
