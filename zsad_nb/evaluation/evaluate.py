@@ -248,8 +248,8 @@ def seen_in_training(
     if refused:
         names = sorted({n.split("/", 1)[0] for n in refused})
         raise ValueError(
-            f"{method.name} was trained on {training_from(names)}, so {listed(refused)} would not be zero-shot; evaluate"
-            f" on another data set, or pass allow_seen={tuple(names)!r} to do it all the same and have it marked"
+            f"{method.name} was trained on {training_from(names)}, so {listed(refused)} would not be zero-shot;"
+            f" evaluate on another data set, or pass allow_seen={tuple(names)!r} to do it all the same and have it marked"
         )
     if seen:
         warnings.warn(

@@ -53,7 +53,7 @@ def distinct(
 
 # %% ../../nbs/evaluation/10_multi_type.ipynb #c781a8c8
 class TypeMetrics:
-    "Streaming one-vs-rest AUROC and AP, and the confusion of the largest state: exact in float32 for any number of pixels"
+    "Streaming one-vs-rest AUROC and AP, and the confusion of the largest state, exact in float32."
 
     def __init__(
         self,
