@@ -873,7 +873,7 @@ def test_scales_of_the_vae():
     losses = {}
     for scale in ("sum", "mean", "unit"):
         torch.manual_seed(1)
-        vae = VAE(40, scale=scale)
+        vae = VAE(40, vae_scale=scale)
         losses[scale] = vae.loss(v, vae(v, torch.randn(6, 2, 40, generator=torch.Generator().manual_seed(2))))
     assert all(torch.allclose(a, 40 * b, rtol=1e-5) for a, b in zip(losses["sum"], losses["mean"]))
     assert losses["unit"][1] == losses["sum"][1] and losses["unit"][0] < losses["sum"][0]
@@ -883,7 +883,7 @@ def test_the_target_of_the_vae_is_detached():
     "Otherwise the image features could make the loss small by all being alike; the encoder's input stays attached."
     torch.manual_seed(0)
     for detach in (True, False):
-        vae = VAE(40, detach=detach)
+        vae = VAE(40, detach_target=detach)
         seen = torch.randn(6, 40, requires_grad=True)
         drawn = {k: v.detach() for k, v in vae(seen, None).items()}
         (target,) = torch.autograd.grad(vae.loss(seen, drawn)[0], seen, allow_unused=True)

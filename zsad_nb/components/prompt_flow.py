@@ -12,20 +12,26 @@ __all__ = [
     "Encoder",
     "ContextPlanes",
     "StatePlanes",
+    "PromptFlowParameters",
     "PromptFlows",
     "density_gap",
+    "SampledPromptParameters",
     "SampledPrompts",
     "not_orthogonal",
     "fixed_noise",
 ]
 
 # %% ../../nbs/components/12_prompt_flow.ipynb #9f5a9791
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backbones.prompts import TextPrompts
 from ..backbones.text import TextTower
+from ..core.parameters import ParameterSet, param
 
 
 # %% ../../nbs/components/12_prompt_flow.ipynb #b284db8d
@@ -137,28 +143,42 @@ class StatePlanes(nn.Module):
 STATES = ("normal", "abnormal")
 
 
+@dataclass(frozen=True)
+class PromptFlowParameters(ParameterSet, frozen=False):
+    "Every choice of the distributions."
+
+    flows: int = param(10, "stated", "planes a distribution; 0: Gaussians", "0 or more")
+    invertible: bool = param(
+        False, "code; Rezende and Mohamed: True", "u of every plane is corrected, so that none folds space"
+    )
+    hidden: int | None = param(
+        None, "stated: 512 of 1024; default: half the image tower's width", "of the encoders and decoders", "at least 1"
+    )
+
+
 class PromptFlows(nn.Module):
     "The distributions of offsets for context and states (Bayes-PFL)."
 
     def __init__(
         self,
         width: int,  # C, of a word and of the joint space
-        inner: int,  # of encoders and decoders
-        planes: int = 10,  # K (stated)
-        invertible: bool = False,  # True: u is corrected, so that no plane folds space
+        inner: int,  # of encoders and decoders, where `hidden` does not say it
+        parameters: PromptFlowParameters | None = None,  # default: the paper's values
+        **changes,  # of `PromptFlowParameters`
     ):
         super().__init__()
-        if planes < 0:
-            raise ValueError(f"planes={planes}; it must be 0 or more")
-        self.invertible = invertible
+        p = PromptFlowParameters.of(parameters, **changes)
+        inner = p.hidden or inner
+        self.invertible = p.invertible
+        self.count = p.flows
         kinds = ("context", "state")
         self.encoders = nn.ModuleDict({kind: Encoder(width, inner) for kind in kinds})
         self.decoders = nn.ModuleDict({kind: mlp(width, inner, inner, width) for kind in kinds})
         self.heads = nn.ModuleDict({name: nn.Linear(width, width) for name in ("context", *STATES)})  # behind a decoder
         start_small(self)
-        context = start_small(ContextPlanes(width, planes)) if planes else nn.Identity()
-        self.planes = nn.ModuleDict(dict(context=context, **{name: StatePlanes(width, planes) for name in STATES}))
-        self.count = planes
+        context = start_small(ContextPlanes(width, p.flows)) if p.flows else nn.Identity()
+        states = {name: StatePlanes(width, p.flows) for name in STATES}
+        self.planes = nn.ModuleDict(dict(context=context, **states))
 
     def forward(
         self,
@@ -185,7 +205,7 @@ class PromptFlows(nn.Module):
         name: str,
         sample: Tensor,  # (..., C) of `forward`
     ) -> Tensor:  # (..., C)
-        "What a sample still tells of what the distribution was given."
+        "What a sample still holds of the input of its distribution."
         return self.heads[name](self.decoders["context" if name == "context" else "state"](sample))
 
 
@@ -200,28 +220,41 @@ def density_gap(
 
 
 # %% ../../nbs/components/12_prompt_flow.ipynb #9c63f067
+@dataclass(frozen=True)
+class SampledPromptParameters(ParameterSet, frozen=False):
+    "Every choice of the bank of prompts."
+
+    bank: int = param(3, "stated: B", "pairs of prompts", "at least 1")
+    context: int = param(5, "stated", "context vectors a pair", "at least 1")
+    state: int = param(5, "stated", "state vectors a prompt", "at least 1")
+    state_mean: float = param(
+        0.5,
+        "stated",
+        "mean of the state vectors at the start, negative for the abnormal; without effect (backbones/06_prompts)",
+    )
+    prompt_std: float = param(0.02, "code", "of the learned vectors at the start", "above 0")
+
+
 class SampledPrompts(TextPrompts):
     "A bank of prompts whose vectors are moved by samples (Bayes-PFL)."
 
     def __init__(
         self,
         text: TextTower,
-        context: int,  # vectors before the state
-        state: int,  # vectors of a state
-        count: int,  # B, pairs
-        std: float,  # of the vectors at the start, truncated normal
-        state_mean: float,  # of the state vectors, negative for the abnormal ones
-        spell,  # name -> words
+        spell: Callable,  # name of a class -> words
+        parameters: SampledPromptParameters | None = None,  # default: the paper's values
+        **changes,  # of `SampledPromptParameters`
     ):
         super().__init__(text)
-        self.places = context + state
+        p = SampledPromptParameters.of(parameters, **changes)
+        self.places = p.context + p.state
         self.spell = spell
         text.tokenize(self.sentences([""]))  # raises now where no class name could ever fit
-        self.context = nn.Parameter(torch.empty(count, context, text.width))
-        self.state = nn.Parameter(torch.empty(2, count, state, text.width))
-        nn.init.trunc_normal_(self.context, std=std)
-        for vectors, mean in zip(self.state.data, (state_mean, -state_mean)):
-            nn.init.trunc_normal_(vectors, mean, std, mean - 2, mean + 2)
+        self.context = nn.Parameter(torch.empty(p.bank, p.context, text.width))
+        self.state = nn.Parameter(torch.empty(2, p.bank, p.state, text.width))
+        nn.init.trunc_normal_(self.context, std=p.prompt_std)
+        for vectors, mean in zip(self.state.data, (p.state_mean, -p.state_mean)):
+            nn.init.trunc_normal_(vectors, mean, p.prompt_std, mean - 2, mean + 2)
 
     def sentences(
         self,

@@ -42,6 +42,7 @@ import zsad_nb
 from ..backbones.features import key_hash
 from ..core.files import read_json, write_atomically, write_json
 from ..core.names import shown
+from ..core.parameters import SIDE
 from ..data.images import batches, defect_names
 from ..data.index import fingerprint, load_index, root_of, save_index
 from ..data.pixels import INTERPOLATIONS
@@ -52,7 +53,6 @@ from .inside import Inside, image_patches, look_inside
 from ..figures.blending import ORDER, Drawing, View, colours, enlarge, ring, sheet, similarity, to_levels, wipe
 from ..inspection.thresholds import identity
 from ..methods.base import Method
-from ..methods.parameters import SIDE
 from ..synthetic.datasets import load_dataset
 
 # %% ../../nbs/explore/06_maps_store.ipynb #cad300da

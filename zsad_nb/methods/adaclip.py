@@ -40,10 +40,10 @@ from ..backbones.weights import released_state
 from ..components.dapo_prompts import enlarge
 from ..components.losses import dice, focal
 from ..components.maps import to_pixels
+from ..core.parameters import param, restated
 from .base import Method, Prediction, register
-from .parameters import ParameterSet, param
 from .released_files import fit_released
-from .tower_parameters import activation, clip_towers, positions
+from .tower_parameters import ClipParameters, clip_towers
 from .variants import Variant
 
 
@@ -214,19 +214,21 @@ def fuse(
 
 # %% ../../nbs/methods/19_adaclip.ipynb #72655c4d
 @dataclass(frozen=True)
-class AdaCLIPParameters(ParameterSet):
+class AdaCLIPParameters(ClipParameters, frozen=False):
     "Every choice AdaCLIP makes."
 
-    clip: str = param(
-        "tiny-clip",
-        "ours: the embedded default; paper: clip-vitl14-336",
-        "image and text tower, a CLIP of the backbone table",
+    clip: str = restated(ClipParameters, "clip", source="ours: the embedded default; paper: clip-vitl14-336")
+    image_size: int | None = restated(ClipParameters, "image_size", source="code: 518; default: the CLIP tower's")
+    taps: tuple | None = param(None, "code: 6/12/18/24 of 24; default: the tower's", "1-based blocks", frozen="tower")
+    quick_gelu: bool | None = restated(
+        ClipParameters,
+        "quick_gelu",
+        default=False,
+        source="code: exact GELU, which is not what the weights were trained with",
     )
-    clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
-    image_size: int | None = param(None, "code: 518; default: the CLIP tower's", "pixels, square")
-    taps: tuple | None = param(None, "code: 6/12/18/24 of 24; default: the tower's", "1-based blocks")
-    quick_gelu: bool | None = activation(False, "code: exact GELU, which is not what the weights were trained with")
-    position_resize: str | None = positions("bicubic_plain", "code: plain bicubic")
+    position_resize: str | None = restated(
+        ClipParameters, "position_resize", default="bicubic_plain", source="code: plain bicubic"
+    )
     names: str = param(
         "released", "code: as the data set spells them, a blank for a dash", RELEASED_HELP, RELEASED_NAMES
     )
@@ -350,13 +352,7 @@ class AdaCLIP(Method):
     }  # the switches of the code, and the paper's fusion
 
     def __init__(self, parameters: AdaCLIPParameters):
-        super().__init__(
-            replace(
-                parameters,
-                taps=None if parameters.taps is None else tuple(parameters.taps),
-                templates=read_templates(parameters.templates),
-            )
-        )
+        super().__init__(replace(parameters, templates=read_templates(parameters.templates)))
         p = self.p
         self.clip, self.text = clip_towers(p, p.taps)
         wide = self.clip.tower.proj.shape[1]
@@ -380,15 +376,6 @@ class AdaCLIP(Method):
     def encode(self, batch) -> dict[str, Tensor]:
         "Class embedding (B, C) of the plain image, not normalised."
         return dict(cls=see_prompted(self.clip, batch.image).cls @ self.clip.tower.proj)
-
-    def encode_key(self) -> dict:
-        "What `encode` depends on besides the image."
-        return dict(
-            method=self.name,
-            clip=dict(
-                name=self.clip.row.name, hash=self.clip.hash, size=self.clip.size, positions=self.clip.row.positions
-            ),
-        )
 
     @classmethod
     def class_sentences(cls, p, category: str) -> list[str]:

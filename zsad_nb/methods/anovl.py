@@ -23,7 +23,7 @@ __all__ = [
 # %% ../../nbs/methods/20_anovl.ipynb #79264b38
 import math
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -41,9 +41,9 @@ from zsad_nb.backbones.ensembles import (
 from ..backbones.words import rewrite
 from ..components.dapo_prompts import enlarge
 from ..components.dual_path import dual_path, joint
+from ..core.parameters import param, restated
 from .base import Method, Prediction, register
-from .parameters import ParameterSet, param
-from .tower_parameters import activation, clip_towers, positions
+from .tower_parameters import ClipParameters, clip_towers
 from .variants import Variant
 from ..synthetic.categories import CATEGORIES
 
@@ -148,23 +148,21 @@ VISA = dict(crops=2, adapter="linear", augment=False)  # the release's separate 
 
 
 @dataclass(frozen=True)
-class AnoVLParameters(ParameterSet):
+class AnoVLParameters(ClipParameters, frozen=False):
     "Every choice AnoVL makes."
 
-    clip: str = param(
-        "tiny-clip",
-        "ours: the embedded default; paper: clip-vitb16-plus-240",
-        "image and text tower, a CLIP of the backbone table",
+    clip: str = restated(ClipParameters, "clip", source="ours: the embedded default; paper: clip-vitb16-plus-240")
+    quick_gelu: bool | None = restated(
+        ClipParameters, "quick_gelu", source="code: exact GELU, as LAION's weights were trained"
     )
-    clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
-    quick_gelu: bool | None = activation(None, "code: exact GELU, as LAION's weights were trained")
-    position_resize: str | None = positions(None, "code: as the table")
-    image_size: int | None = param(None, "paper: 240; default: the CLIP tower's", "pixels, square")
+    position_resize: str | None = restated(ClipParameters, "position_resize", source="code: as the table")
+    image_size: int | None = restated(ClipParameters, "image_size", source="paper: 240; default: the CLIP tower's")
     resize: str = param(
         "bilinear",
         "code",
         "how images are brought to the tower's size: bilinear or bicubic, both antialiased",
         ("bilinear", "bicubic"),
+        frozen=True,
     )
     names: str = param(
         "released", "code: as the data set spells them, but for macaroni1 and macaroni2", RELEASED_HELP, RELEASED_NAMES
@@ -172,8 +170,8 @@ class AnoVLParameters(ParameterSet):
     textures: tuple | None = param(
         None, "paper: five of MVTec AD; ours: and the drawn textures", "categories that get a texture's sentences"
     )
-    dual_blocks: int | None = param(None, "paper: all", "length of the v-v path; 0: none", "0 or more")
-    augment: bool = param(True, "paper", "score over 22 views instead of the image alone")
+    dual_blocks: int | None = param(None, "paper: all", "length of the v-v path; 0: none", "0 or more", frozen=True)
+    augment: bool = param(True, "paper", "score over 22 views instead of the image alone", frozen=True)
     adapter: str = param(
         "text",
         "paper; VisA: linear",
@@ -200,7 +198,11 @@ class AnoVLParameters(ParameterSet):
         0, "ours", "of the adapter's start and the noise, the same for every image; without effect with carried"
     )
     crops: int = param(
-        1, "paper; VisA: 2", "square crops along the longer side; 1: the whole image, made square", "at least 1"
+        1,
+        "paper; VisA: 2",
+        "square crops along the longer side; 1: the whole image, made square",
+        "at least 1",
+        frozen=True,
     )
     crop_score: str = param("mean", "code, VisA", "of several crops' scores: mean or max", ("mean", "max"))
     carried: bool = param(
@@ -286,9 +288,7 @@ class AnoVL(Method):
     }
 
     def __init__(self, parameters: AnoVLParameters):
-        super().__init__(
-            replace(parameters, textures=None if parameters.textures is None else tuple(parameters.textures))
-        )
+        super().__init__(parameters)
         p = self.p
         self.clip, self.text = clip_towers(p, interpolation=p.resize)
         self.dual_blocks = self.clip.depth if p.dual_blocks is None else p.dual_blocks
@@ -350,14 +350,6 @@ class AnoVL(Method):
         self._require_oblong(batch.image)
         cls, patches = zip(*map(self.see, squares(self.sized(batch.image), self.p.crops)[0]))
         return dict(cls=torch.stack(cls, 1), patches=torch.cat(patches, 1))
-
-    def encode_key(self) -> dict:
-        "What `encode` depends on besides the image."
-        return dict(
-            method=self.name,
-            clip=dict(name=self.p.clip, hash=self.clip.hash, size=self.clip.size, quick_gelu=self.clip.quick_gelu),
-            path=dict(dual_blocks=self.dual_blocks, augment=self.p.augment, crops=self.p.crops, resize=self.p.resize),
-        )
 
     # ---- text
     @classmethod

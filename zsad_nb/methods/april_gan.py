@@ -27,29 +27,31 @@ from zsad_nb.backbones.ensembles import (
 from ..components.dapo_prompts import enlarge
 from ..components.losses import dice, focal
 from ..components.maps import to_pixels
+from ..core.parameters import param, restated
 from .base import Method, Prediction, reference_images, register
 from .class_range import ClassRange, stretch
-from .parameters import ParameterSet, param
 from .released_files import import_linear_layers, linear_layer_names
-from .tower_parameters import activation, clip_towers, positions
+from .tower_parameters import ClipParameters, clip_towers
 from .variants import Variant
 
 
 # %% ../../nbs/methods/21_april_gan.ipynb #fc65590d
 @dataclass(frozen=True)
-class APRILGANParameters(ParameterSet):
+class APRILGANParameters(ClipParameters, frozen=False):
     "Every choice APRIL-GAN makes."
 
-    clip: str = param(
-        "tiny-clip",
-        "ours: the embedded default; paper: clip-vitl14-336",
-        "image and text tower, a CLIP of the backbone table",
+    clip: str = restated(ClipParameters, "clip", source="ours: the embedded default; paper: clip-vitl14-336")
+    image_size: int | None = restated(ClipParameters, "image_size", source="code: 518; default: the CLIP tower's")
+    taps: tuple | None = param(None, "code: 6/12/18/24 of 24; default: the tower's", "1-based blocks", frozen="tower")
+    quick_gelu: bool | None = restated(
+        ClipParameters,
+        "quick_gelu",
+        default=False,
+        source="code: exact GELU, which is not what the weights were trained with",
     )
-    clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
-    image_size: int | None = param(None, "code: 518; default: the CLIP tower's", "pixels, square")
-    taps: tuple | None = param(None, "code: 6/12/18/24 of 24; default: the tower's", "1-based blocks")
-    quick_gelu: bool | None = activation(False, "code: exact GELU, which is not what the weights were trained with")
-    position_resize: str | None = positions("bicubic", "code: antialiased bicubic")
+    position_resize: str | None = restated(
+        ClipParameters, "position_resize", default="bicubic", source="code: antialiased bicubic"
+    )
     names: str = param("released", "code: as the data set spells them", RELEASED_HELP, RELEASED_NAMES)
     templates: tuple | str = param(
         PHOTO_TEMPLATES,
@@ -125,13 +127,7 @@ class APRILGAN(Method):
     )
 
     def __init__(self, parameters: APRILGANParameters):
-        super().__init__(
-            replace(
-                parameters,
-                taps=None if parameters.taps is None else tuple(parameters.taps),
-                templates=read_templates(parameters.templates),
-            )
-        )
+        super().__init__(replace(parameters, templates=read_templates(parameters.templates)))
         p = self.p
         self.clip, self.text = clip_towers(p, p.taps)
         self.grid = (self.clip.size // self.clip.patch,) * 2
@@ -155,14 +151,6 @@ class APRILGAN(Method):
         return dict(
             cls=F.normalize(seen.cls @ self.clip.tower.proj, dim=-1),
             **{f"tap_{t}": x for t, x in zip(self.clip.taps, seen.patches)},
-        )
-
-    def encode_key(self) -> dict:
-        "What `encode` depends on besides the image."
-        b = self.clip
-        return dict(
-            method=self.name,
-            clip=dict(name=b.row.name, hash=b.hash, size=b.size, taps=list(b.taps), positions=self.clip.row.positions),
         )
 
     @classmethod

@@ -114,8 +114,7 @@ class BayesPFL(Method):
     judged_with = dict(samples=5, sigma=0.0)  # code: while an epoch is judged
 
     def __init__(self, parameters: BayesPFLParameters):
-        lists = {k: tuple(v) for k, v in vars(parameters).items() if isinstance(v, list)}  # JSON has lists only
-        super().__init__(replace(parameters, **lists))
+        super().__init__(parameters)
         p = self.p
         b, text = clip_towers(p, p.clip_taps)
         self.clip = b
@@ -127,9 +126,9 @@ class BayesPFL(Method):
                 "moves words by what it reads from the joint space: use a CLIP where both are equal"
             )
         self.grid = (b.size // b.patch,) * 2
-        self.prompts = SampledPrompts(text, p.context, p.state, p.bank, p.prompt_std, p.state_mean, self.spell(p))
-        self.flows = PromptFlows(width, p.hidden or b.width // 2, p.flows, p.invertible)
-        self.rca = RCA(width, len(b.taps), b.width, p.num_heads)
+        self.prompts = SampledPrompts(text, self.spell(p), p)
+        self.flows = PromptFlows(width, b.width // 2, p)
+        self.rca = RCA(width, len(b.taps), b.width, p)
         self.class_mapping, self.image_mapping = (start_small(nn.Linear(width, width)) for _ in range(2))
         self.fuse = start_small(PatchFusion(b.width, len(b.taps), width))
         self.log_scale = nn.Parameter(torch.full((2,), -math.log(p.tau)))  # of the image part, of the maps
@@ -176,12 +175,6 @@ class BayesPFL(Method):
         seen = self.clip(batch.image)
         taps = {f"tap_{t}": patches for t, patches in zip(self.clip.taps, seen.patches)}
         return taps | dict(cls=seen.cls @ self.clip.tower.proj)
-
-    def encode_key(self) -> dict:
-        "What `encode` depends on besides the image."
-        b = self.clip
-        clip = dict(name=b.row.name, hash=b.hash, size=b.size, taps=list(b.taps), positions=b.row.positions)
-        return dict(method=self.name, clip=clip)
 
     # ---- noise
     def training_noise(

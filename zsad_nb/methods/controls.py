@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backbones.towers import Features, create_backbone
+from ..backbones.towers import create_backbone
 from ..components.maps import to_pixels, top_share_mean
+from ..core.parameters import param
 from .base import Method, Prediction, register
-from .parameters import ParameterSet, param
-from .tower_parameters import activation, positions
+from .tower_parameters import BackboneParameters
 
 
 # %% ../../nbs/methods/14_controls.ipynb #869d3cfc
@@ -27,16 +27,11 @@ def distance_to_mean(
 
 
 @dataclass(frozen=True)
-class SelfDistanceParameters(ParameterSet):
+class SelfDistanceParameters(BackboneParameters, frozen=False):
     "Every choice the control makes."
 
-    backbone: str = param("tiny-dino", "ours: the embedded default", "name in the backbone table")
-    weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
-    image_size: int | None = param(None, "the backbone's", "pixels, square")
-    quick_gelu: bool | None = activation(None, "ours: as the weights were trained")
-    position_resize: str | None = positions(None, "as the table")
-    tap: int | None = param(None, "ours: the middle block", "1-based block")
-    norm: bool = param(False, "ours", "apply the backbone's final norm to the tap")
+    tap: int | None = param(None, "ours: the middle block", "1-based block", frozen="tower")
+    norm: bool = param(False, "ours", "apply the backbone's final norm to the tap", frozen=True)
     sigma: float = param(4.0, "as VisualAD", "Gaussian of the map, pixels", "0 or more")
     top_share: float = param(
         0.01, "as VisualAD", "share of the pixels whose mean is the image score", "above 0, at most 1"
@@ -59,12 +54,14 @@ class SelfDistance(Method):
         if p.tap is None:
             self.backbone.taps = (self.backbone.depth // 2,)
 
-    def encode(self, batch) -> Features:
-        "Patches of one tap."
-        return self.backbone(batch.image, norm=self.p.norm)
+        self.grid = (self.backbone.size // self.backbone.patch,) * 2
 
-    def forward(self, features: Features, batch) -> Prediction:
+    def encode(self, batch) -> dict[str, Tensor]:
+        "Patches (B, N, D) of one tap."
+        return dict(patches=self.backbone(batch.image, norm=self.p.norm).patches[0])
+
+    def forward(self, features: dict, batch) -> Prediction:
         "Distance map, upsampled and smoothed."
-        grid = distance_to_mean(features.patches[0]).unflatten(1, features.grid)
+        grid = distance_to_mean(features["patches"]).unflatten(1, self.grid)
         pixels = to_pixels(grid, tuple(batch.image.shape[-2:]), self.p.sigma)
         return Prediction(pixels, top_share_mean(pixels, self.p.top_share), {"distance": grid})

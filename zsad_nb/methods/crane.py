@@ -6,64 +6,65 @@
 __all__ = ["CraneParameters", "CranePlusParameters", "Crane", "CranePlus", "import_released"]
 
 # %% ../../nbs/methods/18_crane.ipynb #29d7ba66
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backbones.prompts import ObjectPrompts
 from ..backbones.towers import create_backbone
-from ..components.dma import resize_tokens, similarity_attention
-from ..components.dual_path import DualPath, dual_path, joint, values_to_joint
+from ..components.dma import SimilarityParameters, resize_tokens, similarity_attention
+from zsad_nb.components.dual_path import (
+    DualPath,
+    DualPathParameters,
+    ValuePathParameters,
+    dual_path,
+    joint,
+    refined_blocks,
+    values_to_joint,
+)
 from ..components.losses import dice, focal
 from ..components.maps import to_pixels
-from ..components.sap import image_feature, pool, pooling_weights
+from ..components.sap import SAPParameters, image_feature, pool, pooling_weights
+from ..core.parameters import param, restated
 from .anomalyclip import import_released
 from .base import Method, Prediction, register
-from .parameters import ParameterSet, param
 from .variants import Variant
 
 _all_ = ["import_released"]
-from .tower_parameters import activation, clip_towers, positions
+from zsad_nb.methods.tower_parameters import (
+    ClipParameters,
+    DinoParameters,
+    ReleasedPromptParameters,
+    clip_towers,
+    object_prompts,
+)
 
 
 # %% ../../nbs/methods/18_crane.ipynb #1d39496d
 @dataclass(frozen=True)
-class CraneParameters(ParameterSet):
+class CraneParameters(DualPathParameters, ReleasedPromptParameters, ClipParameters, frozen=False):
     "Every choice Crane makes."
 
-    clip: str = param(
-        "tiny-clip",
-        "ours: the embedded default; paper: clip-vitl14-336",
-        "image and text tower, a CLIP of the backbone table",
+    clip: str = restated(ClipParameters, "clip", source="ours: the embedded default; paper: clip-vitl14-336")
+    image_size: int | None = restated(ClipParameters, "image_size", source="code: 518; default: the CLIP tower's")
+    quick_gelu: bool | None = restated(
+        ClipParameters, "quick_gelu", source="code: QuickGELU, as the weights were trained"
     )
-    clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
-    image_size: int | None = param(None, "code: 518; default: the CLIP tower's", "pixels, square")
-    quick_gelu: bool | None = activation(None, "code: QuickGELU, as the weights were trained")
-    position_resize: str | None = positions(None, "code: bilinear, as the table")
+    position_resize: str | None = restated(ClipParameters, "position_resize", source="code: bilinear, as the table")
     taps: tuple | None = param(
         None,
         "code: 6/12/18/24 of 24; default: quarters of the depth",
         "1-based blocks of the refined path that are compared with text",
+        frozen="tower",
     )
-    dual_blocks: int | None = param(
-        None, "code: 19 of 24; default: the same share of the depth", "length of the refined path; 0: none", "0 or more"
-    )
-    attention: str = param("qkv", "paper: E-Attn", "of the refined path: qkv, or vv (AnomalyCLIP)", ("qkv", "vv"))
-    prompt_count: int = param(12, "code", "E, learned vectors a prompt", "at least 1")
-    normal_words: str = param("object.", "code", "behind the vectors of T_n")
-    abnormal_words: str = param("damaged object.", "code", "behind the vectors of T_a")
-    deep_tokens: int = param(4, "code", "learned vectors at the input of further text blocks; 0: none")
-    deep_sets: int = param(8, "code: depth 9", "of how many text blocks, from the second on, at most")
-    prompt_std: float = param(0.02, "code", "of the learned vectors at the start")
     context_train: float = param(
         1.0, "code", "probability of a training step with the image in the prompt", "from 0 to 1"
     )
     context_test: bool = param(
         False, "released test commands; True: context.* of the parity fixture", "the image in the prompt at evaluation"
     )
-    cls_weight: float = param(0.5, "code", "share of the class token in the image feature", "from 0 to 1")
+    cls_weight: float = restated(SAPParameters, "cls_weight", source="code")
     tau: float = param(0.07, "code", "temperature of maps and score", "above 0")
     tau_train: float = param(0.01, "code", "temperature of the image's cross-entropy", "above 0")
     soft_mean: bool = param(True, "code: Crane True, Crane+ False", "average probabilities instead of logits")
@@ -73,12 +74,11 @@ class CraneParameters(ParameterSet):
     weight_dice: float = param(2.0, "code", "weight of the dice loss")
     weight_ce: float = param(0.2, "code", "weight of the image's cross-entropy")
     lr: float = param(1e-3, "code", "learning rate")
-    deep_half: bool = param(False, "ours: repaired; code: True", "cast deep text tokens to float16 at insertion")
-    aliased: bool = param(False, "ours: repaired; code: True", "every listed layer is the last block")
+    aliased: bool = param(False, "ours: repaired; code: True", "every listed layer is the last block", frozen=True)
 
 
 @dataclass(frozen=True)
-class CranePlusParameters(CraneParameters):
+class CranePlusParameters(SimilarityParameters, ValuePathParameters, DinoParameters, CraneParameters, frozen=False):
     "Every choice Crane+ makes: Crane's, and those of the second tower."
 
     taps: tuple | None = param(
@@ -87,28 +87,25 @@ class CranePlusParameters(CraneParameters):
         "1-based blocks of the refined path that are compared with text, beside D-Attn",
     )
     soft_mean: bool = param(False, "code: Crane+ False; DAGM, medical: True", "average probabilities instead of logits")
-    dino: str = param("tiny-dino", "ours: the embedded default; code: dinov2-vitb14-reg", "second image tower")
-    dino_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
-    dino_size: int | None = param(
-        None, "code: the same 518; default: as many patches as CLIP", "pixels of DINO's input, square"
+    dino: str = restated(DinoParameters, "dino", source="ours: the embedded default; code: dinov2-vitb14-reg")
+    dino_size: int | None = restated(
+        DinoParameters, "dino_size", source="code: the same 518; default: as many patches as CLIP"
     )
-    value_from: str = param(
-        "attended",
-        "code; paper: input",
-        "values of LN1 of the last block's input + attention, or of its input",
-        ("attended", "input"),
+    value_from: str = restated(
+        ValuePathParameters,
+        "value_from",
+        default="attended",
+        source="code; paper: input",
+        help="values of LN1 of the last block's input + attention, or of its input",
     )
-    scale: float = param(3.0, "paper", "sharpness of D-Attn")
-    shift: float = param(1.2, "paper", "threshold of D-Attn in units of the mean cosine")
-    centre: bool | None = param(
-        None,
-        "ours: for tiny-dino only, whose patches are nearly parallel",
-        "take each image's mean patch off before the cosines",
-    )
+    scale: float = restated(SimilarityParameters, "scale", source="paper", frozen=True)
+    shift: float = restated(SimilarityParameters, "shift", source="paper", frozen=True)
+    centre: bool | None = restated(SimilarityParameters, "centre", frozen=True)
     batch_mean: bool = param(
         False,
         "ours: image by image; code: True",
         "mean cosine over the whole batch: predictions then depend on it, and nothing is cached",
+        frozen=True,
     )
 
 
@@ -148,15 +145,13 @@ class Crane(Method):
     }
 
     def __init__(self, parameters: CraneParameters):
-        super().__init__(replace(parameters, taps=None if parameters.taps is None else tuple(parameters.taps)))
+        super().__init__(parameters)
         p = self.p
         self.clip, self.text = clip_towers(p, p.taps)
         depth = self.clip.depth
         wide = self.clip.tower.proj.shape[1]
         self.grid = (self.clip.size // self.clip.patch,) * 2
-        self.dual_blocks = max(1, round(depth * 19 / 24)) if p.dual_blocks is None else p.dual_blocks
-        if self.dual_blocks > depth:
-            raise ValueError(f"dual_blocks={p.dual_blocks}; {p.clip} has {depth} blocks")
+        self.dual_blocks = refined_blocks(p, self.clip)
         if p.taps is None:
             self.clip.taps = self._default_taps()
         early = [t for t in self.clip.taps if self.dual_blocks and t <= depth - self.dual_blocks]
@@ -170,15 +165,7 @@ class Crane(Method):
                 f"the image becomes a word of the prompt, but its embedding is {wide} wide and a word of {p.clip}"
                 f" {self.text.width}; use a CLIP where both are equal, or context_train=0 and context_test=False"
             )
-        self.prompts = ObjectPrompts(
-            self.text,
-            p.prompt_count,
-            (p.normal_words, p.abnormal_words),
-            p.deep_tokens,
-            p.deep_sets,
-            p.prompt_std,
-            p.deep_half,
-        )
+        self.prompts = object_prompts(self.text, p)
         self.local = {
             f"e_attn_{t}": f"e_attn_{depth if p.aliased else t}" for t in self.clip.taps
         }  # name of the map -> name of the feature
@@ -206,14 +193,6 @@ class Crane(Method):
     def encode(self, batch) -> dict[str, Tensor]:
         "Everything visual."
         return self.both_paths(batch.image)[0]
-
-    def encode_key(self) -> dict | None:
-        "What `encode` depends on besides the image."
-        return dict(
-            method="crane",
-            clip=dict(name=self.p.clip, hash=self.clip.hash, size=self.clip.size, taps=sorted({*self.local.values()})),
-            path=dict(dual_blocks=self.dual_blocks, attention=self.p.attention),
-        )
 
     # ---- learned
     def text_features(
@@ -366,15 +345,8 @@ class CranePlus(Crane):
         return dict(found, d_attn=self.d_attention(batch.image, seen))
 
     def encode_key(self) -> dict | None:
-        "What `encode` depends on besides the image; None where it depends on batch mates."
-        p = self.p
-        if p.batch_mean:
-            return None
-        return dict(
-            super().encode_key(),
-            dino=dict(name=p.dino, hash=self.dino.hash, size=self.dino.size),
-            d_attn=dict(value_from=p.value_from, scale=p.scale, shift=p.shift, centre=self.centre),
-        )
+        "As of any method; None where the features depend on batch mates."
+        return None if self.p.batch_mean else super().encode_key()
 
     def patches(self, features: dict) -> Tensor:
         "Mean of the local features on DINO's grid, for the pooling."

@@ -12,128 +12,94 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbones.prompts import ObjectPrompts
 from ..backbones.towers import create_backbone
-from ..components.dma import DMA, LevelFusion, resize_tokens
-from ..components.dual_path import dual_path, joint, values_to_joint
+from ..components.dma import DMA, DMAParameters, LevelFusion, resize_tokens
+from ..components.dual_path import ValuePathParameters, dual_path, joint, refined_blocks, values_to_joint
 from ..components.losses import dice, focal
 from ..components.maps import to_pixels
-from ..components.sap import SAP, image_feature, pool, pooling_weights
+from ..components.sap import SAP, SAPParameters, image_feature, pool, pooling_weights
+from ..core.parameters import param, restated
 from .base import Method, Prediction, register
-from .parameters import ParameterSet, param
-from .tower_parameters import activation, clip_towers, positions
+from zsad_nb.methods.tower_parameters import (
+    ClipParameters,
+    DinoParameters,
+    ObjectPromptParameters,
+    clip_towers,
+    object_prompts,
+)
 from .variants import Variant
 
 
 # %% ../../nbs/methods/09_dma_sap.ipynb #c0f54fc5
 @dataclass(frozen=True)
-class DMASAPParameters(ParameterSet):
-    "Every choice DMA+SAP makes."
+class DMASAPParameters(
+    SAPParameters,
+    DMAParameters,
+    ValuePathParameters,
+    ObjectPromptParameters,
+    DinoParameters,
+    ClipParameters,
+    frozen=False,
+):
+    "Every choice DMA+SAP makes: those of its towers, of its prompts, of both paths, of DMA and SAP, and these."
 
-    clip: str = param(
-        "tiny-clip",
-        "ours: the embedded default; stated: clip-vitl14-336",
-        "image and text tower, a CLIP of the backbone table",
+    clip: str = restated(ClipParameters, "clip", source="ours: the embedded default; stated: clip-vitl14-336")
+    image_size: int | None = restated(
+        ClipParameters, "image_size", source="Crane: 518; stated for the speed: 336; default: the CLIP tower's"
     )
-    clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
-    dino: str = param("tiny-dino", "ours: the embedded default; Crane: dinov2-vitb14-reg", "second image tower")
-    dino_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
-    image_size: int | None = param(
-        None, "Crane: 518; stated for the speed: 336; default: the CLIP tower's", "pixels, square"
+    quick_gelu: bool | None = restated(ClipParameters, "quick_gelu", source="ours: as the weights were trained")
+    position_resize: str | None = restated(ClipParameters, "position_resize", source="ours: as the table")
+    dino: str = restated(DinoParameters, "dino", source="ours: the embedded default; Crane: dinov2-vitb14-reg")
+    dino_size: int | None = restated(
+        DinoParameters, "dino_size", source="Crane: the same 518; default: as many patches as CLIP"
     )
-    quick_gelu: bool | None = activation(None, "ours: as the weights were trained")
-    position_resize: str | None = positions(None, "ours: as the table")
-    dino_size: int | None = param(
-        None, "Crane: the same 518; default: as many patches as CLIP", "pixels of DINO's input, square"
+    dual_blocks: int | None = restated(
+        ValuePathParameters,
+        "dual_blocks",
+        source="Crane: 19 of 24; default: the same share of the depth",
+        help="length of the refined path of F_self",
+        allowed="at least 1",
     )
+    attention: str = restated(ValuePathParameters, "attention", source="stated")
+    prompt_count: int = restated(ObjectPromptParameters, "prompt_count", source="Crane")
+    normal_words: str = restated(ObjectPromptParameters, "normal_words", source="stated; the full stop is Crane's")
+    abnormal_words: str = restated(ObjectPromptParameters, "abnormal_words", source="stated; the full stop is Crane's")
+    deep_tokens: int = restated(ObjectPromptParameters, "deep_tokens", source="Crane")
+    deep_sets: int = restated(ObjectPromptParameters, "deep_sets", source="Crane")
+    prompt_std: float = restated(ObjectPromptParameters, "prompt_std", source="Crane")
     clip_taps: tuple | None = param(
-        None, "stated: 8/16/24 of 24; default: thirds of the depth", "1-based blocks, shallow first"
+        None, "stated: 8/16/24 of 24; default: thirds of the depth", "1-based blocks, shallow first", frozen="tower"
     )
     dino_taps: tuple | None = param(
-        None, "stated: 4/8/12 of 12; default: thirds of the depth", "1-based blocks, one for each of clip_taps"
-    )
-    dino_norm: bool = param(True, "Crane, for the last block", "DINO's final norm at every depth")
-    dual_blocks: int | None = param(
         None,
-        "Crane: 19 of 24; default: the same share of the depth",
-        "length of the refined path of F_self",
-        "at least 1",
+        "stated: 4/8/12 of 12; default: thirds of the depth",
+        "1-based blocks, one for each of clip_taps",
+        frozen="tower",
     )
-    attention: str = param("qkv", "stated", "of the refined path: qkv (Crane) or vv (AnomalyCLIP)", ("qkv", "vv"))
-    value_from: str = param(
-        "input",
-        "Crane's paper; its code: attended",
-        "values of LN1 of the block's input, or of input + attention",
-        ("input", "attended"),
-    )
-    self_map: bool = param(True, "stated", "F_self is the second local feature")
+    dino_norm: bool = param(True, "Crane, for the last block", "DINO's final norm at every depth", frozen=True)
+    self_map: bool = param(True, "stated", "F_self is the second local feature", frozen=True)
     fusion: str = param(
-        "hierarchical", "stated", "hierarchical: all depths; deep: the last one alone", ("hierarchical", "deep")
+        "hierarchical",
+        "stated",
+        "hierarchical: all depths; deep: the last one alone",
+        ("hierarchical", "deep"),
+        frozen=True,
     )
-    dma: bool = param(True, "stated", "False: CLIP's own patches + projected DINO patches (ablations A, B)")
-    project_first: bool = param(True, "stated order; Crane: raw", "cosines of the projected DINO patches")
-    scale: float = param(3.0, "stated", "delta of A_dino")
-    shift: float = param(1.2, "stated", "epsilon of A_dino")
-    threshold: bool = param(True, "Crane", "cosines below epsilon * mean are removed; False: the printed formula")
-    centre: bool | None = param(
-        None,
-        "ours: for tiny-dino only, whose patches are nearly parallel",
-        "take each image's mean patch off before the cosines",
-    )
-    dma_projections: str = param(
-        "frozen",
-        "ours: begin as Crane",
-        "value and output projections of DMA: the CLIP block's own, frozen, or learned ones that start there",
-        ("frozen", "learned"),
-    )
-    dma_upsample: str = param(
-        "values",
-        "Crane; stated: attention",
-        "what is resized where the two grids differ: CLIP's values to DINO's grid, or the attention to CLIP's",
-        ("values", "attention"),
+    dma: bool = param(
+        True, "stated", "False: CLIP's own patches + projected DINO patches (ablations A, B)", frozen=True
     )
     dino_frozen: bool = param(
         False, "ours", "without DMA (ablations A, B): dino_proj stays at zero, so that CLIP is alone"
     )
-    theta: float = param(0.0, "ours: begin as Crane", "start of theta, the weight of A_clip")
     query: str = param(
         "text",
         "ours: class-agnostic",
         "of A_clip: text (mean of T_n and T_a) or cls (the image's class token)",
         ("text", "cls"),
     )
-    levels: tuple = param(
-        (0.5, 0.5, 1.0), "ours: begin with the paper's values after training", "alpha, beta, gamma, shallow first"
-    )
-    prompt_count: int = param(12, "Crane", "E, learned vectors a prompt", "at least 1")
-    normal_words: str = param("object.", "stated; the full stop is Crane's", "behind the vectors of T_n")
-    abnormal_words: str = param("damaged object.", "stated; the full stop is Crane's", "behind the vectors of T_a")
-    deep_tokens: int = param(4, "Crane", "learned vectors at the input of further text blocks; 0: none")
-    deep_sets: int = param(8, "Crane", "of how many text blocks, at most")
-    prompt_std: float = param(0.02, "Crane", "of the learned vectors at the start")
     pooling: str = param(
         "sap", "stated", "sap; map: f_base alone (Crane); cls: the class token alone", ("sap", "map", "cls")
     )
-    sap_weights: str = param(
-        "spatial",
-        "ours of two readings",
-        "spatial: softmax over positions; class: over normal and abnormal (Crane)",
-        ("spatial", "class"),
-    )
-    sap_maps: str = param(
-        "logits",
-        "ours of two readings",
-        "maps in SAP's softmax: logits over tau, or probabilities",
-        ("logits", "probabilities"),
-    )
-    sap_input: str = param(
-        "unit",
-        "ours; stated: patch tokens",
-        "patches that SAP pools: of unit length, or tokens as they come",
-        ("unit", "tokens"),
-    )
-    gate: float = param(0.0, "ours: half of each pathway", "start of SAP's alpha")
-    cls_weight: float = param(0.5, "Crane", "share of the class token in the image feature", "from 0 to 1")
     tau: float = param(0.07, "Crane", "temperature of maps and score", "above 0")
     tau_train: float = param(0.01, "Crane", "temperature of the image's cross-entropy", "above 0")
     soft_mean: bool = param(False, "Crane+", "average probabilities instead of logits")
@@ -223,9 +189,7 @@ class DMASAP(Method):
     }
 
     def __init__(self, parameters: DMASAPParameters):
-        super().__init__(
-            replace(parameters, **{k: tuple(v) for k, v in vars(parameters).items() if isinstance(v, list)})
-        )  # JSON has lists only
+        super().__init__(parameters)
         p = self.p
         self.clip, self.text = clip_towers(p, p.clip_taps)
         self.dino = create_backbone(p.dino, p.dino_weights, p.dino_size, p.dino_taps)
@@ -242,34 +206,14 @@ class DMASAP(Method):
             self.dino.size = self.grid[0] * self.dino.patch
         self.dino_grid = (self.dino.size // self.dino.patch,) * 2
         self.pairs = list(zip(self.clip.taps, self.dino.taps))[0 if p.fusion == "hierarchical" else -1 :]
-        self.dual_blocks = p.dual_blocks or max(1, round(self.clip.depth * 19 / 24))
-        if self.dual_blocks > self.clip.depth:
-            raise ValueError(f"dual_blocks={p.dual_blocks}; {p.clip} has {self.clip.depth} blocks")
-
-        width, joint_dim, dino_width = self.clip.width, self.clip.tower.proj.shape[1], self.dino.width
-        self.prompts = ObjectPrompts(
-            self.text, p.prompt_count, (p.normal_words, p.abnormal_words), p.deep_tokens, p.deep_sets, p.prompt_std
-        )
+        self.dual_blocks = refined_blocks(p, self.clip)
+        joint_dim = self.clip.tower.proj.shape[1]
+        self.prompts = object_prompts(self.text, p)
         if p.dma:
-            centre = p.dino == "tiny-dino" if p.centre is None else p.centre
-            self.fuse = nn.ModuleList(
-                DMA(
-                    dino_width,
-                    width,
-                    joint_dim,
-                    p.scale,
-                    p.shift,
-                    p.threshold,
-                    centre,
-                    p.project_first,
-                    p.theta,
-                    learned=p.dma_projections == "learned",
-                    upsample=p.dma_upsample,
-                )
-                for _ in self.pairs
-            )
+            own = replace(p, centre=p.dino == "tiny-dino") if p.centre is None else p
+            self.fuse = nn.ModuleList(DMA(self.dino.width, self.clip.width, joint_dim, own) for _ in self.pairs)
         else:
-            self.fuse = nn.ModuleList(nn.Linear(dino_width, width) for _ in self.pairs)
+            self.fuse = nn.ModuleList(nn.Linear(self.dino.width, self.clip.width) for _ in self.pairs)
             for q in self.fuse.parameters():
                 nn.init.zeros_(q)
                 q.requires_grad_(not p.dino_frozen)
@@ -286,7 +230,7 @@ class DMASAP(Method):
                     "sap_maps='probabilities' belongs to a softmax over positions: use sap_weights='spatial', or"
                     " sap_maps='logits'"
                 )
-            self.sap = SAP(joint_dim, p.sap_weights, p.gate)
+            self.sap = SAP(joint_dim, p)
 
     # ---- frozen
     def encode(self, batch) -> dict[str, Tensor]:
@@ -308,24 +252,6 @@ class DMASAP(Method):
         for i, (mine, other) in enumerate(zip(clip_side, self.dino(batch.image, depths, norm=p.dino_norm).patches)):
             found |= {f"clip_{i}": mine, f"dino_{i}": other}
         return found
-
-    def encode_key(self) -> dict:
-        "What `encode` depends on besides the image."
-        p = self.p
-        length = dict(length=True) if p.sap_input == "tokens" else {}
-        return dict(
-            clip=dict(name=p.clip, hash=self.clip.hash, size=self.clip.size, taps=[c for c, _ in self.pairs]),
-            dino=dict(
-                name=p.dino, hash=self.dino.hash, size=self.dino.size, taps=[d for _, d in self.pairs], norm=p.dino_norm
-            ),
-            path=dict(
-                **length,
-                dual_blocks=self.dual_blocks,
-                attention=p.attention,
-                value_from=p.value_from if p.dma else "tokens",
-                self_map=p.self_map,
-            ),
-        )
 
     # ---- learned
     def text_features(self) -> Tensor:  # (2, C) normal, abnormal, normalised
@@ -443,7 +369,3 @@ class DMASAP(Method):
     def param_groups(self) -> list[dict]:
         "Everything learned at one rate (stated)."
         return [dict(params=list(self.learned().values()), lr=self.p.lr)]
-
-    def parameter_counts(self) -> dict[str, int]:
-        "Values in every frozen tower and in every learned part."
-        return {name: sum(q.numel() for q in part.parameters()) for name, part in self.named_children()}

@@ -37,12 +37,12 @@ from zsad_nb.backbones.ensembles import (
 from ..components.dapo_prompts import enlarge, focal_types, type_logits
 from ..components.losses import dice
 from ..components.maps import to_pixels
+from ..core.parameters import param, restated
 from ..data.taxonomy import plain, type_words
 from .base import Prediction, register
-from .dapo import TypeMethod, chosen
-from .parameters import ParameterSet, param
+from .dapo import TypeMethod, TypeParameters, chosen
 from .released_files import import_linear_layers, linear_layer_names
-from .tower_parameters import activation, clip_towers, positions
+from .tower_parameters import ClipParameters, clip_towers
 from .variants import Variant
 
 # %% ../../nbs/methods/13_multiads.ipynb #d0e3b6e2
@@ -110,31 +110,26 @@ def states_of(
 
 
 @dataclass(frozen=True)
-class MultiADSParameters(ParameterSet):
+class MultiADSParameters(TypeParameters, ClipParameters, frozen=False):
     "Every choice MultiADS makes."
 
-    clip: str = param(
-        "tiny-clip",
-        "ours: the embedded default; code: clip-vitl14-336",
-        "image and text tower, a CLIP of the backbone table",
+    clip: str = restated(ClipParameters, "clip", source="ours: the embedded default; code: clip-vitl14-336")
+    image_size: int | None = restated(ClipParameters, "image_size", source="code: 518; default: the tower's")
+    clip_taps: tuple | None = param(
+        None, "code: 6/12/18/24 of 24; default: the tower's", "1-based blocks", frozen="tower"
     )
-    clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
-    image_size: int | None = param(None, "code: 518; default: the tower's", "pixels, square")
-    clip_taps: tuple | None = param(None, "code: 6/12/18/24 of 24; default: the tower's", "1-based blocks")
-    quick_gelu: bool | None = activation(False, "code: exact GELU, which is not what the weights were trained with")
-    position_resize: str | None = positions("bicubic", "code: antialiased bicubic")
-    types: tuple | str | None = param(
-        None,
-        "code: the data set's own list",
-        "defect types: names, or a data set of the taxonomy; None: those of the index",
+    quick_gelu: bool | None = restated(
+        ClipParameters,
+        "quick_gelu",
+        default=False,
+        source="code: exact GELU, which is not what the weights were trained with",
     )
-    words: tuple | None = param(
-        None, "ours", "what the sentences call the types; default: the names, or the taxonomy's words"
+    position_resize: str | None = restated(
+        ClipParameters, "position_resize", default="bicubic", source="code: antialiased bicubic"
     )
-    types_from: str = param(
-        "", "ours", "given: the types stay; index: every index brings its own; default: index if no types were given"
+    words: tuple | None = restated(
+        TypeParameters, "words", help="what the sentences call the types; default: the names, or the taxonomy's words"
     )
-    unknown_words: str = param("warn", "ours", "words the text tower has never read: warn or error")
     thing: str = param("", "code: the product's name", "name of every object; default: the category")
     names: str = param("released", "code: as the data set spells them", RELEASED_HELP, RELEASED_NAMES)
     phrases: dict | str | None = param(
@@ -263,13 +258,6 @@ class MultiADS(TypeMethod):
         "Raw patches of every tap: no final norm, no projection."
         seen = self.clip(batch.image)
         return {f"tap_{t}": patches for t, patches in zip(self.clip.taps, seen.patches)}
-
-    def encode_key(self) -> dict:
-        "What `encode` depends on besides the image."
-        b = self.clip
-        return dict(
-            clip=dict(name=b.row.name, hash=b.hash, size=b.size, taps=list(b.taps), positions=self.clip.row.positions)
-        )
 
     @classmethod
     def class_sentences(cls, p, category: str) -> list[str]:

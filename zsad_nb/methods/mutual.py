@@ -6,7 +6,7 @@
 __all__ = ["neighbourhood", "mutual_distance", "MutualParameters", "Mutual"]
 
 # %% ../../nbs/methods/15_mutual.ipynb #4e29bc97
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ..backbones.towers import create_backbone
 from ..components.maps import to_pixels, top_share_mean
+from ..core.parameters import param, restated
 from ..data.index import root_of
 from ..data.method_images import batches_for
 from .base import Method, Prediction, register
-from .parameters import ParameterSet, param
-from .tower_parameters import activation, positions
+from .tower_parameters import BackboneParameters
 
 
 # %% ../../nbs/methods/15_mutual.ipynb #a2c2e2c9
@@ -49,20 +49,20 @@ def mutual_distance(
 
 # %% ../../nbs/methods/15_mutual.ipynb #1c312f74
 @dataclass(frozen=True)
-class MutualParameters(ParameterSet):
+class MutualParameters(BackboneParameters, frozen=False):
     "Every choice the control makes."
 
-    backbone: str = param(
-        "tiny-dino", "ours: the embedded default; paper: clip-vitl14-336", "name in the backbone table"
+    backbone: str = restated(
+        BackboneParameters, "backbone", source="ours: the embedded default; paper: clip-vitl14-336"
     )
-    weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
-    image_size: int | None = param(None, "the backbone's; paper: 518", "pixels, square")
-    quick_gelu: bool | None = activation(None, "ours: as the weights were trained")
-    position_resize: str | None = positions(None, "as the table")
+    image_size: int | None = restated(BackboneParameters, "image_size", source="the backbone's; paper: 518")
     taps: tuple | None = param(
-        None, "ours: the middle block; paper: the quarters", "1-based blocks whose distances are averaged"
+        None,
+        "ours: the middle block; paper: the quarters",
+        "1-based blocks whose distances are averaged",
+        frozen="tower",
     )
-    norm: bool = param(False, "ours", "apply the backbone's final norm to the taps")
+    norm: bool = param(False, "ours", "apply the backbone's final norm to the taps", frozen=True)
     neighbourhoods: tuple = param(
         (1, 3, 5), "paper", "odd sides in patches, whose distances are averaged", "one or more"
     )
@@ -115,13 +115,7 @@ class Mutual(Method):
     }
 
     def __init__(self, parameters: MutualParameters):
-        super().__init__(
-            replace(
-                parameters,
-                taps=None if parameters.taps is None else tuple(parameters.taps),
-                neighbourhoods=tuple(parameters.neighbourhoods),
-            )
-        )
+        super().__init__(parameters)
         p = self.p
         self.backbone = create_backbone(p.backbone, p.weights, p.image_size, p.taps, p.quick_gelu, p.position_resize)
         if p.taps is None:
@@ -173,15 +167,6 @@ class Mutual(Method):
         "Patches (B, N, D) of every tap."
         seen = self.backbone(batch.image, norm=self.p.norm)
         return {f"tap_{t}": x for t, x in zip(seen.taps, seen.patches)}
-
-    def encode_key(self) -> dict:
-        "What `encode` depends on besides the image."
-        b = self.backbone
-        return dict(
-            method=self.name,
-            backbone=dict(name=b.row.name, hash=b.hash, size=b.size, taps=list(b.taps)),
-            norm=self.p.norm,
-        )
 
     def levels(self, features: dict) -> list[Tensor]:  # (B, N, D) each, of length 1
         "Every tap in every neighbourhood."

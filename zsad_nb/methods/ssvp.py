@@ -18,7 +18,7 @@ __all__ = [
 
 # %% ../../nbs/methods/10_ssvp.ipynb #86049b43
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
@@ -29,52 +29,51 @@ from ..backbones.ensembles import WINCLIP_STATES, WINCLIP_TEMPLATES, ensemble
 from ..backbones.prompts import StatePrompts
 from ..backbones.towers import create_backbone
 from ..backbones.words import NAMES, NAMES_HELP
-from ..components.hsvs import HSVS
+from ..components.hsvs import HSVS, HSVSParameters
 from ..components.losses import focal, image_bce
 from ..components.maps import to_pixels
-from ..components.vcpg import VCPG, scd, stay_close, tir_fg
-from ..components.vtam import VTAM
+from ..components.vcpg import VCPG, VCPGParameters, scd, stay_close, tir_fg
+from ..components.vtam import VTAM, VTAMParameters
+from ..core.parameters import param, restated
 from ..data.method_images import batches_for
 from .base import Method, Prediction, register
-from .parameters import ParameterSet, param
-from .tower_parameters import activation, clip_towers, positions
+from .tower_parameters import ClipParameters, DinoParameters, clip_towers
 from .variants import Variant
 
 
 # %% ../../nbs/methods/10_ssvp.ipynb #61eb0758
 @dataclass(frozen=True)
-class SSVPParameters(ParameterSet):
-    "Every choice SSVP makes."
+class SSVPParameters(VTAMParameters, VCPGParameters, HSVSParameters, DinoParameters, ClipParameters, frozen=False):
+    "Every choice SSVP makes: those of its towers, of HSVS, VCPG and VTAM, and these."
 
-    clip: str = param(
-        "tiny-clip",
-        "ours: the embedded default; stated: clip-vitl14-336 or clip-vitl14",
-        "image and text tower, a CLIP of the backbone table",
+    clip: str = restated(
+        ClipParameters, "clip", source="ours: the embedded default; stated: clip-vitl14-336 or clip-vitl14"
     )
-    clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
+    image_size: int | None = restated(
+        ClipParameters,
+        "image_size",
+        source="stated: 518; default: the CLIP tower's",
+        help="pixels of CLIP's input, square",
+    )
+    dino: str = restated(DinoParameters, "dino", source="ours: the embedded default; stated: dinov3-vitl16")
+    dino_size: int | None = restated(
+        DinoParameters, "dino_size", source="stated: 592; default: as many patches as CLIP"
+    )
     names: str = param("words", "ours; raw: most released codes", NAMES_HELP, NAMES)
-    dino: str = param("tiny-dino", "ours: the embedded default; stated: dinov3-vitl16", "second image tower")
-    dino_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
-    image_size: int | None = param(None, "stated: 518; default: the CLIP tower's", "pixels of CLIP's input, square")
-    quick_gelu: bool | None = activation(None, "ours: as the weights were trained")
-    position_resize: str | None = positions(None, "ours: as the table")
-    dino_size: int | None = param(
-        None, "stated: 592; default: as many patches as CLIP", "pixels of DINO's input, square"
-    )
     clip_taps: tuple | None = param(
-        None, "stated: 6/12/18/24 of 24; default: quarters of the depth", "1-based blocks, shallow first"
+        None,
+        "stated: 6/12/18/24 of 24; default: quarters of the depth",
+        "1-based blocks, shallow first",
+        frozen="tower",
     )
     dino_layers: str = param(
         "paper",
         "stated: {3, 6, 9, 11}, read as 0-based",
         "paper: blocks 4/7/10/12 whatever the depth; scaled: quarters of the depth",
         ("paper", "scaled"),
+        frozen="tower",
     )
-    dino_taps: tuple | None = param(None, "by dino_layers", "1-based blocks, one for each of clip_taps")
-    hsvs: str = param("atf", "Table 3", "atf; concat (B); none (A: CLIP alone)", ("atf", "concat", "none"))
-    inner: int | None = param(None, "ours: the joint space's", "width of ATF's queries, keys and values")
-    num_heads: int = param(8, "ours; 1 is the formula", "of ATF")
-    mlp_ratio: float = param(2.0, "ours", "hidden width of ATF's MLP / joint width")
+    dino_taps: tuple | None = param(None, "by dino_layers", "1-based blocks, one for each of clip_taps", frozen="tower")
     background: int = param(5, "baseline", "learned vectors [V]_bg")
     state: int = param(5, "baseline", "learned vectors [V]_state")
     prompts: int = param(3, "stated: 3 + 3", "prompts a state")
@@ -87,44 +86,6 @@ class SSVPParameters(ParameterSet):
     shared_background: bool = param(True, "stated", "one [V]_bg for all prompts; False: one a pair (baseline)")
     class_agnostic: bool = param(False, "stated: [CLASS]", 'write "object" for every class name')
     vcpg: bool = param(True, "Table 3", "False: T_final = T_init (A to C)")
-    latent: int | None = param(None, "baseline: 768 of 768", "width of the VAE's latent; default: the joint width")
-    hidden: int | None = param(
-        None,
-        "baseline: 512, half of a 1024 wide image tower",
-        "hidden width of the VAE; default: two thirds of the joint width, which is 512, too",
-    )
-    key_width: int | None = param(None, "ours: 256 of 768", "d_k; default: a third of the joint width")
-    normalise_init: bool = param(
-        False,
-        "ours",
-        "T_init at unit length before the gate (Eq. 11): at its own length, about 30, alpha cannot move it",
-    )
-    latents: int = param(10, "baseline; the formula has 1", "latent samples in evaluation")
-    train_latents: int = param(1, "baseline and formula", "latent samples in training; 2 or more train W_Q and W_K")
-    z: str = param("sample", "stated", "in evaluation: sample, or mu for the mean")
-    noise_seed: int = param(0, "ours", "of the samples in evaluation")
-    vae_scale: str = param(
-        "mean", "ours; the formula sums", "of both VAE terms: mean over dimensions, sum, or unit (sum on unit vectors)"
-    )
-    detach_target: bool = param(True, "ours", "no gradient into the image feature as the VAE's target")
-    vtam: bool = param(True, "Table 3", "False: the plain mean of the levels' maps (A to D)")
-    gate_width: int | None = param(
-        None, "ours: 192 of 768", "hidden width of the global gate; default: a quarter of the joint width"
-    )
-    tau: float = param(0.07, "baseline", "temperature at the start, learned")
-    mask_bias: float = param(2.0, "ours", "bias of the local gate at the start; 2 is a mask of 0.88")
-    pairing: str = param(
-        "pairs", "baseline", "pairs: i-th normal with i-th abnormal; mean: of each state's mean embedding"
-    )
-    global_score: str = param(
-        "probability",
-        "ours; cosine: Alg. 1 to the letter",
-        "image term of the score: probability, difference or cosine",
-    )
-    pool: str = param(
-        "max", "stated: Eq. 18; Alg. 1: mean", "local term of the score: max of the map, or mean of the pairs' maxima"
-    )
-    gamma: float = param(0.5, "stated", "share of the local term in the score")
     sigma: float = param(
         4.0,
         "ours: none stated; baseline: 8 at 518 px",
@@ -203,9 +164,7 @@ class SSVP(Method):
     }  # Table 3
 
     def __init__(self, parameters: SSVPParameters):
-        super().__init__(
-            replace(parameters, **{k: tuple(v) for k, v in vars(parameters).items() if isinstance(v, list)})
-        )  # JSON has lists only
+        super().__init__(parameters)
         p = self.p
         self.clip, self.text = clip_towers(p, p.clip_taps)
         self.dino = None
@@ -213,33 +172,20 @@ class SSVP(Method):
         if p.hsvs != "none":
             self.dino = self._second_tower()
         self.prompts = StatePrompts(
-            self.text, p.background, p.state, p.prompts, p.prompt_std, p.shared_background, p.state_mean, p.names
+            self.text,
+            background=p.background,
+            state=p.state,
+            count=p.prompts,
+            std=p.prompt_std,
+            shared_background=p.shared_background,
+            state_mean=p.state_mean,
+            names=p.names,
         )
-        width = self.clip.tower.proj.shape[1]
         levels = len(self.clip.taps)
-        self.hsvs = HSVS(
-            self.clip.tower.proj, self.dino.width if self.dino else 0, levels, p.hsvs, p.inner, p.num_heads, p.mlp_ratio
-        )
-        self.vcpg = (
-            VCPG(
-                width,
-                p.latent,
-                p.hidden,
-                p.key_width,
-                p.latents,
-                p.train_latents,
-                p.z,
-                p.noise_seed,
-                p.vae_scale,
-                p.detach_target,
-                p.normalise_init,
-            )
-            if p.vcpg
-            else None
-        )
-        self.vtam = VTAM(
-            width, levels, p.gate_width, p.tau, p.mask_bias, p.gamma, p.vtam, p.pairing, p.global_score, p.pool
-        )
+        width = self.clip.tower.proj.shape[1]
+        self.hsvs = HSVS(self.clip.tower.proj, self.dino.width if self.dino else 0, levels, p)
+        self.vcpg = VCPG(width, p) if p.vcpg else None
+        self.vtam = VTAM(width, levels, p)
 
     def _second_tower(self):
         p = self.p
@@ -273,14 +219,6 @@ class SSVP(Method):
             return found
         other = self.dino(batch.image, norm=True)
         return found | {f"dino_{i}": t for i, t in enumerate(other.patches)} | dict(dino_global=other.cls)
-
-    def encode_key(self) -> dict:
-        "What `encode` depends on besides the image."
-
-        def of(b):
-            return None if b is None else dict(name=b.row.name, hash=b.hash, size=b.size, taps=list(b.taps))
-
-        return dict(method=self.name, clip=of(self.clip), dino=of(self.dino))
 
     # ---- learned
     @classmethod
@@ -379,10 +317,6 @@ class SSVP(Method):
             ].append(q)
         rates = dict(prompts=self.p.lr_prompts, rest=self.p.lr, tau=self.p.lr_tau)
         return [dict(params=kinds[kind], lr=rate) for kind, rate in rates.items() if kinds[kind]]
-
-    def parameter_counts(self) -> dict[str, int]:
-        "Values in every frozen tower and in every learned part."
-        return {name: sum(q.numel() for q in part.parameters()) for name, part in self.named_children()}
 
 
 # %% ../../nbs/methods/10_ssvp.ipynb #e014a7b0

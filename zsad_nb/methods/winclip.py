@@ -26,9 +26,9 @@ from ..backbones.ensembles import ANOMALIB_TEMPLATES, WINCLIP_STATES, WINCLIP_TE
 from ..backbones.towers import ClipBackbone
 from ..backbones.words import NAMES, NAMES_HELP
 from ..components.maps import to_pixels
+from ..core.parameters import param, restated
 from .base import Method, Prediction, reference_images, register
-from .parameters import ParameterSet, param
-from .tower_parameters import activation, clip_towers, positions
+from .tower_parameters import ClipParameters, clip_towers
 from .variants import Variant
 
 
@@ -107,20 +107,17 @@ VARIANTS = {
 
 
 @dataclass(frozen=True)
-class WinCLIPParameters(ParameterSet):
+class WinCLIPParameters(ClipParameters, frozen=False):
     "Every choice WinCLIP makes."
 
-    clip: str = param(
-        "tiny-clip",
-        "ours: the embedded default; paper: clip-vitb16-plus-240",
-        "image and text tower, a CLIP of the backbone table",
-    )
-    clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
+    clip: str = restated(ClipParameters, "clip", source="ours: the embedded default; paper: clip-vitb16-plus-240")
     names: str = param("words", "ours; raw: most released codes", NAMES_HELP, NAMES)
-    quick_gelu: bool | None = activation(None, "code: exact GELU, as LAION's weights were trained")
-    position_resize: str | None = positions(None, "code: bilinear, as the table")
-    image_size: int | None = param(None, "paper: 240; default: the CLIP tower's", "pixels, square")
-    scales: tuple = param((2, 3), "paper", "sides of the windows, patches; () for the image alone")
+    quick_gelu: bool | None = restated(
+        ClipParameters, "quick_gelu", source="code: exact GELU, as LAION's weights were trained"
+    )
+    position_resize: str | None = restated(ClipParameters, "position_resize", source="code: bilinear, as the table")
+    image_size: int | None = restated(ClipParameters, "image_size", source="paper: 240; default: the CLIP tower's")
+    scales: tuple = param((2, 3), "paper", "sides of the windows, patches; () for the image alone", frozen=True)
     templates: str = param(
         "paper", "paper", "of the sentences: paper (22) or anomalib (21, with a full stop)", tuple(TEMPLATES)
     )
@@ -142,6 +139,7 @@ class WinCLIPParameters(ParameterSet):
         False,
         "ours: as the paper; anomalib on open_clip >= 2.26.1: True",
         "attention across windows instead of within them",
+        frozen=True,
     )
 
     def __post_init__(self):
@@ -188,7 +186,7 @@ class WinCLIP(Method):
     studies = {"codes": VARIANTS}
 
     def __init__(self, parameters: WinCLIPParameters):
-        super().__init__(replace(parameters, scales=tuple(parameters.scales)))
+        super().__init__(parameters)
         p = self.p
         self.clip, self.text = clip_towers(p)
         self.grid = (self.clip.size // self.clip.patch,) * 2
@@ -213,15 +211,6 @@ class WinCLIP(Method):
     def encode(self, batch) -> dict[str, Tensor]:
         "All that is compared with texts and references."
         return self.see(batch.image)
-
-    def encode_key(self) -> dict:
-        "What `encode` depends on besides the image."
-        return dict(
-            method=self.name,
-            clip=dict(name=self.p.clip, hash=self.clip.hash, size=self.clip.size, quick_gelu=self.clip.quick_gelu),
-            scales=list(self.p.scales),
-            across=self.p.across_windows,
-        )
 
     # ---- references
     def _reserve(self, shots: int):
