@@ -169,8 +169,8 @@ def judged(case, model) -> dict:
         to_pixels(plain.map, plain.map.shape[-2:], float(cfg["sigma"])), found["out.test.smoothed_map"]
     )
     for name, changes in dict(large=dict(small_top_classes=()), small=dict(top_pixels=cfg["top_k_small"])).items():
-        found[f"out.test.top_mean_{name}"] = build(case, **changes).score_parts(batch)[:, 1]
-    found["out.test.top_mean_used"] = model.score_parts(batch)[:, 1]
+        found[f"out.test.top_mean_{name}"] = build(case, **changes).measure(batch)[:, 1]
+    found["out.test.top_mean_used"] = model.measure(batch)[:, 1]
     return found
 
 
@@ -363,7 +363,7 @@ def test_bayes_pfl_what_was_set_matters(case):
         ), changes
     for changes in (dict(top_pixels=10, small_top_pixels=10), dict(second_stage=True), dict(image_agnostic=False)):
         assert (
-            case.difference(build(case, **changes).score_parts(batch), parts) > 2 * limits["probability and top means"]
+            case.difference(build(case, **changes).measure(batch), parts) > 2 * limits["probability and top means"]
         ), changes
     assert (
         case.difference(build(case, image_score="image").predict(batch).score, case.tensors["out.test.image_score"])

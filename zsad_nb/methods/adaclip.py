@@ -18,11 +18,14 @@ __all__ = [
 ]
 
 # %% ../../nbs/methods/19_adaclip.ipynb #f22340e3
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor, nn
 
 from zsad_nb.backbones.ensembles import (
@@ -159,37 +162,15 @@ def read_prompted(
 def kmeans(
     x: Tensor,  # (n, D)
     k: int,  # groups, fewer if there are fewer different rows
-    seed: int = 0,  # of the first centres (ours)
-    steps: int = 300,  # at most (ours)
+    seed: int = 0,  # of the first centres (ours; the release does not fix it)
 ) -> Tensor:  # (n,) group of every row, counted from 0 without gaps
-    "Lloyd's k-means from k-means++ centres; the same rows always give the same groups (Arthur and Vassilvitskii, SODA 2007)."
-    x = x.detach().cpu().double()
-    labels = None
-    square = x.square().sum(1, keepdim=True)
-
-    def distance(c):
-        return (square - 2 * x @ c.T + c.square().sum(1)).clamp(min=0)  # (n, centres), squared
-
-    draws = torch.rand(k, generator=torch.Generator().manual_seed(seed), dtype=x.dtype)
-    centres = x[(draws[:1] * len(x)).long()]
-    for draw in draws[1:]:
-        far = distance(centres).amin(1)
-        if far.max() <= 1e-12 * square.max():
-            break  # every row is a centre already
-        centres = torch.cat(
-            [centres, x[torch.searchsorted(far.cumsum(0), draw * far.sum(), right=True).clamp(max=len(x) - 1)][None]]
-        )
-    for _ in range(steps):
-        before = labels
-        labels = distance(centres).argmin(1)
-        if before is not None and torch.equal(before, labels):
-            break
-        member = F.one_hot(labels, len(centres)).to(x)
-        count = member.sum(0)[:, None]
-        centres = torch.where(
-            count > 0, member.T @ x / count.clamp(min=1), centres
-        )  # a group that lost all rows stays where it was
-    return labels.unique(return_inverse=True)[1]
+    "scikit-learn's k-means, as released, with a seed of its own: the same rows always give the same groups."
+    rows = x.detach().cpu().double().numpy()
+    groups = KMeans(n_clusters=min(k, len(rows)), random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # equal rows: fewer groups
+        labels = groups.fit(rows).labels_
+    return torch.from_numpy(labels).long().unique(return_inverse=True)[1]
 
 
 def fuse(
@@ -202,14 +183,17 @@ def fuse(
 ) -> Tensor:  # (B, C), normalised
     "Hybrid semantic fusion: what the suspicious patches say about the image (baselines, 2.3; code)."
     count = min(logits.shape[1], candidates * clusters) if candidates else logits.shape[1]
-    found = []
+    fused = []
     for x, a in zip(patches, logits.detach()):
-        at = a.topk(count).indices.sort().values  # in raster order: near-ties do not decide where k-means starts
+        at = a.topk(count).indices  # the most abnormal first, as released: the order decides where k-means starts
         member = F.one_hot(kmeans(x[at].flatten(1), clusters, seed).to(x.device)).to(x)  # (count, groups)
         share = member / member.sum(0)
         centres = share.T @ x[at].mean(1)  # mean over members, and over taps
-        found.append(centres.mean(0) if choose == "all" else centres[(a[at].sigmoid() @ share).argmax()])
-    return F.normalize(torch.stack(found), dim=-1)
+        if choose == "all":
+            fused.append(centres.mean(0))
+        else:
+            fused.append(centres[(a[at].sigmoid() @ share).argmax()])
+    return F.normalize(torch.stack(fused), dim=-1)
 
 
 # %% ../../nbs/methods/19_adaclip.ipynb #72655c4d

@@ -8,7 +8,6 @@ __all__ = ["released_names", "import_released", "APRILGANParameters", "APRILGAN"
 # %% ../../nbs/methods/21_april_gan.ipynb #333ea439
 from dataclasses import asdict, dataclass, replace
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,8 +27,8 @@ from ..components.dapo_prompts import enlarge
 from ..components.losses import dice, focal
 from ..components.maps import to_pixels
 from ..core.parameters import param, restated
-from .base import Method, Prediction, reference_images, register
-from .class_range import ClassRange, stretch
+from .base import Prediction, reference_images, register
+from .class_range import RangedMethod, stretch
 from .released_files import import_linear_layers, linear_layer_names
 from .tower_parameters import ClipParameters, clip_towers
 from .variants import Variant
@@ -75,7 +74,7 @@ class APRILGANParameters(ClipParameters, frozen=False):
 
 # %% ../../nbs/methods/21_april_gan.ipynb #53157571
 @register
-class APRILGAN(Method):
+class APRILGAN(RangedMethod):
     "Hand-written sentences and one linear layer a tap, and a memory of reference patches (Chen et al., VAND workshop of CVPR 2023)."
 
     name = "april_gan"
@@ -135,8 +134,6 @@ class APRILGAN(Method):
         self.adapters = nn.ModuleDict(
             {f"tap_{t}": nn.Linear(self.clip.width, self.clip.tower.proj.shape[1]) for t in self.clip.taps}
         )
-        self._ranges = ClassRange(self.name)
-        self._cache = None
         self._reserve(p.shots)
 
     @classmethod
@@ -227,25 +224,11 @@ class APRILGAN(Method):
         )
 
     # ---- the test set
-    def prepare(self, index: pd.DataFrame, training: bool = False) -> "APRILGAN":
-        "The released few-shot score is measured against the index; nothing else depends on it."
-        if self.transductive and not training:
-            self._ranges.prepare(index, self.interpolation)
-        return super().prepare(index, training)
+    def measures_ranges(self) -> bool:
+        return self.transductive
 
-    def features(self, batch, cache=None) -> dict[str, Tensor]:
-        "As of any method; the cache also serves the other images of a class."
-        self._cache = cache
-        return super().features(batch, cache)
-
-    def set_test_images(self, batch) -> "APRILGAN":  # itself
-        "Instead of an index: the test images of their classes are these, and no others."
-        self._ranges.tell(self._largest(batch), batch.category)
-        return self
-
-    @torch.no_grad()
-    def _largest(self, batch) -> Tensor:  # (B,) of the few-shot map
-        features = super().features(batch.to(self.device), self._cache)
+    def measured(self, features: dict, batch) -> Tensor:  # (B,)
+        "The largest value of the few-shot map."
         return self.pixels(features, batch)[0].flatten(1).amax(1)
 
     # ---- learned
@@ -276,7 +259,7 @@ class APRILGAN(Method):
             return far.flatten(1).amax(1) / count
         if self.p.few_shot_score == "map":
             return largest / (2 * count)  # every tap adds a probability and a distance, each at most about one
-        low, high = self._ranges(batch.category, tuple(batch.image.shape[-2:]), self._largest)
+        low, high = self.ranges(batch)
         return stretch(largest, low.to(largest), high.to(largest))
 
     def forward(self, features: dict, batch) -> Prediction:

@@ -30,9 +30,9 @@ from zsad_nb.components.prompt_flow import (
     start_small,
 )
 from ..components.text_attention import RCA, PatchFusion
-from .base import Method, Prediction, register
+from .base import Prediction, register
 from .bayes_pfl_parameters import BayesPFLParameters
-from .class_range import ClassRange, stretch
+from .class_range import RangedMethod, stretch
 from .released_files import fit_released
 from .tower_parameters import clip_towers
 from .variants import Variant
@@ -43,7 +43,7 @@ FORMER = {"patch_norm", "start_std", "train_samples", "top_share", "max_scale", 
 
 
 @register
-class BayesPFL(Method):
+class BayesPFL(RangedMethod):
     "Prompts sampled from flows, texts that attend to patches (Qu et al., CVPR 2025)."
 
     name = "bayes_pfl"
@@ -132,8 +132,6 @@ class BayesPFL(Method):
         self.class_mapping, self.image_mapping = (start_small(nn.Linear(width, width)) for _ in range(2))
         self.fuse = start_small(PatchFusion(b.width, len(b.taps), width))
         self.log_scale = nn.Parameter(torch.full((2,), -math.log(p.tau)))  # of the image part, of the maps
-        self._ranges = ClassRange(self.name)
-        self._cache = None
         self._seeds = {}
 
     @classmethod
@@ -277,7 +275,7 @@ class BayesPFL(Method):
         maps = found["levels"].mean(1)
         parts = torch.stack([found["probability"], found["top_mean"]], 1)
         if self.p.image_score == "test set":
-            low, high = (x.to(parts) for x in self._ranges(batch.category, tuple(maps.shape[-2:]), self.score_parts))
+            low, high = (x.to(parts) for x in self.ranges(batch))
             parts = torch.stack([stretch(parts[:, i], low[:, i], high[:, i], smooth=1e-8) for i in range(2)], 1)
         score = (1 - self.p.map_share) * parts[:, 0] + self.p.map_share * parts[:, 1]
         return Prediction(to_pixels(maps, maps.shape[-2:], self.p.sigma) if self.p.sigma > 0 else maps, score, found)
@@ -369,28 +367,17 @@ class BayesPFL(Method):
 
     # ---- the test set, where a variant needs it
     def prepare(self, index: pd.DataFrame, training: bool = False) -> "BayesPFL":
-        "Forget the draws of another test set; the released score is measured against the index."
+        "As of any method with ranges; the noise of another test set is forgotten."
         self._seeds = {}
-        if self.p.image_score == "test set" and index is not None and not training:
-            self._ranges.prepare(index, self.interpolation)
         return super().prepare(index, training)
 
-    def features(self, batch, cache=None) -> dict[str, Tensor]:
-        "As of any method; the cache also serves the other images of a class."
-        self._cache = cache
-        return super().features(batch, cache)
+    def measures_ranges(self) -> bool:
+        return self.p.image_score == "test set"
 
-    def set_test_images(self, batch) -> "BayesPFL":  # itself
-        "Instead of an index: the test images of their classes are these, and no others."
-        self._ranges.tell(self.score_parts(batch), batch.category)
-        return self
-
-    @torch.no_grad()
-    def score_parts(self, batch) -> Tensor:  # (B, 2)
+    def measured(self, features: dict, batch) -> Tensor:  # (B, 2)
         "Probability and mean of the largest pixels of every image, not stretched."
-        batch = batch.to(self.device)
-        found = self.judged(super().features(batch, self._cache), batch)
-        return torch.stack([found["probability"], found["top_mean"]], 1)
+        judged = self.judged(features, batch)
+        return torch.stack([judged["probability"], judged["top_mean"]], 1)
 
 
 # %% ../../nbs/methods/23_bayes_pfl.ipynb #56aa0002
