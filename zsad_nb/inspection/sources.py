@@ -28,7 +28,16 @@ from ..data.listing import is_image, is_rubbish, walk
 from ..data.pixels import read_image
 from ..evaluation.run_state import result_of
 from .journal import utf8
-from ..methods.base import METHODS, MODULES, Method, create, load, load_released
+from zsad_nb.methods.base import (
+    METHODS,
+    MODULES,
+    Method,
+    create,
+    is_class_path,
+    load,
+    load_released,
+    recorded_class,
+)
 from ..methods.released_files import file_record, split_released
 
 
@@ -253,7 +262,7 @@ _GIVEN = dict.fromkeys(("checkpoint", "method", "backbone", "clip", "dino", "wei
 }
 
 
-def _from_run(folder: Path, changes: dict) -> Method:
+def _from_run(folder: Path, changes: dict, method: str | type | None = None) -> Method:
     "The method of a run: its checkpoint, or that of the training it evaluated, or the untrained method it names."
     found = result_of(folder)
     if found.status not in ("done", "absent"):
@@ -266,7 +275,7 @@ def _from_run(folder: Path, changes: dict) -> Method:
         else sorted(folder.glob("*.safetensors"))
     )
     if len(files) == 1:
-        return load(files[0], **changes)
+        return load(files[0], method, **changes)
     if files:
         raise ValueError(f"{folder} holds several checkpoints ({', '.join(f.name for f in files)}); name one of them")
     p = found.record.get("spec", {}).get("parameters", {})
@@ -277,15 +286,16 @@ def _from_run(folder: Path, changes: dict) -> Method:
             path = path.replace(f"{{{name}}}", str(inside(folder.parent.parent, before.get("run", name))))
         path = Path(found.record.get("cwd", "."), path)
         return (
-            _from_run(path, changes)
+            _from_run(path, changes, method)
             if path.is_dir()
-            else load(path, **({"image_size": p["size"]} if p.get("size") else {}) | changes)
+            else load(path, method, **({"image_size": p["size"]} if p.get("size") else {}) | changes)
         )
     if "method" not in p:
         raise ValueError(f"{folder} holds no checkpoint (.safetensors) and no run that names a method")
     sized = {"image_size": p["size"]} if p.get("size") else {}
     if p.get("released"):
         return _released_in(p, found, {**sized, **p.get("options", {}), **changes})
+    recorded_class(p["method"], method)  # no module is imported because a run's record names it
     seed_everything(p.get("seed", 0))
     return create(
         p["method"],
@@ -317,6 +327,8 @@ def _released_in(parameters: dict, found, changes: dict) -> Method:
 def method_from(
     what=None,  # a run's folder, a checkpoint, the name of a method, a Method, or anything that has one as `.method`
     released: str | None = None,  # instead: METHOD=FILE, a checkpoint of a method's authors
+    # of a checkpoint or run: its class, where that is one of your own that no installed package declares
+    method: str | type | None = None,
     **changes,  # parameters of the method
 ) -> Method:
     "A method from whatever holds one."
@@ -339,10 +351,10 @@ def method_from(
             " Method"
         )
     path = Path(what)
-    if str(what) in MODULES or str(what) in METHODS:
+    if str(what) in MODULES or str(what) in METHODS or (is_class_path(str(what)) and not path.exists()):
         return create(str(what), **changes)  # a folder of that name is ./NAME
     if path.is_dir():
-        return _from_run(path.resolve(), changes)
+        return _from_run(path.resolve(), changes, method)
     if path.exists() or path.suffix or len(path.parts) > 1:
-        return load(path, **changes)
+        return load(path, method, **changes)
     return create(str(what), **changes)  # raises, with the names that exist
