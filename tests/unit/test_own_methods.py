@@ -89,10 +89,9 @@ def module(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / f"{name}.py").write_text(SOURCE)
     monkeypatch.syspath_prepend(folder)
-    monkeypatch.setattr(base, "METHODS", dict(base.METHODS))
     importlib.invalidate_caches()
     yield name
-    sys.modules.pop(name, None)
+    forget(name)
 
 
 def imported(module) -> bool:

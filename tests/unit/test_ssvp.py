@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from zsad_nb.backbones.features import FeatureCache
-from zsad_nb.components.hsvs import ATF, HSVS, head_count
+from zsad_nb.components.hsvs import ATF, HSVS, HSVSParameters, head_count
 from zsad_nb.components.losses import focal
-from zsad_nb.components.vcpg import VAE, VCPG, scd, stay_close, tir_fg
-from zsad_nb.components.vtam import VTAM
+from zsad_nb.components.vcpg import VAE, VCPG, VCPGParameters, scd, stay_close, tir_fg
+from zsad_nb.components.vtam import VTAM, VTAMParameters
 from zsad_nb.core.settings import seed_everything
 from zsad_nb.data.images import Batch
 from zsad_nb.methods.base import create, describe, load, method_class, save
@@ -774,11 +774,11 @@ def test_studies_are_data():
         (dict(seg_on="pixels"), "map, levels or both"),
         (dict(image_loss="mse"), "paper or probability"),
         (dict(pairing="all"), "pairs or mean"),
-        (dict(global_score="max"), "probability or difference or cosine"),
+        (dict(global_score="max"), "probability, difference or cosine"),
         (dict(pool="sum"), "max or mean"),
         (dict(z="zero"), "sample or mu"),
         (dict(vae_scale="max"), "mean, sum or unit"),
-        (dict(gamma=1.1), "between 0 and 1"),
+        (dict(gamma=1.1), "from 0 to 1"),
         (dict(tau=0.0), "above 0"),
         (dict(latents=0), "at least 1"),
         (dict(sigma=-1.0), "0 or more"),
@@ -803,37 +803,14 @@ def test_every_parameter_has_a_source():
 
 
 def test_defaults_agree():
-    "A component used by itself and the method say the same."
+    "A component used by itself and the method have the same values: they are declared once, with the component."
     p = SSVPParameters()
-    for cls, names in (
-        (ATF, dict(num_heads="num_heads", ratio="mlp_ratio")),
-        (
-            VCPG,
-            dict(
-                latents="latents",
-                train_latents="train_latents",
-                z="z",
-                seed="noise_seed",
-                scale="vae_scale",
-                detach="detach_target",
-            ),
-        ),
-        (
-            VTAM,
-            dict(
-                tau="tau",
-                mask_bias="mask_bias",
-                gamma="gamma",
-                pairing="pairing",
-                global_score="global_score",
-                pool="pool",
-            ),
-        ),
-        (VAE, dict(scale="vae_scale")),
-    ):
-        signature = inspect.signature(cls).parameters
-        for mine, theirs in names.items():
-            assert signature[mine].default == getattr(p, theirs), (cls.__name__, mine)
+    for own in (HSVSParameters, VCPGParameters, VTAMParameters):
+        assert isinstance(p, own) and own.of(p) == own()
+        again = set(vars(SSVPParameters)["__annotations__"]) & {f.name for f in dataclasses.fields(own)}
+        assert not again, f"SSVP declares {sorted(again)} of {own.__name__} a second time"
+    for component in (ATF(8, 8), HSVS(torch.zeros(8, 8), 8), VAE(8), VCPG(8), VTAM(8)):
+        assert getattr(component, "p", None) in (None, VCPGParameters(), VTAMParameters())
     assert inspect.signature(stay_close).parameters["xi"].default == p.xi
     assert [head_count(w, 8) for w in (768, 128, 6, 35)] == [8, 8, 6, 7]
 
