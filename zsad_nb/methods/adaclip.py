@@ -48,6 +48,7 @@ from .base import Method, Prediction, register
 from .released_files import fit_released
 from .tower_parameters import ClipParameters, clip_towers
 from .variants import Variant
+from fastcore.basics import patch
 
 
 # %% ../../nbs/methods/19_adaclip.ipynb #1f60c29c
@@ -266,7 +267,7 @@ class AdaCLIPParameters(ClipParameters, frozen=False):
     )
 
 
-# %% ../../nbs/methods/19_adaclip.ipynb #26bb77cc
+# %% ../../nbs/methods/19_adaclip.ipynb #f062fc20
 @register
 class AdaCLIP(Method):
     "Static and dynamic tokens in both towers, linear adapters, fusion by k-means (Cao et al., ECCV 2024)."
@@ -356,115 +357,126 @@ class AdaCLIP(Method):
         for states in ADACLIP_STATES.values():
             check_length(sentences("object", states, p.templates), p.length)  # refused here, not at the first image
 
-    # ---- frozen
-    def encode(self, batch) -> dict[str, Tensor]:
-        "Class embedding (B, C) of the plain image, not normalised."
-        return dict(cls=see_prompted(self.clip, batch.image).cls @ self.clip.tower.proj)
 
-    @classmethod
-    def class_sentences(cls, p, category: str) -> list[str]:
-        "Every sentence that names the class."
-        return sentences(category, sum(ADACLIP_STATES.values(), ()), read_templates(p.templates), cls.spell(p))
+# %% ../../nbs/methods/19_adaclip.ipynb #86669c14
+@patch
+def encode(self: AdaCLIP, batch) -> dict[str, Tensor]:
+    "Class embedding (B, C) of the plain image, not normalised."
+    return dict(cls=see_prompted(self.clip, batch.image).cls @ self.clip.tower.proj)
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def started(
-        self,
-        name: str,  # what the sentences call the class
-    ) -> tuple:  # (S, L, width), (S,) end of text, how many of the S are normal
-        "The frozen first block of a class's sentences, read once."
-        if name not in self._started:
-            spell = self.spell(self.p)
-            normal, abnormal = (
-                sentences(name, ADACLIP_STATES[s], self.p.templates, spell) for s in ("normal", "abnormal")
-            )
-            self._started[name] = (
-                *(x.cpu() for x in read_start(self.text, normal + abnormal, self.p.length)),
-                len(normal),
-            )
-        start, end, normal = self._started[name]
-        return start.to(self.text.device), end.to(self.text.device), normal
 
-    # ---- learned
-    def text_features(
-        self,
-        categories: list,  # one an image
-        cls: Tensor,  # (B, C) of `encode`
-    ) -> Tensor:  # (B, 2, C) normal, abnormal, normalised
-        "Every sentence with every image's tokens, each normalised, averaged per state, normalised."
-        p, names, found = self.p, list(map(self.spell(self.p), categories)), [None] * len(categories)
-        for name in dict.fromkeys(names):
-            rows = [i for i, n in enumerate(names) if n == name]
-            start, end, normal = self.started(name)
-            tokens = self.tokens["text"](cls[rows]) if "text" in self.tokens else None  # (sets, b, m, width)
-            alike = tokens is None or tokens.shape[1] == 1  # the same text for all images of the class
-            few = max(1, p.at_once // len(end))  # images a pass
-            z = torch.cat(
-                [
-                    read_prompted(
-                        self.text,
-                        start.repeat(n, 1, 1),
-                        end.repeat(n),
-                        None if tokens is None else tokens[:, i : i + n].repeat_interleave(len(end), 1),
-                    )
-                    for i in range(0, 1 if alike else len(rows), few)
-                    for n in [1 if alike else min(few, len(rows) - i)]
-                ]
-            )
-            z = F.normalize(z, dim=-1).unflatten(0, (-1, len(end)))  # (b, S, C)
-            z = F.normalize(torch.stack([z[:, :normal].mean(1), z[:, normal:].mean(1)], 1), dim=-1)
-            for i, row in enumerate(rows):
-                found[row] = z[0 if alike else i]
-        return torch.stack(found)
+@patch(cls_method=True)
+def class_sentences(cls: AdaCLIP, p, category: str) -> list[str]:
+    "Every sentence that names the class."
+    return sentences(category, sum(ADACLIP_STATES.values(), ()), read_templates(p.templates), cls.spell(p))
 
-    def forward(self, features: dict, batch) -> Prediction:
-        "Softmax of the mean logits, smoothed in evaluation mode only; score of the class token mixed with the fused patches."
-        p = self.p
-        size = tuple(batch.image.shape[-2:])
-        cls = features["cls"]
-        text = self.text_features(batch.category, cls)
-        seen = see_prompted(self.clip, batch.image, self.tokens["image"](cls) if "image" in self.tokens else None)
-        patches = torch.stack(
-            [F.normalize(self.adapters[f"tap_{t}"](x), dim=-1) for t, x in zip(self.clip.taps, seen.patches)], 2
-        )  # (B, N, L, C)
-        contrast = (text[:, 1] - text[:, 0]) / p.tau
-        logits = torch.einsum(
-            "bnlc,bc->bnl", patches, contrast
-        )  # a softmax over two classes is a sigmoid of their difference
-        phi = F.normalize(self.adapter_cls(seen.cls @ self.clip.tower.proj), dim=-1)
-        if p.fusion != "none":
-            phi = F.normalize(
-                p.fusion_weight * fuse(patches, logits.mean(2), p.clusters, p.candidates, p.fusion, p.kmeans_seed)
-                + (1 - p.fusion_weight) * phi,
-                dim=-1,
-            )
-        layers = {f"tap_{t}": logits[..., i].unflatten(1, seen.grid) for i, t in enumerate(self.clip.taps)}
-        pixels = enlarge(sum(layers.values())[:, None] / len(layers), size)[:, 0].sigmoid()
-        if p.sigma > 0 and not self.training:
-            pixels = to_pixels(pixels, size, p.sigma)
-        return Prediction(pixels, (phi * contrast).sum(-1).sigmoid(), layers)
 
-    def loss(self, prediction: Prediction, batch) -> dict[str, Tensor]:
-        "Focal of the image, and focal and two dice losses of every tap's own softmax (code)."
-        mask = batch.mask[:, 0]
-        maps = [enlarge(v[:, None], mask.shape[-2:])[:, 0].sigmoid() for v in prediction.layers.values()]
-
-        def ratio(m, truth):
-            return (
-                dice(m, truth) if self.p.dice_over == "image" else dice(m.flatten(0, 1), truth.flatten(0, 1))
-            )  # as released: every row is a sample
-
-        parts = dict(
-            image=focal(prediction.score, batch.anomalous),
-            focal=sum(focal(m, mask) for m in maps),
-            dice=sum(ratio(m, mask) for m in maps),
-            dice_normal=sum(ratio(1 - m, ~mask) for m in maps),
+@patch
+@torch.inference_mode(False)
+@torch.no_grad()
+def started(
+    self: AdaCLIP,
+    name: str,  # what the sentences call the class
+) -> tuple:  # (S, L, width), (S,) end of text, how many of the S are normal
+    "The frozen first block of a class's sentences, read once."
+    if name not in self._started:
+        spell = self.spell(self.p)
+        normal, abnormal = (sentences(name, ADACLIP_STATES[s], self.p.templates, spell) for s in ("normal", "abnormal"))
+        self._started[name] = (
+            *(x.cpu() for x in read_start(self.text, normal + abnormal, self.p.length)),
+            len(normal),
         )
-        return dict(total=sum(parts.values()), **parts)
+    start, end, normal = self._started[name]
+    return start.to(self.text.device), end.to(self.text.device), normal
 
-    def param_groups(self) -> list[dict]:
-        "Tokens, heads and adapters, at one rate."
-        return [dict(params=list(self.learned().values()), lr=self.p.lr)]
+
+# %% ../../nbs/methods/19_adaclip.ipynb #c27b1ce2
+@patch
+def text_features(
+    self: AdaCLIP,
+    categories: list,  # one an image
+    cls: Tensor,  # (B, C) of `encode`
+) -> Tensor:  # (B, 2, C) normal, abnormal, normalised
+    "Every sentence with every image's tokens, each normalised, averaged per state, normalised."
+    p, names, found = self.p, list(map(self.spell(self.p), categories)), [None] * len(categories)
+    for name in dict.fromkeys(names):
+        rows = [i for i, n in enumerate(names) if n == name]
+        start, end, normal = self.started(name)
+        tokens = self.tokens["text"](cls[rows]) if "text" in self.tokens else None  # (sets, b, m, width)
+        alike = tokens is None or tokens.shape[1] == 1  # the same text for all images of the class
+        few = max(1, p.at_once // len(end))  # images a pass
+        z = torch.cat(
+            [
+                read_prompted(
+                    self.text,
+                    start.repeat(n, 1, 1),
+                    end.repeat(n),
+                    None if tokens is None else tokens[:, i : i + n].repeat_interleave(len(end), 1),
+                )
+                for i in range(0, 1 if alike else len(rows), few)
+                for n in [1 if alike else min(few, len(rows) - i)]
+            ]
+        )
+        z = F.normalize(z, dim=-1).unflatten(0, (-1, len(end)))  # (b, S, C)
+        z = F.normalize(torch.stack([z[:, :normal].mean(1), z[:, normal:].mean(1)], 1), dim=-1)
+        for i, row in enumerate(rows):
+            found[row] = z[0 if alike else i]
+    return torch.stack(found)
+
+
+@patch
+def forward(self: AdaCLIP, features: dict, batch) -> Prediction:
+    "Softmax of the mean logits, smoothed in evaluation mode only; score of the class token mixed with the fused patches."
+    p = self.p
+    size = tuple(batch.image.shape[-2:])
+    cls = features["cls"]
+    text = self.text_features(batch.category, cls)
+    seen = see_prompted(self.clip, batch.image, self.tokens["image"](cls) if "image" in self.tokens else None)
+    patches = torch.stack(
+        [F.normalize(self.adapters[f"tap_{t}"](x), dim=-1) for t, x in zip(self.clip.taps, seen.patches)], 2
+    )  # (B, N, L, C)
+    contrast = (text[:, 1] - text[:, 0]) / p.tau
+    logits = torch.einsum(
+        "bnlc,bc->bnl", patches, contrast
+    )  # a softmax over two classes is a sigmoid of their difference
+    phi = F.normalize(self.adapter_cls(seen.cls @ self.clip.tower.proj), dim=-1)
+    if p.fusion != "none":
+        phi = F.normalize(
+            p.fusion_weight * fuse(patches, logits.mean(2), p.clusters, p.candidates, p.fusion, p.kmeans_seed)
+            + (1 - p.fusion_weight) * phi,
+            dim=-1,
+        )
+    layers = {f"tap_{t}": logits[..., i].unflatten(1, seen.grid) for i, t in enumerate(self.clip.taps)}
+    pixels = enlarge(sum(layers.values())[:, None] / len(layers), size)[:, 0].sigmoid()
+    if p.sigma > 0 and not self.training:
+        pixels = to_pixels(pixels, size, p.sigma)
+    return Prediction(pixels, (phi * contrast).sum(-1).sigmoid(), layers)
+
+
+@patch
+def loss(self: AdaCLIP, prediction: Prediction, batch) -> dict[str, Tensor]:
+    "Focal of the image, and focal and two dice losses of every tap's own softmax (code)."
+    mask = batch.mask[:, 0]
+    maps = [enlarge(v[:, None], mask.shape[-2:])[:, 0].sigmoid() for v in prediction.layers.values()]
+
+    def ratio(m, truth):
+        return (
+            dice(m, truth) if self.p.dice_over == "image" else dice(m.flatten(0, 1), truth.flatten(0, 1))
+        )  # as released: every row is a sample
+
+    parts = dict(
+        image=focal(prediction.score, batch.anomalous),
+        focal=sum(focal(m, mask) for m in maps),
+        dice=sum(ratio(m, mask) for m in maps),
+        dice_normal=sum(ratio(1 - m, ~mask) for m in maps),
+    )
+    return dict(total=sum(parts.values()), **parts)
+
+
+@patch
+def param_groups(self: AdaCLIP) -> list[dict]:
+    "Tokens, heads and adapters, at one rate."
+    return [dict(params=list(self.learned().values()), lr=self.p.lr)]
 
 
 # %% ../../nbs/methods/19_adaclip.ipynb #5a3d11c2

@@ -46,6 +46,7 @@ from .base import Method, Prediction, register
 from .tower_parameters import ClipParameters, clip_towers
 from .variants import Variant
 from ..synthetic.categories import CATEGORIES
+from fastcore.basics import patch
 
 
 # %% ../../nbs/methods/20_anovl.ipynb #524f1583
@@ -212,7 +213,7 @@ class AnoVLParameters(ClipParameters, frozen=False):
     )
 
 
-# %% ../../nbs/methods/20_anovl.ipynb #60856c31
+# %% ../../nbs/methods/20_anovl.ipynb #c9756cc4
 def squares(
     image: Tensor,  # (B, 3, H, W)
     count: int,  # 1: the image as it is
@@ -309,195 +310,215 @@ class AnoVL(Method):
         self._carried = {}
         return super().prepare(index, training)
 
-    # ---- frozen
-    def sized(
-        self, image: Tensor
-    ) -> Tensor:  # (B, 3, H, W) in [0, 1], whose shorter side is the tower's; both sides where it is one square
-        "Antialiased, in the method's interpolation."
-        side, (height, width) = self.clip.size, image.shape[-2:]
-        scale = side / min(height, width)
-        size = (side, side) if self.p.crops == 1 else tuple(max(side, round(n * scale)) for n in (height, width))
-        if size == (height, width):
-            return image
-        return F.interpolate(image, size, mode=self.interpolation, antialias=True, align_corners=False).clamp(0, 1)
 
-    def _require_oblong(self, image: Tensor):
-        "Squares of a square are all the same one."
-        height, width = image.shape[-2:]
-        if self.p.crops > 1 and height == width and not self._told:
-            self._told = True
-            warnings.warn(
-                f"crops={self.p.crops}, but these images are square ({height} x {width}): every crop is the whole "
-                "image. Read them as they are, with size=(height, width), or use crops=1",
-                stacklevel=3,
-            )
+# %% ../../nbs/methods/20_anovl.ipynb #a555a3ae
+@patch
+def sized(
+    self: AnoVL, image: Tensor
+) -> Tensor:  # (B, 3, H, W) in [0, 1], whose shorter side is the tower's; both sides where it is one square
+    "Antialiased, in the method's interpolation."
+    side, (height, width) = self.clip.size, image.shape[-2:]
+    scale = side / min(height, width)
+    size = (side, side) if self.p.crops == 1 else tuple(max(side, round(n * scale)) for n in (height, width))
+    if size == (height, width):
+        return image
+    return F.interpolate(image, size, mode=self.interpolation, antialias=True, align_corners=False).clamp(0, 1)
 
-    def see(
-        self, image: Tensor
-    ) -> tuple:  # (B, 3, s, s) in [0, 1] -> class tokens (B, 22 or 1, C) of length 1, patches (B, N, C)
-        "One square: its views' class tokens, and its own patches by the v-v path."
-        clip = self.clip
-        seen = dual_path(clip, image, (clip.depth,), self.dual_blocks)
-        cls = [joint(clip, seen.cls)]
-        if self.p.augment:
-            cls += [
-                clip(v * clip.std + clip.mean, (clip.depth,)).cls @ clip.tower.proj for v in views(clip.prepare(image))
-            ]
-        return F.normalize(torch.stack(cls, 1), dim=-1), joint(clip, seen.layers[0][:, 1:])
 
-    def encode(self, batch) -> dict[str, Tensor]:
-        "`cls` (B, K, V, C) of V views of K crops, `patches` (B, K * N, C)."
-        self._require_oblong(batch.image)
-        cls, patches = zip(*map(self.see, squares(self.sized(batch.image), self.p.crops)[0]))
-        return dict(cls=torch.stack(cls, 1), patches=torch.cat(patches, 1))
-
-    # ---- text
-    @classmethod
-    def class_sentences(cls, p, category: str) -> list[str]:
-        "Every sentence that names the class."
-        return state_sentences(category, kind_of(category, p.textures), cls.spell(p))
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def sentence_features(
-        self, categories: list
-    ) -> tuple:  # (B, 924, C) sentences of length 1, (B, 2, C) their means: normal, abnormal, of length 1
-        "Sentences of every image's class, read once a class; means of raw embeddings."
-        for c in set(categories) - self._said.keys():
-            z = self.text.encode(state_sentences(c, kind_of(c, self.p.textures), self.spell(self.p)))
-            self._said[c] = F.normalize(z, dim=-1), F.normalize(z.view(2, -1, z.shape[-1]).mean(1), dim=-1)
-        words, text = ([self._said[c][i].to(self.clip.tower.proj) for c in categories] for i in (0, 1))
-        return words[0].expand(len(words), -1, -1) if len(set(categories)) == 1 else torch.stack(words), torch.stack(
-            text
+@patch
+def _require_oblong(self: AnoVL, image: Tensor):
+    "Squares of a square are all the same one."
+    height, width = image.shape[-2:]
+    if self.p.crops > 1 and height == width and not self._told:
+        self._told = True
+        warnings.warn(
+            f"crops={self.p.crops}, but these images are square ({height} x {width}): every crop is the whole "
+            "image. Read them as they are, with size=(height, width), or use crops=1",
+            stacklevel=3,
         )
 
-    # ---- adaptation
-    def draws(
-        self,
-        words: Tensor,  # (S, C) sentences of an image
-        patches: Tensor,  # (N, C) its patches
-    ) -> tuple:  # weight (R, C) and bias (R,) where its adapter starts, noise (steps, N, C)
-        "Anew for every image: seeded, so that the same image has the same result, or from PyTorch's state (as released)."
-        p, generator = self.p, None if self.p.carried else torch.Generator().manual_seed(self.p.seed)
-        rows = words.shape[1] if p.adapter == "linear" else len(words)
-        columns = words.shape[1]
-        limit = columns**-0.5  # of PyTorch's linear layer
 
-        def uniform(*shape):
-            return (2 * torch.rand(shape, generator=generator) - 1) * limit
+@patch
+def see(
+    self: AnoVL, image: Tensor
+) -> tuple:  # (B, 3, s, s) in [0, 1] -> class tokens (B, 22 or 1, C) of length 1, patches (B, N, C)
+    "One square: its views' class tokens, and its own patches by the v-v path."
+    clip = self.clip
+    seen = dual_path(clip, image, (clip.depth,), self.dual_blocks)
+    cls = [joint(clip, seen.cls)]
+    if self.p.augment:
+        cls += [clip(v * clip.std + clip.mean, (clip.depth,)).cls @ clip.tower.proj for v in views(clip.prepare(image))]
+    return F.normalize(torch.stack(cls, 1), dim=-1), joint(clip, seen.layers[0][:, 1:])
 
-        weight = torch.zeros(rows, columns)
-        bias = torch.zeros(rows)
-        if p.start == "random":
-            weight = uniform(rows, columns)
-            bias = uniform(rows) if p.bias else bias
-        elif p.adapter == "linear":
-            weight = torch.eye(columns)
-        elif p.start == "text":
-            weight = words.cpu()
-        noise = (
-            torch.stack([torch.randn(patches.shape, generator=generator) for _ in range(p.steps)])
-            if p.steps
-            else torch.zeros(0, *patches.shape)
+
+@patch
+def encode(self: AnoVL, batch) -> dict[str, Tensor]:
+    "`cls` (B, K, V, C) of V views of K crops, `patches` (B, K * N, C)."
+    self._require_oblong(batch.image)
+    cls, patches = zip(*map(self.see, squares(self.sized(batch.image), self.p.crops)[0]))
+    return dict(cls=torch.stack(cls, 1), patches=torch.cat(patches, 1))
+
+
+# %% ../../nbs/methods/20_anovl.ipynb #44700a67
+@patch(cls_method=True)
+def class_sentences(cls: AnoVL, p, category: str) -> list[str]:
+    "Every sentence that names the class."
+    return state_sentences(category, kind_of(category, p.textures), cls.spell(p))
+
+
+@patch
+@torch.inference_mode(False)
+@torch.no_grad()
+def sentence_features(
+    self: AnoVL, categories: list
+) -> tuple:  # (B, 924, C) sentences of length 1, (B, 2, C) their means: normal, abnormal, of length 1
+    "Sentences of every image's class, read once a class; means of raw embeddings."
+    for c in set(categories) - self._said.keys():
+        z = self.text.encode(state_sentences(c, kind_of(c, self.p.textures), self.spell(self.p)))
+        self._said[c] = F.normalize(z, dim=-1), F.normalize(z.view(2, -1, z.shape[-1]).mean(1), dim=-1)
+    words, text = ([self._said[c][i].to(self.clip.tower.proj) for c in categories] for i in (0, 1))
+    return words[0].expand(len(words), -1, -1) if len(set(categories)) == 1 else torch.stack(words), torch.stack(text)
+
+
+# %% ../../nbs/methods/20_anovl.ipynb #91505d57
+@patch
+def draws(
+    self: AnoVL,
+    words: Tensor,  # (S, C) sentences of an image
+    patches: Tensor,  # (N, C) its patches
+) -> tuple:  # weight (R, C) and bias (R,) where its adapter starts, noise (steps, N, C)
+    "Anew for every image: seeded, so that the same image has the same result, or from PyTorch's state (as released)."
+    p, generator = self.p, None if self.p.carried else torch.Generator().manual_seed(self.p.seed)
+    rows = words.shape[1] if p.adapter == "linear" else len(words)
+    columns = words.shape[1]
+    limit = columns**-0.5  # of PyTorch's linear layer
+
+    def uniform(*shape):
+        return (2 * torch.rand(shape, generator=generator) - 1) * limit
+
+    weight = torch.zeros(rows, columns)
+    bias = torch.zeros(rows)
+    if p.start == "random":
+        weight = uniform(rows, columns)
+        bias = uniform(rows) if p.bias else bias
+    elif p.adapter == "linear":
+        weight = torch.eye(columns)
+    elif p.start == "text":
+        weight = words.cpu()
+    noise = (
+        torch.stack([torch.randn(patches.shape, generator=generator) for _ in range(p.steps)])
+        if p.steps
+        else torch.zeros(0, *patches.shape)
+    )
+    scale = p.noise * patches.norm(dim=-1, keepdim=True).cpu() if p.noise_scale == "length" else p.noise
+    return weight.to(patches), bias.to(patches), (scale * noise).to(patches)
+
+
+@patch
+def laid_out(
+    self: AnoVL,
+    z: Tensor,  # (B, K * N) contrast of every patch
+    size: tuple,  # (H, W) of the batch
+) -> Tensor:  # (B, n)
+    "What the loss is averaged over: the patches, or with several crops the stitched pixels (code, VisA)."
+    if self.p.crops == 1:
+        return z
+    return self.stitch(
+        z.unflatten(1, (self.p.crops, *self.grid)), self.sized(z.new_empty(1, 1, *size)).shape[-2:]
+    ).flatten(1)
+
+
+@patch
+def _steps(self: AnoVL, x: Tensor, words: Tensor, text: Tensor, noise: Tensor, optimiser, size: tuple) -> tuple:
+    "Some AdamW steps on the optimiser's parameters; the contrast afterwards, and the losses before every step (B, steps)."
+    p = self.p
+    parameters = optimiser.param_groups[0]["params"]
+    losses = []
+    weight, bias = (*parameters, x.new_zeros(len(x), parameters[0].shape[1]))[:2]
+    inner = None if p.adapter == "linear" else words
+    for added in noise.unbind(1):
+        pair = (contrast(adapted(v, weight, bias, inner, p.keep), text) for v in (x, x + added))
+        loss = adaptation_loss(*(self.laid_out(z, size) for z in pair), p.cross)
+        optimiser.zero_grad(set_to_none=True)
+        loss.sum().backward()  # a sum: images do not meet
+        optimiser.step()
+        losses.append(loss.detach())
+    with torch.no_grad():
+        return contrast(adapted(x, weight, bias, inner, p.keep), text), (
+            torch.stack(losses, 1) if losses else x.new_zeros(len(x), 0)
         )
-        scale = p.noise * patches.norm(dim=-1, keepdim=True).cpu() if p.noise_scale == "length" else p.noise
-        return weight.to(patches), bias.to(patches), (scale * noise).to(patches)
 
-    def laid_out(
-        self,
-        z: Tensor,  # (B, K * N) contrast of every patch
-        size: tuple,  # (H, W) of the batch
-    ) -> Tensor:  # (B, n)
-        "What the loss is averaged over: the patches, or with several crops the stitched pixels (code, VisA)."
-        if self.p.crops == 1:
-            return z
-        return self.stitch(
-            z.unflatten(1, (self.p.crops, *self.grid)), self.sized(z.new_empty(1, 1, *size)).shape[-2:]
-        ).flatten(1)
 
-    def _steps(self, x: Tensor, words: Tensor, text: Tensor, noise: Tensor, optimiser, size: tuple) -> tuple:
-        "Some AdamW steps on the optimiser's parameters; the contrast afterwards, and the losses before every step (B, steps)."
-        p = self.p
-        parameters = optimiser.param_groups[0]["params"]
-        losses = []
-        weight, bias = (*parameters, x.new_zeros(len(x), parameters[0].shape[1]))[:2]
-        inner = None if p.adapter == "linear" else words
-        for added in noise.unbind(1):
-            pair = (contrast(adapted(v, weight, bias, inner, p.keep), text) for v in (x, x + added))
-            loss = adaptation_loss(*(self.laid_out(z, size) for z in pair), p.cross)
-            optimiser.zero_grad(set_to_none=True)
-            loss.sum().backward()  # a sum: images do not meet
-            optimiser.step()
-            losses.append(loss.detach())
-        with torch.no_grad():
-            return contrast(adapted(x, weight, bias, inner, p.keep), text), (
-                torch.stack(losses, 1) if losses else x.new_zeros(len(x), 0)
+@patch
+def adapt(
+    self: AnoVL,
+    patches: Tensor,  # (B, N, C)
+    words: Tensor,  # (B, 924, C)
+    text: Tensor,  # (B, 2, C)
+    categories: list,  # one an image
+    size: tuple,  # (H, W) of the batch
+) -> tuple:  # (B, N) contrast, (B, steps) losses
+    "A fresh adapter an image, fitted to it (baselines 2.7)."
+    p = self.p
+
+    def build(*start):
+        return torch.optim.AdamW(
+            [v.clone().requires_grad_() for v in start[: 1 + p.bias]], p.lr, weight_decay=p.weight_decay
+        )
+
+    with torch.inference_mode(False), torch.enable_grad():  # whatever mode the caller is in
+        x = patches.detach().clone()
+        weight, bias, noise = (
+            torch.stack(v) for v in zip(*(self.draws(w.detach().clone(), v) for w, v in zip(words, x)))
+        )
+        if not p.carried:
+            return self._steps(x, words, text, noise, build(weight, bias), size)
+        found = []
+        for i, category in enumerate(categories):  # as released: the optimiser of the class, image after image
+            if category not in self._carried:
+                self._carried[category] = build(weight[i : i + 1], bias[i : i + 1])
+            optimiser = self._carried[category]
+            with torch.no_grad():
+                for own, start in zip(optimiser.param_groups[0]["params"], (weight, bias)):
+                    own.copy_(start[i : i + 1])
+            found.append(
+                self._steps(x[i : i + 1], words[i : i + 1], text[i : i + 1], noise[i : i + 1], optimiser, size)
             )
+        return tuple(torch.cat(v) for v in zip(*found))
 
-    def adapt(
-        self,
-        patches: Tensor,  # (B, N, C)
-        words: Tensor,  # (B, 924, C)
-        text: Tensor,  # (B, 2, C)
-        categories: list,  # one an image
-        size: tuple,  # (H, W) of the batch
-    ) -> tuple:  # (B, N) contrast, (B, steps) losses
-        "A fresh adapter an image, fitted to it (baselines 2.7)."
-        p = self.p
 
-        def build(*start):
-            return torch.optim.AdamW(
-                [v.clone().requires_grad_() for v in start[: 1 + p.bias]], p.lr, weight_decay=p.weight_decay
-            )
+# %% ../../nbs/methods/20_anovl.ipynb #64b9ff6e
+@patch
+def forward(self: AnoVL, features: dict, batch) -> Prediction:
+    "Mean over the views and crops for the score, the adapted patches for the map."
+    p = self.p
+    size = tuple(batch.image.shape[-2:])
+    words, text = self.sentence_features(batch.category)
+    shares = contrast(features["cls"].flatten(1, 2), text).sigmoid().unflatten(1, (p.crops, -1)).mean(2)  # (B, K)
+    plain = contrast(features["patches"], text)
+    layers = {}
+    z = plain
+    if p.adapter != "none":
+        z, layers["losses"] = self.adapt(features["patches"], words, text, batch.category, size)
+    plain, grid = (v.sigmoid().unflatten(1, (p.crops, *self.grid)) for v in (plain, z))  # (B, K, h, w)
+    smooth = F.avg_pool2d(F.pad(grid, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    score = shares.mean(1) if p.crop_score == "mean" else shares.amax(1)
+    return Prediction(self.stitch(smooth, size), score, dict(plain=plain, adapted=grid, crops=shares, **layers))
 
-        with torch.inference_mode(False), torch.enable_grad():  # whatever mode the caller is in
-            x = patches.detach().clone()
-            weight, bias, noise = (
-                torch.stack(v) for v in zip(*(self.draws(w.detach().clone(), v) for w, v in zip(words, x)))
-            )
-            if not p.carried:
-                return self._steps(x, words, text, noise, build(weight, bias), size)
-            found = []
-            for i, category in enumerate(categories):  # as released: the optimiser of the class, image after image
-                if category not in self._carried:
-                    self._carried[category] = build(weight[i : i + 1], bias[i : i + 1])
-                optimiser = self._carried[category]
-                with torch.no_grad():
-                    for own, start in zip(optimiser.param_groups[0]["params"], (weight, bias)):
-                        own.copy_(start[i : i + 1])
-                found.append(
-                    self._steps(x[i : i + 1], words[i : i + 1], text[i : i + 1], noise[i : i + 1], optimiser, size)
-                )
-            return tuple(torch.cat(v) for v in zip(*found))
 
-    def forward(self, features: dict, batch) -> Prediction:
-        "Mean over the views and crops for the score, the adapted patches for the map."
-        p = self.p
-        size = tuple(batch.image.shape[-2:])
-        words, text = self.sentence_features(batch.category)
-        shares = contrast(features["cls"].flatten(1, 2), text).sigmoid().unflatten(1, (p.crops, -1)).mean(2)  # (B, K)
-        plain = contrast(features["patches"], text)
-        layers = {}
-        z = plain
-        if p.adapter != "none":
-            z, layers["losses"] = self.adapt(features["patches"], words, text, batch.category, size)
-        plain, grid = (v.sigmoid().unflatten(1, (p.crops, *self.grid)) for v in (plain, z))  # (B, K, h, w)
-        smooth = F.avg_pool2d(F.pad(grid, (1, 1, 1, 1), mode="replicate"), 3, 1)
-        score = shares.mean(1) if p.crop_score == "mean" else shares.amax(1)
-        return Prediction(self.stitch(smooth, size), score, dict(plain=plain, adapted=grid, crops=shares, **layers))
-
-    def stitch(
-        self,
-        grids: Tensor,  # (B, K, h, w)
-        size: tuple,  # (H, W)
-    ) -> Tensor:  # (B, H, W)
-        "Bilinear, corners aligned; the mean where crops overlap."
-        if self.p.crops == 1:
-            return enlarge(grids, size)[:, 0]
-        side, (_, spots) = min(size), squares(grids.new_empty(1, 1, *size), self.p.crops)
-        total = grids.new_zeros(len(grids), *size)
-        count = grids.new_zeros(size)
-        for m, (y, x) in zip(enlarge(grids, (side, side)).unbind(1), spots):
-            total[:, y : y + side, x : x + side] += m
-            count[y : y + side, x : x + side] += 1
-        return total / count
+@patch
+def stitch(
+    self: AnoVL,
+    grids: Tensor,  # (B, K, h, w)
+    size: tuple,  # (H, W)
+) -> Tensor:  # (B, H, W)
+    "Bilinear, corners aligned; the mean where crops overlap."
+    if self.p.crops == 1:
+        return enlarge(grids, size)[:, 0]
+    side, (_, spots) = min(size), squares(grids.new_empty(1, 1, *size), self.p.crops)
+    total = grids.new_zeros(len(grids), *size)
+    count = grids.new_zeros(size)
+    for m, (y, x) in zip(enlarge(grids, (side, side)).unbind(1), spots):
+        total[:, y : y + side, x : x + side] += m
+        count[y : y + side, x : x + side] += 1
+    return total / count

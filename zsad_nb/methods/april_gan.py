@@ -32,6 +32,7 @@ from .class_range import RangedMethod, stretch
 from .released_files import import_linear_layers, linear_layer_names
 from .tower_parameters import ClipParameters, clip_towers
 from .variants import Variant
+from fastcore.basics import patch
 
 
 # %% ../../nbs/methods/21_april_gan.ipynb #fc65590d
@@ -72,7 +73,7 @@ class APRILGANParameters(ClipParameters, frozen=False):
     lr: float = param(1e-3, "code", "learning rate")
 
 
-# %% ../../nbs/methods/21_april_gan.ipynb #53157571
+# %% ../../nbs/methods/21_april_gan.ipynb #984d0d85
 @register
 class APRILGAN(RangedMethod):
     "Hand-written sentences and one linear layer a tap, and a memory of reference patches (Chen et al., VAND workshop of CVPR 2023)."
@@ -141,60 +142,6 @@ class APRILGAN(RangedMethod):
         "The released few-shot score is stretched over a test set."
         return parameters.get("few_shot_score") == "test set" and parameters.get("shots", 1) > 0
 
-    # ---- frozen
-    def encode(self, batch) -> dict[str, Tensor]:
-        "Class embedding (B, C), normalised; raw patches (B, N, D) of every tap."
-        seen = self.clip(batch.image)
-        return dict(
-            cls=F.normalize(seen.cls @ self.clip.tower.proj, dim=-1),
-            **{f"tap_{t}": x for t, x in zip(self.clip.taps, seen.patches)},
-        )
-
-    @classmethod
-    def class_sentences(cls, p, category: str) -> list[str]:
-        "Every sentence that names the class."
-        return sentences(category, sum(APRIL_GAN_STATES.values(), ()), read_templates(p.templates), cls.spell(p))
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def text_features(
-        self,
-        categories: list,  # one an image
-    ) -> Tensor:  # (B, 2, C) normal, abnormal, normalised
-        "Every state in every template, each normalised, averaged, normalised; read once per class name."
-        spell = self.spell(self.p)
-        names = list(map(spell, categories))
-        for n in dict.fromkeys(names):
-            if n in self._said:
-                continue
-            self._said[n] = torch.stack(
-                [
-                    ensemble(self.text, n, APRIL_GAN_STATES[s], self.p.templates, spell=spell)
-                    for s in ("normal", "abnormal")
-                ]
-            ).cpu()
-        return torch.stack([self._said[n] for n in names]).to(self.text.device)
-
-    # ---- references
-    def _reserve(self, shots: int):
-        "Room for the patches of so many reference images; not a number until they are set."
-        for t in self.clip.taps:
-            self.register_buffer(
-                f"reference_tap_{t}",
-                torch.full(
-                    (shots * self.grid[0] * self.grid[1], self.clip.width), torch.nan, device=self.clip.mean.device
-                ),
-                persistent=False,
-            )
-
-    def references(self) -> dict[str, Tensor]:  # tap_T -> (shots * N, D), normalised
-        "What is kept of the reference images."
-        return {f"tap_{t}": getattr(self, f"reference_tap_{t}") for t in self.clip.taps} if self.p.shots else {}
-
-    def learned(self) -> dict[str, Tensor]:
-        "The linear layers, and the memory where there is one: both are saved."
-        return {**super().learned(), **{f"reference_{n}": r for n, r in self.references().items()}}
-
     @torch.no_grad()
     def set_references(
         self,
@@ -211,79 +158,152 @@ class APRILGAN(RangedMethod):
                 kept.copy_(F.normalize(torch.cat(patches).flatten(0, 1), dim=-1))
         return self
 
-    def distance(self, features: dict) -> Tensor:  # (B, h, w)
-        "Sum over the taps of one minus the largest cosine to a remembered patch (baselines, 2.6)."
-        kept = self.references()
-        if next(iter(kept.values()))[0, 0].isnan():
-            raise ValueError(
-                f"shots={self.p.shots}, but no reference image was set; call set_references(images) with good images of"
-                " this class"
-            )
-        return sum(1 - (F.normalize(features[n], dim=-1) @ r.T).amax(-1) for n, r in kept.items()).unflatten(
-            1, self.grid
+
+# %% ../../nbs/methods/21_april_gan.ipynb #a7b4bd12
+@patch
+def encode(self: APRILGAN, batch) -> dict[str, Tensor]:
+    "Class embedding (B, C), normalised; raw patches (B, N, D) of every tap."
+    seen = self.clip(batch.image)
+    return dict(
+        cls=F.normalize(seen.cls @ self.clip.tower.proj, dim=-1),
+        **{f"tap_{t}": x for t, x in zip(self.clip.taps, seen.patches)},
+    )
+
+
+@patch(cls_method=True)
+def class_sentences(cls: APRILGAN, p, category: str) -> list[str]:
+    "Every sentence that names the class."
+    return sentences(category, sum(APRIL_GAN_STATES.values(), ()), read_templates(p.templates), cls.spell(p))
+
+
+@patch
+@torch.inference_mode(False)
+@torch.no_grad()
+def text_features(
+    self: APRILGAN,
+    categories: list,  # one an image
+) -> Tensor:  # (B, 2, C) normal, abnormal, normalised
+    "Every state in every template, each normalised, averaged, normalised; read once per class name."
+    spell = self.spell(self.p)
+    names = list(map(spell, categories))
+    for n in dict.fromkeys(names):
+        if n in self._said:
+            continue
+        self._said[n] = torch.stack(
+            [ensemble(self.text, n, APRIL_GAN_STATES[s], self.p.templates, spell=spell) for s in ("normal", "abnormal")]
+        ).cpu()
+    return torch.stack([self._said[n] for n in names]).to(self.text.device)
+
+
+# %% ../../nbs/methods/21_april_gan.ipynb #c1ddf506
+@patch
+def _reserve(self: APRILGAN, shots: int):
+    "Room for the patches of so many reference images; not a number until they are set."
+    for t in self.clip.taps:
+        self.register_buffer(
+            f"reference_tap_{t}",
+            torch.full((shots * self.grid[0] * self.grid[1], self.clip.width), torch.nan, device=self.clip.mean.device),
+            persistent=False,
         )
 
-    # ---- the test set
-    def measures_ranges(self) -> bool:
-        return self.transductive
 
-    def measured(self, features: dict, batch) -> Tensor:  # (B,)
-        "The largest value of the few-shot map."
-        return self.pixels(features, batch)[0].flatten(1).amax(1)
+@patch
+def references(self: APRILGAN) -> dict[str, Tensor]:  # tap_T -> (shots * N, D), normalised
+    "What is kept of the reference images."
+    return {f"tap_{t}": getattr(self, f"reference_tap_{t}") for t in self.clip.taps} if self.p.shots else {}
 
-    # ---- learned
-    def contrast(self, categories: list) -> Tensor:  # (B, C, 1)
-        "Abnormal minus normal over the temperature: a softmax over two classes is a sigmoid of their difference."
-        text = self.text_features(categories)
-        return ((text[:, 1] - text[:, 0]) / self.p.tau)[..., None]
 
-    def pixels(self, features: dict, batch) -> tuple:  # (B, H, W) and the layers
-        "Sum of every tap's softmax at the batch's size; in evaluation the memory joins in, where there is one."
-        size = tuple(batch.image.shape[-2:])
-        contrast = self.contrast(batch.category)
-        layers = {
-            n: (F.normalize(a(features[n]), dim=-1) @ contrast)[..., 0].unflatten(1, self.grid)
-            for n, a in self.adapters.items()
-        }
-        pixels = sum(enlarge(v[:, None], size)[:, 0].sigmoid() for v in layers.values())
-        if not self.p.shots or self.training:
-            return pixels, layers
-        far = self.distance(features)
-        return pixels + enlarge(far[:, None], size)[:, 0], {**layers, "reference": far}
+@patch
+def learned(self: APRILGAN) -> dict[str, Tensor]:
+    "The linear layers, and the memory where there is one: both are saved."
+    return {**super(APRILGAN, self).learned(), **{f"reference_{n}": r for n, r in self.references().items()}}
 
-    def suspicion(self, pixels: Tensor, far: Tensor, batch) -> Tensor:  # (B,) from 0 to 1
-        "What joins CLIP's score where there are references."
-        count = len(self.adapters)
-        largest = pixels.flatten(1).amax(1)
-        if self.p.few_shot_score == "references":
-            return far.flatten(1).amax(1) / count
-        if self.p.few_shot_score == "map":
-            return largest / (2 * count)  # every tap adds a probability and a distance, each at most about one
-        low, high = self.ranges(batch)
-        return stretch(largest, low.to(largest), high.to(largest))
 
-    def forward(self, features: dict, batch) -> Prediction:
-        "The map, and CLIP's score; with references the mean of that score and of what the map finds."
-        p = self.p
-        size = tuple(batch.image.shape[-2:])
-        pixels, layers = self.pixels(features, batch)
-        score = (features["cls"][:, None] @ self.contrast(batch.category)).flatten().sigmoid()
-        if "reference" in layers:
-            score = (score + self.suspicion(pixels, layers["reference"], batch)) / 2
-        return Prediction(
-            to_pixels(pixels, size, p.sigma) if p.sigma > 0 and not self.training else pixels, score, layers
+@patch
+def distance(self: APRILGAN, features: dict) -> Tensor:  # (B, h, w)
+    "Sum over the taps of one minus the largest cosine to a remembered patch (baselines, 2.6)."
+    kept = self.references()
+    if next(iter(kept.values()))[0, 0].isnan():
+        raise ValueError(
+            f"shots={self.p.shots}, but no reference image was set; call set_references(images) with good images of"
+            " this class"
         )
+    return sum(1 - (F.normalize(features[n], dim=-1) @ r.T).amax(-1) for n, r in kept.items()).unflatten(1, self.grid)
 
-    def loss(self, prediction: Prediction, batch) -> dict[str, Tensor]:
-        "Focal and dice of every tap's own map (code)."
-        mask = batch.mask[:, 0]
-        maps = [enlarge(prediction.layers[n][:, None], mask.shape[-2:])[:, 0].sigmoid() for n in self.adapters]
-        parts = dict(focal=sum(focal(m, mask) for m in maps), dice=sum(dice(m, mask) for m in maps))
-        return dict(total=parts["focal"] + parts["dice"], **parts)
 
-    def param_groups(self) -> list[dict]:
-        "The linear layers."
-        return [dict(params=list(self.adapters.parameters()), lr=self.p.lr)]
+# %% ../../nbs/methods/21_april_gan.ipynb #3c794756
+@patch
+def measures_ranges(self: APRILGAN) -> bool:
+    return self.transductive
+
+
+@patch
+def measured(self: APRILGAN, features: dict, batch) -> Tensor:  # (B,)
+    "The largest value of the few-shot map."
+    return self.pixels(features, batch)[0].flatten(1).amax(1)
+
+
+@patch
+def contrast(self: APRILGAN, categories: list) -> Tensor:  # (B, C, 1)
+    "Abnormal minus normal over the temperature: a softmax over two classes is a sigmoid of their difference."
+    text = self.text_features(categories)
+    return ((text[:, 1] - text[:, 0]) / self.p.tau)[..., None]
+
+
+@patch
+def pixels(self: APRILGAN, features: dict, batch) -> tuple:  # (B, H, W) and the layers
+    "Sum of every tap's softmax at the batch's size; in evaluation the memory joins in, where there is one."
+    size = tuple(batch.image.shape[-2:])
+    contrast = self.contrast(batch.category)
+    layers = {
+        n: (F.normalize(a(features[n]), dim=-1) @ contrast)[..., 0].unflatten(1, self.grid)
+        for n, a in self.adapters.items()
+    }
+    pixels = sum(enlarge(v[:, None], size)[:, 0].sigmoid() for v in layers.values())
+    if not self.p.shots or self.training:
+        return pixels, layers
+    far = self.distance(features)
+    return pixels + enlarge(far[:, None], size)[:, 0], {**layers, "reference": far}
+
+
+@patch
+def suspicion(self: APRILGAN, pixels: Tensor, far: Tensor, batch) -> Tensor:  # (B,) from 0 to 1
+    "What joins CLIP's score where there are references."
+    count = len(self.adapters)
+    largest = pixels.flatten(1).amax(1)
+    if self.p.few_shot_score == "references":
+        return far.flatten(1).amax(1) / count
+    if self.p.few_shot_score == "map":
+        return largest / (2 * count)  # every tap adds a probability and a distance, each at most about one
+    low, high = self.ranges(batch)
+    return stretch(largest, low.to(largest), high.to(largest))
+
+
+@patch
+def forward(self: APRILGAN, features: dict, batch) -> Prediction:
+    "The map, and CLIP's score; with references the mean of that score and of what the map finds."
+    p = self.p
+    size = tuple(batch.image.shape[-2:])
+    pixels, layers = self.pixels(features, batch)
+    score = (features["cls"][:, None] @ self.contrast(batch.category)).flatten().sigmoid()
+    if "reference" in layers:
+        score = (score + self.suspicion(pixels, layers["reference"], batch)) / 2
+    return Prediction(to_pixels(pixels, size, p.sigma) if p.sigma > 0 and not self.training else pixels, score, layers)
+
+
+@patch
+def loss(self: APRILGAN, prediction: Prediction, batch) -> dict[str, Tensor]:
+    "Focal and dice of every tap's own map (code)."
+    mask = batch.mask[:, 0]
+    maps = [enlarge(prediction.layers[n][:, None], mask.shape[-2:])[:, 0].sigmoid() for n in self.adapters]
+    parts = dict(focal=sum(focal(m, mask) for m in maps), dice=sum(dice(m, mask) for m in maps))
+    return dict(total=parts["focal"] + parts["dice"], **parts)
+
+
+@patch
+def param_groups(self: APRILGAN) -> list[dict]:
+    "The linear layers."
+    return [dict(params=list(self.adapters.parameters()), lr=self.p.lr)]
 
 
 # %% ../../nbs/methods/21_april_gan.ipynb #5b1e77a2

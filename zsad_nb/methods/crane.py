@@ -39,6 +39,7 @@ from zsad_nb.methods.tower_parameters import (
     clip_towers,
     object_prompts,
 )
+from fastcore.basics import patch
 
 
 # %% ../../nbs/methods/18_crane.ipynb #1d39496d
@@ -109,7 +110,7 @@ class CranePlusParameters(SimilarityParameters, ValuePathParameters, DinoParamet
     )
 
 
-# %% ../../nbs/methods/18_crane.ipynb #883b2975
+# %% ../../nbs/methods/18_crane.ipynb #e169775a
 @register
 class Crane(Method):
     "Context-guided prompts against an E-Attn path of CLIP, pooling by the maps (Salehi et al., 2025)."
@@ -173,104 +174,118 @@ class Crane(Method):
     def _default_taps(self) -> tuple:
         return tuple(t for t in self.clip.taps if not self.dual_blocks or t > self.clip.depth - self.dual_blocks)
 
-    # ---- frozen
-    def both_paths(
-        self, image: Tensor, **values
-    ) -> tuple:  # dict of "cls" (B, C) and "e_attn_*" (B, N, C), normalised; the DualPath
-        "The class token of the original path and the patches of the refined one (E-Attn)."
-        taps = tuple(
-            dict.fromkeys(int(f.removeprefix("e_attn_")) for f in self.local.values() if f.startswith("e_attn_"))
-        )
-        seen = dual_path(self.clip, image, taps, self.dual_blocks, self.p.attention, **values)
+
+# %% ../../nbs/methods/18_crane.ipynb #da3356c5
+@patch
+def both_paths(
+    self: Crane, image: Tensor, **values
+) -> tuple:  # dict of "cls" (B, C) and "e_attn_*" (B, N, C), normalised; the DualPath
+    "The class token of the original path and the patches of the refined one (E-Attn)."
+    taps = tuple(dict.fromkeys(int(f.removeprefix("e_attn_")) for f in self.local.values() if f.startswith("e_attn_")))
+    seen = dual_path(self.clip, image, taps, self.dual_blocks, self.p.attention, **values)
+    return (
+        dict(
+            cls=F.normalize(joint(self.clip, seen.cls), dim=-1),
+            **{f"e_attn_{t}": F.normalize(joint(self.clip, x[:, 1:]), dim=-1) for t, x in zip(taps, seen.layers)},
+        ),
+        seen,
+    )
+
+
+@patch
+def encode(self: Crane, batch) -> dict[str, Tensor]:
+    "Everything visual."
+    return self.both_paths(batch.image)[0]
+
+
+# %% ../../nbs/methods/18_crane.ipynb #1f6345f8
+@patch
+def text_features(
+    self: Crane,
+    cls: Tensor,  # (B, C)
+) -> Tensor:  # (B or 1, 2, C) normal, abnormal, normalised
+    "T_n and T_a, with the image in the prompt where it belongs; static ones are kept in evaluation."
+    p = self.p
+    if not self.training:
+        found = self.prompts.features(cls) if p.context_test else self.prompts.features()[None]
+    elif p.context_train == 1 or torch.rand(()) < p.context_train:
+        found = self.prompts(cls)
+    else:
+        found = self.prompts()[None]
+    return F.normalize(found, dim=-1)
+
+
+@patch
+def patches(self: Crane, features: dict) -> Tensor:  # (B, N, C)
+    "Mean of the local features, for the pooling."
+    return torch.stack([features[f] for f in self.local.values()]).mean(0)
+
+
+@patch
+def compare(self: Crane, features: dict, text: Tensor) -> dict:  # text (B or 1, 2, C) normalised
+    "Logits (abnormal minus normal, over tau) per local feature (B, h, w), pooling weights (B, N), image cosines (B, 2)."
+    contrast = (text[:, 1] - text[:, 0]).unsqueeze(-1) / self.p.tau
+    patches = self.patches(features)
+    found = {n: (features[f] @ contrast)[..., 0].unflatten(1, self.grid_of(n)) for n, f in self.local.items()}
+    weights = pooling_weights(
+        (patches @ contrast)[..., 0], "class"
+    )  # the mean of the logits: cosines are linear in the patches
+    phi = image_feature(pool(patches, weights, "class"), features["cls"], self.p.cls_weight)
+    return dict(found, weights=weights, image=(phi.unsqueeze(1) @ text.transpose(1, 2)).squeeze(1))
+
+
+@patch
+def grid_of(self: Crane, name: str) -> tuple:
+    "(h, w) of a local feature."
+    return self.grid
+
+
+@patch
+def forward(self: Crane, features: dict, batch) -> Prediction:
+    "Mean of the upsampled logits or probabilities, smoothed in evaluation mode only; score of the pooled image feature."
+    p = self.p
+    size = tuple(batch.image.shape[-2:])
+    found = self.compare(features, self.text_features(features["cls"]))
+    maps = [found[n] for n in self.local]
+    if p.soft_mean:
+        pixels = sum(to_pixels(m.sigmoid(), size) for m in maps) / len(maps)
+    else:
+        pixels = (
+            sum(to_pixels(m, size) for m in maps) / len(maps)
+        ).sigmoid()  # a softmax over two classes is a sigmoid of their difference
+    if not self.training and p.sigma > 0:
+        pixels = to_pixels(pixels, size, p.sigma)
+    return Prediction(pixels, (found["image"] / p.tau).softmax(-1)[:, 1], found)
+
+
+@patch
+def loss(self: Crane, prediction: Prediction, batch) -> dict[str, Tensor]:
+    "2 focal + 2 dice of every local feature's map + 0.2 cross-entropy of the image feature (code)."
+    p = self.p
+    size = tuple(batch.mask.shape[-2:])
+    mask = batch.mask[:, 0]
+    found = prediction.layers
+
+    def up(m):
         return (
-            dict(
-                cls=F.normalize(joint(self.clip, seen.cls), dim=-1),
-                **{f"e_attn_{t}": F.normalize(joint(self.clip, x[:, 1:]), dim=-1) for t, x in zip(taps, seen.layers)},
-            ),
-            seen,
+            F.interpolate(m[:, None], size, mode="nearest")[:, 0] if p.upsampling == "nearest" else to_pixels(m, size)
         )
 
-    def encode(self, batch) -> dict[str, Tensor]:
-        "Everything visual."
-        return self.both_paths(batch.image)[0]
+    maps = [up(found[n].sigmoid()) for n in self.local]
+    parts = dict(
+        focal=sum(focal(m, mask) for m in maps),
+        dice=sum(dice(m, mask) for m in maps),
+        ce=F.cross_entropy(found["image"] / p.tau_train, batch.anomalous.long()),
+    )
+    return dict(
+        total=p.weight_focal * parts["focal"] + p.weight_dice * parts["dice"] + p.weight_ce * parts["ce"], **parts
+    )
 
-    # ---- learned
-    def text_features(
-        self,
-        cls: Tensor,  # (B, C)
-    ) -> Tensor:  # (B or 1, 2, C) normal, abnormal, normalised
-        "T_n and T_a, with the image in the prompt where it belongs; static ones are kept in evaluation."
-        p = self.p
-        if not self.training:
-            found = self.prompts.features(cls) if p.context_test else self.prompts.features()[None]
-        elif p.context_train == 1 or torch.rand(()) < p.context_train:
-            found = self.prompts(cls)
-        else:
-            found = self.prompts()[None]
-        return F.normalize(found, dim=-1)
 
-    def patches(self, features: dict) -> Tensor:  # (B, N, C)
-        "Mean of the local features, for the pooling."
-        return torch.stack([features[f] for f in self.local.values()]).mean(0)
-
-    def compare(self, features: dict, text: Tensor) -> dict:  # text (B or 1, 2, C) normalised
-        "Logits (abnormal minus normal, over tau) per local feature (B, h, w), pooling weights (B, N), image cosines (B, 2)."
-        contrast = (text[:, 1] - text[:, 0]).unsqueeze(-1) / self.p.tau
-        patches = self.patches(features)
-        found = {n: (features[f] @ contrast)[..., 0].unflatten(1, self.grid_of(n)) for n, f in self.local.items()}
-        weights = pooling_weights(
-            (patches @ contrast)[..., 0], "class"
-        )  # the mean of the logits: cosines are linear in the patches
-        phi = image_feature(pool(patches, weights, "class"), features["cls"], self.p.cls_weight)
-        return dict(found, weights=weights, image=(phi.unsqueeze(1) @ text.transpose(1, 2)).squeeze(1))
-
-    def grid_of(self, name: str) -> tuple:
-        "(h, w) of a local feature."
-        return self.grid
-
-    def forward(self, features: dict, batch) -> Prediction:
-        "Mean of the upsampled logits or probabilities, smoothed in evaluation mode only; score of the pooled image feature."
-        p = self.p
-        size = tuple(batch.image.shape[-2:])
-        found = self.compare(features, self.text_features(features["cls"]))
-        maps = [found[n] for n in self.local]
-        if p.soft_mean:
-            pixels = sum(to_pixels(m.sigmoid(), size) for m in maps) / len(maps)
-        else:
-            pixels = (
-                sum(to_pixels(m, size) for m in maps) / len(maps)
-            ).sigmoid()  # a softmax over two classes is a sigmoid of their difference
-        if not self.training and p.sigma > 0:
-            pixels = to_pixels(pixels, size, p.sigma)
-        return Prediction(pixels, (found["image"] / p.tau).softmax(-1)[:, 1], found)
-
-    def loss(self, prediction: Prediction, batch) -> dict[str, Tensor]:
-        "2 focal + 2 dice of every local feature's map + 0.2 cross-entropy of the image feature (code)."
-        p = self.p
-        size = tuple(batch.mask.shape[-2:])
-        mask = batch.mask[:, 0]
-        found = prediction.layers
-
-        def up(m):
-            return (
-                F.interpolate(m[:, None], size, mode="nearest")[:, 0]
-                if p.upsampling == "nearest"
-                else to_pixels(m, size)
-            )
-
-        maps = [up(found[n].sigmoid()) for n in self.local]
-        parts = dict(
-            focal=sum(focal(m, mask) for m in maps),
-            dice=sum(dice(m, mask) for m in maps),
-            ce=F.cross_entropy(found["image"] / p.tau_train, batch.anomalous.long()),
-        )
-        return dict(
-            total=p.weight_focal * parts["focal"] + p.weight_dice * parts["dice"] + p.weight_ce * parts["ce"], **parts
-        )
-
-    def param_groups(self) -> list[dict]:
-        "The prompts, at one rate."
-        return [dict(params=list(self.learned().values()), lr=self.p.lr)]
+@patch
+def param_groups(self: Crane) -> list[dict]:
+    "The prompts, at one rate."
+    return [dict(params=list(self.learned().values()), lr=self.p.lr)]
 
 
 # %% ../../nbs/methods/18_crane.ipynb #49516866

@@ -28,6 +28,7 @@ from zsad_nb.methods.tower_parameters import (
     object_prompts,
 )
 from .variants import Variant
+from fastcore.basics import patch
 
 
 # %% ../../nbs/methods/09_dma_sap.ipynb #c0f54fc5
@@ -114,7 +115,7 @@ class DMASAPParameters(
     lr: float = param(1e-3, "stated, as the initial learning rate", "learning rate")
 
 
-# %% ../../nbs/methods/09_dma_sap.ipynb #76090263
+# %% ../../nbs/methods/09_dma_sap.ipynb #7877d0ba
 def thirds(depth: int) -> tuple:
     "Shallow, middle, deep: 8/16/24 of 24 blocks, 4/8/12 of 12 (section on the data flow), rounded up elsewhere."
     return tuple(sorted({-(-depth * i // 3) for i in (1, 2, 3)}))
@@ -232,140 +233,159 @@ class DMASAP(Method):
                 )
             self.sap = SAP(joint_dim, p)
 
-    # ---- frozen
-    def encode(self, batch) -> dict[str, Tensor]:
-        "Everything frozen: DINO's patches and CLIP's values (or tokens) of every depth, F_self and the class token in the joint space."
-        p = self.p
-        clip = self.clip
-        taps = tuple(c for c, _ in self.pairs)
-        depths = tuple(d for _, d in self.pairs)
-        seen = dual_path(
-            clip, batch.image, (*taps, clip.depth), self.dual_blocks, p.attention, taps if p.dma else (), p.value_from
+
+# %% ../../nbs/methods/09_dma_sap.ipynb #8cd89380
+@patch
+def encode(self: DMASAP, batch) -> dict[str, Tensor]:
+    "Everything frozen: DINO's patches and CLIP's values (or tokens) of every depth, F_self and the class token in the joint space."
+    p = self.p
+    clip = self.clip
+    taps = tuple(c for c, _ in self.pairs)
+    depths = tuple(d for _, d in self.pairs)
+    seen = dual_path(
+        clip, batch.image, (*taps, clip.depth), self.dual_blocks, p.attention, taps if p.dma else (), p.value_from
+    )
+    clip_side = [seen.values[t] for t in taps] if p.dma else [t[:, 1:] for t in seen.plain[:-1]]
+    found = dict(cls=F.normalize(joint(clip, seen.cls), dim=-1))
+    if p.self_map:
+        patches = joint(clip, seen.layers[-1][:, 1:])
+        found["self"] = F.normalize(patches, dim=-1)
+        if p.sap_input == "tokens":
+            found["self_length"] = patches.norm(dim=-1, keepdim=True)
+    for i, (mine, other) in enumerate(zip(clip_side, self.dino(batch.image, depths, norm=p.dino_norm).patches)):
+        found |= {f"clip_{i}": mine, f"dino_{i}": other}
+    return found
+
+
+# %% ../../nbs/methods/09_dma_sap.ipynb #0bf230d6
+@patch
+def text_features(self: DMASAP) -> Tensor:  # (2, C) normal, abnormal, normalised
+    "T_n and T_a; kept in evaluation, computed anew with gradients while training."
+    return F.normalize(self.prompts() if self.training else self.prompts.features(), dim=-1)
+
+
+@patch
+def fused(self: DMASAP, features: dict, text: Tensor) -> Tensor:  # (B, N, C), normalised
+    "F_fusion's directions, which are compared with text."
+    return F.normalize(self.fused_tokens(features, text), dim=-1)
+
+
+@patch
+def fused_tokens(self: DMASAP, features: dict, text: Tensor) -> Tensor:  # (B, N, C)
+    "F_fusion: DMA of every depth (or the sum of both towers), weighted by depth."
+    query = text.mean(0) if self.p.query == "text" else features["cls"]
+    levels = []
+    for i, ((tap, _), fuse) in enumerate(zip(self.pairs, self.fuse)):
+        mine = features[f"clip_{i}"]
+        other = features[f"dino_{i}"]
+        with self.lowered():
+            if self.p.dma:
+                level = fuse(
+                    other,
+                    self.dino_grid,
+                    mine,
+                    self.grid,
+                    query,
+                    lambda v, tap=tap: values_to_joint(self.clip, v, tap),
+                )
+            else:
+                level = joint(self.clip, resize_tokens(mine, self.grid, self.dino_grid) + fuse(other))
+        levels.append(level.to(mine))
+    return self.levels(levels) if self.p.fusion == "hierarchical" else levels[0]
+
+
+@patch
+def compare(self: DMASAP, features: dict, text: Tensor) -> dict:  # text: (2, C) normalised
+    "Local logits (abnormal minus normal, over tau) per local feature (B, h, w), pooling weights (B, h, w), image cosines (B, 2)."
+    p = self.p
+    contrast = (text[1] - text[0]) / p.tau
+    fused = self.fused_tokens(features, text)
+    local = [F.normalize(fused, dim=-1)]  # each (B, N, C)
+    found = dict(fusion=(local[0] @ contrast).unflatten(1, self.fused_grid))
+    if p.self_map:
+        found["self"] = (features["self"] @ contrast).unflatten(1, self.grid)
+        local.append(
+            features["self"]
+            if self.grid == self.fused_grid
+            else F.normalize(self._on_fused_grid(features["self"]), dim=-1)
         )
-        clip_side = [seen.values[t] for t in taps] if p.dma else [t[:, 1:] for t in seen.plain[:-1]]
-        found = dict(cls=F.normalize(joint(clip, seen.cls), dim=-1))
-        if p.self_map:
-            patches = joint(clip, seen.layers[-1][:, 1:])
-            found["self"] = F.normalize(patches, dim=-1)
-            if p.sap_input == "tokens":
-                found["self_length"] = patches.norm(dim=-1, keepdim=True)
-        for i, (mine, other) in enumerate(zip(clip_side, self.dino(batch.image, depths, norm=p.dino_norm).patches)):
-            found |= {f"clip_{i}": mine, f"dino_{i}": other}
-        return found
+    logits = torch.stack(local).mean(0) @ contrast  # the mean of the local logits: cosines are linear in the patches
+    maps = (
+        torch.stack([patches @ contrast for patches in local]).sigmoid().mean(0)
+        if p.sap_maps == "probabilities"
+        else logits
+    )
+    weights = pooling_weights(maps, p.sap_weights)
+    phi = features["cls"]
+    if p.pooling != "cls":
+        patches = torch.stack(local if p.sap_input == "unit" else self._tokens(fused, features)).mean(0)  # P of SAP
+        pooled = self.sap(patches, maps) if p.pooling == "sap" else pool(patches, weights, p.sap_weights)
+        phi = image_feature(pooled, features["cls"], p.cls_weight)
+    return dict(found, weights=weights.unflatten(1, self.fused_grid), image=phi @ text.T)
 
-    # ---- learned
-    def text_features(self) -> Tensor:  # (2, C) normal, abnormal, normalised
-        "T_n and T_a; kept in evaluation, computed anew with gradients while training."
-        return F.normalize(self.prompts() if self.training else self.prompts.features(), dim=-1)
 
-    def fused(self, features: dict, text: Tensor) -> Tensor:  # (B, N, C), normalised
-        "F_fusion's directions, which are compared with text."
-        return F.normalize(self.fused_tokens(features, text), dim=-1)
+@patch
+def _on_fused_grid(self: DMASAP, tokens: Tensor) -> Tensor:  # (B, N, C)
+    "F_self's tokens where F_fusion is."
+    return resize_tokens(tokens, self.grid, self.fused_grid)
 
-    def fused_tokens(self, features: dict, text: Tensor) -> Tensor:  # (B, N, C)
-        "F_fusion: DMA of every depth (or the sum of both towers), weighted by depth."
-        query = text.mean(0) if self.p.query == "text" else features["cls"]
-        levels = []
-        for i, ((tap, _), fuse) in enumerate(zip(self.pairs, self.fuse)):
-            mine = features[f"clip_{i}"]
-            other = features[f"dino_{i}"]
-            with self.lowered():
-                if self.p.dma:
-                    level = fuse(
-                        other,
-                        self.dino_grid,
-                        mine,
-                        self.grid,
-                        query,
-                        lambda v, tap=tap: values_to_joint(self.clip, v, tap),
-                    )
-                else:
-                    level = joint(self.clip, resize_tokens(mine, self.grid, self.dino_grid) + fuse(other))
-            levels.append(level.to(mine))
-        return self.levels(levels) if self.p.fusion == "hierarchical" else levels[0]
 
-    def compare(self, features: dict, text: Tensor) -> dict:  # text: (2, C) normalised
-        "Local logits (abnormal minus normal, over tau) per local feature (B, h, w), pooling weights (B, h, w), image cosines (B, 2)."
-        p = self.p
-        contrast = (text[1] - text[0]) / p.tau
-        fused = self.fused_tokens(features, text)
-        local = [F.normalize(fused, dim=-1)]  # each (B, N, C)
-        found = dict(fusion=(local[0] @ contrast).unflatten(1, self.fused_grid))
-        if p.self_map:
-            found["self"] = (features["self"] @ contrast).unflatten(1, self.grid)
-            local.append(
-                features["self"]
-                if self.grid == self.fused_grid
-                else F.normalize(self._on_fused_grid(features["self"]), dim=-1)
-            )
-        logits = (
-            torch.stack(local).mean(0) @ contrast
-        )  # the mean of the local logits: cosines are linear in the patches
-        maps = (
-            torch.stack([patches @ contrast for patches in local]).sigmoid().mean(0)
-            if p.sap_maps == "probabilities"
-            else logits
-        )
-        weights = pooling_weights(maps, p.sap_weights)
-        phi = features["cls"]
-        if p.pooling != "cls":
-            patches = torch.stack(local if p.sap_input == "unit" else self._tokens(fused, features)).mean(0)  # P of SAP
-            pooled = self.sap(patches, maps) if p.pooling == "sap" else pool(patches, weights, p.sap_weights)
-            phi = image_feature(pooled, features["cls"], p.cls_weight)
-        return dict(found, weights=weights.unflatten(1, self.fused_grid), image=phi @ text.T)
+@patch
+def _tokens(self: DMASAP, fused: Tensor, features: dict) -> list[Tensor]:  # each (B, N, C)
+    "Both local features with their own lengths."
+    if not self.p.self_map:
+        return [fused]
+    return [fused, self._on_fused_grid(features["self"] * features["self_length"])]
 
-    def _on_fused_grid(self, tokens: Tensor) -> Tensor:  # (B, N, C)
-        "F_self's tokens where F_fusion is."
-        return resize_tokens(tokens, self.grid, self.fused_grid)
 
-    def _tokens(self, fused: Tensor, features: dict) -> list[Tensor]:  # each (B, N, C)
-        "Both local features with their own lengths."
-        if not self.p.self_map:
-            return [fused]
-        return [fused, self._on_fused_grid(features["self"] * features["self_length"])]
+# %% ../../nbs/methods/09_dma_sap.ipynb #049d9fb4
+@patch
+def forward(self: DMASAP, features: dict, batch) -> Prediction:
+    "Mean of the upsampled logits, softmax, abnormal channel; smoothed in evaluation mode only."
+    p = self.p
+    size = tuple(batch.image.shape[-2:])
+    found = self.compare(features, self.text_features())
+    maps = [found[k] for k in ("fusion", "self") if k in found]
+    if p.soft_mean:
+        pixels = sum(to_pixels(m.sigmoid(), size) for m in maps) / len(maps)
+    else:
+        pixels = (
+            sum(to_pixels(m, size) for m in maps) / len(maps)
+        ).sigmoid()  # a softmax over two classes is a sigmoid of their difference
+    if not self.training and p.sigma > 0:
+        pixels = to_pixels(pixels, size, p.sigma)
+    return Prediction(pixels, (found["image"] / p.tau).softmax(-1)[:, 1], found)
 
-    def forward(self, features: dict, batch) -> Prediction:
-        "Mean of the upsampled logits, softmax, abnormal channel; smoothed in evaluation mode only."
-        p = self.p
-        size = tuple(batch.image.shape[-2:])
-        found = self.compare(features, self.text_features())
-        maps = [found[k] for k in ("fusion", "self") if k in found]
-        if p.soft_mean:
-            pixels = sum(to_pixels(m.sigmoid(), size) for m in maps) / len(maps)
-        else:
-            pixels = (
-                sum(to_pixels(m, size) for m in maps) / len(maps)
-            ).sigmoid()  # a softmax over two classes is a sigmoid of their difference
-        if not self.training and p.sigma > 0:
-            pixels = to_pixels(pixels, size, p.sigma)
-        return Prediction(pixels, (found["image"] / p.tau).softmax(-1)[:, 1], found)
 
-    def loss(self, prediction: Prediction, batch) -> dict[str, Tensor]:
-        "Focal + dice of the maps, cross-entropy of the image feature over the two prompts (section on losses; Crane)."
-        p = self.p
-        size = tuple(batch.mask.shape[-2:])
-        mask = batch.mask[:, 0]
-        found = prediction.layers
-        up = (
-            (lambda m: F.interpolate(m[:, None], size, mode="nearest")[:, 0])
-            if p.upsampling == "nearest"
-            else (lambda m: to_pixels(m, size))
-        )
-        maps = [up(found[k]) for k in ("fusion", "self") if k in found]
-        maps = (
-            [m.sigmoid() for m in maps]
-            if p.loss_maps == "each"
-            else [sum(m.sigmoid() for m in maps) / len(maps) if p.soft_mean else (sum(maps) / len(maps)).sigmoid()]
-        )
-        parts = dict(
-            focal=sum(focal(m, mask) for m in maps),
-            dice=sum(dice(m, mask) for m in maps),
-            ce=F.cross_entropy(found["image"] / p.tau_train, batch.anomalous.long()),
-        )
-        return dict(
-            total=p.weight_focal * parts["focal"] + p.weight_dice * parts["dice"] + p.weight_ce * parts["ce"], **parts
-        )
+@patch
+def loss(self: DMASAP, prediction: Prediction, batch) -> dict[str, Tensor]:
+    "Focal + dice of the maps, cross-entropy of the image feature over the two prompts (section on losses; Crane)."
+    p = self.p
+    size = tuple(batch.mask.shape[-2:])
+    mask = batch.mask[:, 0]
+    found = prediction.layers
+    up = (
+        (lambda m: F.interpolate(m[:, None], size, mode="nearest")[:, 0])
+        if p.upsampling == "nearest"
+        else (lambda m: to_pixels(m, size))
+    )
+    maps = [up(found[k]) for k in ("fusion", "self") if k in found]
+    maps = (
+        [m.sigmoid() for m in maps]
+        if p.loss_maps == "each"
+        else [sum(m.sigmoid() for m in maps) / len(maps) if p.soft_mean else (sum(maps) / len(maps)).sigmoid()]
+    )
+    parts = dict(
+        focal=sum(focal(m, mask) for m in maps),
+        dice=sum(dice(m, mask) for m in maps),
+        ce=F.cross_entropy(found["image"] / p.tau_train, batch.anomalous.long()),
+    )
+    return dict(
+        total=p.weight_focal * parts["focal"] + p.weight_dice * parts["dice"] + p.weight_ce * parts["ce"], **parts
+    )
 
-    def param_groups(self) -> list[dict]:
-        "Everything learned at one rate (stated)."
-        return [dict(params=list(self.learned().values()), lr=self.p.lr)]
+
+@patch
+def param_groups(self: DMASAP) -> list[dict]:
+    "Everything learned at one rate (stated)."
+    return [dict(params=list(self.learned().values()), lr=self.p.lr)]

@@ -44,6 +44,7 @@ from .dapo import TypeMethod, TypeParameters, chosen
 from .released_files import import_linear_layers, linear_layer_names
 from .tower_parameters import ClipParameters, clip_towers
 from .variants import Variant
+from fastcore.basics import patch
 
 # %% ../../nbs/methods/13_multiads.ipynb #d0e3b6e2
 TYPE_STATES = (
@@ -169,7 +170,7 @@ class MultiADSParameters(TypeParameters, ClipParameters, frozen=False):
     lr: float = param(1e-3, "code", "learning rate")
 
 
-# %% ../../nbs/methods/13_multiads.ipynb #f5d6eccf
+# %% ../../nbs/methods/13_multiads.ipynb #88e4606b
 @register
 class MultiADS(TypeMethod):
     "Hand-written type prompts and one linear adapter a tap (Sadikaj et al., ICCV 2025)."
@@ -254,88 +255,104 @@ class MultiADS(TypeMethod):
         self._read = {}
         self._first_types()
 
-    def encode(self, batch) -> dict[str, Tensor]:
-        "Raw patches of every tap: no final norm, no projection."
-        seen = self.clip(batch.image)
-        return {f"tap_{t}": patches for t, patches in zip(self.clip.taps, seen.patches)}
 
-    @classmethod
-    def class_sentences(cls, p, category: str) -> list[str]:
-        "Every sentence that names the class."
-        if p.thing:
-            return []
-        states = [state for word in ("", *(p.words or ())) for state in states_of(word, p)]
-        return sentences(category, states, read_templates(p.templates), cls.spell(p))
+# %% ../../nbs/methods/13_multiads.ipynb #fdc3c10a
+@patch
+def encode(self: MultiADS, batch) -> dict[str, Tensor]:
+    "Raw patches of every tap: no final norm, no projection."
+    seen = self.clip(batch.image)
+    return {f"tap_{t}": patches for t, patches in zip(self.clip.taps, seen.patches)}
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def text_features(
-        self,
-        name: str,  # a category
-    ) -> Tensor:  # (1 + K, C) of length 1: normal, then the types
-        "A name's sentences, each normalised, averaged; read once."
-        spell = self.spell(self.p)
-        name = spell(self.p.thing or name)
-        for word in ("", *self.p.words):
-            if (name, word) not in self._read:
-                self._read[name, word] = ensemble(
-                    self.text, name, self.states(word), self.p.templates, spell=spell
-                ).cpu()
-        return torch.stack([self._read[name, word] for word in ("", *self.p.words)]).to(self.text.device)
 
-    def states(
-        self,
-        word: str,  # a type's word, or "" for the normal state
-    ) -> tuple:  # phrases with {} for the object
-        "What is said of an object in this state."
-        return states_of(word, self.p)
+@patch(cls_method=True)
+def class_sentences(cls: MultiADS, p, category: str) -> list[str]:
+    "Every sentence that names the class."
+    if p.thing:
+        return []
+    states = [state for word in ("", *(p.words or ())) for state in states_of(word, p)]
+    return sentences(category, states, read_templates(p.templates), cls.spell(p))
 
-    def type_maps(self, layers: dict, size: tuple, keep=None) -> Tensor:  # (B, 1 + K, H, W)
-        "Pixels first, softmax second; summed over the taps."
-        maps = sum(enlarge(chosen(v, keep), size).softmax(1) for k, v in layers.items() if k.startswith("tap_"))
-        return to_pixels(maps, size, self.p.sigma) if self.p.sigma > 0 and not self.training else maps
 
-    def type_scores(self, layers: dict, maps: Tensor, keep=None) -> Tensor:  # (B, K)
-        "The largest pixels of every type's map."
-        return maps[:, 1:].flatten(2).topk(min(self.p.top, maps[0, 0].numel()), -1).values.mean(-1)
+@patch
+@torch.inference_mode(False)
+@torch.no_grad()
+def text_features(
+    self: MultiADS,
+    name: str,  # a category
+) -> Tensor:  # (1 + K, C) of length 1: normal, then the types
+    "A name's sentences, each normalised, averaged; read once."
+    spell = self.spell(self.p)
+    name = spell(self.p.thing or name)
+    for word in ("", *self.p.words):
+        if (name, word) not in self._read:
+            self._read[name, word] = ensemble(self.text, name, self.states(word), self.p.templates, spell=spell).cpu()
+    return torch.stack([self._read[name, word] for word in ("", *self.p.words)]).to(self.text.device)
 
-    def forward(self, features: dict, batch) -> Prediction:
-        "Maps of all types at the batch's size; the image score is the largest value of their sum."
-        p = self.p
-        side = self.clip.size // self.clip.patch
-        texts = {c: self.text_features(c) for c in dict.fromkeys(batch.category)}
-        z = torch.stack([texts[c] for c in batch.category]).to(batch.image.device)  # (B, 1 + K, C)
-        layers = {
-            t: torch.cat(
-                [type_logits(patches[i : i + 1], self.adapters[t], z[i], (side, side), p.tau) for i in range(len(z))]
-            )
-            for t, patches in features.items()
-        }
-        maps = self.type_maps(layers, tuple(batch.image.shape[-2:]))
-        whole = maps[:, 1:].sum(1)
-        score = whole.flatten(1).topk(min(p.top, whole[0].numel()), -1).values.mean(-1)
-        return Prediction(whole, score, {**layers, "normal": maps[:, 0]}, maps[:, 1:], self.type_scores(layers, maps))
 
-    def loss(self, prediction: Prediction, batch) -> dict[str, Tensor]:
-        "Focal over the types and dice of their sum, summed over the taps (first release) or half their mean (later)."
-        p = self.p
-        mask = batch.mask[:, 0]
-        kind = self.kinds(batch)
-        parts = dict(focal=0.0, dice=0.0)
-        for name in self.adapters:
-            s = enlarge(prediction.layers[name], mask.shape[-2:]).softmax(1)
-            true = torch.where(mask, s[torch.arange(len(s), device=s.device), kind], s[:, 0])
-            parts["focal"] = parts["focal"] + focal_types(true, s.shape[1])
-            if p.dice:
-                parts["dice"] = parts["dice"] + dice(1 - s[:, 0], p.dice_target * mask)
-        total = parts["focal"] + parts["dice"]
-        if p.total == "mean":
-            total = total / (2 * len(self.adapters))
-        return dict(total=total, **{k: v for k, v in parts.items() if torch.is_tensor(v)})
+@patch
+def states(
+    self: MultiADS,
+    word: str,  # a type's word, or "" for the normal state
+) -> tuple:  # phrases with {} for the object
+    "What is said of an object in this state."
+    return states_of(word, self.p)
 
-    def param_groups(self) -> list[dict]:
-        "The adapters."
-        return [dict(params=list(self.learned().values()), lr=self.p.lr)]
+
+@patch
+def type_maps(self: MultiADS, layers: dict, size: tuple, keep=None) -> Tensor:  # (B, 1 + K, H, W)
+    "Pixels first, softmax second; summed over the taps."
+    maps = sum(enlarge(chosen(v, keep), size).softmax(1) for k, v in layers.items() if k.startswith("tap_"))
+    return to_pixels(maps, size, self.p.sigma) if self.p.sigma > 0 and not self.training else maps
+
+
+@patch
+def type_scores(self: MultiADS, layers: dict, maps: Tensor, keep=None) -> Tensor:  # (B, K)
+    "The largest pixels of every type's map."
+    return maps[:, 1:].flatten(2).topk(min(self.p.top, maps[0, 0].numel()), -1).values.mean(-1)
+
+
+@patch
+def forward(self: MultiADS, features: dict, batch) -> Prediction:
+    "Maps of all types at the batch's size; the image score is the largest value of their sum."
+    p = self.p
+    side = self.clip.size // self.clip.patch
+    texts = {c: self.text_features(c) for c in dict.fromkeys(batch.category)}
+    z = torch.stack([texts[c] for c in batch.category]).to(batch.image.device)  # (B, 1 + K, C)
+    layers = {
+        t: torch.cat(
+            [type_logits(patches[i : i + 1], self.adapters[t], z[i], (side, side), p.tau) for i in range(len(z))]
+        )
+        for t, patches in features.items()
+    }
+    maps = self.type_maps(layers, tuple(batch.image.shape[-2:]))
+    whole = maps[:, 1:].sum(1)
+    score = whole.flatten(1).topk(min(p.top, whole[0].numel()), -1).values.mean(-1)
+    return Prediction(whole, score, {**layers, "normal": maps[:, 0]}, maps[:, 1:], self.type_scores(layers, maps))
+
+
+@patch
+def loss(self: MultiADS, prediction: Prediction, batch) -> dict[str, Tensor]:
+    "Focal over the types and dice of their sum, summed over the taps (first release) or half their mean (later)."
+    p = self.p
+    mask = batch.mask[:, 0]
+    kind = self.kinds(batch)
+    parts = dict(focal=0.0, dice=0.0)
+    for name in self.adapters:
+        s = enlarge(prediction.layers[name], mask.shape[-2:]).softmax(1)
+        true = torch.where(mask, s[torch.arange(len(s), device=s.device), kind], s[:, 0])
+        parts["focal"] = parts["focal"] + focal_types(true, s.shape[1])
+        if p.dice:
+            parts["dice"] = parts["dice"] + dice(1 - s[:, 0], p.dice_target * mask)
+    total = parts["focal"] + parts["dice"]
+    if p.total == "mean":
+        total = total / (2 * len(self.adapters))
+    return dict(total=total, **{k: v for k, v in parts.items() if torch.is_tensor(v)})
+
+
+@patch
+def param_groups(self: MultiADS) -> list[dict]:
+    "The adapters."
+    return [dict(params=list(self.learned().values()), lr=self.p.lr)]
 
 
 # %% ../../nbs/methods/13_multiads.ipynb #4a2c70d2

@@ -39,6 +39,7 @@ from ..data.method_images import batches_for
 from .base import Method, Prediction, register
 from .tower_parameters import ClipParameters, DinoParameters, clip_towers
 from .variants import Variant
+from fastcore.basics import patch
 
 
 # %% ../../nbs/methods/10_ssvp.ipynb #61eb0758
@@ -123,7 +124,7 @@ def paper_taps(
     return tuple(t if depth >= 12 else math.ceil(t * depth / 12) for t in (4, 7, 10, 12))
 
 
-# %% ../../nbs/methods/10_ssvp.ipynb #027402bf
+# %% ../../nbs/methods/10_ssvp.ipynb #48085269
 @register
 class SSVP(Method):
     "CLIP and DINO fused at four levels, prompts conditioned on the image, four maps weighed by two gates (Fu et al., arXiv 2601.09147)."
@@ -210,113 +211,121 @@ class SSVP(Method):
             )
         return dino
 
-    # ---- frozen
-    def encode(self, batch) -> dict[str, Tensor]:
-        "Both towers: normed patches of every level (B, N, D), CLIP's image embedding (B, C), DINO's class token."
-        seen = self.clip(batch.image, norm=True)
-        found = {f"clip_{i}": t for i, t in enumerate(seen.patches)} | dict(clip_global=seen.cls @ self.clip.tower.proj)
-        if self.dino is None:
-            return found
-        other = self.dino(batch.image, norm=True)
-        return found | {f"dino_{i}": t for i, t in enumerate(other.patches)} | dict(dino_global=other.cls)
 
-    # ---- learned
-    @classmethod
-    def class_sentences(cls, p, category: str) -> list[str]:
-        "Every sentence that names the class."
-        if p.class_agnostic:
-            return []
-        return [
-            " ".join(["X"] * (p.background + p.state) + [cls.spell(p)(category)])
-        ]  # X holds a learned vector's place
+# %% ../../nbs/methods/10_ssvp.ipynb #d03c893c
+@patch
+def encode(self: SSVP, batch) -> dict[str, Tensor]:
+    "Both towers: normed patches of every level (B, N, D), CLIP's image embedding (B, C), DINO's class token."
+    seen = self.clip(batch.image, norm=True)
+    found = {f"clip_{i}": t for i, t in enumerate(seen.patches)} | dict(clip_global=seen.cls @ self.clip.tower.proj)
+    if self.dino is None:
+        return found
+    other = self.dino(batch.image, norm=True)
+    return found | {f"dino_{i}": t for i, t in enumerate(other.patches)} | dict(dino_global=other.cls)
 
-    def prompt_features(
-        self,
-        categories: list,  # one an image
-    ) -> Tensor:  # (B, 2K, C) T_init: K normal prompts, then K abnormal ones
-        "T_init of every image's class; with gradients while training, kept otherwise."
-        names = ["object"] * len(categories) if self.p.class_agnostic else categories
-        if torch.is_grad_enabled():
-            return self.prompts(names)
-        return torch.cat(
-            [self.prompts.features([n]) for n in names]
-        )  # a name at a time: the same numbers in any company
 
-    def condition(
-        self, features: dict, categories: list
-    ) -> tuple:  # V_syn: L of (B, N, C); V_g (B, C); T_init, T_final (B, 2K, C); the VAE's z, mu, logvar, or {}
-        "HSVS and VCPG: what the mapper compares (Alg. 1, lines 2-8)."
-        count = len(self.clip.taps)
-        with self.lowered():
-            local, seen = self.hsvs(
-                [features[f"clip_{i}"] for i in range(count)],
-                [features[f"dino_{i}"] for i in range(count)] if self.dino else [],
-                features["clip_global"],
-                features.get("dino_global"),
-            )
-        local = [t.to(features["clip_0"]) for t in local]
-        seen = seen.to(features["clip_global"])
-        init = self.prompt_features(categories)
-        final, drawn = (init, {}) if self.vcpg is None else self.vcpg(init, seen)
-        return local, seen, init, final, drawn
+# %% ../../nbs/methods/10_ssvp.ipynb #62cbfc59
+@patch(cls_method=True)
+def class_sentences(cls: SSVP, p, category: str) -> list[str]:
+    "Every sentence that names the class."
+    if p.class_agnostic:
+        return []
+    return [" ".join(["X"] * (p.background + p.state) + [cls.spell(p)(category)])]  # X holds a learned vector's place
 
-    def forward(self, features: dict, batch) -> Prediction:
-        "Map and score (Alg. 1); the map is smoothed in evaluation mode only, the score is taken before."
-        size = tuple(batch.image.shape[-2:])
-        local, seen, init, final, drawn = self.condition(features, batch.category)
-        found = self.vtam(local, seen, final, self.grid, size)
-        raw = found["map"]
-        score = found.pop("score")
-        return Prediction(
-            raw if self.training or self.p.sigma == 0 else to_pixels(raw, size, self.p.sigma),
-            score,
-            dict(found, seen=seen, init=init, final=final, **drawn),
+
+@patch
+def prompt_features(
+    self: SSVP,
+    categories: list,  # one an image
+) -> Tensor:  # (B, 2K, C) T_init: K normal prompts, then K abnormal ones
+    "T_init of every image's class; with gradients while training, kept otherwise."
+    names = ["object"] * len(categories) if self.p.class_agnostic else categories
+    if torch.is_grad_enabled():
+        return self.prompts(names)
+    return torch.cat([self.prompts.features([n]) for n in names])  # a name at a time: the same numbers in any company
+
+
+@patch
+def condition(
+    self: SSVP, features: dict, categories: list
+) -> tuple:  # V_syn: L of (B, N, C); V_g (B, C); T_init, T_final (B, 2K, C); the VAE's z, mu, logvar, or {}
+    "HSVS and VCPG: what the mapper compares (Alg. 1, lines 2-8)."
+    count = len(self.clip.taps)
+    with self.lowered():
+        local, seen = self.hsvs(
+            [features[f"clip_{i}"] for i in range(count)],
+            [features[f"dino_{i}"] for i in range(count)] if self.dino else [],
+            features["clip_global"],
+            features.get("dino_global"),
         )
+    local = [t.to(features["clip_0"]) for t in local]
+    seen = seen.to(features["clip_global"])
+    init = self.prompt_features(categories)
+    final, drawn = (init, {}) if self.vcpg is None else self.vcpg(init, seen)
+    return local, seen, init, final, drawn
 
-    def loss(self, prediction: Prediction, batch) -> dict[str, Tensor]:
-        "L_seg + L_class + lambda_1 L_VAE + lambda_2 L_reg (Eqs 9, 12, 20-22)."
-        p = self.p
-        found = prediction.layers
-        mask = batch.mask[:, 0]
-        parts = {}
-        if p.seg_on != "levels":
-            parts["focal_map"] = focal(found["map"], mask, p.focal_gamma)
-        if p.seg_on != "map":
-            parts["focal_levels"] = focal(
-                found["experts"], mask[:, None].expand_as(found["experts"]), p.focal_gamma
-            )  # mean over the levels
-        if p.image_loss == "paper":
-            parts["cls"] = image_bce(prediction.score, batch.anomalous)
-        else:
-            parts["cls"] = F.binary_cross_entropy(
-                prediction.score.clamp(1e-6, 1 - 1e-6), batch.anomalous.to(prediction.score.dtype)
-            )
-        total = sum(value for name, value in parts.items() if name != "cls") + p.weight_class * parts["cls"]
-        if self.vcpg is not None:
-            parts["reconstruction"], parts["kl"] = self.vcpg.vae.loss(found["seen"], found)
-            parts["margin"] = stay_close(found["final"], found["init"], p.xi)
-            total = (
-                total
-                + p.weight_vae * (parts["reconstruction"] + p.beta * parts["kl"])
-                + p.weight_margin * parts["margin"]
-            )
-        return dict(total=total, **parts)
 
-    def param_groups(self) -> list[dict]:
-        "Prompts at lr_prompts, everything else at lr (section 4.2); the temperature at a rate of its own, where there is one."
-        kinds = {"prompts": [], "tau": [], "rest": []}
-        for name, q in self.learned().items():
-            kinds[
-                (
-                    "prompts"
-                    if name.startswith("prompts.")
-                    else "tau"
-                    if name == "vtam.log_tau" and self.p.lr_tau
-                    else "rest"
-                )
-            ].append(q)
-        rates = dict(prompts=self.p.lr_prompts, rest=self.p.lr, tau=self.p.lr_tau)
-        return [dict(params=kinds[kind], lr=rate) for kind, rate in rates.items() if kinds[kind]]
+# %% ../../nbs/methods/10_ssvp.ipynb #ecdf36df
+@patch
+def forward(self: SSVP, features: dict, batch) -> Prediction:
+    "Map and score (Alg. 1); the map is smoothed in evaluation mode only, the score is taken before."
+    size = tuple(batch.image.shape[-2:])
+    local, seen, init, final, drawn = self.condition(features, batch.category)
+    found = self.vtam(local, seen, final, self.grid, size)
+    raw = found["map"]
+    score = found.pop("score")
+    return Prediction(
+        raw if self.training or self.p.sigma == 0 else to_pixels(raw, size, self.p.sigma),
+        score,
+        dict(found, seen=seen, init=init, final=final, **drawn),
+    )
+
+
+@patch
+def loss(self: SSVP, prediction: Prediction, batch) -> dict[str, Tensor]:
+    "L_seg + L_class + lambda_1 L_VAE + lambda_2 L_reg (Eqs 9, 12, 20-22)."
+    p = self.p
+    found = prediction.layers
+    mask = batch.mask[:, 0]
+    parts = {}
+    if p.seg_on != "levels":
+        parts["focal_map"] = focal(found["map"], mask, p.focal_gamma)
+    if p.seg_on != "map":
+        parts["focal_levels"] = focal(
+            found["experts"], mask[:, None].expand_as(found["experts"]), p.focal_gamma
+        )  # mean over the levels
+    if p.image_loss == "paper":
+        parts["cls"] = image_bce(prediction.score, batch.anomalous)
+    else:
+        parts["cls"] = F.binary_cross_entropy(
+            prediction.score.clamp(1e-6, 1 - 1e-6), batch.anomalous.to(prediction.score.dtype)
+        )
+    total = sum(value for name, value in parts.items() if name != "cls") + p.weight_class * parts["cls"]
+    if self.vcpg is not None:
+        parts["reconstruction"], parts["kl"] = self.vcpg.vae.loss(found["seen"], found)
+        parts["margin"] = stay_close(found["final"], found["init"], p.xi)
+        total = (
+            total + p.weight_vae * (parts["reconstruction"] + p.beta * parts["kl"]) + p.weight_margin * parts["margin"]
+        )
+    return dict(total=total, **parts)
+
+
+@patch
+def param_groups(self: SSVP) -> list[dict]:
+    "Prompts at lr_prompts, everything else at lr (section 4.2); the temperature at a rate of its own, where there is one."
+    kinds = {"prompts": [], "tau": [], "rest": []}
+    for name, q in self.learned().items():
+        kinds[
+            (
+                "prompts"
+                if name.startswith("prompts.")
+                else "tau"
+                if name == "vtam.log_tau" and self.p.lr_tau
+                else "rest"
+            )
+        ].append(q)
+    rates = dict(prompts=self.p.lr_prompts, rest=self.p.lr, tau=self.p.lr_tau)
+    return [dict(params=kinds[kind], lr=rate) for kind, rate in rates.items() if kinds[kind]]
 
 
 # %% ../../nbs/methods/10_ssvp.ipynb #e014a7b0

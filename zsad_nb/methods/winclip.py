@@ -30,6 +30,7 @@ from ..core.parameters import param, restated
 from .base import Method, Prediction, reference_images, register
 from .tower_parameters import ClipParameters, clip_towers
 from .variants import Variant
+from fastcore.basics import patch
 
 
 # %% ../../nbs/methods/16_winclip.ipynb #35b6249e
@@ -150,7 +151,7 @@ class WinCLIPParameters(ClipParameters, frozen=False):
             raise ValueError(f"scales={self.scales}: a scale occurs twice")
 
 
-# %% ../../nbs/methods/16_winclip.ipynb #b820e7ff
+# %% ../../nbs/methods/16_winclip.ipynb #631b2f00
 @register
 class WinCLIP(Method):
     "Windows of a frozen CLIP against sentences, and against reference images (Jeong et al., CVPR 2023)."
@@ -195,53 +196,6 @@ class WinCLIP(Method):
             window_patches(self.grid, s)  # a scale that does not fit is refused here
         self._reserve(p.shots)
 
-    # ---- frozen
-    def see(self, image: Tensor) -> dict[str, Tensor]:  # (B, 3, H, W) in [0, 1]
-        "Class token (B, C) and windows (B, W, C) in the joint space, patches (B, N, D) after the last norm; not normalised."
-        p = self.p
-        clip = self.clip
-        tokens, grid = clip.embed(image)
-        last = clip.norm(clip.run(tokens, grid, ())[1])
-        return dict(
-            cls=last[:, 0] @ clip.tower.proj,
-            patches=last[:, 1:],
-            **{f"windows_{s}": window_embeddings(clip, tokens, grid, s, p.at_once, p.across_windows) for s in p.scales},
-        )
-
-    def encode(self, batch) -> dict[str, Tensor]:
-        "All that is compared with texts and references."
-        return self.see(batch.image)
-
-    # ---- references
-    def _reserve(self, shots: int):
-        "Room for the features of so many reference images; not a number until they are set."
-        (h, w), width, joint_dim = self.grid, self.clip.width, self.clip.tower.proj.shape[1]
-        rooms = dict(
-            patches=(h * w, width), **{f"windows_{s}": ((h - s + 1) * (w - s + 1), joint_dim) for s in self.p.scales}
-        )
-        for name, (count, wide) in rooms.items():
-            self.register_buffer(
-                f"reference_{name}",
-                torch.full((shots * count, wide), torch.nan, device=self.clip.mean.device),
-                persistent=False,
-            )
-
-    def references(self) -> dict[str, Tensor]:  # name of the feature -> (shots * positions, D), normalised
-        "What is kept of the reference images."
-        return (
-            {
-                n.removeprefix("reference_"): b
-                for n, b in self.named_buffers(recurse=False)
-                if n.startswith("reference_")
-            }
-            if self.p.shots
-            else {}
-        )
-
-    def learned(self) -> dict[str, Tensor]:
-        "Nothing is learned; the features of reference images are saved in its place."
-        return {f"reference_{n}": b for n, b in self.references().items()}
-
     @torch.no_grad()
     def set_references(
         self,
@@ -257,76 +211,138 @@ class WinCLIP(Method):
                 kept.copy_(F.normalize(torch.cat([s[name] for s in seen]).flatten(0, 1), dim=-1))
         return self
 
-    # ---- comparison
-    @classmethod
-    def class_sentences(cls, p, category: str) -> list[str]:
-        "Every sentence that names the class."
-        return (
-            []
-            if p.class_agnostic
-            else sentences(category, sum(WINCLIP_STATES.values(), ()), TEMPLATES[p.templates], cls.spell(p))
+
+# %% ../../nbs/methods/16_winclip.ipynb #a6572a00
+@patch
+def see(self: WinCLIP, image: Tensor) -> dict[str, Tensor]:  # (B, 3, H, W) in [0, 1]
+    "Class token (B, C) and windows (B, W, C) in the joint space, patches (B, N, D) after the last norm; not normalised."
+    p = self.p
+    clip = self.clip
+    tokens, grid = clip.embed(image)
+    last = clip.norm(clip.run(tokens, grid, ())[1])
+    return dict(
+        cls=last[:, 0] @ clip.tower.proj,
+        patches=last[:, 1:],
+        **{f"windows_{s}": window_embeddings(clip, tokens, grid, s, p.at_once, p.across_windows) for s in p.scales},
+    )
+
+
+@patch
+def encode(self: WinCLIP, batch) -> dict[str, Tensor]:
+    "All that is compared with texts and references."
+    return self.see(batch.image)
+
+
+# %% ../../nbs/methods/16_winclip.ipynb #1d6fc969
+@patch
+def _reserve(self: WinCLIP, shots: int):
+    "Room for the features of so many reference images; not a number until they are set."
+    (h, w), width, joint_dim = self.grid, self.clip.width, self.clip.tower.proj.shape[1]
+    rooms = dict(
+        patches=(h * w, width), **{f"windows_{s}": ((h - s + 1) * (w - s + 1), joint_dim) for s in self.p.scales}
+    )
+    for name, (count, wide) in rooms.items():
+        self.register_buffer(
+            f"reference_{name}",
+            torch.full((shots * count, wide), torch.nan, device=self.clip.mean.device),
+            persistent=False,
         )
 
-    @torch.no_grad()
-    def text_features(
-        self,
-        categories: list,  # one an image
-    ) -> Tensor:  # (B, 2, C) normal, abnormal, normalised
-        "Mean of every state in every template, made once per class name (section 4.1)."
-        spell = self.spell(self.p)
-        names = ["object" if self.p.class_agnostic else spell(c) for c in categories]
-        for n in set(names) - self._said.keys():
-            self._said[n] = torch.stack(
-                [
-                    ensemble(self.text, n, WINCLIP_STATES[s], TEMPLATES[self.p.templates], False, spell)
-                    for s in ("normal", "abnormal")
-                ]
-            )
-        return torch.stack([self._said[n] for n in names]).to(self.clip.tower.proj)
 
-    def zero_shot(
-        self, features: dict, categories: list
-    ) -> dict:  # "image" (B,) abnormal; "grid" (B, h, w); "window_s" (B, h, w), larger = more anomalous
-        "Softmax over the two texts for the image and every window, spread and averaged harmonically (sections 4.1, 4.2)."
-        p = self.p
-        text = self.text_features(categories)
+@patch
+def references(self: WinCLIP) -> dict[str, Tensor]:  # name of the feature -> (shots * positions, D), normalised
+    "What is kept of the reference images."
+    return (
+        {n.removeprefix("reference_"): b for n, b in self.named_buffers(recurse=False) if n.startswith("reference_")}
+        if self.p.shots
+        else {}
+    )
 
-        def share(x):
-            return (F.normalize(x, dim=-1) @ text.transpose(1, 2) / p.tau).softmax(-1)  # (B, W, 2)
 
-        image = share(features["cls"][:, None])[:, 0]
-        at = ("normal", "abnormal").index(p.averaged)
-        maps = {f"window_{s}": spread(share(features[f"windows_{s}"])[..., at], self.grid, s) for s in p.scales}
-        whole = [image[:, at, None, None].expand(-1, *self.grid)] if p.image_in_map else []
-        turned = {
-            k: 1 - m if p.averaged == "normal" else m
-            for k, m in dict(maps, grid=harmonic([*whole, *maps.values()])).items()
-        }
-        return dict(turned, image=image[:, 1])
+@patch
+def learned(self: WinCLIP) -> dict[str, Tensor]:
+    "Nothing is learned; the features of reference images are saved in its place."
+    return {f"reference_{n}": b for n, b in self.references().items()}
 
-    def reference_map(self, features: dict) -> Tensor:  # (B, h, w)
-        "Mean over patches and windows of the distance to the nearest reference (section 4.3)."
-        kept = self.references()
-        if kept["patches"][0, 0].isnan():
-            raise ValueError(
-                f"shots={self.p.shots}, but no reference image was set; call set_references(images) with good images of"
-                " this class"
-            )
-        far = {n: association(F.normalize(features[n], dim=-1), k) for n, k in kept.items()}
-        return sum(
-            (spread(far[f"windows_{s}"], self.grid, s) for s in self.p.scales), far["patches"].unflatten(1, self.grid)
-        ) / len(far)
 
-    def forward(self, features: dict, batch) -> Prediction:
-        "Map without a blur, and score; with references both are means of the two kinds of evidence."
-        p = self.p
-        found = self.zero_shot(features, batch.category)
-        grid = found["grid"]
-        score = found["image"]
-        if p.shots:
-            found["reference"] = self.reference_map(features)
-            grid = (grid + found["reference"]) / 2
-            score = (score + found["reference"].flatten(1).amax(1)) / 2
-        if p.score == "map":
-            score = to_pixels(grid, p.score_size).flatten(1).amax(1)
-        return Prediction(to_pixels(grid, tuple(batch.image.shape[-2:])), score, found)
+# %% ../../nbs/methods/16_winclip.ipynb #fdce4f5c
+@patch(cls_method=True)
+def class_sentences(cls: WinCLIP, p, category: str) -> list[str]:
+    "Every sentence that names the class."
+    return (
+        []
+        if p.class_agnostic
+        else sentences(category, sum(WINCLIP_STATES.values(), ()), TEMPLATES[p.templates], cls.spell(p))
+    )
+
+
+@patch
+@torch.no_grad()
+def text_features(
+    self: WinCLIP,
+    categories: list,  # one an image
+) -> Tensor:  # (B, 2, C) normal, abnormal, normalised
+    "Mean of every state in every template, made once per class name (section 4.1)."
+    spell = self.spell(self.p)
+    names = ["object" if self.p.class_agnostic else spell(c) for c in categories]
+    for n in set(names) - self._said.keys():
+        self._said[n] = torch.stack(
+            [
+                ensemble(self.text, n, WINCLIP_STATES[s], TEMPLATES[self.p.templates], False, spell)
+                for s in ("normal", "abnormal")
+            ]
+        )
+    return torch.stack([self._said[n] for n in names]).to(self.clip.tower.proj)
+
+
+@patch
+def zero_shot(
+    self: WinCLIP, features: dict, categories: list
+) -> dict:  # "image" (B,) abnormal; "grid" (B, h, w); "window_s" (B, h, w), larger = more anomalous
+    "Softmax over the two texts for the image and every window, spread and averaged harmonically (sections 4.1, 4.2)."
+    p = self.p
+    text = self.text_features(categories)
+
+    def share(x):
+        return (F.normalize(x, dim=-1) @ text.transpose(1, 2) / p.tau).softmax(-1)  # (B, W, 2)
+
+    image = share(features["cls"][:, None])[:, 0]
+    at = ("normal", "abnormal").index(p.averaged)
+    maps = {f"window_{s}": spread(share(features[f"windows_{s}"])[..., at], self.grid, s) for s in p.scales}
+    whole = [image[:, at, None, None].expand(-1, *self.grid)] if p.image_in_map else []
+    turned = {
+        k: 1 - m if p.averaged == "normal" else m
+        for k, m in dict(maps, grid=harmonic([*whole, *maps.values()])).items()
+    }
+    return dict(turned, image=image[:, 1])
+
+
+@patch
+def reference_map(self: WinCLIP, features: dict) -> Tensor:  # (B, h, w)
+    "Mean over patches and windows of the distance to the nearest reference (section 4.3)."
+    kept = self.references()
+    if kept["patches"][0, 0].isnan():
+        raise ValueError(
+            f"shots={self.p.shots}, but no reference image was set; call set_references(images) with good images of"
+            " this class"
+        )
+    far = {n: association(F.normalize(features[n], dim=-1), k) for n, k in kept.items()}
+    return sum(
+        (spread(far[f"windows_{s}"], self.grid, s) for s in self.p.scales), far["patches"].unflatten(1, self.grid)
+    ) / len(far)
+
+
+@patch
+def forward(self: WinCLIP, features: dict, batch) -> Prediction:
+    "Map without a blur, and score; with references both are means of the two kinds of evidence."
+    p = self.p
+    found = self.zero_shot(features, batch.category)
+    grid = found["grid"]
+    score = found["image"]
+    if p.shots:
+        found["reference"] = self.reference_map(features)
+        grid = (grid + found["reference"]) / 2
+        score = (score + found["reference"].flatten(1).amax(1)) / 2
+    if p.score == "map":
+        score = to_pixels(grid, p.score_size).flatten(1).amax(1)
+    return Prediction(to_pixels(grid, tuple(batch.image.shape[-2:])), score, found)
