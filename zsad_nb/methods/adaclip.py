@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor, nn
@@ -48,7 +49,6 @@ from .base import Method, Prediction, register
 from .released_files import fit_released
 from .tower_parameters import ClipParameters, clip_towers
 from .variants import Variant
-from fastcore.basics import patch
 
 
 # %% ../../nbs/methods/19_adaclip.ipynb #1f60c29c

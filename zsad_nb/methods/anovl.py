@@ -27,6 +27,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor
 
 from zsad_nb.backbones.ensembles import (
@@ -46,7 +47,6 @@ from .base import Method, Prediction, register
 from .tower_parameters import ClipParameters, clip_towers
 from .variants import Variant
 from ..synthetic.categories import CATEGORIES
-from fastcore.basics import patch
 
 
 # %% ../../nbs/methods/20_anovl.ipynb #524f1583

@@ -8,8 +8,10 @@ __all__ = ["released_names", "import_released", "APRILGANParameters", "APRILGAN"
 # %% ../../nbs/methods/21_april_gan.ipynb #333ea439
 from dataclasses import asdict, dataclass, replace
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from zsad_nb.backbones.ensembles import (
@@ -32,7 +34,6 @@ from .class_range import RangedMethod, stretch
 from .released_files import import_linear_layers, linear_layer_names
 from .tower_parameters import ClipParameters, clip_towers
 from .variants import Variant
-from fastcore.basics import patch
 
 
 # %% ../../nbs/methods/21_april_gan.ipynb #fc65590d

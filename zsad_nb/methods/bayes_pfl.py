@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..backbones.ensembles import table_of_nine
@@ -36,7 +37,6 @@ from .class_range import RangedMethod, stretch
 from .released_files import fit_released
 from .tower_parameters import clip_towers
 from .variants import Variant
-from fastcore.basics import patch
 
 # %% ../../nbs/methods/23_bayes_pfl.ipynb #1e4b8ee8
 # parameters of the method that had this name before

@@ -32,6 +32,8 @@ from .base import Method, Prediction, register
 from .variants import Variant
 
 _all_ = ["import_released"]
+from fastcore.basics import patch
+
 from zsad_nb.methods.tower_parameters import (
     ClipParameters,
     DinoParameters,
@@ -39,7 +41,6 @@ from zsad_nb.methods.tower_parameters import (
     clip_towers,
     object_prompts,
 )
-from fastcore.basics import patch
 
 
 # %% ../../nbs/methods/18_crane.ipynb #1d39496d

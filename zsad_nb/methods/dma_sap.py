@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..backbones.towers import create_backbone
@@ -28,7 +29,6 @@ from zsad_nb.methods.tower_parameters import (
     object_prompts,
 )
 from .variants import Variant
-from fastcore.basics import patch
 
 
 # %% ../../nbs/methods/09_dma_sap.ipynb #c0f54fc5

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from zsad_nb.backbones.ensembles import (
@@ -44,7 +45,6 @@ from .dapo import TypeMethod, TypeParameters, chosen
 from .released_files import import_linear_layers, linear_layer_names
 from .tower_parameters import ClipParameters, clip_towers
 from .variants import Variant
-from fastcore.basics import patch
 
 # %% ../../nbs/methods/13_multiads.ipynb #d0e3b6e2
 TYPE_STATES = (

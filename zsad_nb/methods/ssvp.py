@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor
 
 from ..backbones.ensembles import WINCLIP_STATES, WINCLIP_TEMPLATES, ensemble
@@ -39,7 +40,6 @@ from ..data.method_images import batches_for
 from .base import Method, Prediction, register
 from .tower_parameters import ClipParameters, DinoParameters, clip_towers
 from .variants import Variant
-from fastcore.basics import patch
 
 
 # %% ../../nbs/methods/10_ssvp.ipynb #61eb0758

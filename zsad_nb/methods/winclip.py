@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor
 
 from ..backbones.ensembles import ANOMALIB_TEMPLATES, WINCLIP_STATES, WINCLIP_TEMPLATES, ensemble, sentences
@@ -30,7 +31,6 @@ from ..core.parameters import param, restated
 from .base import Method, Prediction, reference_images, register
 from .tower_parameters import ClipParameters, clip_towers
 from .variants import Variant
-from fastcore.basics import patch
 
 
 # %% ../../nbs/methods/16_winclip.ipynb #35b6249e
