@@ -175,8 +175,10 @@ def method_class(
         importlib.import_module(f"zsad_nb.methods.{MODULES[name]}")
     if name not in METHODS and is_class_path(name):
         METHODS[name] = _imported(name, name)
-    if name not in METHODS and name in (points := installed_methods()):
-        METHODS[name] = _imported(points[name].value, name)
+    if name not in METHODS:
+        points = installed_methods()
+        if name in points:
+            METHODS[name] = _imported(points[name].value, name)
     if name not in METHODS:
         raise ValueError(
             f"unknown method {name!r}; known: {', '.join(method_names())}; a method of your own is named"
@@ -348,7 +350,7 @@ def save(
 
 # %% ../../nbs/methods/06_base.ipynb #7868b176
 def load_tensors(method: Method, state: dict, where: str):
-    "Copy tensors into a method's learned parameters; every key that does not fit is named, and so are NaN and infinity."
+    "Copy tensors into a method's learned parameters; every key that does not fit is named, as are NaN and infinity."
     own = method.learned()
     values = fitted(own, state, f"{where} does not fit {method.name}")
     with torch.no_grad():

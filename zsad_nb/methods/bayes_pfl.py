@@ -143,7 +143,8 @@ class BayesPFL(RangedMethod):
     @classmethod
     def from_older(cls, saved: dict) -> dict:
         "Checkpoints of the method that had this name before are refused."
-        if former := sorted(FORMER & set(saved)):
+        former = sorted(FORMER & set(saved))
+        if former:
             raise WeightsError(
                 f"its parameters ({listed(former)}) are those of another method that was called "
                 f"{cls.name} until this one became the released method; it is no longer part of "
@@ -408,8 +409,14 @@ def param_groups(self: BayesPFL) -> list[dict]:
         return [dict(params=[q for n, q in own.items() if n.startswith(stage)], lr=p.lr_linear)]
     fast = ("prompts.", "flows.planes.", "flows.heads.")
     kinds = [[], [], []]
+
+    def kind_of(name: str) -> int:
+        if name.startswith(fast):
+            return 0
+        return 2 if name == "log_scale" else 1
+
     for n, q in own.items():
-        kinds[0 if n.startswith(fast) else 2 if n == "log_scale" else 1].append(q)
+        kinds[kind_of(n)].append(q)
     return [dict(params=params, lr=lr) for params, lr in zip(kinds, (p.lr, p.lr_linear, p.lr_temperature))]
 
 

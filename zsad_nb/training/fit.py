@@ -190,9 +190,9 @@ def fit(
     keep_state: bool = False,
     # called with the method after every epoch, in evaluation mode; a true answer ends the training there
     watch: Callable | None = None,
-    **reading,  # see `Reading`: bits, white, mask_threshold, mask_mismatch, mask_orientation; default: as the index says
+    **reading,  # see `Reading`: bits, white, mask_threshold, mask_mismatch, mask_orientation; default: the index's
 ) -> pd.DataFrame:  # a row a step: step, epoch, seconds, lr, skipped, total and the parts of the loss
-    "Train a method's learned part on an Index; same seed, same numbers. `attrs`: epochs, step_seconds, peak_memory, ..."
+    "Train a method's learned part on an Index; same seed, same numbers. `attrs`: epochs, step_seconds, ..."
     index = read_as(index, **reading)
     recipe = recipe_of(method) if recipe is None else recipe
     _check_training(method, index, recipe)
