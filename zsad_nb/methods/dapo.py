@@ -303,7 +303,7 @@ class DAPO(TypeMethod):
         return to_pixels(maps, size, self.p.sigma) if self.p.sigma > 0 and not self.training else maps
 
     def type_scores(self, layers: dict, maps: Tensor, keep=None) -> Tensor:  # (B, K)
-        "Probabilities of the class token over {normal, types} (section 6), or the top pixels of every type's map (ours)."
+        "Probabilities of the class token over {normal, types} (section 6), or the top pixels of the types' maps (ours)."
         if self.p.type_from == "image":
             return chosen(layers["image_types"], keep).softmax(-1)[:, 1:]
         return top_share_mean(maps[:, 1:].flatten(0, 1), self.p.top_share).unflatten(0, (len(maps), -1))
@@ -348,7 +348,7 @@ class DAPO(TypeMethod):
 
 # %% ../../nbs/methods/12_dapo.ipynb #ab009ad7
 def released_names(method: DAPO) -> dict:  # our name -> released name
-    "Names of the learned tensors in the released checkpoints, where the deep tokens of every text block are one tensor."
+    "Names of the learned tensors in the released checkpoints, where each text block's deep tokens are one tensor."
     names = {
         "prompts.normal": "prompt_learner.learnable_normal_tokens",
         "prompts.abnormal": "prompt_learner.learnable_abnormal_tokens",

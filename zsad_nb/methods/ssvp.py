@@ -384,7 +384,7 @@ def static_text(
     categories: list,  # one an image
     static: str = "written",  # "written" or "init"
 ) -> Tensor:  # (B, 2K, C)
-    "Text that does not depend on the image: hand-written prompts of each state, or T_init (Eq. 24; the choice is ours)."
+    "Text that does not depend on the image: hand-written prompts of each state, or T_init (Eq. 24; choice ours)."
     if static == "init":
         return method.prompt_features(categories)
     if static != "written":
@@ -410,7 +410,7 @@ def alignment(
     batch_size: int = 8,
     workers: int = 0,
 ) -> dict:  # tir_fg, scd_normal, scd_abnormal
-    "TIR-FG and SCD of a method (Table 4; Eqs 23, 24): means over the levels' defective patches, over images and prompts."
+    "TIR-FG and SCD of a method (Table 4; Eqs 23, 24): means over defective patches, over images and prompts."
     was = method.training
     cosines = []
     distances = []

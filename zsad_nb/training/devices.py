@@ -349,6 +349,49 @@ def _store() -> "torch.distributed.TCPStore":
     )
 
 
+def _send(folder: Path, method: Method, train: Callable, arguments: dict, home: torch.device):
+    "Write what every process needs into a folder that only this user can read."
+    try:
+        write_atomically(folder / "method.pt", lambda part: torch.save(method, part))
+        os.chmod(folder / "method.pt", 0o600)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"this {method.name} cannot be sent to other processes ({error}); remove hooks and functions that"
+            " were put on it"
+        ) from error
+    _write_private(folder / "arguments.pkl", pickle.dumps((train, arguments, home.type)))
+
+
+def _environment(devices: int, port: int, cuda: bool) -> dict[str, str]:
+    "Of every process, but for its rank."
+    env = dict(
+        os.environ,
+        WORLD_SIZE=str(devices),
+        LOCAL_WORLD_SIZE=str(devices),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
+        PYTHONPATH=os.pathsep.join(p for p in sys.path if p),
+    )
+    if not cuda:
+        env |= dict(OMP_NUM_THREADS=str(max(1, torch.get_num_threads() // devices)), CUDA_VISIBLE_DEVICES="")
+    if sys.platform == "linux":  # all of them are on this machine: no connection from outside is accepted
+        env |= dict(GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo")
+    return env
+
+
+def _start(folder: Path, rank: int, env: dict) -> subprocess.Popen:
+    "One process; what the first one prints is shown, the others' goes into a file."
+    with open(folder / f"{rank}.log", "wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-c", _START, str(folder)],
+            env=dict(env, RANK=str(rank), LOCAL_RANK=str(rank)),
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=None if rank == 0 else log,
+        )
+
+
 def launch(
     method: Method,  # changed in place
     devices: int,  # processes
@@ -365,49 +408,17 @@ def launch(
         folder = Path(folder)
         processes = []
         try:
-            try:
-                write_atomically(folder / "method.pt", lambda part: torch.save(method, part))
-                os.chmod(folder / "method.pt", 0o600)
-            except (pickle.PicklingError, AttributeError, TypeError) as error:
-                raise ValueError(
-                    f"this {method.name} cannot be sent to other processes ({error}); remove hooks and functions that"
-                    " were put on it"
-                ) from error
-            _write_private(folder / "arguments.pkl", pickle.dumps((train, dict(arguments, devices=devices), home.type)))
-            store = _store()
-            env = dict(
-                os.environ,
-                WORLD_SIZE=str(devices),
-                LOCAL_WORLD_SIZE=str(devices),
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=str(store.port),
-                TORCHELASTIC_USE_AGENT_STORE="True",
-                PYTHONPATH=os.pathsep.join(p for p in sys.path if p),
-            )
-            if not cuda:
-                env |= dict(OMP_NUM_THREADS=str(max(1, torch.get_num_threads() // devices)), CUDA_VISIBLE_DEVICES="")
-            if sys.platform == "linux":
-                env |= dict(
-                    GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo"
-                )  # all of them are on this machine: nobody outside it is listened to
+            _send(folder, method, train, dict(arguments, devices=devices), home)
+            store = _store()  # kept while they run
+            env = _environment(devices, store.port, cuda)
             for rank in range(devices):
-                with open(folder / f"{rank}.log", "wb") as log:
-                    processes.append(
-                        subprocess.Popen(
-                            [sys.executable, "-c", _START, str(folder)],
-                            env=dict(env, RANK=str(rank), LOCAL_RANK=str(rank)),
-                            stdin=subprocess.PIPE,
-                            stdout=log,
-                            stderr=None if rank == 0 else log,
-                        )
-                    )
+                processes.append(_start(folder, rank, env))
             while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
                 time.sleep(0.05)
             if any(p.poll() for p in processes):
                 raise _why(folder, processes)
-            state, history = torch.load(
-                owned_only(folder / "done.pt"), weights_only=False
-            )  # written by this very run, in a folder only this user can read
+            # written by this very run, in a folder only this user can read
+            state, history = torch.load(owned_only(folder / "done.pt"), weights_only=False)
         finally:
             for p in processes:
                 p.kill()

@@ -238,14 +238,19 @@ def fit(
         method.trained_on = trained_on
         size = size or next(iter(method.backbones().values())).size
         method.fitted = dict(dataclasses.asdict(recipe), size=size, precision=precision)
-    state = history.attrs.pop("state")
-    if state and not keep_state:
-        remove_state(state)
-    elif state:
-        history.attrs["state"] = state
+    _drop_state(history, keep_state)
     history.attrs["reading"] = dataclasses.asdict(reading_of(index))
     _warn_of_skipped(history, precision)
     return history
+
+
+def _drop_state(history: pd.DataFrame, keep: bool):
+    "The state of a training that has ended is of no more use, unless the caller has yet to save the method."
+    state = history.attrs.pop("state")
+    if state and not keep:
+        remove_state(state)
+    elif state:
+        history.attrs["state"] = state
 
 
 def _add_what_is_left(error: BaseException, done: int, epochs: int):
