@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from parity_tools import Fixture, gradients, trained
+from parity_tools import Fixture, gradients, require_refused, trained
 from sklearn.cluster import KMeans
 
 from zsad_nb.backbones.ensembles import ADACLIP_STATES, blank_for_dash, sentences
-from zsad_nb.backbones.weights import WeightsError
 from zsad_nb.components.dapo_prompts import enlarge
 from zsad_nb.methods import adaclip
 from zsad_nb.methods.adaclip import read_prompted, released_names, see_prompted
@@ -313,16 +312,7 @@ def test_adaclip_what_was_set_matters(case, stored_groups):
     ids=["missing head", "missing set", "too many", "shape", "not a number"],
 )
 def test_adaclip_a_file_that_does_not_fit(case, tmp_path, change, why):
-    state = torch.load(case.released, weights_only=True)
-    change(state["clip_model"])
-    torch.save(state, tmp_path / "wrong.pth")
-    model = build(case)
-    before = {k: v.clone() for k, v in model.learned().items()}
-    with pytest.raises(WeightsError, match=f"wrong.pth does not fit adaclip: .*{why}"):
-        import_released(model, tmp_path / "wrong.pth")
-    assert all(torch.equal(v, before[k]) for k, v in model.learned().items()), (
-        "nothing is copied from a file that does not fit"
-    )
+    require_refused(case, build(case), tmp_path, "clip_model", change, why)
 
 
 def test_adaclip_maps_of_a_tap_are_enlarged_before_the_softmax(case):

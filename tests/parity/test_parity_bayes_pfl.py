@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from parity_tools import Fixture, gradients
+from parity_tools import Fixture, gradients, require_refused
 
 from zsad_nb.backbones.weights import WeightsError
 from zsad_nb.components.maps import to_pixels
@@ -479,16 +479,7 @@ def test_bayes_pfl_recipe():
     ids=["missing", "too many", "shape", "not a number", "two encoders"],
 )
 def test_bayes_pfl_a_file_that_does_not_fit(case, tmp_path, change, why):
-    state = torch.load(case.released, weights_only=True)
-    change(state["MyModel"])
-    torch.save(state, tmp_path / "wrong.pth")
-    model = build(case)
-    before = {k: v.clone() for k, v in model.learned().items()}
-    with pytest.raises(WeightsError, match=f"wrong.pth does not fit bayes_pfl: .*{why}"):
-        import_released(model, tmp_path / "wrong.pth")
-    assert all(torch.equal(v, before[k]) for k, v in model.learned().items()), (
-        "nothing is copied from a file that does not fit"
-    )
+    require_refused(case, build(case), tmp_path, "MyModel", change, why)
 
 
 def test_bayes_pfl_another_file(case, tmp_path):
