@@ -2,14 +2,17 @@
 
 import re
 
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
 from zsad_nb.backbones.table import OPENAI
+from zsad_nb.backbones.weights import WeightsError
 from zsad_nb.data.images import Batch
 from zsad_nb.data.masks import resize_mask
 from zsad_nb.data.pixels import resize
+from zsad_nb.methods.base import import_released
 
 INPUTS = (
     "clip.",
@@ -134,3 +137,16 @@ def trained(method, batch, optimiser, steps, before=lambda: None) -> dict:
         method.loss(method(method.encode(batch), batch), batch)["total"].backward()
         optimiser.step()
     return method.learned()
+
+
+def require_refused(case, model, tmp_path, part, change, why):
+    "A released file of which one part was changed is refused with what is wrong in it, and nothing of it is copied."
+    state = torch.load(case.released, weights_only=True)
+    change(state[part])
+    torch.save(state, tmp_path / "wrong.pth")
+    before = {k: v.clone() for k, v in model.learned().items()}
+    with pytest.raises(WeightsError, match=f"wrong.pth does not fit {model.name}: .*{why}"):
+        import_released(model, tmp_path / "wrong.pth")
+    assert all(torch.equal(v, before[k]) for k, v in model.learned().items()), (
+        "nothing is copied from a file that does not fit"
+    )

@@ -45,6 +45,10 @@ ROWS = {  # notebook -> what you learn; where the picture is from: the number of
         "SSVP part by part: what each level becomes, whom the gates believe, what an image does to its own prompts",
         2,
     ),
+    "tutorials/your_own_method": (
+        "a small method in a file of your own, beside another one in a sweep's table",
+        0,
+    ),
     "experiments/train": (
         "train a method on an auxiliary set: a checkpoint and its losses",
         ("visualad_synthetic.png", (115, 235, 815, 590)),

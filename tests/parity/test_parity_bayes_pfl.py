@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from parity_tools import Fixture, gradients
+from parity_tools import Fixture, gradients, require_refused
 
 from zsad_nb.backbones.weights import WeightsError
 from zsad_nb.components.maps import to_pixels
@@ -169,8 +169,8 @@ def judged(case, model) -> dict:
         to_pixels(plain.map, plain.map.shape[-2:], float(cfg["sigma"])), found["out.test.smoothed_map"]
     )
     for name, changes in dict(large=dict(small_top_classes=()), small=dict(top_pixels=cfg["top_k_small"])).items():
-        found[f"out.test.top_mean_{name}"] = build(case, **changes).score_parts(batch)[:, 1]
-    found["out.test.top_mean_used"] = model.score_parts(batch)[:, 1]
+        found[f"out.test.top_mean_{name}"] = build(case, **changes).measure(batch)[:, 1]
+    found["out.test.top_mean_used"] = model.measure(batch)[:, 1]
     return found
 
 
@@ -363,7 +363,7 @@ def test_bayes_pfl_what_was_set_matters(case):
         ), changes
     for changes in (dict(top_pixels=10, small_top_pixels=10), dict(second_stage=True), dict(image_agnostic=False)):
         assert (
-            case.difference(build(case, **changes).score_parts(batch), parts) > 2 * limits["probability and top means"]
+            case.difference(build(case, **changes).measure(batch), parts) > 2 * limits["probability and top means"]
         ), changes
     assert (
         case.difference(build(case, image_score="image").predict(batch).score, case.tensors["out.test.image_score"])
@@ -479,16 +479,7 @@ def test_bayes_pfl_recipe():
     ids=["missing", "too many", "shape", "not a number", "two encoders"],
 )
 def test_bayes_pfl_a_file_that_does_not_fit(case, tmp_path, change, why):
-    state = torch.load(case.released, weights_only=True)
-    change(state["MyModel"])
-    torch.save(state, tmp_path / "wrong.pth")
-    model = build(case)
-    before = {k: v.clone() for k, v in model.learned().items()}
-    with pytest.raises(WeightsError, match=f"wrong.pth does not fit bayes_pfl: .*{why}"):
-        import_released(model, tmp_path / "wrong.pth")
-    assert all(torch.equal(v, before[k]) for k, v in model.learned().items()), (
-        "nothing is copied from a file that does not fit"
-    )
+    require_refused(case, build(case), tmp_path, "MyModel", change, why)
 
 
 def test_bayes_pfl_another_file(case, tmp_path):

@@ -129,7 +129,7 @@ def test_ssvp_draws_the_same_latents_every_time(exported):
     torch.manual_seed(5)
     first = load_exported(folder).predict(images)
     torch.manual_seed(6)
-    assert torch.equal(first.score, load_exported(folder).predict(images).score) and method.vcpg.latents == 10
+    assert torch.equal(first.score, load_exported(folder).predict(images).score) and method.vcpg.p.latents == 10
 
 
 def test_the_description_is_in_the_file_and_beside_it(exported):

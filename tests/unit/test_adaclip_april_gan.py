@@ -4,11 +4,11 @@ import copy
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
+from sklearn.cluster import KMeans
 
 from zsad_nb.backbones.ensembles import ADACLIP_TEMPLATES, PHOTO_TEMPLATES
 from zsad_nb.backbones.features import FeatureCache
@@ -335,30 +335,8 @@ def texts_by_hand(read, name, templates):
 
 
 def kmeans_by_hand(x, k, seed):
-    "k-means++ with the same draws, then Lloyd, in lists."
-    rows = [r.double().numpy() for r in x]
-    draws = torch.rand(k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).tolist()
-    centres = [rows[int(draws[0] * len(rows))]]
-    for draw in draws[1:]:
-        near = [min(((r - c) ** 2).sum() for c in centres) for r in rows]
-        if max(near) <= 1e-12 * max((r**2).sum() for r in rows):
-            break
-        total = 0.0
-        sum_ = sum(near)
-        for i, v in enumerate(near):
-            total += v
-            if total > draw * sum_:
-                break
-        centres.append(rows[i])
-    labels = None
-    while True:
-        new = [int(np.argmin([((r - c) ** 2).sum() for c in centres])) for r in rows]
-        if new == labels:
-            return labels
-        labels = new
-        for j in range(len(centres)):
-            if j in labels:
-                centres[j] = np.mean([r for r, m in zip(rows, labels) if m == j], axis=0)
+    "scikit-learn's groups of some rows, asked for as the release does."
+    return KMeans(n_clusters=min(k, len(x)), random_state=seed).fit(x.double().numpy()).labels_.tolist()
 
 
 def adaclip_by_hand(model, batch):
@@ -383,7 +361,7 @@ def adaclip_by_hand(model, batch):
         pixels = F.interpolate(cosines, batch.image.shape[-2:], mode="bilinear", align_corners=True).mean(0).softmax(0)
         maps.append(torch.from_numpy(gaussian_filter(((pixels[1] + 1 - pixels[0]) / 2).detach().numpy(), 4)))
         abnormal = cosines.mean(0).double().softmax(0)[1].flatten()
-        positions = sorted(sorted(range(side * side), key=lambda i: -abnormal[i].item())[: 5 * model.p.clusters])
+        positions = sorted(range(side * side), key=lambda i: -abnormal[i].item())[: 5 * model.p.clusters]
         joined = torch.stack([torch.cat([tap[i] for tap in adapted]) for i in positions])
         labels = kmeans_by_hand(joined.detach(), model.p.clusters, 0)
         centres = [

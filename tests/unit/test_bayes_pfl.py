@@ -93,7 +93,7 @@ def label(changes):
 def test_log_determinants_are_the_jacobians(invertible):
     "All planes of a context flow, in double precision; the corrected ones never fold."
     torch.manual_seed(0)
-    flows = PromptFlows(5, 4, planes=4, invertible=invertible).double()
+    flows = PromptFlows(5, 4, flows=4, invertible=invertible).double()
     with torch.no_grad():
         for q in flows.planes["context"].parameters():
             q.normal_(0, 1)
@@ -126,7 +126,7 @@ def test_log_determinants_are_the_jacobians(invertible):
 
 def test_kl_without_planes_is_the_closed_form():
     torch.manual_seed(0)
-    flows = PromptFlows(6, 8, planes=0)
+    flows = PromptFlows(6, 8, flows=0)
     given = torch.randn(3, 6)
     with torch.no_grad():
         flows.encoders["context"].mean[-1].bias.fill_(0.5)

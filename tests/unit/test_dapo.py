@@ -93,7 +93,7 @@ def alike(text, a: str, b: str, tokens: bool = True, depth=None, **mode) -> torc
     found = []
     for seed in range(8):
         torch.manual_seed(seed)
-        prompts = HybridPrompts(text, prompts=1, tokens=4 if tokens else 0, depth=depth, **mode)
+        prompts = HybridPrompts(text, prompts=1, text_tokens=4 if tokens else 0, text_depth=depth, **mode)
         z, _ = prototypes(prompts.features([a, b]))
         found.append(z[1] @ z[2])
     return torch.stack(found)
@@ -132,7 +132,7 @@ def test_release_compat_is_both_quirks():
         (dict(true_end=False), (True, False)),
     ):
         prompts = small(**changes).prompts
-        assert (prompts.causal, prompts.true_end) == expected
+        assert (prompts.p.causal, prompts.p.true_end) == expected
 
 
 def test_padding_matters_only_without_the_mask(text):

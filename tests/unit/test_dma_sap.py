@@ -698,7 +698,7 @@ def test_unknown_parameter_and_descriptions():
 def test_upsampled_attention_by_hand():
     "Both axes of A_dino and the one of A_clip are enlarged bilinearly, and rows sum to one again."
     torch.manual_seed(0)
-    dma = DMA(24, 32, 16, theta=0.6, upsample="attention")
+    dma = DMA(24, 32, 16, theta=0.6, dma_upsample="attention")
     patches = torch.randn(2, 6, 24)
     values = torch.randn(2, 35, 32)
     query = torch.randn(2, 16)

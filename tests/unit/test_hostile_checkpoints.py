@@ -27,10 +27,10 @@ from zsad_nb.backbones.weights import (
     require_plain,
     vit_shapes,
 )
+from zsad_nb.core.parameters import ENTRIES, ParameterSet, param
 from zsad_nb.methods.april_gan import released_names
 from zsad_nb.methods.base import METHODS, Method, create, import_released, load, method_class, register, save
 from zsad_nb.methods.checkpoint_files import read_header
-from zsad_nb.methods.parameters import ENTRIES, ParameterSet, param
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from zsad_nb.backbones.features import FeatureCache
-from zsad_nb.components.hsvs import ATF, HSVS, head_count
+from zsad_nb.components.hsvs import ATF, HSVS, HSVSParameters, head_count
 from zsad_nb.components.losses import focal
-from zsad_nb.components.vcpg import VAE, VCPG, scd, stay_close, tir_fg
-from zsad_nb.components.vtam import VTAM
+from zsad_nb.components.vcpg import VAE, VCPG, VCPGParameters, scd, stay_close, tir_fg
+from zsad_nb.components.vtam import VTAM, VTAMParameters
 from zsad_nb.core.settings import seed_everything
 from zsad_nb.data.images import Batch
 from zsad_nb.evaluation.published import printed_variants
@@ -772,11 +772,11 @@ def test_studies_are_data():
         (dict(seg_on="pixels"), "map, levels or both"),
         (dict(image_loss="mse"), "paper or probability"),
         (dict(pairing="all"), "pairs or mean"),
-        (dict(global_score="max"), "probability or difference or cosine"),
+        (dict(global_score="max"), "probability, difference or cosine"),
         (dict(pool="sum"), "max or mean"),
         (dict(z="zero"), "sample or mu"),
         (dict(vae_scale="max"), "mean, sum or unit"),
-        (dict(gamma=1.1), "between 0 and 1"),
+        (dict(gamma=1.1), "from 0 to 1"),
         (dict(tau=0.0), "above 0"),
         (dict(latents=0), "at least 1"),
         (dict(sigma=-1.0), "0 or more"),
@@ -801,37 +801,14 @@ def test_every_parameter_has_a_source():
 
 
 def test_defaults_agree():
-    "A component used by itself and the method say the same."
+    "A component used by itself and the method have the same values: they are declared once, with the component."
     p = SSVPParameters()
-    for cls, names in (
-        (ATF, dict(num_heads="num_heads", ratio="mlp_ratio")),
-        (
-            VCPG,
-            dict(
-                latents="latents",
-                train_latents="train_latents",
-                z="z",
-                seed="noise_seed",
-                scale="vae_scale",
-                detach="detach_target",
-            ),
-        ),
-        (
-            VTAM,
-            dict(
-                tau="tau",
-                mask_bias="mask_bias",
-                gamma="gamma",
-                pairing="pairing",
-                global_score="global_score",
-                pool="pool",
-            ),
-        ),
-        (VAE, dict(scale="vae_scale")),
-    ):
-        signature = inspect.signature(cls).parameters
-        for mine, theirs in names.items():
-            assert signature[mine].default == getattr(p, theirs), (cls.__name__, mine)
+    for own in (HSVSParameters, VCPGParameters, VTAMParameters):
+        assert isinstance(p, own) and own.of(p) == own()
+        again = set(vars(SSVPParameters)["__annotations__"]) & {f.name for f in dataclasses.fields(own)}
+        assert not again, f"SSVP declares {sorted(again)} of {own.__name__} a second time"
+    for component in (ATF(8, 8), HSVS(torch.zeros(8, 8), 8), VAE(8), VCPG(8), VTAM(8)):
+        assert getattr(component, "p", None) in (None, VCPGParameters(), VTAMParameters())
     assert inspect.signature(stay_close).parameters["xi"].default == p.xi
     assert [head_count(w, 8) for w in (768, 128, 6, 35)] == [8, 8, 6, 7]
 
@@ -871,7 +848,7 @@ def test_scales_of_the_vae():
     losses = {}
     for scale in ("sum", "mean", "unit"):
         torch.manual_seed(1)
-        vae = VAE(40, scale=scale)
+        vae = VAE(40, vae_scale=scale)
         losses[scale] = vae.loss(v, vae(v, torch.randn(6, 2, 40, generator=torch.Generator().manual_seed(2))))
     assert all(torch.allclose(a, 40 * b, rtol=1e-5) for a, b in zip(losses["sum"], losses["mean"]))
     assert losses["unit"][1] == losses["sum"][1] and losses["unit"][0] < losses["sum"][0]
@@ -881,7 +858,7 @@ def test_the_target_of_the_vae_is_detached():
     "Otherwise the image features could make the loss small by all being alike; the encoder's input stays attached."
     torch.manual_seed(0)
     for detach in (True, False):
-        vae = VAE(40, detach=detach)
+        vae = VAE(40, detach_target=detach)
         seen = torch.randn(6, 40, requires_grad=True)
         drawn = {k: v.detach() for k, v in vae(seen, None).items()}
         (target,) = torch.autograd.grad(vae.loss(seen, drawn)[0], seen, allow_unused=True)

@@ -24,7 +24,7 @@ def resample_matrix(
     sigma: float = 0.0,  # Gaussian in output pixels; 0 for none
 ) -> Tensor:  # (size, grid) float32: bilinear upsampling, then smoothing
     "The matrix that upsamples and smooths one axis; every row sums to one."
-    # float32 on purpose: torch rounds the source coordinates there, and so did every code whose numbers are compared with
+    # float32 on purpose: torch rounds the source coordinates there, as in every code that is compared with
     up = F.interpolate(torch.eye(grid)[None], size=size, mode="linear", align_corners=False)[
         0
     ].T.double()  # (size, grid)
@@ -33,7 +33,7 @@ def resample_matrix(
     radius = int(4.0 * sigma + 0.5)  # scipy's truncate=4
     kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=torch.float64) / sigma) ** 2)
     kernel /= kernel.sum()
-    # scipy's "reflect" repeats the border pixel (d c b a | a b c d | d c b a): index by a triangle wave of period 2 * size
+    # scipy's "reflect" repeats the border pixel (d c b a | a b c d | d c b a): a triangle wave of period 2 * size
     at = (torch.arange(size)[:, None] + torch.arange(-radius, radius + 1)[None]) % (2 * size)
     at = torch.where(at < size, at, 2 * size - 1 - at)
     gauss = torch.zeros(size, size, dtype=torch.float64).scatter_add_(1, at, kernel.expand(size, -1).contiguous())

@@ -37,9 +37,9 @@ from ..backbones.programs import file_hash, read_program
 from ..backbones.weights import listed, weights_hash
 from ..core.files import read_json, to_json, write_json
 from ..core.names import shown
+from ..core.parameters import SIDE
 from ..data.pixels import INTERPOLATIONS, read_image, resize
 from ..methods.base import Method, Prediction
-from ..methods.parameters import SIDE
 
 
 # %% ../../nbs/deploy/01_export.ipynb #5d72d2c3

@@ -31,8 +31,8 @@ import numpy as np
 
 from ..core.files import read_json
 from ..core.names import shown
+from ..core.parameters import SIDE
 from ..data.pixels import INTERPOLATIONS
-from ..methods.parameters import SIDE
 
 # %% ../../nbs/explore/06_map_records.ipynb #c0f7b012
 DONE, UNREADABLE = 1, 2  # states of a row; 0: not yet

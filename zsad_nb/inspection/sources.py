@@ -29,7 +29,16 @@ from ..data.listing import is_image, is_rubbish, walk
 from ..data.pixels import read_image
 from ..evaluation.run_state import result_of
 from .journal import utf8
-from ..methods.base import METHODS, MODULES, Method, create, load, load_released
+from zsad_nb.methods.base import (
+    METHODS,
+    MODULES,
+    Method,
+    create,
+    is_class_path,
+    load,
+    load_released,
+    recorded_class,
+)
 from ..methods.released_files import file_record, split_released
 
 
@@ -258,7 +267,7 @@ _PARAMETERS = dict.fromkeys(
 }
 
 
-def _from_run(folder: Path, changes: dict) -> Method:
+def _from_run(folder: Path, changes: dict, method: str | type | None = None) -> Method:
     "The method of a run: its checkpoint, or that of the training it evaluated, or the untrained method it names."
     run = result_of(folder)
     if run.status not in ("done", "absent"):
@@ -268,7 +277,7 @@ def _from_run(folder: Path, changes: dict) -> Method:
     if not files[0].is_file():
         files = sorted(folder.glob("*.safetensors"))
     if len(files) == 1:
-        return load(files[0], **changes)
+        return load(files[0], method, **changes)
     if files:
         raise ValueError(f"{folder} holds several checkpoints ({', '.join(f.name for f in files)}); name one of them")
     p = run.record.get("spec", {}).get("parameters", {})
@@ -280,12 +289,15 @@ def _from_run(folder: Path, changes: dict) -> Method:
         for name, before in run.record.get("after", {}).items():
             path = path.replace(f"{{{name}}}", str(inside(folder.parent.parent, before.get("run", name))))
         path = Path(run.record.get("cwd", "."), path)
-        return _from_run(path, changes) if path.is_dir() else load(path, **sized | changes)
+        if path.is_dir():
+            return _from_run(path, changes, method)
+        return load(path, method, **sized | changes)
     if "method" not in p:
         raise ValueError(f"{folder} holds no checkpoint (.safetensors) and no run that names a method")
     options = sized | p.get("options", {}) | changes
     if p.get("released"):
         return _released_in(p, run, options)
+    recorded_class(p["method"], method)  # no module is imported because a run's record names it
     seed_everything(p.get("seed", 0))
     towers = {k: p[k] for k in ("backbone", "clip", "dino", "weights") if p.get(k)}
     return create(p["method"], **towers | options)
@@ -313,6 +325,8 @@ def method_from(
     # a run's folder, a checkpoint, the name of a method, a Method, or anything that has one as `.method`
     what: Any = None,
     released: str | None = None,  # instead: METHOD=FILE, a checkpoint of a method's authors
+    # of a checkpoint or run: its class, where that is one of your own that no installed package declares
+    method: str | type | None = None,
     **changes,  # parameters of the method
 ) -> Method:
     "A method from whatever holds one."
@@ -335,10 +349,10 @@ def method_from(
             " Method"
         )
     path = Path(what)
-    if str(what) in MODULES or str(what) in METHODS:
+    if str(what) in MODULES or str(what) in METHODS or (is_class_path(str(what)) and not path.exists()):
         return create(str(what), **changes)  # a folder of that name is ./NAME
     if path.is_dir():
-        return _from_run(path.resolve(), changes)
+        return _from_run(path.resolve(), changes, method)
     if path.exists() or path.suffix or len(path.parts) > 1:
-        return load(path, **changes)
+        return load(path, method, **changes)
     return create(str(what), **changes)  # raises, with the names that exist

@@ -6,60 +6,55 @@
 __all__ = ["AnomalyCLIPParameters", "AnomalyCLIP", "import_released"]
 
 # %% ../../nbs/methods/17_anomalyclip.ipynb #5412bd9f
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backbones.prompts import ObjectPrompts, import_prompts
+from ..backbones.prompts import import_prompts
 from ..backbones.weights import WeightsError, released_state
-from ..components.dual_path import dual_path, joint
+from ..components.dual_path import DualPathParameters, dual_path, joint, refined_blocks
 from ..components.losses import dice, focal
 from ..components.maps import to_pixels
+from ..core.parameters import param, restated
 from .base import Method, Prediction, register
-from .parameters import ParameterSet, param
-from .tower_parameters import activation, clip_towers, positions
+from .tower_parameters import ClipParameters, ReleasedPromptParameters, clip_towers, object_prompts
 from .variants import Variant
 
 
 # %% ../../nbs/methods/17_anomalyclip.ipynb #0fd886be
 @dataclass(frozen=True)
-class AnomalyCLIPParameters(ParameterSet):
+class AnomalyCLIPParameters(DualPathParameters, ReleasedPromptParameters, ClipParameters, frozen=False):
     "Every choice AnomalyCLIP makes."
 
-    clip: str = param(
-        "tiny-clip",
-        "ours: the embedded default; paper: clip-vitl14-336",
-        "image and text tower, a CLIP of the backbone table",
+    clip: str = restated(ClipParameters, "clip", source="ours: the embedded default; paper: clip-vitl14-336")
+    image_size: int | None = restated(ClipParameters, "image_size", source="paper: 518; default: the CLIP tower's")
+    quick_gelu: bool | None = restated(
+        ClipParameters, "quick_gelu", source="code: QuickGELU, as the weights were trained"
     )
-    clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
-    image_size: int | None = param(None, "paper: 518; default: the CLIP tower's", "pixels, square")
-    quick_gelu: bool | None = activation(None, "code: QuickGELU, as the weights were trained")
-    position_resize: str | None = positions(None, "code: bilinear, as the table")
+    position_resize: str | None = restated(ClipParameters, "position_resize", source="code: bilinear, as the table")
     layers: str = param(
-        "last", "code; paper: quarters", "last block, or quarters of the depth (6/12/18/24 of 24)", ("last", "quarters")
+        "last",
+        "code; paper: quarters",
+        "last block, or quarters of the depth (6/12/18/24 of 24)",
+        ("last", "quarters"),
+        frozen="tower",
     )
-    taps: tuple | None = param(None, "by layers", "1-based blocks whose maps are summed")
-    dual_blocks: int | None = param(
-        None,
-        "code: 19 of 24; default: the same share of the depth",
-        "length of the refined path; 0: none (without DPAM)",
-        "0 or more",
+    taps: tuple | None = param(None, "by layers", "1-based blocks whose maps are summed", frozen="tower")
+    dual_blocks: int | None = restated(
+        DualPathParameters, "dual_blocks", help="length of the refined path; 0: none (without DPAM)"
     )
-    attention: str = param("vv", "paper", "of the refined path: vv, or qkv (Crane)", ("vv", "qkv"))
-    prompt_count: int = param(12, "paper", "E, learned vectors a prompt", "at least 1")
-    normal_words: str = param("object.", "paper", "behind the vectors of T_n")
-    abnormal_words: str = param("damaged object.", "paper", "behind the vectors of T_a")
-    deep_tokens: int = param(4, "paper", "learned vectors at the input of further text blocks; 0: none")
-    deep_sets: int = param(8, "code: depth 9", "of how many text blocks, from the second on, at most")
-    prompt_std: float = param(0.02, "code", "of the learned vectors at the start")
-    cls_norm: bool = param(False, "code", "class token through ln_post before the projection")
+    attention: str = restated(DualPathParameters, "attention", default="vv", source="paper")
+    prompt_count: int = restated(ReleasedPromptParameters, "prompt_count", source="paper")
+    normal_words: str = restated(ReleasedPromptParameters, "normal_words", source="paper")
+    abnormal_words: str = restated(ReleasedPromptParameters, "abnormal_words", source="paper")
+    deep_tokens: int = restated(ReleasedPromptParameters, "deep_tokens", source="paper")
+    cls_norm: bool = param(False, "code", "class token through ln_post before the projection", frozen=True)
     tau: float = param(0.07, "code", "temperature of maps, score and loss", "above 0")
     sigma: float = param(4.0, "code", "Gaussian of the map, pixels; evaluation only", "0 or more")
     weight_local: float = param(4.0, "code", "weight of the pixel loss")
     lr: float = param(1e-3, "paper", "learning rate")
-    deep_half: bool = param(False, "ours: repaired; code: True", "cast deep text tokens to float16 at insertion")
 
 
 # %% ../../nbs/methods/17_anomalyclip.ipynb #0d7a0f62
@@ -95,24 +90,14 @@ class AnomalyCLIP(Method):
     }  # modules of the paper's ablation, and its local loss
 
     def __init__(self, parameters: AnomalyCLIPParameters):
-        super().__init__(replace(parameters, taps=None if parameters.taps is None else tuple(parameters.taps)))
+        super().__init__(parameters)
         p = self.p
         self.clip, self.text = clip_towers(p, p.taps)
         if p.taps is None and p.layers == "last":
             self.clip.taps = (self.clip.depth,)
         self.grid = (self.clip.size // self.clip.patch,) * 2
-        self.dual_blocks = max(1, round(self.clip.depth * 19 / 24)) if p.dual_blocks is None else p.dual_blocks
-        if self.dual_blocks > self.clip.depth:
-            raise ValueError(f"dual_blocks={p.dual_blocks}; {p.clip} has {self.clip.depth} blocks")
-        self.prompts = ObjectPrompts(
-            self.text,
-            p.prompt_count,
-            (p.normal_words, p.abnormal_words),
-            p.deep_tokens,
-            p.deep_sets,
-            p.prompt_std,
-            p.deep_half,
-        )
+        self.dual_blocks = refined_blocks(p, self.clip)
+        self.prompts = object_prompts(self.text, p)
 
     # ---- frozen
     def encode(self, batch) -> dict[str, Tensor]:
@@ -121,14 +106,6 @@ class AnomalyCLIP(Method):
         seen = dual_path(clip, batch.image, clip.taps, self.dual_blocks, self.p.attention)
         patches = {f"tap_{t}": F.normalize(joint(clip, x[:, 1:]), dim=-1) for t, x in zip(clip.taps, seen.layers)}
         return dict(cls=F.normalize(joint(clip, seen.cls, self.p.cls_norm), dim=-1), **patches)
-
-    def encode_key(self) -> dict:
-        "What `encode` depends on besides the image."
-        return dict(
-            method=self.name,
-            clip=dict(name=self.p.clip, hash=self.clip.hash, size=self.clip.size, taps=list(self.clip.taps)),
-            path=dict(dual_blocks=self.dual_blocks, attention=self.p.attention, cls_norm=self.p.cls_norm),
-        )
 
     # ---- learned
     def text_features(self) -> Tensor:  # (2, C) normal, abnormal, normalised
@@ -175,7 +152,7 @@ def import_released(
     method: Method,  # with `prompts`, created with the checkpoint's text tower, counts and words
     path: str | Path,  # the authors' .pth, or the same names in safetensors
     verify: bool = True,  # the text tower must be the one the file was trained with; False loads it anyway
-    trained_on=(),  # "dataset/category" of the images it was trained on, so that `evaluate` can say what is not zero-shot
+    trained_on=(),  # "dataset/category" of its training images, so that `evaluate` can mark what is not zero-shot
 ) -> Method:  # the same method, with the checkpoint's prompts
     "Load a checkpoint of AnomalyCLIP's or Crane's authors; every key that does not fit is named."
     state, _ = released_state(path)

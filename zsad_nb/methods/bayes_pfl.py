@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..backbones.ensembles import table_of_nine
@@ -30,20 +31,20 @@ from zsad_nb.components.prompt_flow import (
     start_small,
 )
 from ..components.text_attention import RCA, PatchFusion
-from .base import Method, Prediction, register
+from .base import Prediction, register
 from .bayes_pfl_parameters import BayesPFLParameters
-from .class_range import ClassRange, stretch
+from .class_range import RangedMethod, stretch
 from .released_files import fit_released
 from .tower_parameters import clip_towers
 from .variants import Variant
 
-# %% ../../nbs/methods/23_bayes_pfl.ipynb #e204d9f8
+# %% ../../nbs/methods/23_bayes_pfl.ipynb #1e4b8ee8
 # parameters of the method that had this name before
 FORMER = {"patch_norm", "start_std", "train_samples", "top_share", "max_scale", "per_dimension", "lr_scale"}
 
 
 @register
-class BayesPFL(Method):
+class BayesPFL(RangedMethod):
     "Prompts sampled from flows, texts that attend to patches (Qu et al., CVPR 2025)."
 
     name = "bayes_pfl"
@@ -114,8 +115,7 @@ class BayesPFL(Method):
     judged_with = dict(samples=5, sigma=0.0)  # code: while an epoch is judged
 
     def __init__(self, parameters: BayesPFLParameters):
-        lists = {k: tuple(v) for k, v in vars(parameters).items() if isinstance(v, list)}  # JSON has lists only
-        super().__init__(replace(parameters, **lists))
+        super().__init__(parameters)
         p = self.p
         b, text = clip_towers(p, p.clip_taps)
         self.clip = b
@@ -127,14 +127,12 @@ class BayesPFL(Method):
                 "moves words by what it reads from the joint space: use a CLIP where both are equal"
             )
         self.grid = (b.size // b.patch,) * 2
-        self.prompts = SampledPrompts(text, p.context, p.state, p.bank, p.prompt_std, p.state_mean, self.spell(p))
-        self.flows = PromptFlows(width, p.hidden or b.width // 2, p.flows, p.invertible)
-        self.rca = RCA(width, len(b.taps), b.width, p.num_heads)
+        self.prompts = SampledPrompts(text, self.spell(p), p)
+        self.flows = PromptFlows(width, b.width // 2, p)
+        self.rca = RCA(width, len(b.taps), b.width, p)
         self.class_mapping, self.image_mapping = (start_small(nn.Linear(width, width)) for _ in range(2))
         self.fuse = start_small(PatchFusion(b.width, len(b.taps), width))
         self.log_scale = nn.Parameter(torch.full((2,), -math.log(p.tau)))  # of the image part, of the maps
-        self._ranges = ClassRange(self.name)
-        self._cache = None
         self._seeds = {}
 
     @classmethod
@@ -145,7 +143,8 @@ class BayesPFL(Method):
     @classmethod
     def from_older(cls, saved: dict) -> dict:
         "Checkpoints of the method that had this name before are refused."
-        if former := sorted(FORMER & set(saved)):
+        former = sorted(FORMER & set(saved))
+        if former:
             raise WeightsError(
                 f"its parameters ({listed(former)}) are those of another method that was called "
                 f"{cls.name} until this one became the released method; it is no longer part of "
@@ -165,239 +164,272 @@ class BayesPFL(Method):
         self.second_stage()
         return recipe.change(epochs=math.ceil(recipe.epochs / 3), schedule="constant", warmup=0.0)
 
-    # ---- frozen
-    @classmethod
-    def class_sentences(cls, p, category: str) -> list[str]:
-        "Every sentence that names the class."
-        return [" ".join(["X"] * (p.context + p.state) + [cls.spell(p)(category)])]  # X holds a learned vector's place
-
-    def encode(self, batch) -> dict[str, Tensor]:
-        "Patches (B, N, D) of every tap as the blocks leave them, image embedding (B, C), not normalised."
-        seen = self.clip(batch.image)
-        taps = {f"tap_{t}": patches for t, patches in zip(self.clip.taps, seen.patches)}
-        return taps | dict(cls=seen.cls @ self.clip.tower.proj)
-
-    def encode_key(self) -> dict:
-        "What `encode` depends on besides the image."
-        b = self.clip
-        clip = dict(name=b.row.name, hash=b.hash, size=b.size, taps=list(b.taps), positions=b.row.positions)
-        return dict(method=self.name, clip=clip)
-
-    # ---- noise
-    def training_noise(
-        self,
-        count: int,  # images
-    ) -> dict:  # name of a flow -> (B, 1, C); (1, 1, C) for the states
-        "New noise for every image's context, and one draw of either state for the whole batch (code)."
-        width = self.text.width
-        like = dict(device=self.device, dtype=self.log_scale.dtype)
-        # drawn flat: several devices share out draws whose first size is their number of images
-        states = torch.randn(2 * width, **like).view(2, 1, 1, width)
-        return dict(zip(STATES, states), context=torch.randn(count, 1, width, **like))
-
-    def test_noise(
-        self,
-        image: Tensor,  # (1, 3, H, W)
-    ) -> dict:  # name of a flow -> (1, R, C)
-        "The same noise for every image, or new for every image with the states' kept from the first one on."
-        p = self.p
-        width = self.text.width
-        samples = p.samples if p.image_specific or p.image_agnostic else 1
-        if p.draws == "seeded":
-            return dict(zip(("context", *STATES), fixed_noise(samples, 3, width, p.noise_seed).to(self.log_scale)))
-        states = fixed_noise(samples, 2, width, self._drawn_seed("states"))
-        context = fixed_noise(samples, 1, width, self._drawn_seed(image_keys(image)[0]))
-        return {name: noise.to(self.log_scale) for name, noise in zip((*STATES, "context"), (*states, *context))}
-
-    def _drawn_seed(self, key: str) -> int:
-        "From PyTorch's random state when first asked for: an image that comes twice has one result."
-        if key not in self._seeds:
-            self._seeds[key] = int(torch.randint(2**31, ()))
-        return self._seeds[key]
-
-    def pair(self) -> int:
-        "The one pair of the bank that a training step trains."
-        return int(torch.randint(self.p.bank, ()))
-
-    # ---- learned
-    def sampled(
-        self,
-        noise: dict,  # of `training_noise` or `test_noise`
-        cls: Tensor,  # (B, C)
-    ) -> dict:  # name of a flow that is in use -> what it found
-        "Samples of every distribution."
-        names = ["context"] * self.p.image_specific + list(STATES) * self.p.image_agnostic
-        return {name: self.flows(name, noise[name], cls) for name in names}
-
-    def texts(
-        self,
-        found: dict,  # of `sampled`
-        categories: list,  # one an image
-    ) -> Tensor:  # (B, P, 2, C) of length 1; P = R * bank pairs, sample by sample
-        "The prompts of every image, read."
-        none = self.log_scale.new_zeros(1, 1, self.text.width)
-        context, normal, abnormal = (found[k]["sample"] if k in found else none for k in ("context", *STATES))
-        return F.normalize(self.prompts(categories, context, torch.stack([normal, abnormal], 2)), dim=-1)
-
-    def image_logits(self, features: dict, texts: Tensor) -> Tensor:  # (B, 2, P)
-        "The class token, in the second stage with the fused patches, against the mapped texts."
-        seen = features["cls"]
-        if self.p.second_stage:
-            seen = self.image_mapping(seen + self.fuse([features[f"tap_{t}"] for t in self.clip.taps]))
-        mapped = F.normalize(self.class_mapping(texts), dim=-1)
-        return self.log_scale[0].exp() * torch.einsum("bc,bpsc->bsp", F.normalize(seen, dim=-1), mapped)
-
-    def attended(
-        self,
-        tap: int,  # counted from 0
-        patches: Tensor,  # (B, N, D)
-        texts: Tensor,  # (B, P, 2, C)
-    ) -> tuple:  # (B, N, C), (B, P, 2, C), of length 1
-        "What is compared at a tap."
-        patches = self.rca.projected(tap, patches)
-        if not self.p.rca:
-            return patches, texts
-        return patches, self.rca(texts.flatten(1, 2), patches).unflatten(1, texts.shape[1:3])
-
-    def level(self, tap: int, patches: Tensor, texts: Tensor, size: tuple) -> Tensor:  # (B, H, W)
-        "Mean over the pairs of one tap's maps."
-        patches, texts = self.attended(tap, patches, texts)
-        logits = self.log_scale[1].exp() * (texts[:, :, 1] - texts[:, :, 0]) @ patches.mT  # (B, P, N)
-        pixels = F.interpolate(logits.unflatten(-1, self.grid), size, mode="bilinear", align_corners=True)
-        return pixels.sigmoid().mean(1)
-
-    def levels(self, features: dict, texts: Tensor, size: tuple) -> Tensor:  # (B, L, H, W)
-        "The maps of all taps."
-        return torch.stack([self.level(i, features[f"tap_{t}"], texts, size) for i, t in enumerate(self.clip.taps)], 1)
-
-    def top_mean(self, maps: Tensor, categories: list) -> Tensor:  # (B,)
-        "Mean of the largest values of every map, before smoothing."
-        p = self.p
-        counts = [p.small_top_pixels if c in p.small_top_classes else p.top_pixels for c in categories]
-        return torch.stack([m.flatten().topk(min(k, m.numel())).values.mean() for m, k in zip(maps, counts)])
-
-    def forward(self, features: dict, batch) -> Prediction:
-        "A whole batch in training; in evaluation one image after the other: the same numbers in any batch."
-        if self.training:
-            return self.trained_on_batch(features, batch.category, tuple(batch.image.shape[-2:]))
-        found = self.judged(features, batch)
-        maps = found["levels"].mean(1)
-        parts = torch.stack([found["probability"], found["top_mean"]], 1)
-        if self.p.image_score == "test set":
-            low, high = (x.to(parts) for x in self._ranges(batch.category, tuple(maps.shape[-2:]), self.score_parts))
-            parts = torch.stack([stretch(parts[:, i], low[:, i], high[:, i], smooth=1e-8) for i in range(2)], 1)
-        score = (1 - self.p.map_share) * parts[:, 0] + self.p.map_share * parts[:, 1]
-        return Prediction(to_pixels(maps, maps.shape[-2:], self.p.sigma) if self.p.sigma > 0 else maps, score, found)
-
-    def judged(self, features: dict, batch) -> dict:
-        "What evaluation sees: image (B, 2, P), levels (B, L, H, W), probability (B,), top_mean (B,)."
-        size = tuple(batch.image.shape[-2:])
-        rows = []
-        for i, category in enumerate(batch.category):
-            own = {k: v[i : i + 1] for k, v in features.items()}
-            texts = self.texts(self.sampled(self.test_noise(batch.image[i : i + 1]), own["cls"]), [category])
-            image = self.image_logits(own, texts)
-            levels = self.levels(own, texts, size)
-            probability = image.softmax(1)[:, 1].mean(1)
-            top_mean = self.top_mean(levels.mean(1), [category])
-            rows.append(dict(image=image, levels=levels, probability=probability, top_mean=top_mean))
-        return {k: torch.cat([row[k] for row in rows]) for k in rows[0]}
-
-    def trained_on_batch(self, features: dict, categories: list, size: tuple) -> Prediction:
-        "One pair of the bank; the layers hold what the loss reads, a row an image."
-        cls = features["cls"]
-        second = self.p.second_stage
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not second):
-            found = self.sampled(self.training_noise(len(cls)), cls)
-            texts = self.texts(found, categories)
-        chosen = texts[:, [self.pair()]]
-        layers = dict(image=self.image_logits(features, chosen))
-        probability = layers["image"].softmax(1)[:, 1].mean(1)
-        if second:
-            return Prediction(cls.new_zeros(len(cls), *size), probability, layers)  # no loss reads a map
-        layers |= dict(levels=self.levels(features, chosen, size), texts=texts)
-        for name, drawn in found.items():
-            gap = density_gap(drawn).mean(1)
-            logdet = drawn["logdet"].mean(1)
-            layers |= {f"gap_{name}": gap.expand(len(cls)), f"logdet_{name}": logdet.expand(len(cls))}
-        if self.p.weight_reconstruction and "context" in found:
-            layers["reconstruction"] = self.reconstruction(found["context"], cls)
-        return Prediction(layers["levels"].mean(1), probability, layers)
-
-    def reconstruction(self, drawn: dict, cls: Tensor) -> Tensor:  # (B,)
-        "Squared error of the class token that a context sample is decoded to, summed over the dimensions."
-        return (self.flows.decoded("context", drawn["sample"]) - cls[:, None]).square().sum(-1).mean(1)
-
-    def loss(self, prediction: Prediction, batch) -> dict[str, Tensor]:
-        "CE + focal + dice of every tap + 0.01 KL + orthogonality; CE alone in the second stage (code)."
-        p = self.p
-        found = prediction.layers
-        mask = batch.mask[:, 0]
-        truth = batch.anomalous.long()[:, None].expand(-1, found["image"].shape[-1])
-        ce = F.cross_entropy(found["image"], truth)
-        if p.second_stage:
-            return dict(total=ce, ce=ce)
-        levels = found["levels"].unbind(1)
-        parts = dict(
-            ce=ce,
-            focal=sum(balanced_focal(m, mask, p.focal_gamma) for m in levels),
-            dice=sum(batch_dice(m, mask) for m in levels),
-            orthogonal=sum(not_orthogonal(texts) for texts in found["texts"].unbind(2)),
-        )
-        total = ce + parts["focal"] + parts["dice"] + p.weight_orthogonal * parts["orthogonal"]
-        kl = {name: self.kl(name, found) for name in ("context", *STATES) if f"gap_{name}" in found}
-        if kl:
-            parts |= {f"kl_{name}": value for name, value in kl.items()}
-            total = total + p.weight_kl * sum(kl.values())
-        if "reconstruction" in found:
-            parts["reconstruction"] = found["reconstruction"].mean()
-            total = total + p.weight_reconstruction * parts["reconstruction"]
-        return dict(total=total, **parts)
-
-    def kl(self, name: str, found: dict) -> Tensor:  # scalar
-        "The estimate of a flow's KL; of the states the log-determinant is divided by the batch size (code)."
-        gap = found[f"gap_{name}"]
-        logdet = found[f"logdet_{name}"]
-        divide = len(logdet) if name in STATES and self.p.state_logdet == "over batch" else 1
-        return gap.mean() - logdet.mean() / divide
-
-    def param_groups(self) -> list[dict]:
-        "Prompts and planes, linear layers, temperatures: a rate each; in the second stage mappings and fusion alone."
-        p = self.p
-        own = self.learned()
-        if p.second_stage:
-            stage = ("class_mapping.", "image_mapping.", "fuse.")
-            return [dict(params=[q for n, q in own.items() if n.startswith(stage)], lr=p.lr_linear)]
-        fast = ("prompts.", "flows.planes.", "flows.heads.")
-        kinds = [[], [], []]
-        for n, q in own.items():
-            kinds[0 if n.startswith(fast) else 2 if n == "log_scale" else 1].append(q)
-        return [dict(params=params, lr=lr) for params, lr in zip(kinds, (p.lr, p.lr_linear, p.lr_temperature))]
-
-    # ---- the test set, where a variant needs it
     def prepare(self, index: pd.DataFrame, training: bool = False) -> "BayesPFL":
-        "Forget the draws of another test set; the released score is measured against the index."
+        "As of any method with ranges; the noise of another test set is forgotten."
         self._seeds = {}
-        if self.p.image_score == "test set" and index is not None and not training:
-            self._ranges.prepare(index, self.interpolation)
         return super().prepare(index, training)
 
-    def features(self, batch, cache=None) -> dict[str, Tensor]:
-        "As of any method; the cache also serves the other images of a class."
-        self._cache = cache
-        return super().features(batch, cache)
 
-    def set_test_images(self, batch) -> "BayesPFL":  # itself
-        "Instead of an index: the test images of their classes are these, and no others."
-        self._ranges.tell(self.score_parts(batch), batch.category)
-        return self
+# %% ../../nbs/methods/23_bayes_pfl.ipynb #967d537e
+@patch(cls_method=True)
+def class_sentences(cls: BayesPFL, p, category: str) -> list[str]:
+    "Every sentence that names the class."
+    return [" ".join(["X"] * (p.context + p.state) + [cls.spell(p)(category)])]  # X holds a learned vector's place
 
-    @torch.no_grad()
-    def score_parts(self, batch) -> Tensor:  # (B, 2)
-        "Probability and mean of the largest pixels of every image, not stretched."
-        batch = batch.to(self.device)
-        found = self.judged(super().features(batch, self._cache), batch)
-        return torch.stack([found["probability"], found["top_mean"]], 1)
+
+@patch
+def encode(self: BayesPFL, batch) -> dict[str, Tensor]:
+    "Patches (B, N, D) of every tap as the blocks leave them, image embedding (B, C), not normalised."
+    seen = self.clip(batch.image)
+    taps = {f"tap_{t}": patches for t, patches in zip(self.clip.taps, seen.patches)}
+    return taps | dict(cls=seen.cls @ self.clip.tower.proj)
+
+
+# %% ../../nbs/methods/23_bayes_pfl.ipynb #c85d1210
+@patch
+def training_noise(
+    self: BayesPFL,
+    count: int,  # images
+) -> dict:  # name of a flow -> (B, 1, C); (1, 1, C) for the states
+    "New noise for every image's context, and one draw of either state for the whole batch (code)."
+    width = self.text.width
+    like = dict(device=self.device, dtype=self.log_scale.dtype)
+    # drawn flat: several devices share out draws whose first size is their number of images
+    states = torch.randn(2 * width, **like).view(2, 1, 1, width)
+    return dict(zip(STATES, states), context=torch.randn(count, 1, width, **like))
+
+
+@patch
+def test_noise(
+    self: BayesPFL,
+    image: Tensor,  # (1, 3, H, W)
+) -> dict:  # name of a flow -> (1, R, C)
+    "The same noise for every image, or new for every image with the states' kept from the first one on."
+    p = self.p
+    width = self.text.width
+    samples = p.samples if p.image_specific or p.image_agnostic else 1
+    if p.draws == "seeded":
+        return dict(zip(("context", *STATES), fixed_noise(samples, 3, width, p.noise_seed).to(self.log_scale)))
+    states = fixed_noise(samples, 2, width, self._drawn_seed("states"))
+    context = fixed_noise(samples, 1, width, self._drawn_seed(image_keys(image)[0]))
+    return {name: noise.to(self.log_scale) for name, noise in zip((*STATES, "context"), (*states, *context))}
+
+
+@patch
+def _drawn_seed(self: BayesPFL, key: str) -> int:
+    "From PyTorch's random state when first asked for: an image that comes twice has one result."
+    if key not in self._seeds:
+        self._seeds[key] = int(torch.randint(2**31, ()))
+    return self._seeds[key]
+
+
+@patch
+def pair(self: BayesPFL) -> int:
+    "The one pair of the bank that a training step trains."
+    return int(torch.randint(self.p.bank, ()))
+
+
+# %% ../../nbs/methods/23_bayes_pfl.ipynb #4902cbca
+@patch
+def sampled(
+    self: BayesPFL,
+    noise: dict,  # of `training_noise` or `test_noise`
+    cls: Tensor,  # (B, C)
+) -> dict:  # name of a flow that is in use -> what it found
+    "Samples of every distribution."
+    names = ["context"] * self.p.image_specific + list(STATES) * self.p.image_agnostic
+    return {name: self.flows(name, noise[name], cls) for name in names}
+
+
+@patch
+def texts(
+    self: BayesPFL,
+    found: dict,  # of `sampled`
+    categories: list,  # one an image
+) -> Tensor:  # (B, P, 2, C) of length 1; P = R * bank pairs, sample by sample
+    "The prompts of every image, read."
+    none = self.log_scale.new_zeros(1, 1, self.text.width)
+    context, normal, abnormal = (found[k]["sample"] if k in found else none for k in ("context", *STATES))
+    return F.normalize(self.prompts(categories, context, torch.stack([normal, abnormal], 2)), dim=-1)
+
+
+@patch
+def image_logits(self: BayesPFL, features: dict, texts: Tensor) -> Tensor:  # (B, 2, P)
+    "The class token, in the second stage with the fused patches, against the mapped texts."
+    seen = features["cls"]
+    if self.p.second_stage:
+        seen = self.image_mapping(seen + self.fuse([features[f"tap_{t}"] for t in self.clip.taps]))
+    mapped = F.normalize(self.class_mapping(texts), dim=-1)
+    return self.log_scale[0].exp() * torch.einsum("bc,bpsc->bsp", F.normalize(seen, dim=-1), mapped)
+
+
+@patch
+def attended(
+    self: BayesPFL,
+    tap: int,  # counted from 0
+    patches: Tensor,  # (B, N, D)
+    texts: Tensor,  # (B, P, 2, C)
+) -> tuple:  # (B, N, C), (B, P, 2, C), of length 1
+    "What is compared at a tap."
+    patches = self.rca.projected(tap, patches)
+    if not self.p.rca:
+        return patches, texts
+    return patches, self.rca(texts.flatten(1, 2), patches).unflatten(1, texts.shape[1:3])
+
+
+@patch
+def level(self: BayesPFL, tap: int, patches: Tensor, texts: Tensor, size: tuple) -> Tensor:  # (B, H, W)
+    "Mean over the pairs of one tap's maps."
+    patches, texts = self.attended(tap, patches, texts)
+    logits = self.log_scale[1].exp() * (texts[:, :, 1] - texts[:, :, 0]) @ patches.mT  # (B, P, N)
+    pixels = F.interpolate(logits.unflatten(-1, self.grid), size, mode="bilinear", align_corners=True)
+    return pixels.sigmoid().mean(1)
+
+
+@patch
+def levels(self: BayesPFL, features: dict, texts: Tensor, size: tuple) -> Tensor:  # (B, L, H, W)
+    "The maps of all taps."
+    return torch.stack([self.level(i, features[f"tap_{t}"], texts, size) for i, t in enumerate(self.clip.taps)], 1)
+
+
+@patch
+def top_mean(self: BayesPFL, maps: Tensor, categories: list) -> Tensor:  # (B,)
+    "Mean of the largest values of every map, before smoothing."
+    p = self.p
+    counts = [p.small_top_pixels if c in p.small_top_classes else p.top_pixels for c in categories]
+    return torch.stack([m.flatten().topk(min(k, m.numel())).values.mean() for m, k in zip(maps, counts)])
+
+
+# %% ../../nbs/methods/23_bayes_pfl.ipynb #9bb57d22
+@patch
+def forward(self: BayesPFL, features: dict, batch) -> Prediction:
+    "A whole batch in training; in evaluation one image after the other: the same numbers in any batch."
+    if self.training:
+        return self.trained_on_batch(features, batch.category, tuple(batch.image.shape[-2:]))
+    found = self.judged(features, batch)
+    maps = found["levels"].mean(1)
+    parts = torch.stack([found["probability"], found["top_mean"]], 1)
+    if self.p.image_score == "test set":
+        low, high = (x.to(parts) for x in self.ranges(batch))
+        parts = torch.stack([stretch(parts[:, i], low[:, i], high[:, i], smooth=1e-8) for i in range(2)], 1)
+    score = (1 - self.p.map_share) * parts[:, 0] + self.p.map_share * parts[:, 1]
+    return Prediction(to_pixels(maps, maps.shape[-2:], self.p.sigma) if self.p.sigma > 0 else maps, score, found)
+
+
+@patch
+def judged(self: BayesPFL, features: dict, batch) -> dict:
+    "What evaluation sees: image (B, 2, P), levels (B, L, H, W), probability (B,), top_mean (B,)."
+    size = tuple(batch.image.shape[-2:])
+    rows = []
+    for i, category in enumerate(batch.category):
+        own = {k: v[i : i + 1] for k, v in features.items()}
+        texts = self.texts(self.sampled(self.test_noise(batch.image[i : i + 1]), own["cls"]), [category])
+        image = self.image_logits(own, texts)
+        levels = self.levels(own, texts, size)
+        probability = image.softmax(1)[:, 1].mean(1)
+        top_mean = self.top_mean(levels.mean(1), [category])
+        rows.append(dict(image=image, levels=levels, probability=probability, top_mean=top_mean))
+    return {k: torch.cat([row[k] for row in rows]) for k in rows[0]}
+
+
+@patch
+def trained_on_batch(self: BayesPFL, features: dict, categories: list, size: tuple) -> Prediction:
+    "One pair of the bank; the layers hold what the loss reads, a row an image."
+    cls = features["cls"]
+    second = self.p.second_stage
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not second):
+        found = self.sampled(self.training_noise(len(cls)), cls)
+        texts = self.texts(found, categories)
+    chosen = texts[:, [self.pair()]]
+    layers = dict(image=self.image_logits(features, chosen))
+    probability = layers["image"].softmax(1)[:, 1].mean(1)
+    if second:
+        return Prediction(cls.new_zeros(len(cls), *size), probability, layers)  # no loss reads a map
+    layers |= dict(levels=self.levels(features, chosen, size), texts=texts)
+    for name, drawn in found.items():
+        gap = density_gap(drawn).mean(1)
+        logdet = drawn["logdet"].mean(1)
+        layers |= {f"gap_{name}": gap.expand(len(cls)), f"logdet_{name}": logdet.expand(len(cls))}
+    if self.p.weight_reconstruction and "context" in found:
+        layers["reconstruction"] = self.reconstruction(found["context"], cls)
+    return Prediction(layers["levels"].mean(1), probability, layers)
+
+
+@patch
+def reconstruction(self: BayesPFL, drawn: dict, cls: Tensor) -> Tensor:  # (B,)
+    "Squared error of the class token that a context sample is decoded to, summed over the dimensions."
+    return (self.flows.decoded("context", drawn["sample"]) - cls[:, None]).square().sum(-1).mean(1)
+
+
+# %% ../../nbs/methods/23_bayes_pfl.ipynb #3cd21ad6
+@patch
+def loss(self: BayesPFL, prediction: Prediction, batch) -> dict[str, Tensor]:
+    "CE + focal + dice of every tap + 0.01 KL + orthogonality; CE alone in the second stage (code)."
+    p = self.p
+    found = prediction.layers
+    mask = batch.mask[:, 0]
+    truth = batch.anomalous.long()[:, None].expand(-1, found["image"].shape[-1])
+    ce = F.cross_entropy(found["image"], truth)
+    if p.second_stage:
+        return dict(total=ce, ce=ce)
+    levels = found["levels"].unbind(1)
+    parts = dict(
+        ce=ce,
+        focal=sum(balanced_focal(m, mask, p.focal_gamma) for m in levels),
+        dice=sum(batch_dice(m, mask) for m in levels),
+        orthogonal=sum(not_orthogonal(texts) for texts in found["texts"].unbind(2)),
+    )
+    total = ce + parts["focal"] + parts["dice"] + p.weight_orthogonal * parts["orthogonal"]
+    kl = {name: self.kl(name, found) for name in ("context", *STATES) if f"gap_{name}" in found}
+    if kl:
+        parts |= {f"kl_{name}": value for name, value in kl.items()}
+        total = total + p.weight_kl * sum(kl.values())
+    if "reconstruction" in found:
+        parts["reconstruction"] = found["reconstruction"].mean()
+        total = total + p.weight_reconstruction * parts["reconstruction"]
+    return dict(total=total, **parts)
+
+
+@patch
+def kl(self: BayesPFL, name: str, found: dict) -> Tensor:  # scalar
+    "The estimate of a flow's KL; of the states the log-determinant is divided by the batch size (code)."
+    gap = found[f"gap_{name}"]
+    logdet = found[f"logdet_{name}"]
+    divide = len(logdet) if name in STATES and self.p.state_logdet == "over batch" else 1
+    return gap.mean() - logdet.mean() / divide
+
+
+@patch
+def param_groups(self: BayesPFL) -> list[dict]:
+    "Prompts and planes, linear layers, temperatures: a rate each; in the second stage mappings and fusion alone."
+    p = self.p
+    own = self.learned()
+    if p.second_stage:
+        stage = ("class_mapping.", "image_mapping.", "fuse.")
+        return [dict(params=[q for n, q in own.items() if n.startswith(stage)], lr=p.lr_linear)]
+    fast = ("prompts.", "flows.planes.", "flows.heads.")
+    kinds = [[], [], []]
+
+    def kind_of(name: str) -> int:
+        if name.startswith(fast):
+            return 0
+        return 2 if name == "log_scale" else 1
+
+    for n, q in own.items():
+        kinds[kind_of(n)].append(q)
+    return [dict(params=params, lr=lr) for params, lr in zip(kinds, (p.lr, p.lr_linear, p.lr_temperature))]
+
+
+@patch
+def measures_ranges(self: BayesPFL) -> bool:
+    return self.p.image_score == "test set"
+
+
+@patch
+def measured(self: BayesPFL, features: dict, batch) -> Tensor:  # (B, 2)
+    "Probability and mean of the largest pixels of every image, not stretched."
+    judged = self.judged(features, batch)
+    return torch.stack([judged["probability"], judged["top_mean"]], 1)
 
 
 # %% ../../nbs/methods/23_bayes_pfl.ipynb #56aa0002

@@ -17,44 +17,28 @@ from ..backbones.towers import Features, create_backbone
 from ..backbones.weights import WeightsError, released_state
 from ..components.losses import angle_margin, dice, focal, image_bce
 from ..components.maps import to_pixels, top_share_mean
-from ..components.visual_tokens import SAF, SCA, init_tokens, token_contrast
+from ..components.visual_tokens import SAF, SCA, VisualTokenParameters, init_tokens, token_contrast
+from ..core.parameters import param, restated
 from .base import Method, Prediction, load_tensors, register
-from .parameters import ParameterSet, param
-from .tower_parameters import activation, positions
+from .tower_parameters import BackboneParameters
 
 
 # %% ../../nbs/methods/11_visualad.ipynb #dd1b4627
 @dataclass(frozen=True)
-class VisualADParameters(ParameterSet):
-    "Every choice VisualAD makes."
+class VisualADParameters(VisualTokenParameters, BackboneParameters, frozen=False):
+    "Every choice VisualAD makes: those of its tower, of its tokens with SCA and SAF, and these."
 
-    backbone: str = param(
-        "tiny-dino", "ours: the embedded default; paper: clip-vitl14-336", "name in the backbone table"
+    backbone: str = restated(
+        BackboneParameters, "backbone", source="ours: the embedded default; paper: clip-vitl14-336"
     )
-    weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
-    image_size: int | None = param(None, "code: 518 for ViT-L/14; default: the backbone's", "pixels, square")
-    quick_gelu: bool | None = activation(None, "code: as the weights were trained")
-    position_resize: str | None = positions(None, "as the table")
-    taps: tuple | None = param(None, "code: 6/12/18/24 of 24 blocks; default: the backbone's", "1-based blocks")
-    anchors: int = param(4, "paper, script and checkpoints (class default 8)", "m, queries of SCA", "at least 1")
-    sca: bool = param(True, "paper: ablation", "correct the tokens with each tap's patches")
-    saf: bool = param(True, "paper: ablation", "align each tap's patches with the tokens")
-    sca_rows: int = param(1536, "code", "rows of SCA's position table")
-    sca_positions: str = param(
-        "raster",
-        "code; 'interpolate' is ours",
-        "use of the table at other grids than trained: raster or interpolate",
-        ("raster", "interpolate"),
+    image_size: int | None = restated(
+        BackboneParameters, "image_size", source="code: 518 for ViT-L/14; default: the backbone's"
     )
-    sca_grid: int | None = param(
-        None,
-        "ours",
-        "side of the patch grid the table was trained on, for sca_positions='interpolate'; default: this model's own",
+    quick_gelu: bool | None = restated(BackboneParameters, "quick_gelu", source="code: as the weights were trained")
+    position_resize: str | None = restated(BackboneParameters, "position_resize", source="as the table")
+    taps: tuple | None = param(
+        None, "code: 6/12/18/24 of 24 blocks; default: the backbone's", "1-based blocks", frozen="tower"
     )
-    sca_scale: float = param(0.01, "training script (class default 0.1)", "initial alpha")
-    dropout: float = param(0.1, "code", "in SCA and SAF while training")
-    saf_ratio: float = param(1.0, "code", "hidden width of SAF / D")
-    token_scale: float = param(0.1, "code", "standard deviation of the initial tokens times sqrt(D)")
     ln_post: str = param(
         "base",
         "code: evaluation uses the backbone's own",
@@ -99,21 +83,17 @@ class VisualAD(Method):
         )
         if p.tap_weights is not None and len(p.tap_weights) != len(b.taps):
             raise ValueError(f"{len(p.tap_weights)} tap_weights for {len(b.taps)} taps {b.taps}")
-        self.p = p = replace(
-            p, sca_grid=p.sca_grid or b.size // b.patch
-        )  # kept in the checkpoint: a model loaded at another size must know where its table is from
+        # kept in the checkpoint: a model loaded at another size must know where its table is from
+        self.p = p = replace(p, sca_grid=p.sca_grid or b.size // b.patch)
         if p.sca_positions == "interpolate" and p.sca_grid**2 > p.sca_rows:
             raise ValueError(
                 f"a table for {p.sca_grid} x {p.sca_grid} patches needs {p.sca_grid**2} rows, sca_rows is {p.sca_rows};"
                 f" pass sca_rows={p.sca_grid**2}"
             )
-        grid = None if p.sca_positions == "raster" else p.sca_grid
         self.tokens = init_tokens(b.width, p.token_scale)  # anomaly, normal
         taps = [f"tap_{t}" for t in b.taps]
-        self.sca = nn.ModuleDict(
-            {t: SCA(b.width, p.anchors, p.sca_rows, p.sca_scale, p.dropout, grid) for t in taps} if p.sca else {}
-        )
-        self.saf = nn.ModuleDict({t: SAF(b.width, p.saf_ratio, p.dropout) for t in taps} if p.saf else {})
+        self.sca = nn.ModuleDict({t: SCA(b.width, p) for t in taps} if p.sca else {})
+        self.saf = nn.ModuleDict({t: SAF(b.width, p) for t in taps} if p.saf else {})
         if p.ln_post != "frozen":
             self.norm_weight, self.norm_bias = (nn.Parameter(t.detach().clone()) for t in (b.norm.weight, b.norm.bias))
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from ..backbones.features import FeatureCache, all_finite
@@ -68,10 +69,10 @@ def _real(name: str, value, above: bool = False, below: float = math.inf) -> flo
         and not (above and value == 0)
     )
     if not fine:
-        raise ValueError(
-            f"{name}={value!r}; it must be a finite number,"
-            f" {'above 0' if above else '0 or more'}{'' if below == math.inf else f' and below {below:g}'}"
-        )
+        bounds = "above 0" if above else "0 or more"
+        if below < math.inf:
+            bounds += f" and below {below:g}"
+        raise ValueError(f"{name}={value!r}; it must be a finite number, {bounds}")
     return float(value)
 
 
@@ -86,14 +87,11 @@ class Recipe:
     betas: tuple = (0.9, 0.999)
     schedule: str = "cosine_epochs"  # cosine_epochs, cosine_steps or constant
     warmup: float = 0.0  # share of all steps with a linearly rising rate
-    eta_min: float = (
-        1e-4  # floor of the cosine; as it equals the lower learning rate, only VisualAD's tokens' rate falls
-    )
+    # floor of the cosine; as it equals the lower learning rate, only the rate of VisualAD's tokens falls
+    eta_min: float = 1e-4
     lr_scale: float = 1.0  # factor on every learning rate and on eta_min (ours: small backbones learn faster)
     seed: int = 111  # of shuffling, changes to images and dropout; VisualAD's script
-    augment: str = (
-        "none"  # how training images are changed from pass to pass, a name of zsad_nb.data.augment.AUGMENTATIONS
-    )
+    augment: str = "none"  # how images are changed from pass to pass, a name of zsad_nb.data.augment.AUGMENTATIONS
     mosaic: float | dict = 0.0  # share of images that 2 x 2 of their category replace; or a share a data set, by name
     mosaic_rule: str = "tiles"  # how a mosaic's tiles and label belong together: a word of `zsad_nb.data.mosaic.RULES`
 
@@ -159,15 +157,14 @@ def rate(
     "Learning rate of a group at one step."
     base = base * recipe.lr_scale
     floor = recipe.eta_min * recipe.lr_scale
-    if step < (rising := math.ceil(recipe.warmup * steps)):
+    rising = math.ceil(recipe.warmup * steps)
+    if step < rising:
         return base * (step + 1) / rising
     if recipe.schedule == "constant":
         return base
-    return (
-        cosine_rate(base, floor, epoch, recipe.epochs)
-        if recipe.schedule == "cosine_epochs"
-        else cosine_rate(base, floor, step - rising, steps - rising)
-    )
+    if recipe.schedule == "cosine_epochs":
+        return cosine_rate(base, floor, epoch, recipe.epochs)
+    return cosine_rate(base, floor, step - rising, steps - rising)
 
 
 # %% ../../nbs/training/04_fit.ipynb #90d2dd12
@@ -190,12 +187,13 @@ def fit(
     compile: bool | str = False,  # torch.compile for the learned part; a text names its backend
     # folder for the state after every epoch: after a kill, the same call goes on from there
     resume: str | Path | None = None,
-    keep_state: bool = False,  # leave that state when the training has ended (its file is `attrs["state"]`), for a caller who has yet to save the method
+    # leave that state when the training has ended (its file is `attrs["state"]`), for a caller who has yet to save
+    keep_state: bool = False,
     # called with the method after every epoch, in evaluation mode; a true answer ends the training there
     watch: Callable | None = None,
-    **reading,  # see `Reading`: bits, white, mask_threshold, mask_mismatch, mask_orientation; default: as the index says
-) -> pd.DataFrame:  # one row a step: step, epoch, seconds, lr, skipped, total and the parts of the loss; `attrs`: epochs, step_seconds, peak_memory, ...
-    "Train a method's learned part on an Index; same seed, same numbers."
+    **reading,  # see `Reading`: bits, white, mask_threshold, mask_mismatch, mask_orientation; default: the index's
+) -> pd.DataFrame:  # a row a step: step, epoch, seconds, lr, skipped, total and the parts of the loss
+    "Train a method's learned part on an Index; same seed, same numbers. `attrs`: epochs, step_seconds, ..."
     index = read_as(index, **reading)
     recipe = recipe_of(method) if recipe is None else recipe
     _check_training(method, index, recipe)
@@ -231,15 +229,7 @@ def fit(
         done = 0 if several else getattr(error, "finished_epochs", 0)  # other processes leave this one's method alone
         if done:
             method.trained_on = trained_on
-        left = (
-            f"the method holds its weights after epoch {done} of {recipe.epochs}, counted from 1"
-            if done
-            else "the method is as it was before the training"
-        )
-        if isinstance(error, FloatingPointError):
-            error.args = (f"{error}; {left}",)
-        else:
-            error.add_note(left)
+        _add_what_is_left(error, done, recipe.epochs)
         raise
     if several:
         method.eval()
@@ -247,17 +237,32 @@ def fit(
             cache.counts[name] += sum(e[name] for e in history.attrs["epochs"])
     if not history["skipped"].all():
         method.trained_on = trained_on
-        method.fitted = dict(
-            dataclasses.asdict(recipe), size=size or next(iter(method.backbones().values())).size, precision=precision
-        )
-    state = history.attrs.pop("state")
-    if state and not keep_state:
-        remove_state(state)
-    elif state:
-        history.attrs["state"] = state
+        size = size or next(iter(method.backbones().values())).size
+        method.fitted = dict(dataclasses.asdict(recipe), size=size, precision=precision)
+    _drop_state(history, keep_state)
     history.attrs["reading"] = dataclasses.asdict(reading_of(index))
     _warn_of_skipped(history, precision)
     return history
+
+
+def _drop_state(history: pd.DataFrame, keep: bool):
+    "The state of a training that has ended is of no more use, unless the caller has yet to save the method."
+    state = history.attrs.pop("state")
+    if state and not keep:
+        remove_state(state)
+    elif state:
+        history.attrs["state"] = state
+
+
+def _add_what_is_left(error: BaseException, done: int, epochs: int):
+    "Add to an error in which state the method is now."
+    left = "the method is as it was before the training"
+    if done:
+        left = f"the method holds its weights after epoch {done} of {epochs}, counted from 1"
+    if isinstance(error, FloatingPointError):
+        error.args = (f"{error}; {left}",)
+    else:
+        error.add_note(left)
 
 
 def _check_training(method: Method, index: pd.DataFrame, recipe: Recipe):
@@ -305,26 +310,129 @@ def _warn_of_skipped(history: pd.DataFrame, precision: str):
     )
 
 
-# %% ../../nbs/training/04_fit.ipynb #41dc68b7
+# %% ../../nbs/training/04_fit.ipynb #b1aa79bf
+class _Features:
+    "The frozen features of batches, through a cache where that is of use."
+
+    def __init__(
+        self,
+        method: Method,
+        cache: FeatureCache | None,
+        changed: bool,  # are images changed from pass to pass: then nothing is worth keeping
+        precision: str,
+    ):
+        self.method = method
+        self.precision = precision
+        self.kept = None
+        self.spare = None  # for an image that another process counts
+        if cache is None or changed:
+            return
+        other = {} if precision == "fp32" else dict(precision=precision)  # other products, other features
+        self.kept = cache.view(**other)
+        self.spare = copy.copy(self.kept)
+        self.spare.counts = dict(self.kept.counts)
+        self.spare.writes = False  # or it would race with the process that counts the image
+
+    def of(self, batch: Batch, counted: bool):
+        "Features of a batch; `counted`: by this process."
+        with torch.no_grad(), lowered(self.precision, self.method.device):
+            return self.method.features(batch, self.kept if counted else self.spare)
+
+    def counts(self) -> dict[str, int]:
+        "Hits and misses so far."
+        return {name: 0 if self.kept is None else self.kept.counts[name] for name in ("hits", "misses")}
+
+
+# %% ../../nbs/training/04_fit.ipynb #b29310a6
+class _Updates:
+    "The optimiser of a training: its rates at every step, and steps where loss and gradients are finite."
+
+    def __init__(self, method: Method, recipe: Recipe, precision: str, device: torch.device):
+        self.method = method
+        self.recipe = recipe
+        self.groups = method.param_groups()
+        self.parameters = [p for g in self.groups for p in g["params"]]
+        kind = dict(adamw=torch.optim.AdamW, adam=torch.optim.Adam)[recipe.optimiser]
+        self.optimiser = kind([dict(g) for g in self.groups], betas=recipe.betas, weight_decay=recipe.weight_decay)
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, enabled=precision == "fp16")
+
+    def begin(self, step: int, epoch: int, steps: int):
+        "Rates of this step, and no gradients."
+        for group, own in zip(self.optimiser.param_groups, self.groups):
+            group["lr"] = rate(self.recipe, own["lr"], step, epoch, steps)
+        self.optimiser.zero_grad(set_to_none=True)
+
+    def are_finite(self, total: torch.Tensor) -> bool:
+        "Can a step be made of this loss and its gradients? They are unscaled here."
+        self.scaler.unscale_(self.optimiser)
+        gradients = {str(i): p.grad for i, p in enumerate(self.parameters) if p.grad is not None}
+        return bool(torch.isfinite(total)) and all_finite(gradients)
+
+    def step(self):
+        "One step of the optimiser."
+        self.method.clip_gradients()
+        self.scaler.step(self.optimiser)
+
+    def rate(self) -> float:
+        "The rate of the first group at this step."
+        return self.optimiser.param_groups[0]["lr"]
+
+
+# %% ../../nbs/training/04_fit.ipynb #e229b0f1
+class _History:
+    "What happened: a row a step, and a row an epoch."
+
+    def __init__(self):
+        self.rows: list[dict] = []
+        self.epochs: list[dict] = []
+        self.began = time.perf_counter()
+
+    def start_clock(self):
+        "Seconds go on where an interrupted training stopped."
+        self.began = time.perf_counter() - (self.rows[-1]["seconds"] if self.rows else 0.0)
+
+    def add(self, epoch: int, lr: float, skipped: bool, losses: dict):
+        "One step."
+        row = dict(step=len(self.rows), epoch=epoch, seconds=time.perf_counter() - self.began, lr=lr, skipped=skipped)
+        self.rows.append(row | {k: v.item() for k, v in losses.items()})
+
+    def skipped(self) -> int:
+        "Steps that were left out."
+        return sum(row["skipped"] for row in self.rows)
+
+    def columns(self) -> list[str]:
+        "Of the rows, in their order."
+        return list(self.rows[0]) if self.rows else ["step", "epoch", "seconds", "lr", "skipped", "total"]
+
+    def table(self, **about) -> pd.DataFrame:
+        "The table of `fit`."
+        table = pd.DataFrame(self.rows, columns=self.columns())
+        took = table["seconds"].diff().fillna(table["seconds"]) if self.rows else pd.Series([float("nan")])
+        table.attrs = dict(epochs=self.epochs, step_seconds=round(float(took.median()), 4), **about)
+        return table
+
+
+# %% ../../nbs/training/04_fit.ipynb #8ac40fae
 class _Loop:
     "One training in this process, alone or in a team."
 
     def __init__(
         self,
-        method,
-        index,
-        recipe,
-        size,
-        workers,
-        progress,
-        label,
-        cache,
-        devices,
-        precision,
-        checkpointing,
-        compile,
-        resume,
-        watch,
+        method: Method,
+        index: pd.DataFrame,
+        recipe: Recipe,
+        *,
+        size: int | None,
+        workers: int,
+        progress: bool,
+        label: str,
+        cache: FeatureCache | None,
+        devices: int,
+        precision: str,
+        checkpointing: bool,
+        compile: bool | str,
+        resume: str | Path | None,
+        watch: Callable | None,
     ):
         self.method = method
         self.recipe = recipe
@@ -336,60 +444,51 @@ class _Loop:
             method.to(self.team.device)
         self.device = method.device
         self.size = size or next(iter(method.backbones().values())).size
-        key = (
-            None
-            if resume is None
-            else training_key(
-                method,
-                index,
-                recipe,
-                cache,
-                size=self.size,
-                devices=devices,
-                precision=precision,
-                checkpointing=checkpointing,
-                compile=compile,
-            )
+        options = dict(
+            size=self.size, devices=devices, precision=precision, checkpointing=checkpointing, compile=compile
         )
-        self.state = None if resume is None else TrainingState(resume, key)
+        self.state = None
+        if resume is not None:
+            self.state = TrainingState(resume, training_key(method, index, recipe, cache, **options))
         seed_everything(recipe.seed)
-        self.groups = method.param_groups()
-        self.parameters = [p for g in self.groups for p in g["params"]]
-        kind = dict(adamw=torch.optim.AdamW, adam=torch.optim.Adam)[recipe.optimiser]
-        self.optimiser = kind([dict(g) for g in self.groups], betas=recipe.betas, weight_decay=recipe.weight_decay)
-        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=1024.0, enabled=precision == "fp16")
-        mosaic = Mosaic(index, recipe.mosaic, recipe.seed, recipe.mosaic_rule)
-        plan = AUGMENTATIONS[recipe.augment]
-        how = dict(
-            shuffle=True, seed=recipe.seed, workers=workers, mosaic=mosaic if any(mosaic.rates) else 0.0, augment=plan
-        )
-        whole = batches_for(method, index, self.size, recipe.batch_size, **how)
+        self.updates = _Updates(method, recipe, precision, self.device)
+        whole = self._batches(index, workers)
         self.loader = self.team.shares(whole)
         self.steps = recipe.epochs * len(whole)
-        self.kept = (
-            None if cache is None or plan else cache.view(**({} if precision == "fp32" else dict(precision=precision)))
-        )  # other products, other features
-        self.spare = None if self.kept is None else copy.copy(self.kept)  # for an image that another process counts
-        if self.spare is not None:
-            self.spare.counts, self.spare.writes = (
-                dict(self.kept.counts),
-                False,
-            )  # or it would race with the process that counts it
+        self.features = _Features(method, cache, bool(AUGMENTATIONS[recipe.augment]), precision)
         self.run = torch.compile(method, backend="inductor" if compile is True else compile) if compile else method
         self.bar = tqdm(
             total=self.steps, desc=label, disable=not progress or self.team.rank > 0, unit="step", leave=True
         )
-        self.rows, self.epochs, self.done, self.resumed = [], [], 0, 0
+        self.history = _History()
+        self.done = 0  # epochs
+        self.resumed = 0  # epochs that another process had done
         self.start = self.last = copied(trained_state(method))
 
+    def _batches(self, index: pd.DataFrame, workers: int):
+        "The images in the order and with the changes of the recipe."
+        recipe = self.recipe
+        mosaic = Mosaic(index, recipe.mosaic, recipe.seed, recipe.mosaic_rule)
+        return batches_for(
+            self.method,
+            index,
+            self.size,
+            recipe.batch_size,
+            shuffle=True,
+            seed=recipe.seed,
+            workers=workers,
+            mosaic=mosaic if any(mosaic.rates) else 0.0,
+            augment=AUGMENTATIONS[recipe.augment],
+        )
+
     def all_epochs(self):
-        "Every epoch that is not done yet; whatever goes wrong, the method ends as it was after the last one that was."
+        "Every epoch that is not done yet."
         method = self.method
         try:
             self._resume()
             method.train()
             reset_peak(self.device)
-            self.began = time.perf_counter() - (self.rows[-1]["seconds"] if self.rows else 0.0)
+            self.history.start_clock()
             with checkpointed(method, self.checkpointing):
                 for epoch in range(self.done, self.recipe.epochs):
                     self._epoch(epoch)
@@ -398,184 +497,168 @@ class _Loop:
             self._judge()
         except BaseException as error:
             put_back(method, self.last)
+            learned = any(not row["skipped"] for row in self.history.rows)
             with contextlib.suppress(AttributeError):
-                error.finished_epochs = self.done if any(not row["skipped"] for row in self.rows) else 0
+                error.finished_epochs = self.done if learned else 0
             raise
         finally:
             self.bar.close()
             method.eval()
 
-    def _epoch(self, epoch: int):
-        "One pass over the images."
-        begun = time.perf_counter()
-        before = self._counts()
-        for batch in self.loader:
-            self._step(batch, epoch)
-        self.team.agree(self.parameters)
-        found = self.team.total({name: count - before[name] for name, count in self._counts().items()})
-        self.epochs.append(
-            dict(epoch=epoch, steps=len(self.loader), seconds=round(time.perf_counter() - begun, 4), **found)
-        )
+
+# %% ../../nbs/training/04_fit.ipynb #204e0df9
+@patch
+def _epoch(self: _Loop, epoch: int):
+    "One pass over the images."
+    begun = time.perf_counter()
+    before = self.features.counts()
+    for batch in self.loader:
+        self._step(batch, epoch)
+    self.team.agree(self.updates.parameters)
+    counts = self.team.total({name: count - before[name] for name, count in self.features.counts().items()})
+    seconds = round(time.perf_counter() - begun, 4)
+    self.history.epochs.append(dict(epoch=epoch, steps=len(self.loader), seconds=seconds, **counts))
+    self._require_finite(epoch)
+    self.last = copied(trained_state(self.method))
+    self.done = epoch + 1
+    if self.state is not None and self.team.rank == 0:
+        self.state.write(*self._snapshot())
+
+
+@patch
+def _step(self: _Loop, batch: Batch, epoch: int):
+    "One batch: features, losses, gradients, and a step where all of them are finite."
+    updates = self.updates
+    updates.begin(len(self.history.rows), epoch, self.steps)
+    batch = batch.to(self.device)
+    features = self.features.of(batch, counted=self.team.busy(self.loader))
+    losses = self.team.backward(
+        self.method, self._forward, features, batch, self.loader, updates.scaler.scale, updates.parameters
+    )
+    finite = updates.are_finite(losses["total"])
+    if finite:
+        updates.step()
         self._require_finite(epoch)
-        self.last = copied(trained_state(self.method))
-        self.done = epoch + 1
-        if self.state is not None and self.team.rank == 0:
-            self.state.write(*self._snapshot())
+    updates.scaler.update()
+    self.history.add(epoch, updates.rate(), not finite, losses)
+    self.bar.update()
+    self.bar.set_postfix(loss=f"{self.history.rows[-1]['total']:.3f}", refresh=False)
 
-    def _watched(self) -> bool:
-        "Does whoever watches want no more? Random numbers that a look drew are given back."
-        if self.watch is None:
-            return False
-        state = random_state(self.device)
-        self.method.eval()
-        enough = self.watch(self.method)
-        self.method.train()
-        set_random_state(*state, self.device)
-        return bool(enough)
 
-    def _step(self, batch: Batch, epoch: int):
-        "One batch: features, losses, gradients, and a step where all of them are finite."
-        method = self.method
-        optimiser = self.optimiser
-        scaler = self.scaler
-        number = len(self.rows)
-        for group, own in zip(optimiser.param_groups, self.groups):
-            group["lr"] = rate(self.recipe, own["lr"], number, epoch, self.steps)
-        batch = batch.to(self.device)
-        cache = self.kept if self.team.busy(self.loader) else self.spare
-        with torch.no_grad(), lowered(self.precision, self.device):
-            features = method.features(batch, cache)
-        optimiser.zero_grad(set_to_none=True)
-        losses = self.team.backward(method, self._forward, features, batch, self.loader, scaler.scale, self.parameters)
-        scaler.unscale_(optimiser)
-        finite = bool(torch.isfinite(losses["total"])) and all_finite(
-            {str(i): p.grad for i, p in enumerate(self.parameters) if p.grad is not None}
+@patch
+def _forward(self: _Loop, features, batch):
+    with lowered(self.precision, self.device):
+        return full(self.run(features, batch))
+
+
+@patch
+def _watched(self: _Loop) -> bool:
+    "Does the caller's `watch` end the training? Random numbers that it used are given back."
+    if self.watch is None:
+        return False
+    state = random_state(self.device)
+    self.method.eval()
+    enough = self.watch(self.method)
+    self.method.train()
+    set_random_state(*state, self.device)
+    return bool(enough)
+
+
+# %% ../../nbs/training/04_fit.ipynb #b3cdc6f3
+@patch
+def _require_finite(self: _Loop, epoch: int):
+    "Learned values that are not finite end the training."
+    state = trained_state(self.method)
+    if all_finite(state):
+        return
+    bad = [n for n, t in state.items() if not all_finite({n: t})]
+    cure = f"lower lr_scale (now {self.recipe.lr_scale:g}) or the method's learning rates"
+    if self.precision != "fp32":
+        cure += f", or use precision='fp32' instead of {self.precision}"
+    raise FloatingPointError(
+        f"step {len(self.history.rows)} (epoch {epoch + 1} of {self.recipe.epochs}) made {len(bad)} of"
+        f" {len(state)} learned tensors NaN or infinite (first: {bad[0]}); {cure}"
+    )
+
+
+@patch
+def _judge(self: _Loop):
+    "Did it learn from anything?"
+    count = len(self.history.rows)
+    skipped = self.history.skipped()
+    if skipped <= count / 2 and (count or not self.recipe.epochs):
+        return
+    self.last = self.start
+    self.done = 0
+    if self.state is not None:
+        self.state.remove()
+    if not count:
+        raise ValueError(
+            "no image of the index could be used: nothing was learned; see check(index) for what is wrong with them"
         )
-        if finite:
-            method.clip_gradients()
-            scaler.step(optimiser)
-            self._require_finite(epoch)
-        scaler.update()
-        self.rows.append(
-            dict(
-                step=number,
-                epoch=epoch,
-                seconds=time.perf_counter() - self.began,
-                lr=optimiser.param_groups[0]["lr"],
-                skipped=not finite,
-                **{k: v.item() for k, v in losses.items()},
-            )
+    raise FloatingPointError(
+        f"{skipped} of {count} steps had a loss or gradient that is not finite; lower lr_scale or check the images"
+    )
+
+
+# %% ../../nbs/training/04_fit.ipynb #43a4c523
+@patch
+def _snapshot(self: _Loop) -> tuple:  # tensors, JSON-able
+    "All that the next epoch needs."
+    history = self.history
+    tensors, random = random_state(self.device)
+    tensors |= {f"method.{n}": t for n, t in self.last.items()}
+    tensors |= copied(optimiser_tensors(self.updates.optimiser)) | table_tensors(history.rows)
+    return tensors, dict(
+        done=self.done,
+        epochs=history.epochs,
+        scaler=self.updates.scaler.state_dict(),
+        random=random,
+        columns=history.columns() if history.rows else [],
+    )
+
+
+@patch
+def _resume(self: _Loop):
+    "Go on from the state that an interrupted training left."
+    state = None if self.state is None else self.state.read()
+    if not self.team.same(0 if state is None else state[1]["done"]):
+        warnings.warn(
+            "not every process could read the state of this training: it starts from its beginning", stacklevel=3
         )
-        self.bar.update()
-        self.bar.set_postfix(loss=f"{self.rows[-1]['total']:.3f}", refresh=False)
-
-    def _forward(self, features, batch):
-        with lowered(self.precision, self.device):
-            return full(self.run(features, batch))
-
-    def _counts(self) -> dict:
-        return {name: 0 if self.kept is None else self.kept.counts[name] for name in ("hits", "misses")}
-
-    def _require_finite(self, epoch: int):
-        "Weights that are not numbers any more end the training."
-        state = trained_state(self.method)
-        if all_finite(state):
-            return
-        bad = [n for n, t in state.items() if not all_finite({n: t})]
-        cure = f"lower lr_scale (now {self.recipe.lr_scale:g}) or the method's learning rates" + (
-            "" if self.precision == "fp32" else f", or use precision='fp32' instead of {self.precision}"
-        )
-        raise FloatingPointError(
-            f"step {len(self.rows)} (epoch {epoch + 1} of {self.recipe.epochs}) made {len(bad)} of {len(state)} learned"
-            f" tensors NaN or infinite (first: {bad[0]}); {cure}"
-        )
-
-    def _judge(self):
-        "Did it learn from anything?"
-        count = len(self.rows)
-        skipped = sum(row["skipped"] for row in self.rows)
-        if skipped <= count / 2 and (count or not self.recipe.epochs):
-            return
-        self.last = self.start
-        self.done = 0
-        if self.state is not None:
-            self.state.remove()
-        if not count:
-            raise ValueError(
-                "no image of the index could be used: nothing was learned; see check(index) for what is wrong with them"
-            )
-        raise FloatingPointError(
-            f"{skipped} of {count} steps had a loss or gradient that is not finite; lower lr_scale or check the images"
-        )
-
-    def _snapshot(self) -> tuple:  # tensors, JSON-able
-        "All that the next epoch needs."
-        tensors, about = random_state(self.device)
-        tensors |= (
-            {f"method.{n}": t for n, t in self.last.items()}
-            | copied(optimiser_tensors(self.optimiser))
-            | table_tensors(self.rows)
-        )
-        columns = list(self.rows[0]) if self.rows else []
-        return tensors, dict(
-            done=self.done, epochs=self.epochs, scaler=self.scaler.state_dict(), random=about, columns=columns
-        )
-
-    def _resume(self):
-        "Go on from the state that an interrupted training left."
-        found = None if self.state is None else self.state.read()
-        if not self.team.same(0 if found is None else found[1]["done"]):
-            warnings.warn(
-                "not every process could read the state of this training: it starts from its beginning", stacklevel=3
-            )
-            return
-        if found is None:
-            return
-        tensors, about = found
-        put_back(self.method, {n: tensors[f"method.{n}"] for n in self.last})
-        set_optimiser(self.optimiser, tensors)
-        self.scaler.load_state_dict(about["scaler"])
-        self.rows = table_rows(tensors, about["columns"])
-        self.epochs = about["epochs"]
-        self.done = about["done"]
-        self.last = copied(trained_state(self.method))
-        self.loader.epoch = self.done
-        self.resumed = self.done
-        self.bar.update(len(self.rows))
-        set_random_state(tensors, about["random"], self.device)
-
-    def history(self, **about) -> pd.DataFrame:
-        "The table of `fit`."
-        table = pd.DataFrame(
-            self.rows,
-            columns=list(self.rows[0]) if self.rows else ["step", "epoch", "seconds", "lr", "skipped", "total"],
-        )
-        took = table["seconds"].diff().fillna(table["seconds"]) if self.rows else pd.Series([float("nan")])
-        table.attrs = dict(
-            epochs=self.epochs,
-            step_seconds=round(float(took.median()), 4),
-            peak_memory=int(peak_memory(self.device)),
-            device=self.device.type,
-            precision=self.precision,
-            checkpointing=self.checkpointing,
-            **about,
-        )
-        return table
+        return
+    if state is None:
+        return
+    tensors, about = state
+    put_back(self.method, {n: tensors[f"method.{n}"] for n in self.last})
+    set_optimiser(self.updates.optimiser, tensors)
+    self.updates.scaler.load_state_dict(about["scaler"])
+    self.history.rows = table_rows(tensors, about["columns"])
+    self.history.epochs = about["epochs"]
+    self.last = copied(trained_state(self.method))
+    self.done = self.resumed = self.loader.epoch = about["done"]
+    self.bar.update(len(self.history.rows))
+    set_random_state(tensors, about["random"], self.device)
 
 
+# %% ../../nbs/training/04_fit.ipynb #d3ddad4c
 @fast_products()
 def train_here(
     method: Method,
-    devices: int,
-    compile: bool | str,
+    index: pd.DataFrame,
+    recipe: Recipe,
     **arguments,  # of `fit`
 ) -> pd.DataFrame:  # its table
     "`fit` in this process, alone or as one of a team."
-    loop = _Loop(method, devices=devices, compile=compile, **arguments)
+    loop = _Loop(method, index, recipe, **arguments)
     loop.all_epochs()
-    return loop.history(
-        devices=devices,
-        compile=compile,
+    return loop.history.table(
+        peak_memory=int(peak_memory(loop.device)),
+        device=loop.device.type,
+        precision=loop.precision,
+        checkpointing=loop.checkpointing,
+        devices=arguments["devices"],
+        compile=arguments["compile"],
         resumed=loop.resumed,
         state=None if loop.state is None else str(loop.state.file),
     )
