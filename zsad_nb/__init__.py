@@ -19,7 +19,11 @@ deploy and cli.
 
 from typing import TYPE_CHECKING
 
+from .core.moved import keep_old_names
+
 __version__ = "0.1.0"
+
+keep_old_names()  # imports of older notebooks and scripts
 
 _HOMES = {  # name -> the module that has it
     "create": "methods.base",
