@@ -118,7 +118,7 @@ def test_every_module_has_one_notebook():
 def test_only_rooms_export():
     assert not [p.name for p in EXPORTING if p.parent.name in ("experiments", "tutorials")]
     for path in notebooks():
-        if path.parent.name not in ("experiments", "tutorials"):
+        if path.parent.name not in ("experiments", "tutorials") and not path.name.startswith("00_"):  # opens a room
             assert path in EXPORTING, f"{path.relative_to(ROOT)} exports nothing and is no tutorial"
 
 
@@ -320,7 +320,7 @@ def test_modules_and_notebooks_are_in_step(tmp_path):
     assert len(modules) > 20
     for name in modules:
         (tmp_path / name).unlink()
-    for script, *arguments in (("nbdev_export",), ("nbdev_clean",), ("ruff", "format", ".")):
+    for script, *arguments in (("nbdev_export",), ("nbdev_clean",), ("ruff", "format", "--no-cache", ".")):
         run = subprocess.run([command(script), *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert run.returncode == 0, f"{script}: {run.stderr}"
     after = {
