@@ -30,10 +30,11 @@ from zsad_nb.evaluation.evaluate import evaluate
 from zsad_nb.evaluation.metrics import PixelMetrics
 from zsad_nb.evaluation.run_state import result_of
 from zsad_nb.methods.base import create, save
-from zsad_nb.runs.cluster import DaskExecutor, connect, open_executor
+from zsad_nb.runs.cluster import DaskExecutor, open_executor
 from zsad_nb.runs.executors import LostWorker, Unusable
 from zsad_nb.runs.plans import expand
 from zsad_nb.runs.run import Spec
+from zsad_nb.runs.schedulers import connect
 from zsad_nb.runs.shards import evaluate_shards, split
 from zsad_nb.runs.sweeps import sweep
 

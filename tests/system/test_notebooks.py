@@ -320,7 +320,7 @@ def test_modules_and_notebooks_are_in_step(tmp_path):
     assert len(modules) > 20
     for name in modules:
         (tmp_path / name).unlink()
-    for script, *arguments in (("nbdev_export",), ("nbdev_clean",), ("ruff", "format", ".")):
+    for script, *arguments in (("nbdev_export",), ("nbdev_clean",), ("ruff", "format", "--no-cache", ".")):
         run = subprocess.run([command(script), *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert run.returncode == 0, f"{script}: {run.stderr}"
     after = {

@@ -18,7 +18,7 @@ import torch
 from zsad_nb.core.locks import LOCKS, Busy, is_locked, lock
 from zsad_nb.evaluation.run_state import result_of
 from zsad_nb.methods.base import create
-from zsad_nb.runs import run as runs_module
+from zsad_nb.runs import execution
 from zsad_nb.runs.executors import LocalExecutor
 from zsad_nb.runs.run import Spec, run
 from zsad_nb.runs.shards import evaluate_shard, evaluate_shards
@@ -66,7 +66,8 @@ class Watch(threading.Thread):
 
 def test_a_local_cluster_listens_on_loopback(tmp_path):
     pytest.importorskip("distributed")
-    from zsad_nb.runs.cluster import DaskExecutor, connect
+    from zsad_nb.runs.cluster import DaskExecutor
+    from zsad_nb.runs.schedulers import connect
 
     with Watch() as watch, connect("local", 2) as client:
         executor = DaskExecutor(client, tmp_path)
@@ -372,7 +373,7 @@ def test_a_run_records_what_executed_it(tmp_path, monkeypatch):
         found.record["versions"]["torch"] == torch.__version__.partition("+")[0]
         or found.record["versions"]["torch"] == torch.__version__
     )
-    monkeypatch.setattr(runs_module, "package_folder", lambda: Path("/another/environment"))
+    monkeypatch.setattr(execution, "package_folder", lambda: Path("/another/environment"))
     other = run(Spec(book, dict(n=2)), tmp_path / "runs")
     assert (
         other.status == "failed"

@@ -22,7 +22,7 @@ from zsad_nb.core.locks import Busy, lock
 from zsad_nb.core.tables import write_table
 from zsad_nb.evaluation.run_state import result_of
 from zsad_nb.methods.base import MODULES
-from zsad_nb.runs import run as runs_module
+from zsad_nb.runs import execution
 from zsad_nb.runs.executors import LocalExecutor, LostWorker
 from zsad_nb.runs.parameters import Parameter
 from zsad_nb.runs.plans import expand
@@ -488,7 +488,7 @@ def test_full_disk(small_disk, tmp_path, twice):
 
 def test_disk_full_at_the_very_end(tmp_path, twice, monkeypatch):
     "The result is there, but the record that vouches for it cannot be written (a patched writer)."
-    write = runs_module.write_atomically
+    write = execution.write_atomically
     calls = []
 
     def full(path, *rest):
@@ -497,7 +497,7 @@ def test_disk_full_at_the_very_end(tmp_path, twice, monkeypatch):
             raise OSError(errno.ENOSPC, f"{path} was not written (No space left on device)")
         return write(path, *rest)
 
-    monkeypatch.setattr(runs_module, "write_atomically", full)
+    monkeypatch.setattr(execution, "write_atomically", full)
     r = run(Spec(twice), tmp_path / "runs")
     assert (
         (r.status, r.kind) == ("failed", "disk")

@@ -65,7 +65,7 @@ LOCKS = """
 from zsad_nb.core import locks
 from zsad_nb.core.files import open_unfollowed, owned_only, private_folder
 from zsad_nb.runs.executors import usable_cores
-from zsad_nb.runs.run import hardware
+from zsad_nb.runs.execution import hardware
 home = pathlib.Path(sys.argv[1])
 assert locks.fcntl is None and not hasattr(os, "O_NOFOLLOW")
 with locks.lock(home / "run") as died:

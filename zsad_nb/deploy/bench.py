@@ -58,8 +58,8 @@ from ..data.method_images import batches_for
 from ..evaluation.metrics import PixelMetrics
 from ..figures.style import PAGE, SERIES, letters, save_figure, style
 from ..methods.base import MODULES, Method, create, method_class
+from ..runs.execution import hardware
 from ..runs.kernel import versions
-from ..runs.run import hardware
 from ..synthetic.benchmark import synthetic_index
 from ..training.precision import peak_memory
 
