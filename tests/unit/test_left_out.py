@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from zsad_nb.cli.commands import main
+from zsad_nb.data.folders import files, find_folder
 from zsad_nb.data.images import batches, check
 from zsad_nb.data.index import concat_indices, fingerprint, load_index, make_index, root_of, save_index
-from zsad_nb.data.layouts import files, find_folder, read_mvtec
+from zsad_nb.data.layouts import read_mvtec
 from zsad_nb.data.left_out import left_out
 from zsad_nb.data.listing import IMAGE_SUFFIXES, LayoutError, Record, image_suffixes, walk
 from zsad_nb.data.meta import read_meta, write_meta

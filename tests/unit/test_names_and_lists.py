@@ -12,6 +12,7 @@ from test_readers import quiet
 
 from zsad_nb.cli.commands import main
 from zsad_nb.data.folder import read_csv
+from zsad_nb.data.folders import find_folder
 from zsad_nb.data.images import check
 from zsad_nb.data.index import (
     apply_split,
@@ -24,7 +25,7 @@ from zsad_nb.data.index import (
     save_index,
     save_split,
 )
-from zsad_nb.data.layouts import find_folder, pair, read_mvtec
+from zsad_nb.data.layouts import pair, read_mvtec
 from zsad_nb.data.listing import LayoutError
 from zsad_nb.data.medical import read_headct
 from zsad_nb.data.meta import read_meta, write_meta
