@@ -139,10 +139,10 @@ def trained(method, batch, optimiser, steps, before=lambda: None) -> dict:
     return method.learned()
 
 
-def require_refused(case, model, tmp_path, part, change, why):
-    "A released file of which one part was changed is refused with what is wrong in it, and nothing of it is copied."
+def require_refused(case, model, tmp_path, change, why, part=None):
+    "A released file that was changed (or one part of it) is refused by name, and nothing of it is copied."
     state = torch.load(case.released, weights_only=True)
-    change(state[part])
+    change(state if part is None else state[part])
     torch.save(state, tmp_path / "wrong.pth")
     before = {k: v.clone() for k, v in model.learned().items()}
     with pytest.raises(WeightsError, match=f"wrong.pth does not fit {model.name}: .*{why}"):

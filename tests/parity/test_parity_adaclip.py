@@ -312,7 +312,7 @@ def test_adaclip_what_was_set_matters(case, stored_groups):
     ids=["missing head", "missing set", "too many", "shape", "not a number"],
 )
 def test_adaclip_a_file_that_does_not_fit(case, tmp_path, change, why):
-    require_refused(case, build(case), tmp_path, "clip_model", change, why)
+    require_refused(case, build(case), tmp_path, change, why, part="clip_model")
 
 
 def test_adaclip_maps_of_a_tap_are_enlarged_before_the_softmax(case):

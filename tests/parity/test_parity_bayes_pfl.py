@@ -479,7 +479,7 @@ def test_bayes_pfl_recipe():
     ids=["missing", "too many", "shape", "not a number", "two encoders"],
 )
 def test_bayes_pfl_a_file_that_does_not_fit(case, tmp_path, change, why):
-    require_refused(case, build(case), tmp_path, "MyModel", change, why)
+    require_refused(case, build(case), tmp_path, change, why, part="MyModel")
 
 
 def test_bayes_pfl_another_file(case, tmp_path):

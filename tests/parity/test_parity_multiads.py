@@ -3,10 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from parity_tools import Fixture, gradients
+from parity_tools import Fixture, gradients, require_refused
 
 from zsad_nb.backbones.ensembles import as_spelt, sentences
-from zsad_nb.backbones.weights import WeightsError
 from zsad_nb.components.dapo_prompts import enlarge
 from zsad_nb.data.index import GOOD, make_index
 from zsad_nb.methods.base import create, describe, import_released
@@ -285,8 +284,4 @@ def test_multiads_phrases_with_a_fault(case, tmp_path, content, why):
     ids=["missing", "too many", "shape"],
 )
 def test_multiads_a_file_that_does_not_fit(case, tmp_path, change, why):
-    state = torch.load(case.released, weights_only=True)
-    change(state)
-    torch.save(state, tmp_path / "wrong.pth")
-    with pytest.raises(WeightsError, match=f"wrong.pth does not fit multiads: .*{why}"):
-        import_released(build(case), tmp_path / "wrong.pth")
+    require_refused(case, build(case), tmp_path, change, why)
