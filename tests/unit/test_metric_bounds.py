@@ -22,7 +22,7 @@ from zsad_nb.evaluation.metrics import (
     mean_over_classes,
     pixel_metrics,
 )
-from zsad_nb.evaluation.multi_type import TypeMetrics, macro
+from zsad_nb.evaluation.type_metrics import TypeMetrics, macro
 
 LIMITS = (0.3, 1.0, 0.05, 1e-6, 0.1, 0.1000001)
 LEVELS = [0.0, -0.0, 1.0, -1.0, 0.5, 1e-30, 1e-45, 3e38, -3e38, 0.1, 1 / 3, 16777216.0, 16777218.0]

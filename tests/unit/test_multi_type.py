@@ -13,8 +13,9 @@ from zsad_nb.backbones.text import create_text
 from zsad_nb.backbones.towers import create_backbone
 from zsad_nb.data.index import GOOD, concat_indices
 from zsad_nb.data.taxonomy import type_words
-from zsad_nb.evaluation.multi_type import CHOICES, TypeMetrics, distinct, evaluate_types, macro
+from zsad_nb.evaluation.multi_type import CHOICES, evaluate_types
 from zsad_nb.evaluation.rank_counts import RankCounts
+from zsad_nb.evaluation.type_metrics import TypeMetrics, distinct, macro
 from zsad_nb.figures.types import confusion_figure, paint_types, render_types, type_colours, type_figure
 from zsad_nb.methods import controls, dapo  # noqa: F401 (registered by their import)
 from zsad_nb.methods.base import Prediction, create
