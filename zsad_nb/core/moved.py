@@ -31,7 +31,7 @@ data.synthetic_objects_assembled: synthetic.electrical synthetic.electronics syn
 data.synthetic_objects_more: synthetic.household_and_games synthetic.electronics synthetic.metal_parts synthetic.electrical synthetic.instruments synthetic.food
 data.synthetic_objects_pretraining: synthetic.electronics synthetic.instruments synthetic.electrical synthetic.medicine_and_care synthetic.metal_parts synthetic.household_and_games synthetic.food
 data.synthetic_spots: synthetic.spots
-data.synthetic_textures: synthetic.textures
+data.synthetic_textures: synthetic.categories synthetic.tiles synthetic.cloth synthetic.materials
 data.synthetic_versions: synthetic.versions
 files: core.files
 learning.devices: training.devices
@@ -49,7 +49,7 @@ use.bench: deploy.bench cli.demo
 use.blending: figures.blending
 use.chosen_runs: figures.chosen_runs
 use.cli: cli.commands cli.grammar
-use.cluster: runs.cluster
+use.cluster: runs.cluster runs.schedulers
 use.console: cli.console runs.kernel
 use.controls: explore.controls
 use.curve_figures: figures.curves
@@ -75,7 +75,7 @@ use.paper_style: figures.style
 use.parameters: runs.parameters core.plain_yaml
 use.regions: inspection.regions
 use.rerun: runs.rerun
-use.runs: runs.run evaluation.run_state
+use.runs: runs.run runs.execution evaluation.run_state
 use.shards: runs.shards
 use.signals: cli.signals
 use.sources: inspection.sources
