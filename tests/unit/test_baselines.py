@@ -1127,7 +1127,7 @@ def test_real_checkpoints_load(real, real_tower, shared, file, batch, tmp_path):
         ("crane", dict(cls_weight=1.5), "from 0 to 1"),
         ("crane", dict(context_train=-0.1), "context_train=-0.1; it must be from 0 to 1"),
         ("crane", dict(tau_train=0.0), "tau_train=0.0"),
-        ("crane_plus", dict(value_from="output"), "use attended or input"),
+        ("crane_plus", dict(value_from="output"), "use input or attended"),
         ("crane_plus", dict(dino_size=70), "not a multiple"),
     ],
 )

@@ -783,7 +783,7 @@ def test_nothing_to_encode(batch, drawn):
     assert set(features) == {f"tap_{t}" for t in other.clip.taps} and not any(
         v.requires_grad for v in features.values()
     )
-    assert other.encode_key()["clip"]["positions"] == "bicubic" and other.p.position_resize == "bicubic"
+    assert other.encode_key()["towers"]["clip"]["position_resize"] == "bicubic" and other.p.position_resize == "bicubic"
 
 
 def test_multiads_reads_each_name_once():
