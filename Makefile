@@ -8,11 +8,12 @@ export MPLBACKEND = Agg
 export PYTHONUNBUFFERED = 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help env everything demo test real seeds ablations systems parts types neu_seg figures benchmark pretrain bench bench-cluster memory screenshots notebooks clean lab
+.PHONY: help env everything demo test quick real seeds ablations systems parts types neu_seg figures benchmark pretrain bench bench-cluster memory screenshots export notebooks clean lab
 
 help:
 	@echo "make demo      from nothing to pictures of defects in unseen categories (minutes, CPU, offline after install)"
 	@echo "make test      every check: style, notebooks in step, notebook tests, parity, failures, papermill, demo"
+	@echo "make quick     unit and parity tests but for the slow ones: under three minutes on two cores"
 	@echo "make real      DATA=... WEIGHTS=...  VisualAD on real images with a real small ViT, both ways, three seeds"
 	@echo "make seeds     the demo's job under three seeds -> paper_figures/tables/visualad_synthetic.csv"
 	@echo "make benchmark the baselines on version 2 of the drawn benchmark: table, powers, rank correlation with the papers (hours on one core)"
@@ -28,6 +29,7 @@ help:
 	@echo "make bench     metrics against scikit-learn and the usual loops, side by side; ten thousand maps; where the time of every method goes"
 	@echo "make bench-cluster  two Dask workers against one, side by side"
 	@echo "make notebooks export; execute the notebooks that explain, in place (not those whose pictures weigh megabytes); clean"
+	@echo "make export    modules from notebooks: nbdev_export, nbdev_clean, ruff format"
 	@echo "make lab       JupyterLab on nbs/"
 
 env: $(VENV)/.ready
@@ -48,9 +50,13 @@ demo: env
 
 test: everything
 	ruff check
+	ruff format --check
 	OMP_NUM_THREADS=1 nbdev_test --path nbs --n_workers 2
 	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile
 	zsad demo --out runs/demo
+
+quick: env
+	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile -m quick
 
 real: env
 	@mkdir -p runs/real
@@ -123,24 +129,30 @@ figures: env
 	zsad figures runs/synthetic --out paper_figures --dpi 200
 
 screenshots: everything
-	@python tests/shoot_widgets.py
+	@python tests/benchmarks/shoot_widgets.py
 
 memory: env
-	@python tests/bench_memory.py
+	@python tests/benchmarks/bench_memory.py
 
 bench: everything
-	@python tests/bench_metrics.py
-	@python tests/bench_metrics.py --many
+	@python tests/benchmarks/bench_metrics.py
+	@python tests/benchmarks/bench_metrics.py --many
 	@OMP_NUM_THREADS=1 zsad bench --batch 1 32 --out runs/bench
 
 bench-cluster: everything
-	@OMP_NUM_THREADS=1 python tests/bench_cluster.py
+	@OMP_NUM_THREADS=1 python tests/benchmarks/bench_cluster.py
+
+export: env   # from the notebooks to the modules
+	nbdev_export
+	nbdev_clean
+	ruff format
 
 notebooks: env
 	nbdev_export
 	MPLBACKEND=module://matplotlib_inline.backend_inline TQDM_DISABLE=1 PYTHONWARNINGS=ignore jupyter nbconvert --log-level WARN --to notebook --execute --inplace --ExecutePreprocessor.store_widget_state=False \
-	  $(foreach room,backbones components methods learning evaluation tutorials,nbs/$(room)/*.ipynb)
+	  $(foreach room,backbones components methods training evaluation tutorials,nbs/$(room)/*.ipynb)
 	nbdev_clean
+	ruff format
 
 lab: env
 	jupyter lab nbs

@@ -1,4 +1,5 @@
 "Thin by design: every value lives in settings.ini."
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -9,7 +10,9 @@ parser = ConfigParser(delimiters=["="])
 parser.read(root / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 
-extras = {name.removesuffix("_requirements"): words.split() for name, words in cfg.items() if name.endswith("_requirements")}
+extras = {
+    name.removesuffix("_requirements"): words.split() for name, words in cfg.items() if name.endswith("_requirements")
+}
 extras["all"] = sorted({word for name, words in extras.items() if name not in ("dev", "browser") for word in words})
 
 setup(
@@ -26,7 +29,7 @@ setup(
     keywords=cfg["keywords"],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]),
-    package_data={cfg["lib_path"]: ["assets/*"]},
+    package_data={cfg["lib_path"]: ["assets/*", "py.typed"]},
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
     entry_points={"console_scripts": cfg["console_scripts"].split()},

@@ -1,4 +1,5 @@
 "Folders of the shared material: parity fixtures, real images, real weights. Tests that need them skip where they are absent."
+
 import ctypes
 import json
 import os
@@ -39,7 +40,8 @@ def own_kernel():
 @pytest.fixture(scope="session")
 def shared() -> Path:
     path = folder("ZSAD_SHARED", "../shared")
-    if not path.is_dir(): pytest.skip(f"no shared folder at {path} (real images and weights); set ZSAD_SHARED")
+    if not path.is_dir():
+        pytest.skip(f"no shared folder at {path} (real images and weights); set ZSAD_SHARED")
     return path
 
 
@@ -47,27 +49,45 @@ def shared() -> Path:
 def parity_fixture():
     "name -> (tensors, meta) of a parity fixture."
     from safetensors.torch import load_file
+
     path = folder("ZSAD_FIXTURES", "../shared/fixtures")
 
     def read(name: str):
-        if not (path / f"{name}.json").is_file(): pytest.skip(f"no parity fixture {name} in {path}; set ZSAD_FIXTURES")
+        if not (path / f"{name}.json").is_file():
+            pytest.skip(f"no parity fixture {name} in {path}; set ZSAD_FIXTURES")
         return load_file(path / f"{name}.safetensors"), json.loads((path / f"{name}.json").read_text())
+
     return read
 
 
 @pytest.fixture
 def permissions_hold():
     "What a file's mode forbids is forbidden, even where root runs the tests: Linux lets a thread do without that privilege for a while."
-    if os.name != "posix": pytest.skip("needs files that can be forbidden")
-    if os.geteuid(): yield; return
+    if os.name != "posix":
+        pytest.skip("needs files that can be forbidden")
+    if os.geteuid():
+        yield
+        return
     libc = ctypes.CDLL(None)
-    if not hasattr(libc, "capset"): pytest.skip("needs a user whom file permissions bind")
-    header, found = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()  # version 3; effective, permitted and inheritable, twice
+    if not hasattr(libc, "capset"):
+        pytest.skip("needs a user whom file permissions bind")
+    header, found = (
+        (ctypes.c_uint32 * 2)(0x20080522, 0),
+        (ctypes.c_uint32 * 6)(),
+    )  # version 3; effective, permitted and inheritable, twice
     assert not libc.capget(header, found)
     less = (ctypes.c_uint32 * 6)(found[0] & ~0b110, *found[1:])  # without CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
     assert not libc.capset(header, less)
     yield
     assert not libc.capset(header, found)
+
+
+def pytest_collection_modifyitems(items):
+    "Unit and parity tests that are not marked slow are the quick ones."
+    for item in items:
+        folder_name = item.path.parent.name
+        if folder_name in ("unit", "parity") and "slow" not in item.keywords:
+            item.add_marker("quick")
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,5 @@
 "Writers of the files that Pillow itself does not write, for tests."
+
 import io
 import struct
 import zlib
@@ -35,27 +36,36 @@ def tiff(
     "An uncompressed TIFF."
     values = values.astype(values.dtype.newbyteorder(order))
     bands = values.shape[2] if values.ndim == 3 else 1
-    bits, kind = values.dtype.itemsize * 8, {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
-    out, place = bytearray((b"II*\0" if order == "<" else b"MM\0*") + bytes(4)), 4
+    bits = values.dtype.itemsize * 8
+    kind = {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
+    out = bytearray((b"II*\0" if order == "<" else b"MM\0*") + bytes(4))
+    place = 4
     for page in range(pages):
         at = len(out)
         out += values.tobytes()
         if len(out) % 2:
             out += b"\0"
         tags = {254: int(page in reduced), 256: values.shape[1], 257: values.shape[0], 258: bits, 259: 1}
-        tags |= {262: photometric if photometric is not None else 2 if bands > 2 else 1, 273: at, 277: bands, 278: values.shape[0]}
+        tags |= {
+            262: photometric if photometric is not None else 2 if bands > 2 else 1,
+            273: at,
+            277: bands,
+            278: values.shape[0],
+        }
         tags |= {279: values.nbytes, 339: kind, **({338: 2} if bands == 4 else {}), **(more or {})}
         if bands > 1:
             tags[258] = len(out)
             out += struct.pack(f"{order}{bands}H", *[bits] * bands)
             tags[339] = len(out)
             out += struct.pack(f"{order}{bands}H", *[kind] * bands)
-        out[place:place + 4] = struct.pack(f"{order}I", len(out))
+        out[place : place + 4] = struct.pack(f"{order}I", len(out))
         out += struct.pack(f"{order}H", len(tags))
         for tag, value in sorted(tags.items()):
             count = bands if bands > 1 and tag in (258, 339) else 1
             long = tag in (254, 273, 279)
-            data = struct.pack(f"{order}I" if long or count > 2 else f"{order}HH", *([value] if long or count > 2 else [value, 0]))
+            data = struct.pack(
+                f"{order}I" if long or count > 2 else f"{order}HH", *([value] if long or count > 2 else [value, 0])
+            )
             out += struct.pack(f"{order}HHI", tag, 4 if long else 3, count) + data
         place = len(out)
         out += bytes(4)

@@ -1,4 +1,5 @@
 "A training set that is written in milliseconds."
+
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,15 @@ def bright_squares(
     for number in range(count):
         anomalous = number % 2 == 1
         image = rng.integers(90, 140, (size, size, 3), dtype=np.uint8)
-        row = dict(dataset="toy", category=category, split="test", image=f"{number}.png", mask="", anomalous=anomalous, defect="good")
+        row = dict(
+            dataset="toy",
+            category=category,
+            split="test",
+            image=f"{number}.png",
+            mask="",
+            anomalous=anomalous,
+            defect="good",
+        )
         if anomalous:
             mask = np.zeros((size, size), np.uint8)
             image[place] = 250
