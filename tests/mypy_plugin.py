@@ -4,11 +4,12 @@
   the class, so that a name that does not exist is found.
 - `nn.Module.__getattr__` promises `Tensor | Module` for every submodule and buffer. Which of them it is, torch cannot
   say; here it is neither checked nor an error, as with every other untyped name.
+- `sum(losses)` is a tensor: the 0 that Python's `sum` begins with is the result of an empty one only.
 """
 
 from mypy.nodes import CallExpr, Decorator, Expression, NameExpr, Statement
-from mypy.plugin import AttributeContext, ClassDefContext, Plugin
-from mypy.types import AnyType, CallableType, Type, TypeOfAny, UnboundType
+from mypy.plugin import AttributeContext, ClassDefContext, FunctionContext, Plugin
+from mypy.types import AnyType, CallableType, LiteralType, Type, TypeOfAny, UnboundType, UnionType, get_proper_type
 
 PATCH = "patch"
 KINDS = {"as_prop": "property", "cls_method": "classmethod", "static_method": "staticmethod"}
@@ -69,9 +70,19 @@ def _anything(context: AttributeContext) -> Type:
     return AnyType(TypeOfAny.special_form)
 
 
+def _without_zero(context: FunctionContext) -> Type:
+    result = get_proper_type(context.default_return_type)
+    if not isinstance(result, UnionType):
+        return result
+    return UnionType.make_union([t for t in result.items if not isinstance(get_proper_type(t), LiteralType)])
+
+
 class ZSADPlugin(Plugin):
     def get_customize_class_mro_hook(self, fullname: str):
         return _adopt_patches if fullname.startswith(PACKAGE) else None
+
+    def get_function_hook(self, fullname: str):
+        return _without_zero if fullname == "builtins.sum" else None
 
     def get_attribute_hook(self, fullname: str):
         return _anything if fullname.startswith(MODULE_ATTRIBUTE) else None

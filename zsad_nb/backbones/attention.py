@@ -17,7 +17,8 @@ from torch import Tensor, nn
 @cache
 def bf16_tiles() -> bool:
     "Whether this processor multiplies bf16 in tiles (AMX)."
-    return bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"))
+    capabilities: dict = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_bf16"))
 
 
 def dot_attention(
@@ -40,14 +41,15 @@ class Attention(nn.MultiheadAttention):
     def heads(
         self,
         tokens: Tensor,  # (B, T, D)
-    ) -> tuple:  # query, key, value, each (B, heads, T, d)
+    ) -> tuple[Tensor, Tensor, Tensor]:  # query, key, value, each (B, heads, T, d)
         "Queries, keys and values of every head, from one product."
-        return (
+        query, key, value = (
             F.linear(tokens, self.in_proj_weight, self.in_proj_bias)
             .unflatten(-1, (3, self.num_heads, -1))
             .permute(2, 0, 3, 1, 4)
             .unbind()
         )
+        return query, key, value
 
     def merge(
         self,
@@ -61,15 +63,20 @@ class Attention(nn.MultiheadAttention):
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        key_padding_mask: Tensor | None = None,
         need_weights: bool = True,
         attn_mask: Tensor | None = None,
-        **others,
-    ) -> tuple:
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
         "Self-attention without weights, as the towers call it; everything else is left to PyTorch."
         added = attn_mask is None or attn_mask.ndim == 2 and attn_mask.is_floating_point()
-        if query is key is value and added and not need_weights and not others:
+        plain = not need_weights and key_padding_mask is None and not is_causal
+        if query is key is value and added and plain:
             return self.merge(dot_attention(*self.heads(query), attn_mask)), None
-        return super().forward(query, key, value, need_weights=need_weights, attn_mask=attn_mask, **others)
+        return super().forward(
+            query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        )
 
 
 def own_attention(tower: nn.Module) -> nn.Module:  # itself

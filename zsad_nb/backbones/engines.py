@@ -15,8 +15,9 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +75,7 @@ def flatten_features(result: dict | Features) -> dict[str, Tensor]:
 
 def unflatten_features(
     tensors: dict,  # of `flatten_features`
-    grid: list | None,  # (h, w) of the features; None: the function gave a dict
+    grid: Sequence[int] | None,  # (h, w) of the features; None: the function gave a dict
 ) -> dict | Features:
     "The result as the function gave it."
     if grid is None:
@@ -112,8 +113,8 @@ class Engine:
         self.folder = None if folder is None else Path(folder)
         self.limit = limit_gb * 1e9
         self.calibration = calibration
-        self._kept = {}  # name of a graph -> session and description; for "torch" function's name -> compiled
-        self._learned = None  # the learned values that the present graph holds, and their hash
+        self._kept: dict = {}  # name of a graph -> session and description; for "torch" function's name -> compiled
+        self._learned: tuple[dict, str] | None = None  # the learned values that the present graph holds, and their hash
 
     def __repr__(self):
         return f"{type(self).__name__}({self.engine}, {self.precision}{', compiled' if self.compile else ''})"
@@ -141,7 +142,7 @@ class Engine:
         key: dict,  # all that the function depends on besides the image and `learned`, JSON-able
         image: Tensor,  # (B, 3, H, W) RGB in [0, 1]
         learned: dict | None = None,  # name -> parameter that the function reads
-    ) -> dict[str, Tensor] | Features:  # float32, on the image's device
+    ) -> Any:  # a dict of tensors or Features, as the function gives them; float32, on the image's device
         "The function's results, by this engine."
         if self.engine == "torch":
             return self._torch(owner, function, image)
@@ -205,20 +206,20 @@ def _session(
 
 @patch
 def _hash_of_learned(self: Engine, learned: dict) -> str:
-    same = False
     if self._learned is not None:
-        kept = self._learned[0]
-        same = kept.keys() == learned.keys() and all(torch.equal(p, kept[n]) for n, p in learned.items())
-    if not same:
-        self._learned = {n: p.detach().clone() for n, p in learned.items()}, weights_hash(learned)
-    return self._learned[1]
+        kept, digest = self._learned
+        if kept.keys() == learned.keys() and all(torch.equal(p, kept[n]) for n, p in learned.items()):
+            return digest
+    digest = weights_hash(learned)
+    self._learned = {n: p.detach().clone() for n, p in learned.items()}, digest
+    return digest
 
 
 # %% ../../nbs/backbones/14_engines.ipynb #5cede40e
 @patch
 def _make(self: Engine, folder: Path, owner: nn.Module, function: Callable, key: dict, example: Tensor):
     _check_room(folder, 1.2 * sum(p.nbytes for p in owner.parameters()))
-    grid = []
+    grid: list = []
 
     def run(image):
         result = function(image)
@@ -227,8 +228,8 @@ def _make(self: Engine, folder: Path, owner: nn.Module, function: Callable, key:
         return flatten_features(result)
 
     traced = trace(owner, run, dict(image=example))
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as new:
-        new = Path(new) / "graph"
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as temporary:
+        new = Path(temporary) / "graph"
         new.mkdir()
         write_onnx(traced, new / "graph.onnx", dict(zsad_nb=json.dumps(key, default=list)))
         save_file({n: t.cpu().contiguous() for n, t in traced.reference.items()}, new / "reference.safetensors")

@@ -31,6 +31,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from fastcore.basics import patch
@@ -149,11 +150,11 @@ class FeatureCache:
         self.dtype = getattr(torch, dtype)
         self.limit = None if limit_gb is None else limit_gb * 1e9
         self.counts = dict(hits=0, misses=0, damaged=0, evicted=0)  # of this process; shared by all views
-        self.more = {}  # joins every key
+        self.more: dict = {}  # joins every key
         self.writes = True  # False: only what others keep is read
-        self._sound = set()  # marks of entries whose hash was compared
-        self._marked = set()  # folders that have their key.json
-        self._disk = dict(bytes=None, since=0.0, warned=set())  # size at the last count, bytes written since
+        self._sound: set = set()  # marks of entries whose hash was compared
+        self._marked: set = set()  # folders that have their key.json
+        self._disk: dict = dict(bytes=None, since=0.0, warned=set())  # size at the last count, bytes written since
 
     @property
     def hits(self) -> int:
@@ -177,7 +178,7 @@ class FeatureCache:
     def __call__(
         self,
         key: dict,  # a method's `encode_key()`
-        batch,  # anything with `image` (B, 3, H, W) that can be indexed by a list of rows
+        batch: Any,  # anything with `image` (B, 3, H, W) that can be indexed by a list of rows
         encode: Callable,  # batch -> dict of tensors, first dimension the image; see `one_by_one`
     ) -> dict[str, Tensor]:  # the same dict, floats as float32, on the batch's device
         "Features of a batch: read where they are known, encoded and stored where not."
@@ -195,9 +196,10 @@ class FeatureCache:
             stored = self._store(folder, whole, [files[i] for i in new], features)
             for i, row in zip(new, stored):
                 rows[i] = row
-        for file, row in zip(files, rows):
-            _require_same_shapes(rows[0], row, file)
-        return {n: _float(torch.stack([row[n] for row in rows]).to(device)) for n in rows[0]}
+        complete = [row for row in rows if row is not None]  # all of them
+        for file, row in zip(files, complete):
+            _require_same_shapes(complete[0], row, file)
+        return {n: _float(torch.stack([row[n] for row in complete]).to(device)) for n in complete[0]}
 
     def _warn(self, about: str, text: str):
         "A warning, once a cache."

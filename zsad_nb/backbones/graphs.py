@@ -284,6 +284,7 @@ def write_onnx(
                 input_names=list(traced.inputs),
                 output_names=[n + "_out" if n in traced.inputs else n for n in traced.outputs],
             )
+            assert onnx is not None  # with dynamo=True there is a program
             onnx.model.metadata_props.update({k: str(v) for k, v in note.items()})
             onnx.save(str(path), external_data=_bytes_of(traced.program) > 1.5e9)
     except ImportError as error:

@@ -22,8 +22,8 @@ class TextPrompts(nn.Module):
     def __init__(self, text: TextTower):
         super().__init__()
         self.__dict__["text"] = text  # not a child
-        self._kept = {}  # what was computed
-        self._used = None  # with these values of the parameters
+        self._kept: dict = {}  # what was computed
+        self._used: list[Tensor] | None = None  # with these values of the parameters
 
     def kept(self) -> dict:  # emptied when a parameter's values, device or type changed since the last call
         "What was computed with the present parameters."

@@ -13,7 +13,7 @@ OPENAI = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 HALF = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
-POSITION_RESIZE = dict(
+POSITION_RESIZE: dict[str, dict] = dict(
     bilinear=dict(mode="bilinear"),  # codes of the CLIP family
     bicubic=dict(mode="bicubic", antialias=True),  # timm, open_clip and others (coefficient -0.5)
     bicubic_plain=dict(mode="bicubic"),  # coefficient -0.75: differs when enlarging, too

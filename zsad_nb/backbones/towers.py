@@ -20,6 +20,7 @@ import math
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +82,7 @@ def resize_positions(
 class Frozen(nn.Module):
     "A tower that is never trained: no gradients to its weights, always in evaluation mode, identified by a hash."
 
-    def train(self, mode: bool = True) -> nn.Module:
+    def train(self, mode: bool = True) -> Self:
         return super().train(False)
 
     @property
@@ -298,7 +299,7 @@ def trained_with_quick_gelu(
     return import_vision_libraries()[1].get_model_config(row.model).get("quick_gelu", False)
 
 
-def _tower(row: BackboneRow, state: dict | None, quick_gelu: bool, seed: int) -> nn.Module:
+def _tower(row: BackboneRow, state: dict | None, quick_gelu: bool | None, seed: int) -> nn.Module:
     import_vision_libraries()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -342,7 +343,7 @@ def _timm_tower(row: BackboneRow, state: dict | None) -> nn.Module:
     return _load(tower, state, row.name)
 
 
-def _clip_tower(row: BackboneRow, state: dict | None, quick_gelu: bool) -> nn.Module:
+def _clip_tower(row: BackboneRow, state: dict | None, quick_gelu: bool | None) -> nn.Module:
     "open_clip's image tower."
     from open_clip.transformer import QuickGELU, VisionTransformer
 

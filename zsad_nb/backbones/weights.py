@@ -66,13 +66,16 @@ def import_vision_libraries() -> tuple[ModuleType, ModuleType]:  # timm, open_cl
         return _import_vision_libraries()
 
 
+_schemas: torch.library.Library | None = None  # declared schemas are there as long as it is
+
+
 def _import_vision_libraries():
     try:
         import torchvision  # noqa: F401
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise
-        global _schemas  # the library object must outlive this call, or its definitions go with it
+        global _schemas
         _schemas = torch.library.Library("torchvision", "FRAGMENT")
         for name in ("nms", "qnms"):
             _schemas.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -76,7 +76,7 @@ def _without_serials(
     text: str,  # lower case, single blanks
 ) -> str:
     "Step 4: numbers with a leading zero at both ends are dropped as long as a word remains."
-    parts = []
+    parts: list = []
     for part in text.split():
         glued = _GLUED.fullmatch(part)
         parts += glued.groups() if glued else [part]  # type2 is read as type 2: CLIP's tokens are the same

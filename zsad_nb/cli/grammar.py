@@ -20,7 +20,7 @@ __all__ = [
 import argparse
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -49,9 +49,9 @@ def keywords_of(
         annotation = next(part for part in get_args(annotation) if part is not types.NoneType)
     if annotation is bool:
         return dict(action="store_true")
-    if annotation == list[tuple[str, str]]:
+    if annotation in (list[tuple[str, str]], Sequence[tuple[str, str]]):
         return dict(action="append", nargs=2, metavar=("NAME", "VALUE"))
-    if get_origin(annotation) is list:
+    if get_origin(annotation) in (list, Sequence):
         return dict(nargs="+", type=get_args(annotation)[0])
     if get_origin(annotation) is Literal:
         return dict(choices=list(get_args(annotation)))
@@ -98,7 +98,7 @@ class Command:
 
     @property
     def help(self) -> str:
-        return inspect.getdoc(self.function)
+        return inspect.getdoc(self.function) or ""
 
     @property
     def exit_statuses(self) -> str:
@@ -144,7 +144,7 @@ def call(
 
 
 def assignments(
-    texts: list[str],  # NAME=VALUE
+    texts: Sequence[str],  # NAME=VALUE
 ) -> dict[str, str]:
     "What options of the form NAME=VALUE say."
     return dict(text.partition("=")[::2] for text in texts)

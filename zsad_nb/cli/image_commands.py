@@ -7,6 +7,7 @@ __all__ = ["check_data_set", "predict_images"]
 
 # %% ../../nbs/cli/06_image_commands.ipynb #f5891532
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -117,7 +118,7 @@ def predict_images(
     # instead of --model: a checkpoint of a method's authors, such as april_gan=epoch_15.pth; -p clip_weights FILE says
     # where its tower's weights are
     released: Annotated[str | None, Option(metavar="METHOD=FILE")] = None,
-    parameter: Annotated[list[tuple[str, str]], Option("-p")] = (),  # a parameter of the method
+    parameter: Annotated[Sequence[tuple[str, str]], Option("-p")] = (),  # a parameter of the method
     normals: list[str] | None = None,  # images assumed normal: thresholds at --rate are made from them
     # false-alarm rate: share of good images that may be called defective (default: 0.01)
     rate: float | None = None,
@@ -154,7 +155,7 @@ def predict_images(
         from zsad_nb.inspection.inspector import Inspector
         from zsad_nb.inspection.verdicts import exit_code
 
-    options = {name: typed_value(value) for name, value in parameter}
+    options: dict = {name: typed_value(value) for name, value in parameter}
     options |= dict(bits=bits, white=white, max_side=max_side, min_area=min_area, batch_size=batch)
     inspector = Inspector.load(model, released=released, device=device, category=category, **options)
     if normals is not None:

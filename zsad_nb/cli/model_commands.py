@@ -7,6 +7,7 @@ __all__ = ["run_demo", "run_seeds", "show_checkpoint", "export_checkpoint", "ben
 
 # %% ../../nbs/cli/05_model_commands.ipynb #313ba32d
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -31,13 +32,13 @@ def run_demo(
     table = demo(out, seed, device)
     with pd.option_context("display.width", 160):
         print(table.to_string())
-    out = Path(out)
+    folder = Path(out)
     print(
         "\nPercent, on categories the model never saw; 'untrained' is the same model before training, 'control' needs"
         " no training at all.\n"
-        f"pictures    {out / 'figures' / 'overview.png'}  (and one per category beside it)\n"
-        f"numbers     {out / 'metrics.csv'}, {out / 'scores.csv'}, {out / 'comparison.csv'}\n"
-        f"checkpoint  {out / 'visualad.safetensors'}"
+        f"pictures    {folder / 'figures' / 'overview.png'}  (and one per category beside it)\n"
+        f"numbers     {folder / 'metrics.csv'}, {folder / 'scores.csv'}, {folder / 'comparison.csv'}\n"
+        f"checkpoint  {folder / 'visualad.safetensors'}"
     )
     return 0
 
@@ -46,7 +47,7 @@ def run_demo(
 @command("seeds")
 def run_seeds(
     *,
-    seeds: list[int] = (0, 1, 2),  # one training each
+    seeds: Sequence[int] = (0, 1, 2),  # one training each
     out: str = "runs/seeds",  # folder for results
     csv: str = "paper_figures/tables/visualad_synthetic.csv",  # table of all seeds
     figure: str = "paper_figures/visualad_synthetic.png",  # overview of the first seed
@@ -98,7 +99,7 @@ def export_checkpoint(
     checkpoint: str,  # a .safetensors file
     *,
     out: str,  # folder; an export that is there is replaced
-    formats: list[str] = ("torch", "onnx"),  # torch, onnx or both (default)
+    formats: Sequence[str] = ("torch", "onnx"),  # torch, onnx or both (default)
     category: str = "object",  # class name, for a method that reads it
     size: int | None = None,  # pixels (default: the checkpoint's)
 ) -> int:
@@ -107,7 +108,8 @@ def export_checkpoint(
         from zsad_nb.deploy.export import export
         from zsad_nb.methods.base import load
 
-    method = load(checkpoint, **({"image_size": size} if size else {}))
+    changes: dict = {"image_size": size} if size else {}
+    method = load(checkpoint, **changes)
     about = export(method, out, tuple(formats), category)
     for runtime, differences in about["largest_difference"].items():
         text = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
@@ -152,17 +154,17 @@ def _print_bench(table, bench_table, out: Path) -> int:
 @command("bench", status_1="a case failed", status_2="it could not begin")
 def bench_methods(
     *,
-    methods: Annotated[list[str], Option(metavar="NAME")] = (),  # such as ssvp or visualad (default: all)
-    engines: list[str] = ("torch",),  # torch, openvino, onnxruntime
-    precisions: list[str] = ("fp32",),  # fp32, bf16, int8, where an engine has them
+    methods: Annotated[Sequence[str], Option(metavar="NAME")] = (),  # such as ssvp or visualad (default: all)
+    engines: Sequence[str] = ("torch",),  # torch, openvino, onnxruntime
+    precisions: Sequence[str] = ("fp32",),  # fp32, bf16, int8, where an engine has them
     size: list[int] | None = None,  # pixels (default: 256, or image_size of --set)
-    batch: list[int] = (1,),  # images a call
+    batch: Sequence[int] = (1,),  # images a call
     # images a stage is timed over, after a first call (default: as many as --seconds allow)
     images: int = 0,
     seconds: float = 1.0,  # of every stage, two calls at least
     # parameters of all methods, or METHOD.NAME=VALUE of one; clip=clip-vitl14-336 clip_weights=random:0 is as fast as
     # with its weights
-    set: Annotated[list[str], Option(action="extend", metavar="NAME=VALUE")] = (),
+    set: Annotated[Sequence[str], Option(action="extend", metavar="NAME=VALUE")] = (),
     threads: int = 0,  # of PyTorch and of the engine (default: PyTorch's choice)
     device: str = "cpu",  # cpu or cuda
     compile: bool = False,  # torch.compile for what is frozen; pays on a GPU

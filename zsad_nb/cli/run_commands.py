@@ -7,6 +7,7 @@ __all__ = ["run_notebook", "run_sweep", "show_status", "collect_runs", "repeat_r
 
 # %% ../../nbs/cli/07_run_commands.ipynb #6c666b4b
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +21,7 @@ def run_notebook(
     notebook: str,  # an .ipynb file with a cell of parameters
     *,
     # a parameter of the notebook; lists and dictionaries as YAML
-    parameter: Annotated[list[tuple[str, str]], Option("-p")] = (),
+    parameter: Annotated[Sequence[tuple[str, str]], Option("-p")] = (),
     experiment: str | None = None,  # folder below the root (default: the notebook's name)
     root: str = "runs",  # results are in ROOT/experiment/hash
     timeout: float | None = None,  # seconds a cell may take
@@ -32,9 +33,9 @@ def run_notebook(
         from zsad_nb.runs.run import Spec, run
 
     spec = Spec(notebook, experiment=experiment or "")
-    declared = parameters_of(spec.source, spec.notebook.name)
+    declared = parameters_of(spec.source, Path(spec.notebook).name)
     texts = dict(parameter)
-    require_known(texts, declared, f"parameter of {spec.notebook.name}")
+    require_known(texts, declared, f"parameter of {Path(spec.notebook).name}")
     values = {name: declared[name].parse(text) for name, text in texts.items()}
     result = run(Spec(notebook, values, experiment or ""), root, timeout)
     if not result.ok:
@@ -52,7 +53,7 @@ def run_notebook(
 def run_sweep(
     file: str,  # YAML: a notebook and the values of its parameters
     *,
-    set: Annotated[list[str], Option(**EACH)] = (),  # a variable of the file
+    set: Annotated[Sequence[str], Option(**EACH)] = (),  # a variable of the file
     dry_run: bool = False,  # say what would be run, start nothing
     workers: int = 1,  # runs at the same time
     # threads of each (default: this machine's, shared out; on a cluster as its workers' environment says)
@@ -173,9 +174,9 @@ def make_figures(
     *,
     out: str = "paper_figures",  # folder of the figures and their index
     # only runs with this value of a parameter, where several differ
-    where: Annotated[list[str], Option(**EACH)] = (),
+    where: Annotated[Sequence[str], Option(**EACH)] = (),
     # figures whose names begin so; the index stays as it is
-    only: Annotated[list[str], Option(metavar="NAME")] = (),
+    only: Annotated[Sequence[str], Option(metavar="NAME")] = (),
     # the method beside ours in the qualitative figures (default: the nearest relative that is there)
     peer: str = "",
     dpi: int = 300,  # of PNGs and of pictures inside PDFs

@@ -40,9 +40,9 @@ class Signals:
 
     def __init__(self, name: str):
         self.name = name
-        self.code = None
+        self.code: int | None = None
         self.loading = True
-        self._again = None
+        self._again: threading.Thread | None = None
         self._arrived = threading.Event()
 
     def __enter__(self):
@@ -60,21 +60,21 @@ class Signals:
             signal.signal(number, signal.SIG_IGN if self.code is not None else handler)
 
     def _handle(self, number, frame):
-        self.code = self.CODES[number]
+        self.code = code = self.CODES[number]
         if self.loading:
             os.write(2, f"zsad {self.name}: stopped before it began\n".encode())
-            os._exit(self.code)
+            os._exit(code)
         if self._again is None:  # a callback of some library may swallow the exception
-            self._again = threading.Thread(target=self._insist, args=(number,), daemon=True)
+            self._again = threading.Thread(target=self._insist, args=(number, code), daemon=True)
             self._again.start()
         raise KeyboardInterrupt
 
-    def _insist(self, number):
+    def _insist(self, number: int, code: int):
         "Signal again after ten seconds, end the process after twenty; files are whole or absent at any moment."
         if not self._arrived.wait(10):
             os.kill(os.getpid(), number)
         if not self._arrived.wait(10):
-            end_at_once(self.name, self.code)
+            end_at_once(self.name, code)
 
     def settle(self):
         "The interruption has arrived."

@@ -14,6 +14,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/components/10_dapo_prompts.ipynb #c38a5cbd
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,14 +59,14 @@ class HybridPrompts(TextPrompts):
 
     def sentences(
         self,
-        words,  # one word or phrase a type
+        words: Sequence[str],  # one word or phrase a type
     ) -> list[str]:  # the normal one first
         "The prompts as text, with X where a learned vector will stand."
         p = self.p
         states = [[p.normal_word, p.thing], *([word, p.noun, p.thing] for word in words)]
         return [" ".join(filter(None, ["X"] * p.vectors + state)) for state in states]
 
-    def embeddings(self, words) -> tuple:  # rows (1 + K, E, L, width), end of text (1 + K,)
+    def embeddings(self, words: Sequence[str]) -> tuple:  # rows (1 + K, E, L, width), end of text (1 + K,)
         "What enters the tower, before positions."
         ids = self.text.tokenize(self.sentences(words)).to(self.normal.device)
         fixed = self.text.embed(ids)[:, None].expand(-1, self.p.prompts, -1, -1)
@@ -74,7 +75,7 @@ class HybridPrompts(TextPrompts):
 
     def forward(
         self,
-        words,  # one word or phrase a type
+        words: Sequence[str],  # one word or phrase a type
     ) -> Tensor:  # (1 + K, embed_dim): normal, then the types; means over the contexts, not normalised
         "Text features with gradients (section 2)."
         p = self.p
@@ -85,7 +86,7 @@ class HybridPrompts(TextPrompts):
         )
         return read.unflatten(0, (len(end), p.prompts)).mean(1)
 
-    def features(self, words) -> Tensor:  # (1 + K, embed_dim)
+    def features(self, words: Sequence[str]) -> Tensor:  # (1 + K, embed_dim)
         "As forward, without gradients; kept for these words until a parameter changes."
         with torch.inference_mode(False), torch.no_grad():
             kept = self.kept()

@@ -7,7 +7,7 @@ __all__ = ["DeepTokenParameters", "deep_blocks", "without", "read_deep", "see_de
 
 # %% ../../nbs/components/09_deep_tokens.ipynb #c13caa3c
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,10 +34,10 @@ class DeepTokenParameters(ParameterSet, frozen=False):
 
 def deep_blocks(
     x: Tensor,  # (n, L, D) ready for the first block
-    blocks,  # modules
+    blocks: Sequence[nn.Module] | nn.ModuleList,  # modules
     tokens: Tensor | None,  # (S, m, D) sets of learned tokens, one for each of the first S blocks; None for none
     alpha: float = DeepTokenParameters.alpha,  # share of the previous block's output
-    call=lambda block, x: block(x),  # how to run a block
+    call: Callable = lambda block, x: block(x),  # how to run a block
 ) -> Iterator[tuple]:  # after every block: its number from 1, the sequence (n, L or L + m, D), its deep tokens' number
     "Run blocks with learned tokens behind the first place, mixed from block to block (section 3)."
     sets, m = (0, 0) if tokens is None else tokens.shape[:2]
@@ -45,7 +45,7 @@ def deep_blocks(
         raise ValueError(f"{sets} sets of deep tokens for {len(blocks)} blocks; give at most one set a block")
     held = 0
     for i, block in enumerate(blocks):
-        if i < sets:
+        if tokens is not None and i < sets:
             own = tokens[i].expand(x.shape[0], -1, -1)
             mixed = own if i == 0 else alpha * x[:, 1 : 1 + m] + (1 - alpha) * own
             x = torch.cat([x[:, :1], mixed, x[:, 1 + held :]], 1)

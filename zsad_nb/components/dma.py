@@ -111,7 +111,7 @@ class DMA(nn.Module):
     ):
         super().__init__()
         p = DMAParameters.of(parameters, **changes)
-        self.similarity = dict(scale=p.scale, shift=p.shift, threshold=p.threshold, centre=bool(p.centre))
+        self.similarity: dict = dict(scale=p.scale, shift=p.shift, threshold=p.threshold, centre=bool(p.centre))
         self.project_first = p.project_first
         self.upsample = p.dma_upsample
         self.dino_proj = nn.Linear(dino_width, width)

@@ -16,9 +16,12 @@ __all__ = [
 ]
 
 # %% ../../nbs/components/11_dual_path.ipynb #a2a33b22
+import functools
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ..backbones.attention import dot_attention
 from ..backbones.towers import ClipBackbone
@@ -26,11 +29,11 @@ from ..core.parameters import ParameterSet, param
 
 # %% ../../nbs/components/11_dual_path.ipynb #01429db8
 # whose products the softmax sees; several are summed
-_PAIRS = {"plain": ("qk",), "vv": ("vv",), "qkv": ("qq", "kk", "vv")}
+_PAIRS = {"plain": (("q", "k"),), "vv": (("v", "v"),), "qkv": (("q", "q"), ("k", "k"), ("v", "v"))}
 
 
 def heads_of(
-    block,  # one of the tower's residual attention blocks
+    block: nn.Module,  # one of the tower's residual attention blocks
     tokens: Tensor,  # (B, T, D) after LN1
 ) -> dict:  # "q", "k", "v" -> (B, heads, T, d)
     "Query, key and value of every head, from the block's own projection."
@@ -38,12 +41,13 @@ def heads_of(
 
 
 def attend(
-    block,
+    block: nn.Module,
     heads: dict,  # from `heads_of`
     kind: str,  # "plain" (q-k), "vv" or "qkv"
 ) -> Tensor:  # (B, T, D)
     "Attention of one kind, through the block's output projection (AnomalyCLIP section 3.4; Crane, E-Attn)."
-    mixed = sum(dot_attention(heads[a], heads[b], heads["v"]) for a, b in _PAIRS[kind])  # scaled by 1/sqrt(d)
+    each = (dot_attention(heads[a], heads[b], heads["v"]) for a, b in _PAIRS[kind])  # scaled by 1/sqrt(d)
+    mixed = functools.reduce(torch.add, each)
     return block.ls_1(block.attn.merge(mixed))
 
 
@@ -76,7 +80,7 @@ class ValuePathParameters(DualPathParameters, frozen=True):
 
 
 def refined_blocks(
-    p,  # parameters with `clip` and `dual_blocks`
+    p: Any,  # parameters with `clip` and `dual_blocks`
     clip: ClipBackbone,
 ) -> int:  # length of the refined path
     "As many blocks as asked for; by default 19 of 24, and the same share of any other depth."

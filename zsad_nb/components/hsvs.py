@@ -117,7 +117,7 @@ class Concat(nn.Linear):
             self.weight.copy_(torch.eye(width, width + dino_width))
             self.bias.zero_()
 
-    def forward(self, clip: Tensor, dino: Tensor) -> Tensor:  # as ATF
+    def forward(self, clip: Tensor, dino: Tensor) -> Tensor:  # type: ignore[override]  # as ATF, of both towers
         return super().forward(torch.cat([clip, dino], -1))
 
 
@@ -141,8 +141,8 @@ class HSVS(nn.Module):
         with torch.no_grad():
             for layer in self.project:
                 layer.weight.copy_(proj.detach().T)
-        self.local_blocks = None
-        self.global_block = None
+        self.local_blocks: nn.ModuleList | None = None
+        self.global_block: nn.Module | None = None
         if p.hsvs == "none":
             return
 
@@ -161,8 +161,10 @@ class HSVS(nn.Module):
     ) -> tuple:  # per level (B, N, C); (B, C)
         "V_syn of every level and V_g of the image."
         clip = [project(tokens) for project, tokens in zip(self.project, clip, strict=True)]
-        if self.local_blocks is None:
+        if self.local_blocks is None or self.global_block is None:
             return clip, clip_global
+        if dino_global is None:
+            raise ValueError("dino_global is None; only hsvs='none' does without DINO's class token")
         for at, (c, d) in enumerate(zip(clip, dino, strict=True), 1):
             if c.shape[1] != d.shape[1]:
                 raise ValueError(

@@ -46,7 +46,8 @@ def balanced_focal(
     p_t = torch.where(target, probability, 1 - probability)
     each = -((1 - p_t) ** gamma) * torch.log(p_t + 1e-8)
     kinds = (target.to(p_t.dtype), (~target).to(p_t.dtype))
-    return sum((each * kind).sum() / kind.sum().clamp_min(1) for kind in kinds)
+    defective, others = ((each * kind).sum() / kind.sum().clamp_min(1) for kind in kinds)
+    return defective + others
 
 
 def batch_dice(

@@ -270,7 +270,7 @@ class SampledPrompts(TextPrompts):
         states: Tensor,  # (B or 1, R, 2, C) added to the normal and to the abnormal state vectors
     ) -> tuple:  # (B, R, count, 2, L, C), end of text (B,)
         "What enters the text tower, before positions."
-        ids = self.text.tokenize(self.sentences(map(self.spell, class_names)))
+        ids = self.text.tokenize(self.sentences([self.spell(name) for name in class_names]))
         words = self.text.embed(ids)
         shape = (len(ids), max(context.shape[1], states.shape[1]), len(self.context), 2)
         moved = self.context[:, None] + context[:, :, None, None, None]  # (B, R, count, 1, c, C)

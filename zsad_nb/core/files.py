@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterable, Mapping
 from io import TextIOWrapper
 from pathlib import Path, PurePath
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -134,7 +135,7 @@ def _plain(
 
 
 def to_json(
-    value,  # dicts, lists, text, numbers; numpy values, paths, dataclasses and sets become plain
+    value: Any,  # dicts, lists, text, numbers; numpy values, paths, dataclasses and sets become plain
     indent: int | None = 1,
 ) -> str:  # strict JSON: NaN and infinities are null
     "A value as JSON that every reader of JSON reads."
@@ -149,7 +150,7 @@ def to_json(
 
 def write_json(
     path: str | Path,  # final name
-    value,  # see `to_json`
+    value: Any,  # see `to_json`
     indent: int | None = 1,
 ) -> Path:  # the path
     "Write strict JSON, whole or not at all."
@@ -165,7 +166,7 @@ def _no_number(word: str):
 def read_json(
     path: str | Path,  # a JSON file
     limit_mb: float = 64,  # ours: a record of a run is a few kB; larger files are refused before they are read
-) -> object:
+) -> Any:  # what the file holds
     "Read strict JSON; ValueError names the file and what is wrong with it. FileNotFoundError where there is none."
     path = Path(path)
     try:
@@ -285,7 +286,7 @@ def open_unfollowed(
     return os.open(path, flags | no_follow | getattr(os, "O_BINARY", 0), mode)
 
 
-def _no_lock(path: Path, number: int, reason: str) -> OSError:
+def _no_lock(path: Path, number: int | None, reason: str | None) -> OSError:
     return OSError(
         number, f"{shown(str(path))} cannot be used as a lock ({reason}); delete it, or choose another folder"
     )

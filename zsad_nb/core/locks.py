@@ -21,7 +21,7 @@ from filelock import lock_descriptor, unlock_descriptor
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # a module, or that there is none
 
 from .files import open_lock, open_unfollowed
 from .names import shown

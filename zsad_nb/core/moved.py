@@ -152,4 +152,4 @@ def keep_old_names():
     if not any(type(finder).__name__ == "_OldNames" for finder in sys.meta_path):
         sys.meta_path.insert(0, _OldNames())
     room = sys.modules[f"{PACKAGE}.core"]
-    room.__getattr__ = lambda name: _find("core", CORE, name)
+    vars(room)["__getattr__"] = lambda name: _find("core", CORE, name)

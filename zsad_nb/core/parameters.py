@@ -32,7 +32,7 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 from .names import require_known
 
@@ -110,7 +110,7 @@ def _entries(value, depth: int = 1) -> int:  # how many there are, with those of
         if isinstance(entry, (list, tuple)):
             count += _entries(entry, depth + 1)
         elif isinstance(entry, numbers.Real):
-            if not (math.isfinite(entry) and abs(entry) <= FAR):
+            if not (math.isfinite(entry) and entry <= FAR and not entry < -FAR):
                 raise ValueError("made of finite numbers")
         elif isinstance(entry, str):
             if len(entry) > LONGEST:
@@ -131,11 +131,11 @@ def _right_kind(value, kind: type, most: float) -> str | None:  # "": fine; what
     if kind is int:
         if not isinstance(value, numbers.Integral):
             return None
-        return "" if abs(value) <= most else f"a whole number of at most {most:g}"
+        return "" if value <= most and not value < -most else f"a whole number of at most {most:g}"
     if kind is float:
         if not isinstance(value, numbers.Real):
             return None
-        return "" if abs(value) <= FAR else f"a finite number of at most {FAR:g}"  # NaN is not
+        return "" if value <= FAR and not value < -FAR else f"a finite number of at most {FAR:g}"  # NaN is not
     if kind is str:
         if not isinstance(value, (str, Path)):
             return None
@@ -155,7 +155,7 @@ KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "
 
 def require_kind(
     name: str,
-    value,
+    value: Any,
     kinds: tuple,  # types that it may be; a class beyond KINDS: anything
     most: float,  # the largest whole number
 ):
@@ -205,7 +205,7 @@ class ParameterSet:
     def __init_subclass__(cls, frozen: bool | str | None = None, **kwargs):
         "`frozen`: the side of the parameters declared here that do not state their own."
         super().__init_subclass__(**kwargs)
-        inherited = {}
+        inherited: dict = {}
         for base in reversed(cls.__mro__[1:]):
             inherited |= getattr(base, "__dataclass_fields__", {})
         for name, declared in vars(cls).items():
@@ -230,7 +230,7 @@ class ParameterSet:
         cls,
         parameters: "ParameterSet | None" = None,  # a larger set that has these parameters; None: the defaults
         **changes,  # values to change, by name
-    ) -> "ParameterSet":  # of this very class
+    ) -> Self:
         "This set's own values out of a larger one, with changes; a name that does not exist raises."
         names = [f.name for f in dataclasses.fields(cls)]
         require_known(changes, names, f"parameter of {cls.__name__}")
@@ -259,7 +259,7 @@ def _require_allowed(name: str, value, allowed: tuple | str | None):
 
 
 def restated(
-    owner: type,  # a ParameterSet that declares the parameter
+    owner: type[ParameterSet],  # that declares the parameter
     name: str,
     **changes,  # of `param`: default, source, help, allowed, most, frozen
 ) -> Any:  # a dataclass field

@@ -7,6 +7,7 @@ __all__ = ["DIGITS", "DEPTH", "VALUES", "LENGTH", "plain_value", "read_yaml", "t
 
 # %% ../../nbs/core/04_plain_yaml.ipynb #4da0e654
 import re
+from typing import Any
 
 import yaml
 
@@ -82,7 +83,7 @@ class _Growing:
     "A list or mapping that is being read."
 
     def __init__(self, event):
-        self.value = {} if isinstance(event, yaml.MappingStartEvent) else []
+        self.value: Any = {} if isinstance(event, yaml.MappingStartEvent) else []
         self.anchor = event.anchor
         self.size = 1
         self.key = None
@@ -124,8 +125,8 @@ def read_yaml(
 
 def _read(events, values: int) -> object:
     "Events put together, and counted."
-    unfinished = []  # lists and mappings inside each other, the innermost last
-    anchors = {}
+    unfinished: list = []  # lists and mappings inside each other, the innermost last
+    anchors: dict = {}
     documents = 0
     document = None
     for event in events:
@@ -177,7 +178,7 @@ def _read(events, values: int) -> object:
 # %% ../../nbs/core/04_plain_yaml.ipynb #b9a65a47
 def typed_value(
     text: str,  # a word of a command line
-) -> object:  # None, bool, int, float, list or dict as in YAML 1.2; otherwise the text itself
+) -> Any:  # None, bool, int, float, list or dict as in YAML 1.2; otherwise the text itself
     "What a word of a command line stands for."
     try:
         return read_yaml(text)
@@ -187,7 +188,7 @@ def typed_value(
 
 # %% ../../nbs/core/04_plain_yaml.ipynb #f92c5d51
 def require_bounded(
-    value,  # plain data
+    value: Any,  # plain data
     name: str = "the data",  # for messages
     values: int = VALUES,
     depth: int = DEPTH,

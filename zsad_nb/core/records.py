@@ -10,6 +10,7 @@ import math
 import stat
 from collections.abc import Callable
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
 from .files import read_json
 from .names import shown
@@ -47,8 +48,8 @@ def _of_kind(value, kind) -> bool:
 
 
 def misfit(
-    value,  # of JSON
-    shape,  # see above
+    value: Any,  # of JSON
+    shape: Any,  # see above
     where: str = "it",  # its place, for the message
 ) -> str:  # "" where it fits
     "What is wrong with a value, and where."
@@ -89,7 +90,7 @@ def _misfit_inside(value, shape, where: str) -> str:
     return ""
 
 
-def relative_path(value) -> str:  # "", or what is wrong
+def relative_path(value: Any) -> str:  # "", or what is wrong
     "A shape: the path of something below the record's own folder, whichever system wrote it."
     if type(value) is not str:
         return f"is {_JSON_NAMES[type(value)]}, not text"
@@ -124,8 +125,8 @@ def read_record(
         return {}, f"{name} cannot be read ({shown(str(reason))[:300]})"
     if not isinstance(value, dict):
         return {}, f"{name} is not an object"
-    reason = misfit(value, shape) or _infinite(value)
-    return ({}, f"{name}: {reason}") if reason else (value, "")
+    wrong = misfit(value, shape) or _infinite(value)
+    return ({}, f"{name}: {wrong}") if wrong else (value, "")
 
 
 def _no_file(mode: int) -> str:

@@ -248,7 +248,7 @@ def _numbers(
     kinds = {type(value) for value in values}
     if kinds == {bool}:
         return pd.Series(values, dtype=bool)
-    if kinds == {int} and all(abs(value) < 2**63 for value in values):
+    if kinds == {int} and all(abs(value or 0) < 2**63 for value in values):
         return pd.Series(values, dtype="int64")
     return pd.Series([math.nan if value is None else float(value) for value in values], dtype=float)
 

@@ -27,7 +27,7 @@ def turned(
     sin = np.sin(angle)
     ratio = height / width
     matrix = torch.tensor([[[cos, -sin * ratio, 0], [sin / ratio, cos, 0]]], dtype=pixels.dtype)
-    grid = F.affine_grid(matrix, (1, *pixels.shape), align_corners=False)
+    grid = F.affine_grid(matrix, [1, *pixels.shape], align_corners=False)
     return F.grid_sample(pixels[None], grid, mode=mode, padding_mode="reflection", align_corners=False)[0]
 
 

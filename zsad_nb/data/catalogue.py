@@ -296,7 +296,7 @@ READERS = {
         signs=(("images", "masks", "images_no_gt"), *_IMAGES_MASKS),
     ),
     "mvtec_like": Reader(
-        partial(read_mvtec, dataset=None),
+        partial(read_mvtec, dataset=""),  # `read` gives it the folder's name
         "anything in MVTec layout",
         note="options: dataset, category",
         signs=(("test/good",), ("*/test/good",), ("*/test/*",)),

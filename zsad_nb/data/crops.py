@@ -88,15 +88,15 @@ def defective_spots(
         ys, xs = np.nonzero(regions == rng.integers(1, number + 1))
         at = rng.integers(len(ys))
         shift = rng.uniform(-jitter, jitter, 2) * size
-        spot = tuple(
+        top, left = (
             int(np.clip(round(centre + move - size / 2), 0, length - 1))
             for centre, move, length in zip((ys[at], xs[at]), shift, counts.shape)
         )
-        if counts[spot] >= least and _apart(spots, spot, size / 4):
-            spots.append(spot)
-    best = tuple(int(i) for i in np.unravel_index(counts.argmax(), counts.shape))
-    if not spots and count and counts[best] >= least:
-        return [best]  # a defect too thin for most aims
+        if counts[top, left] >= least and _apart(spots, (top, left), size / 4):
+            spots.append((top, left))
+    top, left = (int(i) for i in np.unravel_index(counts.argmax(), counts.shape))
+    if not spots and count and counts[top, left] >= least:
+        return [(top, left)]  # a defect too thin for most aims
     return spots
 
 
@@ -158,8 +158,8 @@ def _safe(name: str) -> str:
     return re.sub(r"[^\w.+-]+", "_", name).strip("._") or "defect"
 
 
-def _spots(row: tuple, mask: np.ndarray, size: int, normal: dict, defective: dict, seed: int) -> list[tuple]:
-    "(top, left), is it defective: the crops of an image, from its own random numbers."
+def _spots(row, mask: np.ndarray, size: int, normal: dict, defective: dict, seed: int) -> list[tuple]:
+    "(top, left), is it defective: the crops of an image (`row` of its Index), from its own random numbers."
     rng = np.random.default_rng([seed, zlib.crc32(row.image.encode())])
     spots = [(spot, False) for spot in normal_spots(mask, size, rng=rng, **normal)]
     if row.anomalous:
@@ -167,7 +167,7 @@ def _spots(row: tuple, mask: np.ndarray, size: int, normal: dict, defective: dic
     return spots
 
 
-def _crop_row(row: tuple, top: int, left: int, defective: bool) -> dict:
+def _crop_row(row, top: int, left: int, defective: bool) -> dict:
     "The row of the Index for a crop of an image."
     category = _safe(row.category)
     kind = _safe(row.defect) if defective else GOOD
@@ -191,7 +191,7 @@ def _save_pair(folder: Path, row: dict, image: Image.Image, mask: np.ndarray | N
     for path in (row["image"], row["mask"]):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
     image.save(folder / row["image"])
-    if row["mask"]:
+    if row["mask"] and mask is not None:
         Image.fromarray(mask.astype("uint8") * 255).save(folder / row["mask"])
 
 

@@ -175,5 +175,5 @@ def read_folder(
         parts = [_plain_rows(folder, root, folder.name, masks) for folder in folders(root)]
         rows = [row for part, _ in parts for row in part]
         has_masks = any(has for _, has in parts)
-    masks = (has_masks or None) if masks else False  # None: the layout has none
-    return finish_index(rows, root, name, expected, masks, also=_lists(lists))
+    wanted = (has_masks or None) if masks else False  # None: the layout has none
+    return finish_index(rows, root, name, expected, wanted, also=_lists(lists))

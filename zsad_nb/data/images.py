@@ -51,7 +51,8 @@ class Batch:
     def to(self, device: str | torch.device) -> "Batch":
         "The same batch with its tensors on another device."
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{name: v.to(device) if torch.is_tensor(v) else v for name, v in values.items()})
+        moved: dict = {name: v.to(device) if torch.is_tensor(v) else v for name, v in values.items()}
+        return Batch(**moved)
 
     def __getitem__(self, rows: slice | torch.Tensor | list[int]) -> "Batch":
         "Some rows: a slice, a bool tensor, or positions."
@@ -207,11 +208,11 @@ def _collect(self: Batches, results: list) -> Batch | None:
 def _ahead(self: Batches, chunks: list[list[int]]) -> Iterator[list]:
     "Two batches ahead in threads: PIL decodes and resizes without holding Python's lock."
     with ThreadPoolExecutor(self.workers) as pool:
-        waiting = deque()
-        chunks = iter(chunks)
+        waiting: deque = deque()
+        left = iter(chunks)
         try:
             while True:
-                for chunk in islice(chunks, 3 - len(waiting)):
+                for chunk in islice(left, 3 - len(waiting)):
                     waiting.append([pool.submit(self._item, at) for at in chunk])
                 if not waiting:
                     return
@@ -265,7 +266,7 @@ def batches(
     defects: list[str] | None = None,  # names that number the defects; default: those of this index
     interpolation: str = "bicubic",  # of the resizing, or bilinear; for a method see `batches_for`
     # for training: share of images replaced by 2 x 2 images of their category, see `Mosaic`
-    mosaic: float | dict | Mosaic = 0.0,
+    mosaic: float | dict | Mosaic | None = 0.0,
     augment: Augmentation | None = None,  # for training: how images are changed from pass to pass
     **reading,  # `Reading`: bits, white, mask_threshold, mask_mismatch, mask_orientation; default: as the index says
 ) -> Batches:  # iterable with a length
@@ -313,7 +314,9 @@ def check(
     how = reading_of(index, **reading)
     rows = [CheckedRow(*row) for row in index[list(CheckedRow._fields)].itertuples(index=False, name=None)]
     with ThreadPoolExecutor(max(workers, 1)) as pool:
-        results = list(pool.map(lambda row: row_findings(root, *row[:4], how), rows))
+        results = list(
+            pool.map(lambda row: row_findings(root, row.image, row.mask, row.anomalous, row.category, how), rows)
+        )
     top = max((seen.brightest for seen in results if seen.white == 65535), default=0)
     ways = {seen.lies for seen in results} - {""}
     out = []

@@ -111,13 +111,13 @@ def relative_path(
     odd = "\\" in text or ":" in text
     if odd and os.name == "posix" and not _leaves(plain) and os.path.lexists(os.path.join(root, plain)):
         return plain  # on Linux and macOS a name may hold these characters
-    windows = PureWindowsPath(text) if odd else None
-    if odd and (windows.drive or text.startswith("\\")):
-        raise ValueError(
-            f"{where}{shown(text)} is an absolute path of another machine; give it relative to {shown(str(root))}"
-        )
-    if "\\" in text:
-        plain = os.path.normpath(windows.as_posix()).replace(os.sep, "/")
+    if odd:
+        windows = PureWindowsPath(text)
+        if windows.drive or text.startswith("\\"):
+            raise ValueError(
+                f"{where}{shown(text)} is an absolute path of another machine; give it relative to {shown(str(root))}"
+            )
+        plain = os.path.normpath(windows.as_posix()).replace(os.sep, "/") if "\\" in text else plain
     if _leaves(plain):
         raise ValueError(f"{where}{shown(text)} leaves the root {shown(str(root))}; choose a root that holds all files")
     return plain
@@ -137,7 +137,7 @@ def _check_row(row: dict, place: str, root: str) -> dict:
     "One row as it must be, or a `ValueError` that names it."
     image = row.get("image")
     where = f"{place} ({shown(str(image)) if image else 'no image'}): "
-    out = {
+    out: dict = {
         name: _text_of(row[name], name, where) for name in ("dataset", "category", "split", "image", "mask", "defect")
     }
     for name in ("dataset", "category", "image"):
@@ -180,11 +180,11 @@ def _once(table: pd.DataFrame, places: Sequence[str]) -> None:
             f"{shown(row['category'])}"
         )
     masks = set(table["mask"]) - {""}
-    number = next((number for number, image in enumerate(table["image"]) if image in masks), None)
-    if number is not None:
-        owner = int(np.flatnonzero(table["mask"] == table["image"].iloc[number])[0])
+    at = next((number for number, image in enumerate(table["image"]) if image in masks), None)
+    if at is not None:
+        owner = int(np.flatnonzero(table["mask"] == table["image"].iloc[at])[0])
         raise ValueError(
-            f"{places[number]}: the image {shown(table['image'].iloc[number])} is the mask of {places[owner]}; "
+            f"{places[at]}: the image {shown(table['image'].iloc[at])} is the mask of {places[owner]}; "
             "an image and a mask cannot be the same file: correct one of the rows"
         )
 
@@ -314,7 +314,7 @@ def _named_table(
 ) -> tuple[pd.DataFrame, list[str]]:  # text; what messages call each row
     "A list of images with the places of its rows."
     table, lines = numbered_table(path)
-    require_columns(table, needed, path)
+    require_columns(table, needed, Path(path))
     return table, [f"{shown(Path(path).name)}, line {line}" for line in lines]
 
 
@@ -360,7 +360,7 @@ def apply_split(
 ) -> pd.DataFrame:  # the listed images in the listed halves, in the order of the list
     "Put images into the halves of a split list."
     listed, places = _named_table(path, ("category", "image", "split", "anomalous"))
-    rows = {}
+    rows: dict = {}
     for row in index.to_dict("records"):
         rows.setdefault(_key(row["category"], row["image"]), row)
     out = []

@@ -99,10 +99,10 @@ def paired(
         by_stem.setdefault(_stem(mask), []).append(mask)
     out = [_owner(image, by_stem, suffixes, strip) for image in images]
     owners: dict[Path, Path] = {}
-    for image, mask in zip(images, out):
-        if mask is not None and owners.setdefault(mask, image) != image:
+    for image, own in zip(images, out):
+        if own is not None and owners.setdefault(own, image) != image:
             raise LayoutError(
-                f"{shown(str(mask))} belongs by name to {shown(owners[mask].name)} and {shown(image.name)}; rename one"
+                f"{shown(str(own))} belongs by name to {shown(owners[own].name)} and {shown(image.name)}; rename one"
                 " of the images"
             )
     return out
@@ -201,8 +201,8 @@ def finish_index(
     root = Path(root)
     if not rows:
         rest = grouped(unused(root, ())) if root.is_dir() else []
-        others = f" ({'; '.join(group['text'] for group in rest[:3])})" if rest else ""
-        raise LayoutError(f"no images: expected {expected}; {describe_folder(root)}{others}")
+        files_there = f" ({'; '.join(group['text'] for group in rest[:3])})" if rest else ""
+        raise LayoutError(f"no images: expected {expected}; {describe_folder(root)}{files_there}")
     table = make_index(rows, root, dataset)
     if masks is True:
         _without_masks(table, root, dataset, expected)
@@ -216,8 +216,8 @@ def finish_index(
         if path and (not cut or path.startswith(f"{prefix}/"))
     ]
     normal = [path[cut:] for path in table["image"][~table["anomalous"]]]
-    rest = unused(home, [*used, *skip], normal, apart, masks=masks)
-    rest = grouped(rest + odd_labels(table)) + list(also)
+    others = unused(home, [*used, *skip], normal, apart, masks=masks)
+    rest = grouped(others + odd_labels(table)) + list(also)
     table.attrs["left_out"] = Record(rest)
     warn_left_out(dataset, rest, stacklevel=4)
     return table
@@ -279,7 +279,9 @@ def mvtec_rows(
     ]
     normal = {kind.name for _, kind, _ in kinds if same_name(kind.name) in NORMAL_NAMES}
     owned: dict[Path, Path | None] = {}
-    for name in sorted({kind.name for _, kind, _ in kinds} - normal) if truth else ():
+    for name in sorted({kind.name for _, kind, _ in kinds} - normal):
+        if truth is None:
+            break
         # of both halves: they share a folder of masks
         images = [image for _, kind, inner in kinds if kind.name == name for image in inner]
         owned |= zip(images, paired(images, mask_files(find_folder(truth, name)), ("_mask", "", "_gt", "_label")))

@@ -390,7 +390,7 @@ def index_findings(
     "What `check` reports of files that no row names, and of names."
     out = []
     root = root_of(index)
-    spelled = {}
+    spelled: dict = {}
     for number, (image, mask) in enumerate(zip(index["image"], index["mask"])):
         if mask and _same_file(root / image, root / mask):
             message = f"the mask {shown(mask)} is the image itself; name its mask, or leave it empty"

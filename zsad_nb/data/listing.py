@@ -182,7 +182,7 @@ def walk(
     entries = []
     seen = set(above)
     folders = [("", False)]
-    links = []
+    links: list = []
     while folders or links:
         if folders:
             parent, concealed = folders.pop()

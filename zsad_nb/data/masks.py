@@ -198,18 +198,24 @@ def require_own(
 
 
 def read_mask(
-    path: str | os.PathLike | bytes,  # a mask file or its content, or a folder whose images together are the mask
+    path: str
+    | os.PathLike
+    | bytes
+    | bytearray
+    | memoryview,  # a mask file or its content, or a folder whose images together are the mask
     mask_threshold: float | None = None,  # true above this stored value; None: by the table above
 ) -> tuple[np.ndarray, int, list[Stored]]:  # (H, W) bool; EXIF orientation of its files; what they hold
     "One mask, and the files it was read from."
     content = isinstance(path, (bytes, bytearray, memoryview))
-    names = [path] if content or not Path(path).is_dir() else _parts_of(path)
+    names: list = [path]
+    if not isinstance(path, (bytes, bytearray, memoryview)) and Path(path).is_dir():
+        names = _parts_of(path)
     files = [open_stored(name) for name in names]
     masks = [marked(file, mask_threshold, "mask" if content else str(name)) for file, name in zip(files, names)]
     if len({mask.shape for mask in masks}) > 1:
         sizes = ", ".join(sorted({f"{mask.shape[1]}x{mask.shape[0]}" for mask in masks}))
         raise BadImage(
-            path,
+            str(path),
             f"its masks have different sizes ({sizes})",
             "correct them: together they are one mask",
             "size_mismatch",
@@ -219,7 +225,11 @@ def read_mask(
 
 
 def load_mask(
-    path: str | os.PathLike | bytes,  # a mask file or its content, or a folder whose images together are the mask
+    path: str
+    | os.PathLike
+    | bytes
+    | bytearray
+    | memoryview,  # a mask file or its content, or a folder whose images together are the mask
     size: int | tuple[int, int] | None = None,  # resize to this (height, width) or side; default: as stored
     mask_threshold: float | None = None,  # true above this stored value; None: by the table above
 ) -> np.ndarray:  # (H, W) bool
@@ -306,10 +316,9 @@ def mask_remarks(
     remarks = []
     image = stored.image
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA"):
-        alpha = image.getchannel("A" if image.mode[-1] == "A" else "a").getextrema()
-        if alpha[0] < alpha[1]:
-            rgb = image.convert("RGBA").convert("RGB").getextrema()
-            painted = any(high for _, high in rgb)
+        alpha = np.asarray(image.getchannel("A" if image.mode[-1] == "A" else "a"))
+        if alpha.min() < alpha.max():
+            painted = np.asarray(image.convert("RGBA").convert("RGB")).any()
             how = "what is transparent counts as not marked"
             if not painted:
                 how = "nothing else is painted, so alpha is the mask"

@@ -159,10 +159,10 @@ def _localise(paths: list[str], root: Path, wheres: list[str] | None = None) -> 
     "Paths relative to root, absolute ones re-rooted; a path that leaves the root is refused."
     foreign = [path for path in paths if path and "\0" not in path and not _here(path, root)]
     prefix = _foreign_prefix(foreign, root) if foreign else ()
-    foreign = set(foreign)
+    marked = set(foreign)
     out = []
     for path, where in zip(paths, wheres or [""] * len(paths)):
-        if path in foreign:
+        if path in marked:
             parts = _parts(path)
             if parts[: len(prefix)] != prefix:
                 raise ValueError(

@@ -51,6 +51,6 @@ def require_read_for(
     wanted = interpolation_of(method)
     if read and read != wanted:
         raise ValueError(
-            f"the images of this batch were resized {read}, {method.name} wants them {wanted}: read them with "
+            f"the images of this batch were resized {read}, {getattr(method, 'name', method)} wants them {wanted}: read them with "
             "batches_for(method, index, size), or batches(..., interpolation=method.interpolation)"
         )

@@ -22,7 +22,7 @@ __all__ = [
 # %% ../../nbs/data/08_pixels.ipynb #e12c3b20
 import os
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -81,13 +81,14 @@ def to_8_bit(
                 "state the value that is white, such as white=255, or divide by it",
             )
     else:
-        top = own if bits is None else 2**bits - 1
-        if top is None:
+        largest = own if bits is None else 2**bits - 1
+        if largest is None:
             raise BadImage(
                 name,
                 f"its type ({values.dtype}, brightest pixel {high}) does not say which value is white",
                 "state the depth of the camera, such as bits=12, or save it with 8 or 16 bits without sign",
             )
+        top = largest
         if high > top:
             held = f"{bits} bits hold" if bits is not None else "its file allows"
             raise BadImage(
@@ -126,7 +127,7 @@ def _deep_rgb(
 
 def _from_lab(image: Image.Image, name: str) -> Image.Image:
     try:
-        return ImageCms.profileToProfile(
+        return ImageCms.profileToProfile(  # type: ignore[return-value]  # None only with inPlace=True
             image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB"
         )
     except (ImportError, OSError, ValueError, ImageCms.PyCMSError) as error:
@@ -142,7 +143,8 @@ def rgb_of(
     "A stored picture as RGB, by the table above."
     image = stored.image
     if stored.deep is not None:
-        return _deep_rgb(stored.deep, stored.white, bits, name, image.mode == "CMYK", image.info.get("transparency"))
+        white = stored.white or 65535
+        return _deep_rgb(stored.deep, white, bits, name, image.mode == "CMYK", image.info.get("transparency"))
     if image.mode[0] in "IF":
         values = stored.values()
         pixels = to_8_bit(values, stored.white, bits, white, name)
@@ -153,7 +155,7 @@ def rgb_of(
             pixels = np.where(values == clear, 0, pixels).astype("uint8")
         return Image.fromarray(pixels).convert("RGB")
     if stored.cut and stored.white == 65535:
-        _require_bright(257 * max(high for _, high in image.convert("RGB").getextrema()), bits, stored.white, name)
+        _require_bright(257 * int(np.asarray(image.convert("RGB")).max()), bits, stored.white, name)
     if (stored.cut or stored.perhaps_cut) and bits is not None and 2**bits - 1 != stored.white:
         raise BadImage(
             name,
@@ -185,7 +187,7 @@ def file_bytes(
     return content
 
 
-def _from_numbers(array: object, bits: int | None, white: float | None) -> Image.Image:
+def _from_numbers(array: Any, bits: int | None, white: float | None) -> Image.Image:
     "An array or tensor as RGB; what is ambiguous raises."
     tensor = hasattr(array, "detach")
     if tensor:
@@ -211,7 +213,7 @@ def _from_numbers(array: object, bits: int | None, white: float | None) -> Image
 
 
 def read_image(
-    what: object,  # a path, the bytes of a file, an open file, a PIL image, an array or a tensor
+    what: Any,  # a path, the bytes of a file, an open file, a PIL image, an array or a tensor
     bits: int | None = None,  # see `Reading`
     white: float | None = None,  # see `Reading`
 ) -> Image.Image:  # upright RGB
@@ -243,7 +245,7 @@ def to_rgb(
     white: float | None = None,  # see `Reading`
 ) -> Image.Image:  # mode RGB
     "Any PIL image as RGB, as it lies, by the table above."
-    own = 255
+    own: int | None = 255
     if image.mode[0] in "IF":
         own = 65535 if image.mode.startswith("I;16") else None
     return rgb_of(Stored(image, white=own), bits, white, path)

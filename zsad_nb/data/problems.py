@@ -79,7 +79,7 @@ def _check_mask(
     anomalous: bool,
     category: str,
     reading: Reading,
-    image: tuple | None,
+    image: tuple[tuple[int, int], int] | None,
     seen: RowFindings,
 ) -> None:
     "Problems of a row's mask; `image`: size and EXIF orientation, None where it cannot be read."

@@ -141,7 +141,7 @@ def _by_classes(root: Path) -> str:
     "The set in MVTec layout that has most of these classes."
     classes = {folder.name for folder in folders(root)}
     shared = {name: len(classes & set(READERS[name].categories)) for name in ("mvtec", "mpdd", "dtd", "visa")}
-    return max(shared, key=shared.get) if max(shared.values()) else "mvtec_like"
+    return max(shared, key=shared.__getitem__) if max(shared.values()) else "mvtec_like"
 
 
 def detect(

@@ -108,9 +108,10 @@ def _box_names(images: list[Path], root: Path) -> list[str]:
 
 def _pcb_files(root: Path) -> tuple[list[Path], list[Path], list[Path]]:
     "Templates, tested boards, boxes: in three folders, or as distributed."
-    if find_folder(root, "template"):
+    templates = find_folder(root, "template")
+    if templates:
         boxes = files(require_folder(root, "boxes", what="DeepPCB"), (".txt",))
-        return files(find_folder(root, "template")), files(require_folder(root, "test", what="DeepPCB")), boxes
+        return files(templates), files(require_folder(root, "test", what="DeepPCB")), boxes
     parts = [folder for group in folders(root) for folder in folders(group)]
     images = [path for folder in parts if not folder.name.endswith("_not") for path in files(folder)]
     boxes = [path for folder in parts if folder.name.endswith("_not") for path in files(folder, (".txt",))]

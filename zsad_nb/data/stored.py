@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, TiffImagePlugin
 
 
 # %% ../../nbs/data/06_stored.ipynb #a334c0e7
@@ -107,7 +107,7 @@ def _explained(name: str | os.PathLike) -> Iterator[None]:
 ONE_PICTURE = ("MPO", "PSD", "ICO", "ICNS")
 
 
-def _is_page(image: Image.Image, number: int) -> bool:
+def _is_page(image: TiffImagePlugin.TiffImageFile, number: int) -> bool:
     "Is this directory of a TIFF a picture of its own, not a reduced copy (1) or a mask (4) of another?"
     try:
         image.seek(number)
@@ -121,9 +121,9 @@ def _go_to_the_page(image: Image.Image, name: str | os.PathLike) -> None:
     "The one picture of a file, or `BadImage` with the number of pages."
     if image.format in ONE_PICTURE or not getattr(image, "is_animated", False):
         return
-    count = image.n_frames
+    count = getattr(image, "n_frames", 1)
     what = "an animation of {} pictures"
-    if image.format == "TIFF":
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
         pages = [n for n in range(count) if _is_page(image, n)] or [0]
         what = "a file of {} pages"
         image.seek(pages[0])
@@ -153,7 +153,7 @@ def _rawmode(tile):
     return tile.args[0] if isinstance(tile.args, tuple) and tile.args else tile.args
 
 
-def _low_tiles(image: Image.Image) -> list | None:
+def _low_tiles(image: ImageFile.ImageFile) -> list | None:
     "How the lower bytes of an opened file's colours are decoded; None where it has none, or they are out of reach."
     if image.mode not in ("RGB", "RGBA", "CMYK"):
         return None
@@ -165,7 +165,7 @@ def _low_tiles(image: Image.Image) -> list | None:
         other = _other_bytes(_rawmode(tile))
         if other is None:
             return None
-        tiles.append(tile._replace(args=other if isinstance(tile.args, str) else (other, *tile.args[1:])))
+        tiles.append(tile._replace(args=other if isinstance(tile.args, str) else (other, *(tile.args or ())[1:])))
     return tiles or None
 
 
@@ -190,11 +190,11 @@ def _ppm_maximum(head: bytes) -> int:
     return int(tokens[3]) if len(tokens) > 3 and tokens[3].isdigit() else 255
 
 
-def _is_deep_sgi(image: Image.Image) -> bool:
+def _is_deep_sgi(image: ImageFile.ImageFile) -> bool:
     return image.format == "SGI" and any(tile.codec_name == "SGI16" for tile in image.tile)
 
 
-def _describe(image: Image.Image, head: bytes, name: str | os.PathLike) -> Stored:
+def _describe(image: ImageFile.ImageFile, head: bytes, name: str | os.PathLike) -> Stored:
     "What an opened file states about its values, before it is decoded."
     stored = Stored(image)
     tags = getattr(image, "tag_v2", {})
@@ -280,7 +280,7 @@ def _decoded(source: Path | bytes, name: str | os.PathLike) -> Stored:
 
 # %% ../../nbs/data/06_stored.ipynb #05b12492
 def open_stored(
-    source: str | os.PathLike | bytes,  # an image file, or its content
+    source: str | os.PathLike | bytes | bytearray | memoryview,  # an image file, or its content
     name: str = "",  # for messages; default: the path
 ) -> Stored:
     "Decode a file completely, or raise `BadImage`."
@@ -290,7 +290,7 @@ def open_stored(
         size = len(source)
     else:
         source = Path(source)
-        name = name or source
+        name = name or str(source)
         if not source.is_file():
             raise BadImage(name, "no such file", "restore it or remove its row", "missing")
         size = source.stat().st_size
@@ -323,14 +323,15 @@ def file_content(
     image: Image.Image,  # as `Image.open` returns it
 ) -> bytes | None:  # None: it is decoded already, or was never a file, or another page than the first was chosen
     "The file behind an opened image; its position is left as it was."
-    of_a_file = isinstance(image, ImageFile.ImageFile) and image.tile and getattr(image, "fp", None) is not None
-    if not of_a_file or image.tell():
+    file = getattr(image, "fp", None)
+    of_a_file = isinstance(image, ImageFile.ImageFile) and image.tile
+    if file is None or not of_a_file or image.tell():
         return None
     try:
-        at = image.fp.tell()
-        image.fp.seek(0)
-        content = image.fp.read()
-        image.fp.seek(at)
+        at = file.tell()
+        file.seek(0)
+        content = file.read()
+        file.seek(at)
         with Image.open(io.BytesIO(content)) as again:  # a file of its own, not a part of one; not told to decode less
             return content if (again.format, again.size, again.mode) == (image.format, image.size, image.mode) else None
     except (OSError, ValueError, AttributeError):
@@ -339,10 +340,11 @@ def file_content(
 
 def _was_cut(image: Image.Image) -> bool | None:
     "Does the file that a decoded image came from hold more than its 8 bits? None: it is not there any more."
+    path = getattr(image, "filename", "")
     try:
-        with open(image.filename, "rb") as file, Image.open(image.filename) as again:
+        with open(path, "rb") as file, Image.open(path) as again:
             same = (again.format, again.size, again.mode) == (image.format, image.size, image.mode)
-            return _describe(again, file.read(65536), image.filename).cut if same else None
+            return _describe(again, file.read(65536), path).cut if same else None
     except (AttributeError, TypeError, OSError, ValueError):
         return None
 
@@ -350,7 +352,7 @@ def _was_cut(image: Image.Image) -> bool | None:
 def _from_its_path(image: Image.Image) -> Stored | None:
     "A decoded image once more from its path, where that still holds the same pixels."
     try:
-        stored = open_stored(image.filename)
+        stored = open_stored(getattr(image, "filename", ""))
     except BadImage:
         return None
     upright = ImageOps.exif_transpose(image)

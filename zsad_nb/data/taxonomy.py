@@ -185,7 +185,7 @@ def index_types(
     **rules,  # multi_label, unknown: see `type_of`
 ) -> dict[str, str]:  # type -> word
     "The types of an Index: the whole list of a data set in the taxonomy, what occurs of any other."
-    words = {}
+    words: dict = {}
     names = label_types(index, use, **rules)
     for dataset in index["dataset"].unique():
         own = names[index["dataset"] == dataset]

@@ -36,13 +36,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 from tqdm.auto import tqdm
 
@@ -57,7 +59,7 @@ from ..core.tables import write_table
 from ..data.method_images import batches_for
 from ..evaluation.metrics import PixelMetrics
 from ..figures.style import PAGE, SERIES, letters, save_figure, style
-from ..methods.base import MODULES, Method, create, method_class
+from ..methods.base import MODULES, Method, Prediction, create, method_class
 from ..runs.execution import hardware
 from ..runs.kernel import versions
 from ..synthetic.benchmark import synthetic_index
@@ -189,7 +191,7 @@ def pixel_work(
     method: Method,  # its class may come from a notebook, which is no module
 ) -> Iterator[None]:
     "Inside, whatever turns patch grids into pixels is timed: `to_pixels`, and resizing to (H, W)."
-    inside = []
+    inside: list = []
 
     def watched(function):
         def timed(*args, **named):
@@ -240,7 +242,9 @@ class _Stages:
         self.method = method
         self.index = index.iloc[:count]
         self.size = size
-        self.features = self.prediction = self.maps = None
+        self.features: Any = None
+        self.prediction: Prediction | None = None
+        self.maps: Tensor | None = None
         self.spent: list = []  # inside a head: wall and CPU seconds that went into pixels so far
         self.pixel_times: list = []  # the same, of every head
 
@@ -265,7 +269,7 @@ class _Stages:
         for stage in ("decode", "encode", "head", "metrics"):  # the head's memory includes the map's
             with memory.stage() as most:
                 getattr(self, stage)()
-            if stage == "head":
+            if stage == "head" and self.prediction is not None:
                 self.maps = self.prediction.cpu().map
             held[stage] = most["bytes"]
         return held
@@ -375,7 +379,7 @@ _SHOWN = ("method", "engine", "precision", "compile", "size", "batch", "device")
 def _parameters_of_each(methods: tuple, parameters: dict) -> dict[str, dict]:  # method -> its parameters
     "Parameters of all methods, or of one as METHOD.NAME, checked."
     fields = {m: {field.name: field for field in dataclasses.fields(method_class(m).Parameters)} for m in methods}
-    own = {m: {} for m in methods}
+    own: dict[str, dict] = {m: {} for m in methods}
     for name, value in parameters.items():
         target, dot, bare = name.rpartition(".")
         if dot:
@@ -399,7 +403,7 @@ def _parameters_of_each(methods: tuple, parameters: dict) -> dict[str, dict]:  #
     return own
 
 
-def _pairs(engines: tuple, precisions: tuple, compile: bool) -> list[tuple[str, str]]:
+def _pairs(engines: Sequence[str], precisions: Sequence[str], compile: bool) -> list[tuple[str, str]]:
     "Every pair of engine and precision that exists; each engine and each precision must occur."
     pairs = [(e, p) for e in engines for p in precisions if p in ENGINES.get(e, (p,))]
     unused = [p for p in precisions if p not in [used for _, used in pairs]]
@@ -413,11 +417,13 @@ def _pairs(engines: tuple, precisions: tuple, compile: bool) -> list[tuple[str, 
 
 
 def bench_cases(
-    methods: tuple = (),  # registered names; default: all
-    engines: tuple = ("torch",),
-    precisions: tuple = ("fp32",),  # every pair that exists
-    sizes: tuple = (256,),  # pixels of images and maps, and of the first tower unless `parameters` say otherwise
-    batch_sizes: tuple = (1,),
+    methods: Sequence[str] = (),  # registered names; default: all
+    engines: Sequence[str] = ("torch",),
+    precisions: Sequence[str] = ("fp32",),  # every pair that exists
+    sizes: Sequence[int] = (
+        256,
+    ),  # pixels of images and maps, and of the first tower unless `parameters` say otherwise
+    batch_sizes: Sequence[int] = (1,),
     parameters: dict | None = None,  # of every method, or of one as "METHOD.NAME"
     **more,  # further keys of CASE
 ) -> list[dict]:  # for `bench`

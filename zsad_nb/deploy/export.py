@@ -81,7 +81,7 @@ def graphs_of(
     else:
         with torch.no_grad():
             grid = getattr(method.encode(batch(image)), "grid", None)
-        encode = trace(method, lambda image: flatten_features(method.encode(batch(image))), dict(image=image))
+        encode = trace(method, lambda image: flatten_features(method.encode(batch(image)) or {}), dict(image=image))
 
         def head(*features):  # only the shape of the image is read
             return _answer(
@@ -200,11 +200,11 @@ def _require_replaceable(folder: Path):
 def _exchange(one: Path, other: Path) -> bool:  # False: this file system cannot
     "Two folders change names, in one step."
     libc = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
-    if hasattr(libc, "renameat2"):
+    if libc is not None and hasattr(libc, "renameat2"):
         failed = libc.renameat2(
             -100, os.fsencode(os.path.abspath(one)), -100, os.fsencode(os.path.abspath(other)), 2
         )  # AT_FDCWD, RENAME_EXCHANGE
-    elif sys.platform == "darwin" and hasattr(libc, "renamex_np"):
+    elif libc is not None and sys.platform == "darwin" and hasattr(libc, "renamex_np"):
         failed = libc.renamex_np(
             os.fsencode(os.path.abspath(one)), os.fsencode(os.path.abspath(other)), 2
         )  # RENAME_SWAP
@@ -311,8 +311,8 @@ def export(
         _tidy(folder)
         with tempfile.TemporaryDirectory(
             dir=folder.parent, prefix=f".{folder.name}-new-", ignore_cleanup_errors=True
-        ) as new:
-            new = Path(new) / "export"
+        ) as temporary:
+            new = Path(temporary) / "export"
             new.mkdir()
             for graph in about["graphs"]:
                 _write(graph, graphs[graph["name"]], new, formats, about, optimise)
@@ -371,10 +371,8 @@ def _check(
     )
     parts = images.split([1, 2, 3])
     with torch.inference_mode():
-        expected = [
-            _answer(method(method.encode(b), b))
-            for b in (SimpleNamespace(image=i, category=[category] * len(i)) for i in parts)
-        ]
+        batches: list = [SimpleNamespace(image=i, category=[category] * len(i)) for i in parts]
+        expected = [_answer(method(method.encode(b), b)) for b in batches]
     for run in runs:
         loaded = Exported(folder, run, about=about)
         differences[run] = _largest_differences([loaded.run(i) for i in parts], expected)

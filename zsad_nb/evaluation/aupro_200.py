@@ -20,13 +20,13 @@ def thresholds_200(
     np.ndarray
 ):  # float32, ascending, `steps` or `steps + 1`, rounded down; empty where the loop's step is 0 or not finite
     "Thresholds of the public AUPRO loop (AnomalyCLIP, `cal_pro_score`)"
-    low = np.float32(low)
-    high = np.float32(high)
+    first = np.float32(low)
+    last = np.float32(high)
     with np.errstate(over="ignore"):
-        step = (high - low) / steps
+        step = (last - first) / steps
     if not (np.isfinite(step) and step > 0):
         return np.empty(0, np.float32)
-    exact = np.arange(low, high, step, dtype=np.float64)
+    exact = np.arange(first, last, step, dtype=np.float64)
     near = exact.astype(np.float32)
     return np.where(near > exact, np.nextafter(near, np.float32(-np.inf)), near)
 

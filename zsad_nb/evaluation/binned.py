@@ -7,6 +7,7 @@ __all__ = ["BinnedPixelMetrics"]
 
 # %% ../../nbs/evaluation/04_binned.ipynb #787bc658
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,13 +73,13 @@ class BinnedPixelMetrics(PixelMetrics):
             2**bits, dtype=torch.float64, device=self.device
         )  # 1 / area of its region, summed over the bin's anomalous pixels
         # bins of pixels that `normal` does not count yet: a pass over all bins would cost more than a batch
-        self._waiting = []
+        self._waiting: list = []
 
     def update(
         self,
-        maps,  # (B, H, W) anomaly maps, array or tensor on any device, finite
-        masks,  # (B, H, W) bool or 0/1, True is anomalous
-        has_mask=None,  # (B,) bool, False leaves the image out; None: all have a mask
+        maps: Any,  # (B, H, W) anomaly maps, array or tensor on any device, finite
+        masks: Any,  # (B, H, W) bool or 0/1, True is anomalous
+        has_mask: Any = None,  # (B,) bool, False leaves the image out; None: all have a mask
     ) -> "BinnedPixelMetrics":  # itself
         "Add a batch; a batch with an error in it changes nothing"
         here = (
@@ -119,7 +120,7 @@ class BinnedPixelMetrics(PixelMetrics):
             self.normal += torch.bincount(torch.cat(self._waiting), minlength=len(self.normal))
         self._waiting = []
 
-    def merge(self, other: "BinnedPixelMetrics") -> "BinnedPixelMetrics":
+    def merge(self, other: PixelMetrics) -> "BinnedPixelMetrics":
         "Add everything `other` has seen; `other` stays as it is"
         if other is self:
             raise ValueError("metrics cannot be merged with themselves: every image would count twice")
@@ -155,7 +156,6 @@ class BinnedPixelMetrics(PixelMetrics):
         if not P or not N:
             names = ["pixel_auroc", "pixel_ap", "pixel_f1max", *aupro, "pixel_aupro_200"]
             result = _undefined(names, _lacking(P, N, self.excluded))
-            result.bounds = {}
             return result
         # from the highest score down: a bin without an anomalous pixel changes the counts only
         at = np.flatnonzero(h)[::-1]

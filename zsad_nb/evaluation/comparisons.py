@@ -21,7 +21,7 @@ __all__ = [
 # %% ../../nbs/evaluation/13_comparisons.ipynb #4dceebff
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 import pandas as pd
@@ -50,7 +50,7 @@ def _seen_flags(
     "Whether a row was trained on."
     flags = []
     for seen, category, data in zip(runs["seen"], runs["category"], runs["data"]):
-        if isinstance(seen, Iterable) and not isinstance(seen, str):
+        if isinstance(seen, Collection) and not isinstance(seen, str):
             seen = len(seen) > 0 if category == MEAN else f"{data}/{category}" in seen
         flags.append(bool(seen) and seen == seen)
     return flags

@@ -10,6 +10,7 @@ __all__ = [
     "target_set",
     "by_category",
     "predictions",
+    "TakesMaps",
     "predict_images",
     "put_together",
     "seen_in_training",
@@ -22,7 +23,9 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Protocol
 
+import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
@@ -147,11 +150,17 @@ def predictions(
             bar.update(len(batch))
 
 
+class TakesMaps(Protocol):
+    "`PixelMetrics`, or whatever else looks at maps batch by batch."
+
+    def update(self, maps: np.ndarray, masks: np.ndarray, has_mask: np.ndarray): ...
+
+
 def predict_images(
     method: Method,
     part: pd.DataFrame,  # rows of an Index, in the order in which they are predicted
-    pixels: PixelMetrics,  # which are updated
-    size: int,
+    pixels: TakesMaps,  # which is updated
+    size: int | tuple[int, int],
     batch_size: int = 8,
     workers: int = 2,
     cache: FeatureCache | None = None,  # as of `evaluate`

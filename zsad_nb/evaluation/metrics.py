@@ -18,8 +18,9 @@ __all__ = [
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -55,11 +56,12 @@ class Metrics(dict):
 
     def __init__(
         self,
-        values: dict = (),  # metric -> value
-        reasons: dict = (),  # metric -> why its value is NaN
+        values: dict | Iterable = (),  # metric -> value
+        reasons: dict | Iterable = (),  # metric -> why its value is NaN
     ):
         super().__init__({name: fraction(value, name) for name, value in dict(values).items()})
         self.reasons = dict(reasons)
+        self.bounds: dict[str, float] = {}  # metric -> how far it may be off, where pixels were counted in bins
 
     def __repr__(self) -> str:
         return "\n".join(
@@ -215,7 +217,9 @@ class PixelMetrics:
         limits: tuple = (
             0.3,
         ),  # FPR limits of the AUPRO; 0.3 is reported as `pixel_aupro`, another limit L as `pixel_aupro@L`
-        spill: str | Path = None,  # folder for full blocks beyond memory_limit. None: the system's temporary folder
+        spill: str
+        | Path
+        | None = None,  # folder for full blocks beyond memory_limit. None: the system's temporary folder
         # bytes of full blocks of normal scores in memory, beside one block and 8 bytes an anomalous pixel
         memory_limit: int = 0,
         variant_200: str = "anomalyclip",  # the public code whose 200-threshold AUPRO is reported, one of VARIANTS_200
@@ -231,7 +235,7 @@ class PixelMetrics:
         self.limits = tuple(limits)
         self.variant_200 = variant_200
         self._normal = RankCounts(spill, memory_limit, block)
-        self._anomalous = []
+        self._anomalous: list = []
         self.images = self.excluded = self.regions = 0  # images seen, images without mask, regions
         self._low = math.inf
         self._high = -math.inf
@@ -239,9 +243,9 @@ class PixelMetrics:
 
     def update(
         self,
-        maps,  # (B, H, W) anomaly maps, array or tensor, finite
-        masks,  # (B, H, W) bool or 0/1, True is anomalous
-        has_mask=None,  # (B,) bool, False leaves the image out; None: all have a mask
+        maps: Any,  # (B, H, W) anomaly maps, array or tensor, finite
+        masks: Any,  # (B, H, W) bool or 0/1, True is anomalous
+        has_mask: Any = None,  # (B,) bool, False leaves the image out; None: all have a mask
     ) -> "PixelMetrics":  # itself
         "Add a batch; a batch with an error in it changes nothing"
         maps, masks, has_mask, low, high = self._checked(maps, masks, has_mask)
@@ -400,7 +404,7 @@ def compute(
 def pixel_metrics(
     maps: np.ndarray,  # (n, H, W) anomaly maps
     masks: np.ndarray,  # (n, H, W) bool or 0/1
-    has_mask: np.ndarray = None,  # (n,) bool, False leaves an anomalous image without a mask file out
+    has_mask: np.ndarray | None = None,  # (n,) bool, False leaves an anomalous image without a mask file out
     limits: tuple = (0.3,),  # FPR limits of the AUPRO
     **kwargs,  # other options of PixelMetrics
 ) -> Metrics:  # pixel_auroc, pixel_ap, pixel_f1max, pixel_aupro, pixel_aupro@L, pixel_aupro_200
@@ -497,7 +501,7 @@ def save(self: PixelMetrics, path: str | Path) -> Path:
 
     def write(p) -> None:
         with open(p, "wb") as f:
-            for part in (_MAGIC, len(head).to_bytes(8, "little"), head, keys):
+            for part in (_MAGIC, len(head).to_bytes(8, "little"), head, keys.data):
                 f.write(part)
             self._normal.write(f)
 

@@ -44,7 +44,7 @@ class TypeEvaluation:
     confusion: dict = field(default_factory=dict)  # choice -> truth x largest state, pixels of all products
     notes: list = field(default_factory=list)  # what a reader must know
 
-    def types(self, choice: str = "filtered") -> pd.DataFrame:  # type: products, pixels, auroc, ap, f1, novel
+    def types(self, choice: str = "filtered") -> pd.DataFrame:  # a row a type: products, pixels, auroc, ap, f1, novel
         "Mean over the products of every type; then normal, seen types, novel types."
         rows = self.per_type[(self.per_type["choice"] == choice) & (self.per_type["pixels"] > 0)]
         table = rows.groupby("type", sort=False).agg(
@@ -276,7 +276,9 @@ class _TypeResults:
     ):
         self.states = ["normal", *types]
         self.choices = choices
-        self.products, self.types, self.images = [], [], []
+        self.products: list = []
+        self.types: list = []
+        self.images: list = []
         self.confusion = {c: pd.DataFrame(0, index=self.states, columns=self.states) for c in choices}
 
     def add(

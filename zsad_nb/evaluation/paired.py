@@ -190,14 +190,15 @@ def _image_values(
 
 def draws_of(
     images: pd.DataFrame,  # `Evaluation.per_image`, or scores.csv: category, image, anomalous, score
-    digests: list[PixelDigest] = (),  # of the same rows; without them there are no pixel metrics
+    digests: Sequence[PixelDigest] = (),  # of the same rows; without them there are no pixel metrics
     count: int = RESAMPLES,
 ) -> Draws:
     "Every metric of an evaluation under the resamples of its images."
     if len(digests) not in (0, len(images)):
         raise ValueError(f"{len(images)} images, but digests of {len(digests)}: they are of different evaluations")
     rows = images.reset_index(drop=True).sort_values(["category", "image"], kind="stable")
-    values, categories = {}, []
+    values: dict = {}
+    categories: list = []
     for category, part in rows.groupby("category", sort=True):
         anomalous = part["anomalous"].to_numpy(bool)
         weights = resamples(category, part["image"].tolist(), anomalous, count)

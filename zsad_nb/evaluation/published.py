@@ -174,7 +174,7 @@ def training_set(
     "What was trained on, in the words of the published numbers."
     if names is None:
         return UNKNOWN
-    sets = {}
+    sets: dict = {}
     for name in names:
         data, _, category = name.partition("/")
         sets.setdefault(data, set()).add(category)
@@ -183,8 +183,9 @@ def training_set(
 
     def one(data):
         whole = READERS[data].categories if data in READERS else None
-        part = not {"", "*"} & sets[data] and whole is not None and len(sets[data]) < len(whole)
-        return f"{data} ({len(sets[data])} of {len(whole)} categories)" if part else data
+        if whole is None or {"", "*"} & sets[data] or len(sets[data]) >= len(whole):
+            return data
+        return f"{data} ({len(sets[data])} of {len(whole)} categories)"
 
     places = {name: place for place, name in enumerate(DATASET_NAMES)}
     return "+".join(map(one, sorted(sets, key=lambda name: (places.get(name, len(places)), name))))
@@ -227,7 +228,7 @@ def _by_key() -> dict:
     table = _read()
     table = table[table["variant"] == ""]
     table = table.assign(rank=table["source"].map(SOURCES.index)).sort_values("rank", kind="stable")
-    lines = {}
+    lines: dict = {}
     for row in table.itertuples(index=False):
         lines.setdefault((row.method, row.dataset, row.category, row.metric), []).append(row)
     return lines

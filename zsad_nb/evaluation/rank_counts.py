@@ -9,6 +9,7 @@ __all__ = ["RankCounts"]
 import mmap
 import tempfile
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,10 +20,11 @@ from fastcore.basics import patch
 # %% ../../nbs/evaluation/01_rank_counts.ipynb #80e1f0cb
 def _let_go(block: np.ndarray):
     "A mapped file that was searched need not stay in memory: what is looked at again is read again."
-    while isinstance(block, np.ndarray):
-        block = block.base
-    if isinstance(block, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-        block.madvise(mmap.MADV_DONTNEED)
+    owner: object = block
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    if isinstance(owner, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        owner.madvise(mmap.MADV_DONTNEED)
 
 
 _FAR, _TOGETHER = (
@@ -36,17 +38,17 @@ class RankCounts:
 
     def __init__(
         self,
-        folder: str | Path = None,  # where blocks go that exceed `room`; None: the system's temporary folder
+        folder: str | Path | None = None,  # where blocks go that exceed `room`; None: the system's temporary folder
         room: int = 0,  # bytes of full blocks kept in memory
         size: int = 2**26,  # scores per block (256 MB): smaller saves memory and costs time
     ):
         self.folder = folder
         self.room = room
         self.size = size
-        self.blocks = []
-        self.file = None
+        self.blocks: list = []
+        self.file: FileIO | None = None
         self.end = 0
-        self.tail = None
+        self.tail: np.ndarray | None = None
         self.fill = 0
         self.total = 0
         self.unsorted = False
@@ -63,16 +65,16 @@ class RankCounts:
             self.fill += part.size
             self.unsorted = True
             if self.fill == self.size:
-                self._seal()
+                self._seal(self.tail)
 
-    def _seal(self):
-        self.tail.sort()
-        if self.room >= self.tail.nbytes:
-            self.room -= self.tail.nbytes
-            self.blocks.append(self.tail)
+    def _seal(self, full: np.ndarray):
+        full.sort()
+        if self.room >= full.nbytes:
+            self.room -= full.nbytes
+            self.blocks.append(full)
             self.tail = None  # a new one is made when needed
         else:
-            self._write(memoryview(self.tail).cast("B"))
+            self._write(full.data.cast("B"))
         self.fill = 0
 
     def _write(self, data: memoryview):
@@ -92,10 +94,14 @@ class RankCounts:
         self.blocks.append(self.end)
         self.end += 4 * self.size
 
+    def _on_disk(self, at: int) -> np.ndarray:
+        assert self.file is not None
+        return np.asarray(np.memmap(self.file, np.float32, "r", at, self.size))
+
     def __iter__(self) -> Iterator[np.ndarray]:
         for b in self.blocks:
-            yield np.asarray(np.memmap(self.file, np.float32, "r", b, self.size)) if isinstance(b, int) else b
-        if self.fill:
+            yield self._on_disk(b) if isinstance(b, int) else b
+        if self.tail is not None and self.fill:
             if self.unsorted:
                 self.tail[: self.fill].sort()
                 self.unsorted = False  # once, not at every question
@@ -115,10 +121,8 @@ class RankCounts:
 def counts(self: RankCounts, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "For ascending float32 `values`: int64 numbers of scores less than each, and equal to each"
     if _TOGETHER < len(values) <= _FAR:  # each maps up to a megabyte of a block
-        return tuple(
-            np.concatenate(c)
-            for c in zip(*(self.counts(values[i : i + _TOGETHER]) for i in range(0, len(values), _TOGETHER)))
-        )
+        parts = [self.counts(values[i : i + _TOGETHER]) for i in range(0, len(values), _TOGETHER)]
+        return np.concatenate([less for less, _ in parts]), np.concatenate([ties for _, ties in parts])
     less = np.zeros(len(values), np.int64)
     ties = np.zeros(len(values), np.int64)
     for b in self if len(values) else ():
@@ -156,7 +160,7 @@ def merge(self: RankCounts, other: "RankCounts") -> None:
 def write(self: RankCounts, file: BinaryIO) -> None:
     "Append all blocks to a buffered file"
     for b in self:
-        file.write(b)
+        file.write(b.data)
 
 
 @patch

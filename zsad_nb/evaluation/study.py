@@ -74,7 +74,9 @@ def study(
         device=device,
     )
     key = common.key()
-    parts, views, images = [], {}, {}
+    parts = []
+    views: dict = {}
+    images: dict = {}
     for name, changes in variants.items():
         training = {
             **getattr(changes, "recipe", {}),
@@ -93,7 +95,7 @@ def study(
                 rows.insert(0, "variant", name)
                 if files:
                     files.write(rows)
-            if kept is not None:
+            if kept is not None and files is not None:
                 views[name] = str(files.views)
             if files and files.images.is_dir():
                 images.setdefault(name, {})[str(seed)] = str(files.images)
@@ -178,7 +180,7 @@ class _Study:
         "Train and evaluate one variant under one seed."
         seed_everything(seed)
         model = create(self.method, **{**self.options, **changes}).to(self.device)
-        quiet = dict(cache=self.cache, progress=False)
+        quiet: dict = dict(cache=self.cache, progress=False)
         stages = []
         if self.untrained:
             stages.append(("untrained", 0.0, evaluate(model, self.target, **quiet)))
@@ -191,7 +193,7 @@ class _Study:
         stages.append(("trained", seconds, trained))
         if files is not None:
             trained.save_images(files.images)  # what a bootstrap over the images needs
-        if shown is not None:
+        if shown is not None and files is not None:
             view(model, shown, ranges=trained.per_image, cache=self.cache).save(files.views)
         rows = pd.concat([_stage_rows(*stage) for stage in stages], ignore_index=True)
         numbers = self.more(model, self.target) if self.more is not None else {}

@@ -654,7 +654,7 @@ def results_table(
     layout = _Layout(mark_best(numbers), lines, methods, metrics, only, published)
     if not caption:
         caption = f"{METRIC_NAMES[metrics[0]]}, %" if len(metrics) == 1 else "Results, %"
-        caption += "" if by_data else f", {DATASET_NAMES.get(only, only)}"
+        caption += "" if only is None else f", {DATASET_NAMES.get(only, only)}"
     kinds = _kinds(published)
     return Table(
         "data set" if by_data else "category",

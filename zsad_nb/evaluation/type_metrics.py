@@ -46,7 +46,7 @@ class TypeMetrics:
     def __init__(
         self,
         names: list,  # states: normal first, then the types
-        spill: str | Path = None,  # folder for what exceeds memory_limit. None: the system's temporary folder
+        spill: str | Path | None = None,  # folder for what exceeds memory_limit. None: the system's temporary folder
         # bytes of scores kept in memory, for all states together; the rest goes to disk, 4 bytes a pixel and state
         memory_limit: int = 256 * 2**20,
     ):

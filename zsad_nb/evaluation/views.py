@@ -263,7 +263,10 @@ def view(
     "Look at some images through a method."
     shown = read_as(shown, **reading)
     test = None if test is None else read_as(test, **{**reading_of(shown).stated, **reading})
-    size = size or next(iter(method.backbones().values())).size
+    if not size:
+        if method is None:
+            raise ValueError("images alone have no size of their own: pass size=PIXELS, or a method")
+        size = next(iter(method.backbones().values())).size
     if method is not None and test is not None and hasattr(method, "type_maps"):
         shown, looks = _typed_looks(method, shown, test, size)
     else:
@@ -277,7 +280,7 @@ def view(
         np.stack([(look["image"] * 255).round().astype(np.uint8) for look in looks]),
         np.stack([look["mask"] for look in looks]).astype(bool),
         np.stack([look["map"] for look in looks]).astype(np.float32),
-        tuple(method.types) if has_types else (),
+        tuple(method.types) if has_types and method is not None else (),
         {name: np.stack([look[name] for look in looks]).astype(kind) for name, kind in kinds.items()},
     )
 

@@ -32,7 +32,7 @@ import base64
 import functools
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import ipywidgets as w
 from matplotlib.colors import to_hex
@@ -103,7 +103,7 @@ def set_slider_value(control: w.FloatSlider, value: float):
         control.value = value
 
 
-def dropdown(name: str, options, tip: str = "") -> w.Dropdown:
+def dropdown(name: str, options: Iterable, tip: str = "") -> w.Dropdown:
     "A list to choose from."
     return w.Dropdown(
         options=options,
@@ -114,7 +114,7 @@ def dropdown(name: str, options, tip: str = "") -> w.Dropdown:
     )
 
 
-def toggle_buttons(options, name: str = "") -> w.ToggleButtons:
+def toggle_buttons(options: Iterable, name: str = "") -> w.ToggleButtons:
     "A choice among a few, all of them visible."
     return w.ToggleButtons(
         options=options,

@@ -7,6 +7,7 @@ __all__ = ["HeatmapExplorer"]
 
 # %% ../../nbs/explore/12_explorer.ipynb #3c9e2476
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -48,7 +49,7 @@ class HeatmapExplorer(ExplorerPage):
     @takes_reading
     def __init__(
         self,
-        sources,  # a Method, a checkpoint, a run's folder, a MapStore, an Inspector; or a dict name -> one of these
+        sources: Any,  # a Method, a checkpoint, a run's folder, a MapStore, an Inspector; or a dict name -> one of these
         index: pd.DataFrame | None = None,  # rows with split "test" are used; default: that of the run or the store
         folder: str | Path = "maps",  # for stores of maps
         size: int | None = None,  # pixels of images and maps; default: the first method's first tower
@@ -70,14 +71,14 @@ class HeatmapExplorer(ExplorerPage):
         first = self.store_of(next(iter(self.sources)))
         self.index = first.index
         self.size = first.size
-        self.row = None  # of the index: the image on the screen
-        self.drawing = None  # its image, mask and map
-        self.at = None  # the place that was clicked, as shares of width and height
-        self._right = None  # the drawing of the method to compare with
+        self.row: int | None = None  # of the index: the image on the screen
+        self.drawing: Drawing | None = None  # its image, mask and map
+        self.at: tuple[float, float] | None = None  # the place that was clicked, as shares of width and height
+        self._right: Drawing | None = None  # the drawing of the method to compare with
         self._columns = {c: self.index[c].to_numpy(object) for c in ("dataset", "category", "image", "defect")}
         self._anomalous = self.index["anomalous"].to_numpy()
         self._untested = self._categories_without_tests(index)
-        self._level_key = None  # what the ends of the contour's slider were set for
+        self._level_key: tuple | None = None  # what the ends of the contour's slider were set for
         self._later = Later()
         datasets = dict.fromkeys([*self._columns["dataset"], *(dataset for dataset, _ in self._untested)])
         super().__init__(list(self.sources), list(datasets), Gallery(self.index, self.open, page))
@@ -106,12 +107,18 @@ class HeatmapExplorer(ExplorerPage):
         "The maps of the method to compare with."
         return self.store_of(self.compare.value) if self.compare.value else None
 
+    def opened(self) -> tuple[int, Drawing]:  # row and drawing
+        "What is on the screen; an error while there is nothing."
+        if self.row is None or self.drawing is None:
+            raise ValueError("no image is open; open one with open(row)")
+        return self.row, self.drawing
+
     def view(self, store: MapStore | None = None) -> View:
         "The sliders in numbers."
         store = store or self.store
         if store is self.store and (self.layer.value or self.scale.value == "image"):
-            low, high = self.drawing.scale(self.clip.value)
-        elif self.scale.value == "image":
+            low, high = self.opened()[1].scale(self.clip.value)
+        elif self._right is not None and self.scale.value == "image":
             low, high = self._right.scale(self.clip.value)
         else:
             low, high = store.scale(self._rows_of_category(), self.clip.value)
@@ -130,7 +137,7 @@ class HeatmapExplorer(ExplorerPage):
 
     def _repr_mimebundle_(self, include=None, exclude=None, **options) -> dict:
         "The widget, and a still picture where there are no widgets, such as in a notebook that is only read."
-        picture = still_picture(self.snapshot(tile=200)) if self.drawing is not None else {}
+        picture: dict = still_picture(self.snapshot(tile=200)) if self.drawing is not None else {}
         text = f"{type(self).__name__} of {', '.join(self.sources)}: {len(self.index):,} images"
         return {**self.root._repr_mimebundle_(**options), "text/plain": text, **picture}
 
@@ -257,7 +264,7 @@ def _show_untested(self: HeatmapExplorer):
     self.row = None
     self.drawing = None
     self.at = None
-    self.split = ScoreSplit([], [])
+    self.split = ScoreSplit(np.zeros(0), np.zeros(0, bool))
     self.gallery.row = None
     self.gallery.set(self.rows, self.store.rows["score"], 0.0)
     for html in (self.numbers, self.where, self.pages):
@@ -281,8 +288,8 @@ def _choose_other(self: HeatmapExplorer):
 
 @patch
 def _choose_layer(self: HeatmapExplorer):
-    if self.drawing is not None:
-        self._load()
+    if self.row is not None and self.drawing is not None:
+        self._load(self.row)
         self._draw(*ORDER)
         self._read_pixel()
 
@@ -357,18 +364,18 @@ def _decide(self: HeatmapExplorer, again: bool = True):  # again: make the list 
 @show_errors
 def open(self: HeatmapExplorer, row: int | str):
     "Show a row of the index, or an image by its path."
-    self.row = self.store.find(row)
+    self.row = found = self.store.find(row)
     self.at = None
     if self.gallery.row != self.row:
         self.gallery.row = self.row
         self.gallery.mark()
     try:
-        self._load()
+        self._load(found)
     except BadImage as error:
         self.drawing = None
         self.clear_pictures(str(error))
         return self._count_pages()
-    aspect = min(max(self.store.aspect(self.row), 0.4), 3.0)
+    aspect = min(max(self.store.aspect(found), 0.4), 3.0)
     for picture in self.pictures.values():
         picture.aspect = aspect
         picture.mark = []
@@ -380,16 +387,16 @@ def open(self: HeatmapExplorer, row: int | str):
 
 
 @patch
-def _load(self: HeatmapExplorer):
-    name = self._columns["image"][self.row]
+def _load(self: HeatmapExplorer, row: int):
+    name = self._columns["image"][row]
     layer = self.layer.value
-    replaced = self.store.replaced(self.row)
-    if replaced or self.store.rows["state"][self.row] == 0 or layer:
+    replaced = self.store.replaced(row)
+    if replaced or self.store.rows["state"][row] == 0 or layer:
         self.tell(f"{self.method.value} looks at {name} ...")
-    self.drawing = self.store.drawing(self.row, layer)
+    self.drawing = self.store.drawing(row, layer)
     self.tell(f"{name} was replaced since its map was made; map and score were made again" if replaced else "")
     self._set_level()
-    parts = self.store.inside(self.row).numbers if layer else {}
+    parts = self.store.inside(row).numbers if layer else {}
     self.inside.value = "".join(
         f'<div class="soft">{name}: {" · ".join(f"{v:.2f}" for v in values)}</div>' for name, values in parts.items()
     )
@@ -400,8 +407,9 @@ def _load(self: HeatmapExplorer):
 def _set_level(self: HeatmapExplorer):
     "The contour's slider goes from end to end of the colours; it stays where it is within a category."
     layer = self.layer.value
-    low, high = self.drawing.scale() if layer else self.store.scale(self._rows_of_category())
-    key = self.method.value, layer, None if layer else self._columns["category"][self.row]
+    row, drawing = self.opened()
+    low, high = drawing.scale() if layer else self.store.scale(self._rows_of_category())
+    key = self.method.value, layer, None if layer else self._columns["category"][row]
     if key != self._level_key:
         self._level_key = key
         with self.without_events():
@@ -412,7 +420,8 @@ def _set_level(self: HeatmapExplorer):
 def _load_right(self: HeatmapExplorer):
     self._right = None
     if self.other is not None:
-        self._right = Drawing(self.drawing.image, self.other.map(self.row), self.drawing.mask)
+        row, drawing = self.opened()
+        self._right = Drawing(drawing.image, self.other.map(row), drawing.mask)
 
 
 @patch
@@ -449,9 +458,10 @@ def _draw_right(self: HeatmapExplorer):
 
 @patch
 def _mask_note(self: HeatmapExplorer) -> str:
-    if self.drawing.mask is None:
+    mask = self.opened()[1].mask
+    if mask is None:
         return "no mask"
-    return "" if self.drawing.mask.any() else "no defect"
+    return "" if mask.any() else "no defect"
 
 
 # %% ../../nbs/explore/12_explorer.ipynb #da0fa597
@@ -490,13 +500,13 @@ def _decision(self: HeatmapExplorer, store: MapStore) -> str:
 @patch
 def _remarks(self: HeatmapExplorer) -> list[str]:
     remarks = []
-    agreement = self.drawing.agreement(self.view()) if self._anomalous[self.row] else {}
+    row, drawing = self.opened()
+    agreement = drawing.agreement(self.view()) if self._anomalous[row] else {}
     if agreement:
         remarks.append(agreement_html(agreement))
-    if self.drawing.bad:
+    if drawing.bad:
         remarks.append(
-            f"<b>{self.drawing.bad:,} pixels of this map are not numbers</b>: grey in the heatmap, never inside the"
-            " contour"
+            f"<b>{drawing.bad:,} pixels of this map are not numbers</b>: grey in the heatmap, never inside the contour"
         )
     trained_on = {name.partition("/")[0] for name in self.store.header["trained_on"]}
     if self._columns["dataset"][self.row] in trained_on:
@@ -527,34 +537,35 @@ def _read_pixel(self: HeatmapExplorer):
             " places that look like it.</span>"
         )
         return
-    text = self._pixel_text()
+    row, drawing = self.opened()
+    text = self._pixel_text(drawing, self.at)
     self.pixel.value = text  # at once; the rest may need the method
-    self.pixel.value = text + self._pixel_types()
-    panel, tower = similarity_panel(self.store, self.row, self.at, ringed=False)
+    self.pixel.value = text + self._pixel_types(row, self.at)
+    panel, tower = similarity_panel(self.store, row, self.at, ringed=False)
     similar.data = encode(panel)
     similar.note = tower
 
 
 @patch
-def _pixel_text(self: HeatmapExplorer) -> str:
+def _pixel_text(self: HeatmapExplorer, drawing: Drawing, at: tuple[float, float]) -> str:
     size = self.store.size
-    x, y = (min(int(share * size), size - 1) for share in self.at)
-    smooth = self.drawing.smoothed(self.smoothing.value)
+    x, y = (min(int(share * size), size - 1) for share in at)
+    smooth = drawing.smoothed(self.smoothing.value)
     lower = percent(float((smooth < smooth[y, x]).mean()))
-    lines = [f"score <b>{float(self.drawing.map[y, x]):.4g}</b>, higher than {lower} of this image's pixels"]
+    lines = [f"score <b>{float(drawing.map[y, x]):.4g}</b>, higher than {lower} of this image's pixels"]
     if self._right is not None:
         lines.append(f"{html_text(self.compare.value)}: <b>{float(self._right.map[y, x]):.4g}</b>")
-    if self.drawing.mask is not None:
-        lines.append(f"{'inside' if self.drawing.mask[y, x] else 'outside'} the defect mask")
+    if drawing.mask is not None:
+        lines.append(f"{'inside' if drawing.mask[y, x] else 'outside'} the defect mask")
     place = f'<div class="soft">x {x}, y {y} of {size} x {size} pixels</div>'
     return place + "".join(f"<div>{line}</div>" for line in lines)
 
 
 @patch
-def _pixel_types(self: HeatmapExplorer) -> str:
+def _pixel_types(self: HeatmapExplorer, row: int, at: tuple[float, float]) -> str:
     if not self.store.types:
         return f'<div class="soft">{html_text(self.method.value)} knows no types of defect</div>'
-    return shares_html(self.store.inside(self.row).at(*self.at), self.store.types)
+    return shares_html(self.store.inside(row).at(*at), self.store.types)
 
 
 # %% ../../nbs/explore/12_explorer.ipynb #5db44c94
@@ -588,7 +599,7 @@ def compute(self: HeatmapExplorer):
 @patch
 def screen(self: HeatmapExplorer) -> Screen:
     "What is on the screen, in numbers."
-    if self.drawing is None:
+    if self.row is None or self.drawing is None:
         raise ValueError("there is no picture to draw again")
     two = self.other is not None
     return Screen(

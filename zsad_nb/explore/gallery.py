@@ -118,10 +118,10 @@ class Gallery:
         self.reading = reading_of(index)
         self.widget = Thumbnails()
         self.order = np.array([], int)  # rows on the list
-        self.row = None  # the chosen one
+        self.row: int | None = None  # the chosen one
         self.first = 0  # place on the list where the page begins
         self._columns = {c: index[c].to_numpy(object) for c in ("image", "category", "defect", "anomalous")}
-        self._kept = OrderedDict()  # row -> thumbnail
+        self._kept: OrderedDict = OrderedDict()  # row -> thumbnail
         self._later = Later()
         self.widget.observe(lambda change: self.choose(self.first + change["new"][0]), "clicked")
         self.widget.observe(lambda change: self.key(change["new"][0]), "key")
@@ -129,8 +129,8 @@ class Gallery:
     @property
     def place(self) -> int:  # -1: the chosen row is not on the list
         "Where the chosen row is on the list."
-        places = np.flatnonzero(self.order == self.row) if self.row is not None else ()
-        return int(places[0]) if len(places) else -1
+        places = np.flatnonzero(self.order == self.row).tolist() if self.row is not None else []
+        return places[0] if places else -1
 
     @property
     def pages(self) -> int:

@@ -78,9 +78,9 @@ class MapStore:
         self.name = header["method"]
         self._file = self.folder / f"maps.{DTYPES[header['dtype']]}"
         self.rows = self._read_rows()
-        self._inside = OrderedDict()  # row -> Inside, the last few
-        self._patches = OrderedDict()  # row -> patches, the last few
-        self._replaced = set()  # rows that lost their map because the image was replaced
+        self._inside: OrderedDict = OrderedDict()  # row -> Inside, the last few
+        self._patches: OrderedDict = OrderedDict()  # row -> patches, the last few
+        self._replaced: set = set()  # rows that lost their map because the image was replaced
 
     def _read_rows(self) -> np.ndarray:
         lengths = {self.folder / "rows.bin": ROW.itemsize, self._file: self.size**2 * self.dtype.itemsize}
@@ -96,7 +96,7 @@ class MapStore:
                 f" index; {REMAKE}"
             )
         rows = np.fromfile(self.folder / "rows.bin", ROW)
-        for row in np.flatnonzero(rows["state"]):
+        for row in np.flatnonzero(rows["state"]).tolist():
             if rows["seal"][row] != seal_of(rows[row], row):
                 rows[row] = np.zeros((), ROW)  # damaged: as if it had not been made
         return rows
@@ -171,12 +171,13 @@ def compute(
         tqdm(total=len(todo), desc=f"maps of {self.name}", disable=not progress, unit="image") as bar,
     ):
         warnings.filterwarnings("ignore", "skipped")  # a file that cannot be read is a state of its row
-        return self._predict_rows(todo, reading, before, bar, each)
+        return self._predict_rows(self.method, todo, reading, before, bar, each)
 
 
 @patch
 def _predict_rows(
     self: MapStore,
+    method: Method,
     todo: list[int],
     reading: Iterable,  # batches of these rows, in their order
     before: dict,  # row -> state of its file before it was read
@@ -185,7 +186,7 @@ def _predict_rows(
 ) -> int:  # maps made
     rest = iter(todo)
     made = 0
-    for batch, prediction in predictions(self.method, reading, bar=bar):
+    for batch, prediction in predictions(method, reading, bar=bar):
         rows = []
         for path in batch.path:
             row = next(rest)
@@ -195,7 +196,7 @@ def _predict_rows(
             rows.append(row)
         self._keep_maps(rows, prediction.cpu(), before)
         if "layers" not in self.header:
-            self._add_to_header(layers=list(look_inside(self.method, batch[[0]])[1][0].maps))
+            self._add_to_header(layers=list(look_inside(method, batch[[0]])[1][0].maps))
         made += len(rows)
         if each:
             each(made, len(todo))

@@ -259,15 +259,15 @@ export default { render };
     data = t.CBytes().tag(sync=True)  # of a JPEG or PNG
     other = t.CBytes().tag(sync=True)  # what the wipe uncovers to the right
     wipe = t.Float(-1.0).tag(sync=True)  # share of the width that shows `data`; below 0: no wipe
-    names = t.List([]).tag(sync=True)  # of both sides of the wipe
+    names: t.List = t.List([]).tag(sync=True)  # of both sides of the wipe
     svg = t.Unicode("").tag(sync=True)  # instead of `data`
     hint = t.Unicode("").tag(sync=True)  # in the place of a picture that is not there
     label = t.Unicode("").tag(sync=True)
     note = t.Unicode("").tag(sync=True)  # to the right of the label
     aspect = t.Float(1.0).tag(sync=True)  # width / height
-    mark = t.List([]).tag(sync=True)  # place of the ring, shares of width and height; [] for none
-    clicked = t.List([]).tag(sync=True)  # place, and a count
-    key = t.List([]).tag(sync=True)  # name, and a count
+    mark: t.List = t.List([]).tag(sync=True)  # place of the ring, shares of width and height; [] for none
+    clicked: t.List = t.List([]).tag(sync=True)  # place, and a count
+    key: t.List = t.List([]).tag(sync=True)  # name, and a count
 
 
 # %% ../../nbs/explore/02_panels.ipynb #2a25018b
@@ -324,11 +324,11 @@ function render({ model, el }) {
 export default { render };
 """
     )
-    items = t.List([]).tag(sync=True)  # a dict each: label, state (normal, defective or ""), tag, title
-    images = t.List([]).tag(sync=True)  # bytes each; b"" for not yet
+    items: t.List = t.List([]).tag(sync=True)  # a dict each: label, state (normal, defective or ""), tag, title
+    images: t.List = t.List([]).tag(sync=True)  # bytes each; b"" for not yet
     chosen = t.Int(-1).tag(sync=True)  # position on the page; -1: none
-    clicked = t.List([]).tag(sync=True)  # position, and a count
-    key = t.List([]).tag(sync=True)
+    clicked: t.List = t.List([]).tag(sync=True)  # position, and a count
+    key: t.List = t.List([]).tag(sync=True)
 
 
 # %% ../../nbs/explore/02_panels.ipynb #3708a240

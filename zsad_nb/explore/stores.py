@@ -7,6 +7,7 @@ __all__ = ["source_name", "StoreSet"]
 
 # %% ../../nbs/explore/09_stores.ipynb #a62b9a13
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -16,7 +17,7 @@ from ..inspection.sources import method_from
 
 
 # %% ../../nbs/explore/09_stores.ipynb #374e0d2f
-def source_name(source) -> str:
+def source_name(source: Any) -> str:
     "What a single source is called on the page."
     name = getattr(source, "name", None)
     if name:
@@ -48,7 +49,7 @@ class StoreSet:
         self.compute = compute
         self.batch_size = batch_size
         self.progress = progress
-        self._opened = {}
+        self._opened: dict = {}
 
     def __getitem__(self, name: str) -> MapStore:
         "The store of a source, opened or made when first asked for."

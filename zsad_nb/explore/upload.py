@@ -10,6 +10,7 @@ import copy
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import ipywidgets as w
 import numpy as np
@@ -37,6 +38,7 @@ from ..figures.blending import Drawing, View, encode, sheet
 from ..inspection.inspector import Inspector
 from ..inspection.regions import at_size, display_size
 from ..inspection.sources import method_from
+from ..inspection.verdicts import Inspection
 
 # %% ../../nbs/explore/13_upload.ipynb #5d3d4478
 PANELS = ("image", "heatmap", "overlay", "contour")
@@ -47,7 +49,7 @@ class Upload:
 
     def __init__(
         self,
-        source,  # an Inspector, a Method, a checkpoint, a run's folder, or a method's name
+        source: Any,  # an Inspector, a Method, a checkpoint, a run's folder, or a method's name
         category: str = "object",  # what prompts call the thing; can be changed on the page
         side: int = 720,  # pixels of the longer side on the screen
         bits: int | None = None,
@@ -55,8 +57,8 @@ class Upload:
     ):
         self.inspector = _inspector(source, category, bits, white)
         self.side = side
-        self.result = None  # of the last picture
-        self.drawing = None  # the picture and its map at the size of the screen
+        self.result: Inspection | None = None  # of the last picture
+        self.drawing: Drawing | None = None  # the picture and its map at the size of the screen
         self._quiet = False  # True while the program itself moves controls
         self._build()
         self._connect()
@@ -67,6 +69,12 @@ class Upload:
         self.message.value = message_html(text, problem)
         set_visible(self.message, bool(text))
 
+    def finding(self) -> tuple[Inspection, Drawing]:  # result and drawing of the last picture
+        "What is on the screen; an error while there is nothing."
+        if self.result is None or self.drawing is None:
+            raise ValueError("there is no picture yet; drop one, or call open_file(name, data)")
+        return self.result, self.drawing
+
     def view(self) -> View:
         "The sliders in numbers."
         low, high = self._ends()
@@ -75,22 +83,24 @@ class Upload:
         )
 
     def _ends(self) -> tuple:  # of the colours
-        low, high = self.drawing.scale(self.clip.value)
+        result, drawing = self.finding()
+        low, high = drawing.scale(self.clip.value)
         if self.inspector.calibration is None or self.clip.value:
             return low, high
         # the calibrated scale: a good picture stays dark, and the peaks of a bad one stay visible
-        return self.result.colours[0], max(self.result.colours[1], high)
+        return result.colours[0], max(result.colours[1], high)
 
     def snapshot(self, tile: int | None = None) -> Image.Image:
         "What is on the screen."
+        result, drawing = self.finding()
         view = self.view()
-        panels = {name: self.drawing.panel(name, view) for name in PANELS}
-        heading = f"{self.inspector.method.name}   {self.result.name}"
-        return sheet(panels, heading, (self.result.reason,), tile)
+        panels = {name: drawing.panel(name, view) for name in PANELS}
+        heading = f"{self.inspector.method.name}   {result.name}"
+        return sheet(panels, heading, (result.reason,), tile)
 
     def _repr_mimebundle_(self, include=None, exclude=None, **options) -> dict:
         "The widget, and a still picture where there are no widgets."
-        picture = still_picture(self.snapshot(tile=220)) if self.drawing is not None else {}
+        picture: dict = still_picture(self.snapshot(tile=220)) if self.drawing is not None else {}
         text = f"{type(self).__name__} to {self.inspector.method.name}"
         return {**self.root._repr_mimebundle_(**options), "text/plain": text, **picture}
 
@@ -191,11 +201,11 @@ def open_file(
         result = self._inspect(name, data)
     except BadImage as error:
         return self.tell(f"{name}: {str(error).removeprefix(f'{error.path}: ')}", problem=True)
-    self.result = replace(result, name=name)
-    self._prepare_pictures()
+    self.result = result = replace(result, name=name)
+    self._prepare_pictures(result)
     self._draw(*PANELS)
-    self.verdict.value = self._verdict_text(note)
-    self.types.value = self._types_text()
+    self.verdict.value = self._verdict_text(result, note)
+    self.types.value = self._types_text(result)
     self.pixel.value = '<div class="soft">Click into a picture to read its score there.</div>'
     self._show_result(True)
     self.tell("")
@@ -211,16 +221,18 @@ def _inspect(self: Upload, name: str, data: bytes):
 
 
 @patch
-def _prepare_pictures(self: Upload):
+def _prepare_pictures(self: Upload, result: Inspection):
     "The picture and its map at the size of the screen; the contour starts at the pixel threshold, if there is one."
-    image = Image.fromarray(self.result.image)
+    if result.image is None:
+        raise ValueError("the photograph was not kept")
+    image = Image.fromarray(result.image)
     size = display_size(image.size, self.side)
     small = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
-    self.drawing = Drawing(small, at_size(self.result.heat, size))
+    self.drawing = Drawing(small, at_size(result.heat, size))
     low, high = self._ends()
     level = (low + high) / 2
     calibration = self.inspector.calibration
-    threshold = None if calibration is None else calibration.of("pixel", self.result.category)
+    threshold = None if calibration is None else calibration.of("pixel", result.category)
     if threshold:
         level = threshold.value
     self._quiet = True
@@ -248,8 +260,7 @@ def _draw(self: Upload, *names: str):
 
 # %% ../../nbs/explore/13_upload.ipynb #24fcb195
 @patch
-def _verdict_text(self: Upload, note: str) -> str:
-    result = self.result
+def _verdict_text(self: Upload, result: Inspection, note: str) -> str:
     summary = html_text(result.reason)
     if result.decision == "score only":
         statements = [f"score <b>{result.score:.4g}</b>", f'<span class="soft">{summary}</span>']
@@ -266,10 +277,10 @@ def _verdict_text(self: Upload, note: str) -> str:
 
 
 @patch
-def _types_text(self: Upload) -> str:
-    if not self.result.types:
+def _types_text(self: Upload, result: Inspection) -> str:
+    if not result.types:
         return f'<div class="soft">{html_text(self.inspector.method.name)} knows no types of defect</div>'
-    return shares_html(self.result.types, list(self.result.types))
+    return shares_html(result.types, list(result.types))
 
 
 @patch

@@ -103,7 +103,7 @@ def plot_bars(
     at = numbers.set_index(["method", "metric"])
     share = GROUP / len(methods)
     size = max(4.6, min(6.5, 62 * width * share / len(metrics)))  # points: the numbers are as wide as a bar at most
-    handles = []
+    handles: list = []
     for i, (method, colour) in enumerate(zip(methods, colours)):
         cells = [at.loc[(method, metric)] for metric in metrics]
         for k, cell in enumerate(cells):

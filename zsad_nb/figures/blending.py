@@ -178,22 +178,23 @@ class Drawing:
         self.image = image
         self.mask = mask
         self.bad = int(wrong.sum())
-        self._wrong = wrong if self.bad else None
+        self._wrong: np.ndarray | None = wrong if self.bad else None
         self.map = np.asarray(map, np.float32)
         if self.bad:
             self.map = np.where(wrong, self.map[~wrong].min() if self.bad < wrong.size else 0, self.map).astype(
                 np.float32
             )
-        self._spectrum = None
+        self._spectrum: np.ndarray | None = None
         self._smooth = (0.0, self.map)
-        self._levels = (None, None)
+        self._levels: tuple = (None, None)
 
     def smoothed(self, sigma: float) -> np.ndarray:  # (H, W)
         "The map under a Gaussian, reflected at the border."
         if sigma and self._spectrum is None:
             self._spectrum = dctn(self.map, norm="ortho")
         if sigma != self._smooth[0]:
-            self._smooth = sigma, smooth(self._spectrum, sigma) if sigma else self.map
+            blurred = self.map if self._spectrum is None or not sigma else smooth(self._spectrum, sigma)
+            self._smooth = sigma, blurred
         return self._smooth[1]
 
     def levels(self, view: View) -> np.ndarray:  # (H, W) uint8
@@ -201,7 +202,7 @@ class Drawing:
         key = view.smoothing, view.low, view.high
         if key != self._levels[0]:
             levels = to_levels(self.smoothed(view.smoothing), view.low, view.high)
-            if self.bad:
+            if self._wrong is not None:
                 levels[self._wrong] = 0
             self._levels = key, levels
         return self._levels[1]
@@ -209,7 +210,7 @@ class Drawing:
     def found(self, view: View) -> np.ndarray:  # (H, W) bool
         "What lies above the contour's level."
         inside = self.smoothed(view.smoothing) > view.level
-        return inside & ~self._wrong if self.bad else inside
+        return inside if self._wrong is None else inside & ~self._wrong
 
     def panel(self, name: str, view: View) -> np.ndarray:  # (H, W, 3) uint8
         "One of ORDER; without a mask its panel is plain grey."
@@ -337,7 +338,7 @@ def _runs(
     "A text by fonts: Latin letters as they always were, others in the first font that has them."
     if text.isascii():
         return [(text, None)]
-    parts = []
+    parts: list = []
     for letter in text:
         font = font_of(letter)
         if parts and parts[-1][1] == font:

@@ -138,7 +138,7 @@ class Runs:
 
 def only_one(runs: list, place: Callable, what: str) -> None:
     "Refuse two runs for one place, and say what tells them apart."
-    taken = {}
+    taken: dict = {}
     for run in runs:
         taken.setdefault(place(run), []).append(run)
     for key, several in taken.items():

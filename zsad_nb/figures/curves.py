@@ -138,7 +138,7 @@ def _places(
     values: dict,  # variant -> value of the parameter
 ) -> tuple[dict, bool]:  # variant -> place on the axis, ascending; whether places are values
     "Where each value lies: at itself, or in equal steps where small values would lie on each other."
-    order = sorted(values, key=values.get)
+    order = sorted(values, key=values.__getitem__)
     ticks = [values[v] for v in order]
     even = bool(np.diff(ticks).min() >= 0.06 * (ticks[-1] - ticks[0]))
     return dict(zip(order, ticks if even else range(len(order)))), even

@@ -57,7 +57,7 @@ def side_by_side(
         )
     first = [k for k, c in enumerate(columns) if c["category"] in set(prefer)][:count]
     others = [k for k in range(len(columns)) if k not in first]
-    keep = np.linspace(0, len(others) - 1, min(count - len(first), len(others))).round().astype(int) if others else []
+    keep = np.linspace(0, max(len(others) - 1, 0), min(count - len(first), len(others))).round().astype(int)
     return [columns[k] for k in sorted({*first, *(others[k] for k in keep)})]
 
 
@@ -139,7 +139,7 @@ def ablation_figure(
     share = 0.6 if variants < 4 else 0.55
     cell = (width * share - 0.35) / len(columns)
     figure = Figure(figsize=(width, max(1.9, cell * (1 + variants) + 0.4)), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[share, 1 - share])
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=[share, 1 - share])[0]
     plot_grid(left, columns, mask_row=False)
     ax = right.subplots()
     handles = plot_bars(ax, numbers, published, width=width * (1 - share), names=names)

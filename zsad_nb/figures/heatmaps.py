@@ -51,13 +51,14 @@ def class_figure(
     "Best, median, worst and false alarm of one class, one row each."
     figure = Figure(figsize=(PAGE, 1.55 * len(rows) + 0.5), layout="constrained")
     grid = figure.subplots(len(rows), 4, squeeze=False)
+    low, high = scale
     for i, (axes, (_, row)) in enumerate(zip(grid, rows.iterrows())):
         image, mask, heat, has_mask = views[row["position"]]
         texts = [row["case"], letters(row["defect"] or "unknown"), f"score {row['score']:.2f}"]
         if row["pixel_ap"] == row["pixel_ap"]:
             texts.append(f"AP {row['pixel_ap']:.2f}")
         titles = TITLES if i == 0 else ("",) * 4
-        artist = _row(axes, image, mask, heat, *scale, "\n".join(texts), titles, has_mask)
+        artist = _row(axes, image, mask, heat, low, high, "\n".join(texts), titles, has_mask)
     bar = figure.colorbar(artist, ax=grid[:, 3].tolist(), shrink=0.6, pad=0.02)
     bar.outline.set_visible(False)
     figure.suptitle(letters(heading))
@@ -94,7 +95,8 @@ def median_cases_figure(
         ]
         image, mask, heat, has_mask = views[row["position"]]
         titles = TITLES if i % half == 0 else ("",) * 4
-        _row(axes, image, mask, heat, *scales[row["category"]], "\n".join(texts), titles, has_mask)
+        low, high = scales[row["category"]]
+        _row(axes, image, mask, heat, low, high, "\n".join(texts), titles, has_mask)
     figure.suptitle(letters(heading))
     return figure
 

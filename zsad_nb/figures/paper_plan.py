@@ -163,7 +163,7 @@ def _loss(runs, method):
     files = {r.path: r.folder / "history.csv" for r in used}
     if lost := [p for p, f in files.items() if not f.is_file()]:
         raise ValueError(f"{', '.join(lost)} left no history.csv")
-    sets = {}
+    sets: dict = {}
     for r in used:
         sets.setdefault(f"trained on {name_of(r['train_data'] or r['data'])}", []).append(
             read_table(files[r.path], numbers="rest")
@@ -180,7 +180,7 @@ def _views(run, method=None) -> Views:
 
 def _samples(runs):
     candidates = require_runs([r for r in runs.of("qualitative") if r["views"]], "views of a data set")
-    used = {}
+    used: dict = {}
     for r in candidates:
         data = r["data"]
         best = used.get(r["data"])
@@ -469,7 +469,7 @@ def _not_made(runs, reason):
     raise ValueError(reason)
 
 
-MAKERS = dict(  # what a row of the plan calls, with the runs and its own arguments
+MAKERS: dict[str, Callable] = dict(  # what a row of the plan calls, with the runs and its own arguments
     overview=_overview,
     all_methods=_all,
     loss=_loss,

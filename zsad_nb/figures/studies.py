@@ -23,6 +23,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/figures/09_studies.ipynb #66d56dcf
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -142,14 +143,15 @@ def side_by_side_rows(
     pd.DataFrame, dict, dict
 ]:  # a row a variant and seed; column -> (heading, factor, digits); column -> what its draws are made of
     "The means of studies on several data sets, and their average."
-    frame, columns, images = None, {}, {}
+    tables, columns, images = [], {}, {}
     for run in studies:
         rows = trained(run)
         rows = rows[["variant", "seed", *metrics]].rename(columns={m: _column(run["data"], m) for m in metrics})
-        frame = rows if frame is None else frame.merge(rows, on=["variant", "seed"], how="inner")
+        tables.append(rows)
         for metric in metrics:
             columns[_column(run["data"], metric)] = (f"{name_of(run['data'])}, {METRIC_NAMES[metric]}, %", 100, 1)
             images[_column(run["data"], metric)] = [(metric, image_results(run))]
+    frame = functools.reduce(lambda one, other: one.merge(other, on=["variant", "seed"], how="inner"), tables)
     for metric in metrics if len(studies) > 1 else []:
         parts = [_column(run["data"], metric) for run in studies]
         frame[_column("Average", metric)] = frame[parts].mean(axis=1)
@@ -165,7 +167,7 @@ def side_by_side_printed(
     metrics: list,
 ) -> tuple[dict, set]:  # (variant, column) -> value; those of another training
     "Published values for `side_by_side_rows`; their average is of what is printed."
-    values = {}
+    values: dict = {}
     unlike = set()
     for run in studies:
         mine, other = printed(method, run, variants, metrics)
@@ -307,7 +309,7 @@ def pair_figure(
     "Heatmaps of variants on every data set of the study, and their metrics with the average."
     studies = study_runs(runs, method, "ablations")
     rows = trained(studies[0])
-    variants = list(dict.fromkeys(rows["variant"])) if second is None else [first, second]
+    variants = list(dict.fromkeys(rows["variant"])) if first is None or second is None else [first, second]
     called = {v: f"model {v}" if len(v) == 1 else v for v in variants}
     columns = variant_columns(studies, called)
     chosen = [m for m in (metrics if len(studies) == 1 else together) if m in rows]

@@ -45,7 +45,7 @@ import matplotlib
 import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, FigureBase
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.font_manager import FontProperties
 from matplotlib.legend import Legend
 from matplotlib.textpath import TextPath
@@ -55,7 +55,7 @@ from ..core.names import shown
 
 # %% ../../nbs/figures/01_style.ipynb #50022f1c
 COLUMN, PAGE = 3.5, 7.2  # inches
-LETTERS = {
+LETTERS: dict = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "mathtext.fontset": "dejavusans",
@@ -72,7 +72,7 @@ LETTERS = {
     "legend.fontsize": 7,
     "figure.titlesize": 8.5,
 }
-LINES = {
+LINES: dict = {
     "lines.linewidth": 1.1,
     "lines.markersize": 3.5,
     "axes.linewidth": 0.6,
@@ -212,13 +212,13 @@ def _warn_of(
 def _styled() -> Iterator[None]:
     "Letters and lines for a while, and one warning at the end of the outermost."
     outermost = _lost.get() is None
-    lost = set()
+    lost: set = set()
     token = _lost.set(lost) if outermost else None
     try:
         with matplotlib.rc_context({**LETTERS, "font.family": list(families()), **LINES}):
             yield
     finally:
-        if outermost:
+        if token is not None:
             _lost.reset(token)
     if lost:
         _warn_of(lost)
@@ -265,10 +265,11 @@ def letters(
     lost = {letter for letter in text if not letter.isascii() and font_of(letter) is None}
     if not lost:
         return text
-    if _lost.get() is None:
+    outer = _lost.get()
+    if outer is None:
         _warn_of(lost)
     else:
-        _lost.get().update(lost)
+        outer.update(lost)
     return "".join(letter.encode("unicode_escape").decode("ascii") if letter in lost else letter for letter in text)
 
 
@@ -364,7 +365,7 @@ def note(figure: Figure, text: str) -> None:
 
 
 def legend_above(
-    figure: FigureBase,  # a Figure, or a part of one
+    figure: Figure | SubFigure,
     handles: list,
     across: int | None = None,  # entries in a line; default: as many as fit
 ) -> Legend:  # its lines beyond the first make a Figure higher

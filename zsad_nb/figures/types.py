@@ -6,7 +6,7 @@
 __all__ = ["TOL", "type_colours", "paint_types", "type_figure", "confusion_figure", "render_types"]
 
 # %% ../../nbs/figures/04_types.ipynb #da059ffe
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -29,12 +29,11 @@ TOL = ("#332288", "#882255", "#999933", "#44AA99", "#AA4499", "#661100", "#DDCC7
 
 
 def type_colours(
-    types: Iterable[str],  # names, in the method's order
+    types: Sequence[str],  # names, in the method's order
 ) -> dict:  # name -> (r, g, b)
     "A colour for every type."
-    strong = [matplotlib.colors.to_rgb(c) for c in (*SERIES[:6], *TOL)] + list(
-        matplotlib.colormaps["tab20"].colors[1:13:2]
-    )
+    strong: list[tuple] = [matplotlib.colors.to_rgb(c) for c in (*SERIES[:6], *TOL)]
+    strong += [tuple(matplotlib.colormaps["tab20"](k)[:3]) for k in range(1, 13, 2)]
     rest = len(types) - len(strong)
     if rest > 0:
         strong += [tuple(matplotlib.colormaps["hsv"](k / rest)[:3]) for k in range(rest)]
@@ -60,7 +59,7 @@ def type_figure(
     # a dict an image: image (H, W, 3), truth (H, W), largest (H, W), likely (H, W) without normal, heat (H, W) in
     # [0, 1], left (text beside it), has_mask
     views: list[dict],
-    types: Iterable,  # names in the order of the numbers
+    types: Sequence[str],  # names in the order of the numbers
     heading: str = "",
     height: float = 1.28,  # inches a row
 ) -> Figure:

@@ -78,6 +78,7 @@ class Inspector:
         self.workers = workers
         self.identity = identity(method, self.size, bits=bits, white=white)
         self.use(calibration)
+        self.calibrated_on: pd.DataFrame | None = None  # rows of the images that `calibrate` saw
 
     @classmethod
     def load(
@@ -201,6 +202,7 @@ def calibrate(
             progress=progress,
             label=f"{name} images",
         )
+        assert isinstance(table, pd.DataFrame)  # of a list
         left_out += table.attrs["summary"]["left_out"]
         parts.append(table.assign(anomalous=name == "defective"))
     rows = pd.concat(parts, ignore_index=True)
@@ -231,7 +233,7 @@ def _describe(self: Inspector, loaded: Loaded, score: float, heat: np.ndarray, t
     shown = at_size(heat, display_size(loaded.size, self.max_side))
     decision, reason, threshold = self._decide(score, category)
     pixel = colours = comparable = mask = None
-    regions = []
+    regions: list = []
     if calibration is not None:
         pixel = calibration.of("pixel", category)
         colours = calibration.colours(category)
@@ -252,7 +254,7 @@ def _describe(self: Inspector, loaded: Loaded, score: float, heat: np.ndarray, t
         heat=shown,
         mask=mask,
         regions=regions,
-        type="" if decision == "normal" or not shares else max(shares, key=shares.get),
+        type="" if decision == "normal" or not shares else max(shares, key=shares.__getitem__),
         types=shares,
         size=loaded.size,
         colours=colours or (float(heat.min()), float(heat.max())),
@@ -285,9 +287,9 @@ def _shares(self: Inspector, types: np.ndarray | None) -> dict[str, float]:
 def _batch(self: Inspector, images: list[Loaded]) -> Iterator:  # of (Loaded, Inspection, BadImage or row)
     "Results of one batch."
     todo = [image for image in images if image.pixels is not None]
-    answers = iter(())
+    answers: Iterator = iter(())
     if todo:
-        pixels = torch.stack([image.pixels for image in todo]).float() / 255
+        pixels = torch.stack([image.pixels for image in todo if image.pixels is not None]).float() / 255
         unlabelled = torch.zeros(len(todo), dtype=torch.bool)
         prediction = self.method.predict(
             Batch(
@@ -300,9 +302,9 @@ def _batch(self: Inspector, images: list[Loaded]) -> Iterator:  # of (Loaded, In
                 ~unlabelled,
             )
         )
-        types = [None] * len(todo)
+        types: list = [None] * len(todo)
         if prediction.type_score is not None:
-            types = prediction.type_score.float().cpu().numpy()
+            types = list(prediction.type_score.float().cpu().numpy())
         answers = zip(prediction.score.float().cpu().tolist(), prediction.map.float().cpu().numpy(), types)
     for image in images:
         if image.pixels is None:
@@ -346,18 +348,18 @@ def _sources(self: Inspector, what, out=None) -> Sources:
     names = sorted({item.category for item in items})
     check_names(self.method, names)
     if self.calibration is not None:
-        self._check_categories(names)
+        self._check_categories(self.calibration, names)
     return items
 
 
 @patch
-def _check_categories(self: Inspector, names: list[str]):
+def _check_categories(self: Inspector, calibration: Calibration, names: list[str]):
     "Thresholds hold for what they were made from."
     for name in names:
-        self.calibration.of("image", name)  # raises for an unknown one
-    seen = self.calibration.categories
+        calibration.of("image", name)  # raises for an unknown one
+    seen = calibration.categories
     others = sorted(set(names) - set(seen))
-    if self.calibration.comparable is None and seen and others:
+    if calibration.comparable is None and seen and others:
         warnings.warn(
             f"the thresholds were made from images of {', '.join(seen)}, these are of {', '.join(others)}: a rate that"
             " holds for one product says nothing of another",
@@ -444,7 +446,8 @@ def predict(
         with tqdm(total=len(items), desc=label, disable=not progress, unit="image") as bar:
             if out is not None:
                 return self._predict_into(Path(out), items, pictures, table, bar)
-            rows, first = [], {}
+            rows = []
+            first: dict = {}
             for loaded, result in self._results(items, False):
                 rows.append(_row(loaded, result, first))
                 bar.update()
@@ -454,7 +457,7 @@ def predict(
 @patch
 def _predict_into(self: Inspector, out: Path, items: Sources, pictures: str, table: str, bar: tqdm) -> pd.DataFrame:
     "Rows and overlays in a folder."
-    first = {}
+    first: dict = {}
     with lock(out), Results(out, self.settings, pictures) as results:
         for loaded, result in self._results(items, pictures != "none", results.find):
             if isinstance(result, dict):

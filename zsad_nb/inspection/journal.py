@@ -156,7 +156,8 @@ class Journal:
 
     def _read(self) -> tuple[list[dict], int, bool]:  # rows, how many are damaged, whether the file can be used
         "What the file holds."
-        rows, dropped = [], 0
+        rows: list = []
+        dropped = 0
         if not self.path.is_file() or not self.path.stat().st_size:
             return rows, dropped, True
         try:
@@ -205,7 +206,7 @@ def read_sealed_csv(
     "The rows of a journal as earlier versions kept it."
     columns, numbers = [*columns], frozenset(numbers)
     source = io.StringIO(Path(path).read_bytes().decode("utf-8", "replace"), newline="")
-    rows = []
+    rows: list = []
     dropped = 0
     while True:
         start = source.tell()

@@ -164,7 +164,7 @@ def ahead(
         yield from map(read, items)
         return
     with ThreadPoolExecutor(workers) as pool:
-        waiting = deque()
+        waiting: deque = deque()
         rest = iter(items)
         try:
             while True:

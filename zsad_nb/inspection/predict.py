@@ -7,6 +7,7 @@ __all__ = ["predict"]
 
 # %% ../../nbs/inspection/09_predict.ipynb #d4564d0e
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -18,7 +19,7 @@ from ..methods.base import Method
 
 # %% ../../nbs/inspection/09_predict.ipynb #6c712234
 def predict(
-    photos,  # a path, array or PIL image; a folder, pattern, Index, or a list of any of these
+    photos: Any,  # a path, array or PIL image; a folder, pattern, Index, or a list of any of these
     model: Method | Inspector | str | Path = "visualad",  # a method or its name, a checkpoint, a run's folder
     out: str | Path | None = None,  # folder for results.csv and pictures/; it is created
     thresholds: Calibration | str | Path | None = None,  # of `Inspector.calibrate`, or a file of them; None: score only

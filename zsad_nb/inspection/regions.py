@@ -36,7 +36,8 @@ def display_size(
 ) -> tuple[int, int]:  # (W, H)
     "The photograph's size, or a smaller one of the same shape, so that huge photographs do not fill the memory."
     scale = min(1.0, max_side / max(size))
-    return tuple(max(1, round(s * scale)) for s in size)
+    width, height = (max(1, round(s * scale)) for s in size)
+    return width, height
 
 
 # %% ../../nbs/inspection/03_regions.ipynb #02f6b1fb

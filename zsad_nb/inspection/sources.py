@@ -239,7 +239,7 @@ def sources(
     folders = [os.path.dirname(os.path.abspath(path)) for path, _ in images if not _is_array(path)]
     base = os.path.commonpath(folders) if folders else ""
     rows = []  # name, path, picture, category
-    owner = {}
+    owner: dict = {}
     for number, (path, name_of_category) in enumerate(images):
         if _is_array(path):
             name = picture = f"{'bytes' if _is_file(path) else 'array'}-{number:05d}"

@@ -28,6 +28,7 @@ import hashlib
 import json
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -128,7 +129,7 @@ class Threshold:
     kind: str  # normals, labels or given
     facts: dict = field(default_factory=dict)  # what it was made from
 
-    def __call__(self, scores) -> np.ndarray:  # bool
+    def __call__(self, scores: float | Sequence[float] | np.ndarray) -> np.ndarray:  # bool
         "Which scores are called defective."
         return np.asarray(scores, np.float64) > self.value
 
@@ -225,7 +226,7 @@ def _cut(
     alarms = above(normal)
     caught = above(bad)
     p, n = (len(bad), len(normal)) if share is None else (share, 1 - share)
-    if miss is None:  # F1
+    if miss is None or false_alarm is None:  # F1
         gain = 2 * p * caught / (p + p * caught + n * alarms)
     else:
         gain = -(p * miss * (1 - caught) + n * false_alarm * alarms)
@@ -337,7 +338,7 @@ class Comparable:
             )
         return np.asarray(self.reference[category])
 
-    def __call__(self, scores, category: str) -> np.ndarray:
+    def __call__(self, scores: float | Sequence[float] | np.ndarray, category: str) -> np.ndarray:
         "Comparable scores; the larger, the more anomalous."
         scores = np.asarray(scores, np.float64)
         r = self._of(category)

@@ -73,7 +73,8 @@ class Inspection:
         "The photograph under its heatmap, marked pixels outlined."
         if self.image is None:
             raise ValueError("the photograph was not kept")
-        return overlaid(self.image, self.heat, *self.colours, self.mask)
+        low, high = self.colours
+        return overlaid(self.image, self.heat, low, high, self.mask)
 
     def facts(self) -> dict[str, str]:
         "What a person reads."

@@ -19,6 +19,7 @@ __all__ = [
 
 # %% ../../nbs/methods/19_adaclip.ipynb #f22340e3
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -45,6 +46,7 @@ from ..components.dapo_prompts import enlarge
 from ..components.losses import dice, focal
 from ..components.maps import to_pixels
 from ..core.parameters import param, restated
+from ..data.images import Batch
 from .base import Method, Prediction, register
 from .released_files import fit_released
 from .tower_parameters import ClipParameters, clip_towers
@@ -77,10 +79,10 @@ class HybridTokens(nn.Module):
     ) -> Tensor:  # (sets, B, m, D); (sets, 1, m, D) where no image is asked
         "What every block is given."
         sets, count, width = self.shape
-        dynamic = 0 if self.heads is None else self.heads(cls).view(1, len(cls), count, width)
-        tokens = (0 if self.static is None else self.static[:, None]) + (
-            dynamic if self.static is not None else dynamic.expand(sets, -1, -1, -1)
-        )
+        tokens = torch.zeros(sets, 1, count, width) if self.static is None else self.static[:, None]
+        if self.heads is not None:
+            dynamic = self.heads(cls).view(1, len(cls), count, width)
+            tokens = dynamic.expand(sets, -1, -1, -1) if self.static is None else tokens + dynamic
         return tokens.half().to(tokens.dtype) if self.half_cast else tokens
 
 
@@ -353,20 +355,20 @@ class AdaCLIP(Method):
         )
         self.adapters = nn.ModuleDict({f"tap_{t}": nn.Linear(self.clip.width, wide) for t in self.clip.taps})
         self.adapter_cls = nn.Linear(wide, wide)
-        self._started = {}
+        self._started: dict = {}
         for states in ADACLIP_STATES.values():
             check_length(sentences("object", states, p.templates), p.length)  # refused here, not at the first image
 
 
 # %% ../../nbs/methods/19_adaclip.ipynb #86669c14
 @patch
-def encode(self: AdaCLIP, batch) -> dict[str, Tensor]:
+def encode(self: AdaCLIP, batch: Batch) -> dict[str, Tensor]:
     "Class embedding (B, C) of the plain image, not normalised."
     return dict(cls=see_prompted(self.clip, batch.image).cls @ self.clip.tower.proj)
 
 
 @patch(cls_method=True)
-def class_sentences(cls: AdaCLIP, p, category: str) -> list[str]:
+def class_sentences(cls: AdaCLIP, p: AdaCLIPParameters, category: str) -> list[str]:
     "Every sentence that names the class."
     return sentences(category, sum(ADACLIP_STATES.values(), ()), read_templates(p.templates), cls.spell(p))
 
@@ -398,7 +400,8 @@ def text_features(
     cls: Tensor,  # (B, C) of `encode`
 ) -> Tensor:  # (B, 2, C) normal, abnormal, normalised
     "Every sentence with every image's tokens, each normalised, averaged per state, normalised."
-    p, names, found = self.p, list(map(self.spell(self.p), categories)), [None] * len(categories)
+    p, names = self.p, list(map(self.spell(self.p), categories))
+    found: list = [None] * len(categories)
     for name in dict.fromkeys(names):
         rows = [i for i, n in enumerate(names) if n == name]
         start, end, normal = self.started(name)
@@ -425,7 +428,7 @@ def text_features(
 
 
 @patch
-def forward(self: AdaCLIP, features: dict, batch) -> Prediction:
+def forward(self: AdaCLIP, features: dict, batch: Batch) -> Prediction:
     "Softmax of the mean logits, smoothed in evaluation only; score of the class token mixed with the fused patches."
     p = self.p
     size = tuple(batch.image.shape[-2:])
@@ -454,7 +457,7 @@ def forward(self: AdaCLIP, features: dict, batch) -> Prediction:
 
 
 @patch
-def loss(self: AdaCLIP, prediction: Prediction, batch) -> dict[str, Tensor]:
+def loss(self: AdaCLIP, prediction: Prediction, batch: Batch) -> dict[str, Tensor]:
     "Focal of the image, and focal and two dice losses of every tap's own softmax (code)."
     mask = batch.mask[:, 0]
     maps = [enlarge(v[:, None], mask.shape[-2:])[:, 0].sigmoid() for v in prediction.layers.values()]
@@ -482,7 +485,7 @@ def param_groups(self: AdaCLIP) -> list[dict]:
 # %% ../../nbs/methods/19_adaclip.ipynb #5a3d11c2
 def released_names(method: AdaCLIP) -> dict:  # our name -> released names of its pieces
     "Where the released files keep the tokens, their heads and the linear layers."
-    names = {}
+    names: dict[str, str | tuple[str, ...]] = {}
     for tower, word, first in (
         ("image", "visual", 0),
         ("text", "text", 1),
@@ -511,7 +514,8 @@ def released_names(method: AdaCLIP) -> dict:  # our name -> released names of it
 def import_released(
     method: AdaCLIP,  # created with the checkpoint's towers, taps, length and depth
     path: str | Path,  # a released .pth, or the same names in safetensors
-    trained_on=(),  # "dataset/category" of its training images, so that `evaluate` can mark what is not zero-shot
+    trained_on: Sequence[str]
+    | str = (),  # "dataset/category" of its training images, so that `evaluate` can mark what is not zero-shot
 ) -> AdaCLIP:  # the same method, with the checkpoint's tensors
     "Load a checkpoint of the released code; nothing in it is executed, every key that does not fit is named."
     fit_released(

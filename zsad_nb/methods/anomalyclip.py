@@ -6,6 +6,7 @@
 __all__ = ["AnomalyCLIPParameters", "AnomalyCLIP", "import_released"]
 
 # %% ../../nbs/methods/17_anomalyclip.ipynb #5412bd9f
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from ..components.dual_path import DualPathParameters, dual_path, joint, refined
 from ..components.losses import dice, focal
 from ..components.maps import to_pixels
 from ..core.parameters import param, restated
+from ..data.images import Batch
 from .base import Method, Prediction, register
 from .tower_parameters import ClipParameters, ReleasedPromptParameters, clip_towers, object_prompts
 from .variants import Variant
@@ -64,7 +66,7 @@ class AnomalyCLIP(Method):
 
     name = "anomalyclip"
     Parameters = AnomalyCLIPParameters
-    compat = dict(deep_half=True)
+    compat: dict = dict(deep_half=True)
     released_towers = dict(clip="clip-vitl14-336", image_size=518)
     recipe = dict(
         epochs=15, batch_size=8, optimiser="adam", betas=(0.5, 0.999), weight_decay=0.0, schedule="constant", seed=111
@@ -100,7 +102,7 @@ class AnomalyCLIP(Method):
         self.prompts = object_prompts(self.text, p)
 
     # ---- frozen
-    def encode(self, batch) -> dict[str, Tensor]:
+    def encode(self, batch: Batch) -> dict[str, Tensor]:
         "Class token (B, C) of the plain path, patches (B, N, C) of the refined one at every tap; normalised."
         clip = self.clip
         seen = dual_path(clip, batch.image, clip.taps, self.dual_blocks, self.p.attention)
@@ -112,7 +114,7 @@ class AnomalyCLIP(Method):
         "T_n and T_a; kept in evaluation, computed anew with gradients while training."
         return F.normalize(self.prompts() if self.training else self.prompts.features(), dim=-1)
 
-    def forward(self, features: dict, batch) -> Prediction:
+    def forward(self, features: dict, batch: Batch) -> Prediction:
         "Sum of the upsampled maps, smoothed in evaluation mode only; the score is the class token's."
         p = self.p
         size = tuple(batch.image.shape[-2:])
@@ -125,7 +127,7 @@ class AnomalyCLIP(Method):
         pixels = to_pixels(sum(maps.values()), size, 0.0 if self.training else p.sigma)
         return Prediction(pixels, (image / p.tau).softmax(-1)[:, 1], dict(maps, image=image))
 
-    def loss(self, prediction: Prediction, batch) -> dict[str, Tensor]:
+    def loss(self, prediction: Prediction, batch: Batch) -> dict[str, Tensor]:
         "Cross-entropy of the class token, and 4 * (focal + dice of both classes) of every layer's map (section 3.3)."
         p = self.p
         size = tuple(batch.mask.shape[-2:])
@@ -152,7 +154,8 @@ def import_released(
     method: Method,  # with `prompts`, created with the checkpoint's text tower, counts and words
     path: str | Path,  # the authors' .pth, or the same names in safetensors
     verify: bool = True,  # the text tower must be the one the file was trained with; False loads it anyway
-    trained_on=(),  # "dataset/category" of its training images, so that `evaluate` can mark what is not zero-shot
+    trained_on: Sequence[str]
+    | str = (),  # "dataset/category" of its training images, so that `evaluate` can mark what is not zero-shot
 ) -> Method:  # the same method, with the checkpoint's prompts
     "Load a checkpoint of AnomalyCLIP's or Crane's authors; every key that does not fit is named."
     state, _ = released_state(path)

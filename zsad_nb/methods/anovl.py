@@ -23,8 +23,11 @@ __all__ = [
 # %% ../../nbs/methods/20_anovl.ipynb #79264b38
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -43,6 +46,7 @@ from ..backbones.words import rewrite
 from ..components.dapo_prompts import enlarge
 from ..components.dual_path import dual_path, joint
 from ..core.parameters import param, restated
+from ..data.images import Batch
 from .base import Method, Prediction, register
 from .tower_parameters import ClipParameters, clip_towers
 from .variants import Variant
@@ -65,7 +69,7 @@ def kind_of(
 def state_sentences(
     category: str,
     kind: str,  # "texture" or "object"
-    spell=rewrite,  # how the name is written, see `zsad_nb.backbones.ensembles.spelling`
+    spell: Callable = rewrite,  # how the name is written, see `zsad_nb.backbones.ensembles.spelling`
 ) -> list:  # 462 normal, then 462 abnormal sentences; templates outside, states inside
     "Every state in every template in the three wordings of a kind (baselines 2.7)."
     templates = anovl_templates(ANOVL_TEXTURES[0] if kind == "texture" else "object")
@@ -94,7 +98,7 @@ def moved(
     )
     return F.grid_sample(
         image,
-        F.affine_grid(matrix.expand(len(image), 2, 3), image.shape, align_corners=True),
+        F.affine_grid(matrix.expand(len(image), 2, 3), list(image.shape), align_corners=True),
         padding_mode="reflection",
         align_corners=True,
     )
@@ -145,7 +149,7 @@ def adaptation_loss(
 
 
 # %% ../../nbs/methods/20_anovl.ipynb #3cea84f3
-VISA = dict(crops=2, adapter="linear", augment=False)  # the release's separate script for VisA
+VISA: dict = dict(crops=2, adapter="linear", augment=False)  # the release's separate script for VisA
 
 
 @dataclass(frozen=True)
@@ -239,7 +243,7 @@ class AnoVL(Method):
     name = "anovl"
     Parameters = AnoVLParameters
     released_name = staticmethod(macaroni)
-    compat = dict(carried=True)
+    compat: dict = dict(carried=True)
     older = dict(names="words", bias=False, noise_scale="length", resize="bicubic", crop_score="max")
     readings = {
         "released": Variant(
@@ -296,8 +300,8 @@ class AnoVL(Method):
         if self.dual_blocks > self.clip.depth:
             raise ValueError(f"dual_blocks={p.dual_blocks}; {p.clip} has {self.clip.depth} blocks")
         self.grid = (self.clip.size // self.clip.patch,) * 2
-        self._said = {}
-        self._carried = {}
+        self._said: dict = {}
+        self._carried: dict = {}
         self._told = False
 
     @classmethod
@@ -305,7 +309,7 @@ class AnoVL(Method):
         "The moments of a class's optimiser remember the images before."
         return bool(parameters.get("carried"))
 
-    def prepare(self, index, training: bool = False) -> "AnoVL":
+    def prepare(self, index: pd.DataFrame, training: bool = False) -> Self:
         "Forget the optimisers that `carried` takes from image to image."
         self._carried = {}
         return super().prepare(index, training)
@@ -352,7 +356,7 @@ def see(
 
 
 @patch
-def encode(self: AnoVL, batch) -> dict[str, Tensor]:
+def encode(self: AnoVL, batch: Batch) -> dict[str, Tensor]:
     "`cls` (B, K, V, C) of V views of K crops, `patches` (B, K * N, C)."
     self._require_oblong(batch.image)
     cls, patches = zip(*map(self.see, squares(self.sized(batch.image), self.p.crops)[0]))
@@ -361,7 +365,7 @@ def encode(self: AnoVL, batch) -> dict[str, Tensor]:
 
 # %% ../../nbs/methods/20_anovl.ipynb #44700a67
 @patch(cls_method=True)
-def class_sentences(cls: AnoVL, p, category: str) -> list[str]:
+def class_sentences(cls: AnoVL, p: AnoVLParameters, category: str) -> list[str]:
     "Every sentence that names the class."
     return state_sentences(category, kind_of(category, p.textures), cls.spell(p))
 
@@ -438,7 +442,8 @@ def _steps(self: AnoVL, x: Tensor, words: Tensor, text: Tensor, noise: Tensor, o
     inner = None if p.adapter == "linear" else words
     for added in noise.unbind(1):
         pair = (contrast(adapted(v, weight, bias, inner, p.keep), text) for v in (x, x + added))
-        loss = adaptation_loss(*(self.laid_out(z, size) for z in pair), p.cross)
+        clean, noisy = (self.laid_out(z, size) for z in pair)
+        loss = adaptation_loss(clean, noisy, p.cross)
         optimiser.zero_grad(set_to_none=True)
         loss.sum().backward()  # a sum: images do not meet
         optimiser.step()
@@ -489,7 +494,7 @@ def adapt(
 
 # %% ../../nbs/methods/20_anovl.ipynb #64b9ff6e
 @patch
-def forward(self: AnoVL, features: dict, batch) -> Prediction:
+def forward(self: AnoVL, features: dict, batch: Batch) -> Prediction:
     "Mean over the views and crops for the score, the adapted patches for the map."
     p = self.p
     size = tuple(batch.image.shape[-2:])

@@ -28,6 +28,7 @@ from ..components.dapo_prompts import enlarge
 from ..components.losses import dice, focal
 from ..components.maps import to_pixels
 from ..core.parameters import param, restated
+from ..data.images import Batch
 from .base import Prediction, reference_images, register
 from .class_range import RangedMethod, stretch
 from .released_files import import_linear_layers, linear_layer_names
@@ -131,7 +132,7 @@ class APRILGAN(RangedMethod):
         p = self.p
         self.clip, self.text = clip_towers(p, p.taps)
         self.grid = (self.clip.size // self.clip.patch,) * 2
-        self._said = {}
+        self._said: dict = {}
         self.adapters = nn.ModuleDict(
             {f"tap_{t}": nn.Linear(self.clip.width, self.clip.tower.proj.shape[1]) for t in self.clip.taps}
         )
@@ -145,7 +146,8 @@ class APRILGAN(RangedMethod):
     @torch.no_grad()
     def set_references(
         self,
-        images,  # (k, 3, H, W) RGB in [0, 1] or a Batch, of normal images of one class; an empty tensor ends few-shot
+        images: Tensor
+        | Batch,  # (k, 3, H, W) RGB in [0, 1] or a Batch, of normal images of one class; an empty tensor ends few-shot
     ) -> "APRILGAN":  # the same method
         "Remember good images: from now on predictions are few-shot (baselines, 2.6)."
         images = reference_images(images)
@@ -161,7 +163,7 @@ class APRILGAN(RangedMethod):
 
 # %% ../../nbs/methods/21_april_gan.ipynb #a7b4bd12
 @patch
-def encode(self: APRILGAN, batch) -> dict[str, Tensor]:
+def encode(self: APRILGAN, batch: Batch) -> dict[str, Tensor]:
     "Class embedding (B, C), normalised; raw patches (B, N, D) of every tap."
     seen = self.clip(batch.image)
     return dict(
@@ -171,7 +173,7 @@ def encode(self: APRILGAN, batch) -> dict[str, Tensor]:
 
 
 @patch(cls_method=True)
-def class_sentences(cls: APRILGAN, p, category: str) -> list[str]:
+def class_sentences(cls: APRILGAN, p: APRILGANParameters, category: str) -> list[str]:
     "Every sentence that names the class."
     return sentences(category, sum(APRIL_GAN_STATES.values(), ()), read_templates(p.templates), cls.spell(p))
 
@@ -238,7 +240,7 @@ def measures_ranges(self: APRILGAN) -> bool:
 
 
 @patch
-def measured(self: APRILGAN, features: dict, batch) -> Tensor:  # (B,)
+def measured(self: APRILGAN, features: dict, batch: Batch) -> Tensor:  # (B,)
     "The largest value of the few-shot map."
     return self.pixels(features, batch)[0].flatten(1).amax(1)
 
@@ -251,7 +253,7 @@ def contrast(self: APRILGAN, categories: list) -> Tensor:  # (B, C, 1)
 
 
 @patch
-def pixels(self: APRILGAN, features: dict, batch) -> tuple:  # (B, H, W) and the layers
+def pixels(self: APRILGAN, features: dict, batch: Batch) -> tuple:  # (B, H, W) and the layers
     "Sum of every tap's softmax at the batch's size; in evaluation the memory joins in, where there is one."
     size = tuple(batch.image.shape[-2:])
     contrast = self.contrast(batch.category)
@@ -267,7 +269,7 @@ def pixels(self: APRILGAN, features: dict, batch) -> tuple:  # (B, H, W) and the
 
 
 @patch
-def suspicion(self: APRILGAN, pixels: Tensor, far: Tensor, batch) -> Tensor:  # (B,) from 0 to 1
+def suspicion(self: APRILGAN, pixels: Tensor, far: Tensor, batch: Batch) -> Tensor:  # (B,) from 0 to 1
     "What joins CLIP's score where there are references."
     count = len(self.adapters)
     largest = pixels.flatten(1).amax(1)
@@ -280,7 +282,7 @@ def suspicion(self: APRILGAN, pixels: Tensor, far: Tensor, batch) -> Tensor:  # 
 
 
 @patch
-def forward(self: APRILGAN, features: dict, batch) -> Prediction:
+def forward(self: APRILGAN, features: dict, batch: Batch) -> Prediction:
     "The map, and CLIP's score; with references the mean of that score and of what the map finds."
     p = self.p
     size = tuple(batch.image.shape[-2:])
@@ -292,7 +294,7 @@ def forward(self: APRILGAN, features: dict, batch) -> Prediction:
 
 
 @patch
-def loss(self: APRILGAN, prediction: Prediction, batch) -> dict[str, Tensor]:
+def loss(self: APRILGAN, prediction: Prediction, batch: Batch) -> dict[str, Tensor]:
     "Focal and dice of every tap's own map (code)."
     mask = batch.mask[:, 0]
     maps = [enlarge(prediction.layers[n][:, None], mask.shape[-2:])[:, 0].sigmoid() for n in self.adapters]

@@ -41,8 +41,9 @@ import importlib
 import importlib.metadata
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -80,7 +81,7 @@ _all_ = [
 ]  # one door for those who write a method
 
 # %% ../../nbs/methods/06_base.ipynb #f9e434e9
-METHODS: dict[str, type] = {}  # filled by `register`, and by every class that was imported by its path
+METHODS: dict[str, type[Method]] = {}  # filled by `register`, and by every class that was imported by its path
 MODULES = dict(
     visualad="visualad",
     self_distance="controls",
@@ -103,8 +104,8 @@ _PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
 def register(
-    cls: type,  # a Method with a `name`
-) -> type:
+    cls: type[Method],  # with a `name`
+) -> type[Method]:
     "Make a method known to `create` by its name."
     METHODS[cls.name] = cls
     return cls
@@ -131,7 +132,7 @@ def method_names() -> list[str]:
 
 
 # %% ../../nbs/methods/06_base.ipynb #b31c25e3
-def _require_method(found, name: str) -> type:
+def _require_method(found, name: str) -> type[Method]:
     "Refuse what is no method."
     if not (isinstance(found, type) and issubclass(found, Method)):
         kind = f"the class {found.__name__}" if isinstance(found, type) else f"a {type(found).__name__}"
@@ -147,7 +148,7 @@ def _require_method(found, name: str) -> type:
     return found
 
 
-def _imported(path: str, name: str) -> type:
+def _imported(path: str, name: str) -> type[Method]:
     "The method at package.module:Class; `name` is what the caller wrote."
     module_name, _, class_name = path.partition(":")
     try:
@@ -169,7 +170,7 @@ def _imported(path: str, name: str) -> type:
 
 def method_class(
     name: str,  # see the table above
-) -> type:
+) -> type[Method]:
     "The class of a method; a module is imported only where the caller named it or a package declares it."
     if name not in METHODS and name in MODULES:
         importlib.import_module(f"zsad_nb.methods.{MODULES[name]}")
@@ -188,7 +189,7 @@ def method_class(
 
 
 # %% ../../nbs/methods/06_base.ipynb #39be9cab
-def recorded_name(cls: type) -> str:
+def recorded_name(cls: type[Method]) -> str:
     "What a checkpoint calls a method."
     if cls.__module__.startswith("zsad_nb.") or cls.__module__ == "__main__" or "<locals>" in cls.__qualname__:
         return cls.name
@@ -197,8 +198,8 @@ def recorded_name(cls: type) -> str:
 
 def recorded_class(
     name: str,  # of a method, as a file has it
-    method: str | type | None = None,  # the caller's own word for it
-) -> type:
+    method: str | type[Method] | None = None,  # the caller's own word for it
+) -> type[Method]:
     "The class of a method that a file names; no module is imported on the word of the file alone."
     if method is not None:
         cls = method if isinstance(method, type) else method_class(method)
@@ -220,7 +221,7 @@ def recorded_class(
 
 
 # %% ../../nbs/methods/06_base.ipynb #5afdadf2
-def _parameters_of(cls: type, parameters: dict) -> dict:
+def _parameters_of(cls: type[Method], parameters: dict) -> dict:
     "Parameters under today's names; one that does not exist raises."
     fields = [f.name for f in dataclasses.fields(cls.Parameters)]
     if cls.compat:  # older versions: one switch for all of these, and None for those that it decides
@@ -243,7 +244,7 @@ def create(
     return _made(method_class(name), engine, precision, parameters)
 
 
-def _made(cls: type, engine: str, precision: str, parameters: dict) -> Method:
+def _made(cls: type[Method], engine: str, precision: str, parameters: dict) -> Method:
     return cls(cls.Parameters(**_parameters_of(cls, parameters))).use_engine(engine, precision)
 
 
@@ -261,7 +262,9 @@ class Description(pd.DataFrame):
 
 def describe(
     name: str | Method,  # a name as for `create`, or a method that was made
-    categories=None,  # names of classes, or an Index: show what the sentences call them
+    categories: Iterable[str]
+    | pd.DataFrame
+    | None = None,  # names of classes, or an Index: show what the sentences call them
     **parameters,  # of a method given by name, for its sentences
 ) -> pd.DataFrame:  # a `Description`, or with categories: category, words, prompt, prompts, shared_with, unread
     """A method's parameters: parameter, default, allowed, source, help; `.variants` is a second table.
@@ -297,7 +300,7 @@ def describe(
 
 # %% ../../nbs/methods/06_base.ipynb #7eeb9f5a
 def reference_images(
-    images,  # (k, 3, H, W) RGB in [0, 1], or a Batch of normal images of one class
+    images: Any,  # (k, 3, H, W) RGB in [0, 1], or a Batch of normal images of one class
 ) -> Tensor:  # (k, 3, H, W)
     "What a few-shot method may remember: an image labelled anomalous, or another class among them, raises."
     if hasattr(images, "image"):
@@ -382,7 +385,7 @@ def _verify(tensors: dict, header: dict, path: Path):
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
-def _check_texts(cls: type, parameters: dict, changes: dict, path: Path):
+def _check_texts(cls: type[Method], parameters: dict, changes: dict, path: Path):
     "A checkpoint holds sentences and phrases themselves; a file that it names instead is not read."
     free = {
         f.name for f in dataclasses.fields(cls.Parameters) if not isinstance(f.metadata["allowed"], tuple)
@@ -432,7 +435,7 @@ def _check_paths(
             )
 
 
-def _built(header: dict, method: str | type | None, changes: dict, path: Path) -> Method:
+def _built(header: dict, method: str | type[Method] | None, changes: dict, path: Path) -> Method:
     "The method of a header, whatever the header holds; what goes wrong is said with the file's name."
     try:
         cls = recorded_class(header["method"], method)
@@ -460,7 +463,7 @@ def _built(header: dict, method: str | type | None, changes: dict, path: Path) -
 def load(
     path: str | Path,  # written by `save`
     # its method, where that is one of your own that no installed package declares: package.module:Class, or the class
-    method: str | type | None = None,
+    method: str | type[Method] | None = None,
     # parameters to change, such as weights=PATH where the backbone's file moved; engine and precision, else the file's
     **changes,
 ) -> Method:  # on the CPU
@@ -518,7 +521,8 @@ def require_importer(name: str) -> Callable:
 def import_released(
     method: Method,  # created with the sizes of the checkpoint: towers, taps, tokens
     path: str | Path,  # a file of the method's authors, or the same names in safetensors
-    trained_on=(),  # data sets, or "dataset/category", of the images it was trained on: no file says so
+    trained_on: Sequence[str]
+    | str = (),  # data sets, or "dataset/category", of the images it was trained on: no file says so
     **options,  # of the method's own `import_released`
 ) -> Method:  # the same method, with the checkpoint's tensors
     "Load a checkpoint of the method's authors; nothing in it is executed, every key that does not fit is named."
@@ -531,7 +535,7 @@ def import_released(
 
 def load_released(
     released: str,  # METHOD=FILE: a method's name and a checkpoint of its authors
-    trained_on=(),  # as of `import_released`
+    trained_on: Sequence[str] | str = (),  # as of `import_released`
     **parameters,  # of the method; default: the towers that the authors trained with
 ) -> Method:  # on the CPU
     "A method with a checkpoint of its authors, built for the towers that the file needs."

@@ -7,8 +7,10 @@ __all__ = ["FORMER", "BayesPFL", "released_names", "own_names", "import_released
 
 # %% ../../nbs/methods/23_bayes_pfl.ipynb #3adb566b
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Self
 
 import pandas as pd
 import torch
@@ -31,6 +33,7 @@ from zsad_nb.components.prompt_flow import (
     start_small,
 )
 from ..components.text_attention import RCA, PatchFusion
+from ..data.images import Batch
 from .base import Prediction, register
 from .bayes_pfl_parameters import BayesPFLParameters
 from .class_range import RangedMethod, stretch
@@ -133,7 +136,7 @@ class BayesPFL(RangedMethod):
         self.class_mapping, self.image_mapping = (start_small(nn.Linear(width, width)) for _ in range(2))
         self.fuse = start_small(PatchFusion(b.width, len(b.taps), width))
         self.log_scale = nn.Parameter(torch.full((2,), -math.log(p.tau)))  # of the image part, of the maps
-        self._seeds = {}
+        self._seeds: dict = {}
 
     @classmethod
     def depends_on_others(cls, parameters: dict) -> bool:
@@ -157,14 +160,14 @@ class BayesPFL(RangedMethod):
         self.p = replace(self.p, second_stage=True)
         return self
 
-    def next_stage(self, recipe):
+    def next_stage(self, recipe: Any):
         "After the first stage the second: a third of its epochs (ours), at a constant rate (code)."
         if self.p.second_stage:
             return None
         self.second_stage()
         return recipe.change(epochs=math.ceil(recipe.epochs / 3), schedule="constant", warmup=0.0)
 
-    def prepare(self, index: pd.DataFrame, training: bool = False) -> "BayesPFL":
+    def prepare(self, index: pd.DataFrame, training: bool = False) -> Self:
         "As of any method with ranges; the noise of another test set is forgotten."
         self._seeds = {}
         return super().prepare(index, training)
@@ -172,13 +175,13 @@ class BayesPFL(RangedMethod):
 
 # %% ../../nbs/methods/23_bayes_pfl.ipynb #967d537e
 @patch(cls_method=True)
-def class_sentences(cls: BayesPFL, p, category: str) -> list[str]:
+def class_sentences(cls: BayesPFL, p: BayesPFLParameters, category: str) -> list[str]:
     "Every sentence that names the class."
     return [" ".join(["X"] * (p.context + p.state) + [cls.spell(p)(category)])]  # X holds a learned vector's place
 
 
 @patch
-def encode(self: BayesPFL, batch) -> dict[str, Tensor]:
+def encode(self: BayesPFL, batch: Batch) -> dict[str, Tensor]:
     "Patches (B, N, D) of every tap as the blocks leave them, image embedding (B, C), not normalised."
     seen = self.clip(batch.image)
     taps = {f"tap_{t}": patches for t, patches in zip(self.clip.taps, seen.patches)}
@@ -193,7 +196,7 @@ def training_noise(
 ) -> dict:  # name of a flow -> (B, 1, C); (1, 1, C) for the states
     "New noise for every image's context, and one draw of either state for the whole batch (code)."
     width = self.text.width
-    like = dict(device=self.device, dtype=self.log_scale.dtype)
+    like: dict = dict(device=self.device, dtype=self.log_scale.dtype)
     # drawn flat: several devices share out draws whose first size is their number of images
     states = torch.randn(2 * width, **like).view(2, 1, 1, width)
     return dict(zip(STATES, states), context=torch.randn(count, 1, width, **like))
@@ -302,7 +305,7 @@ def top_mean(self: BayesPFL, maps: Tensor, categories: list) -> Tensor:  # (B,)
 
 # %% ../../nbs/methods/23_bayes_pfl.ipynb #9bb57d22
 @patch
-def forward(self: BayesPFL, features: dict, batch) -> Prediction:
+def forward(self: BayesPFL, features: dict, batch: Batch) -> Prediction:
     "A whole batch in training; in evaluation one image after the other: the same numbers in any batch."
     if self.training:
         return self.trained_on_batch(features, batch.category, tuple(batch.image.shape[-2:]))
@@ -317,7 +320,7 @@ def forward(self: BayesPFL, features: dict, batch) -> Prediction:
 
 
 @patch
-def judged(self: BayesPFL, features: dict, batch) -> dict:
+def judged(self: BayesPFL, features: dict, batch: Batch) -> dict:
     "What evaluation sees: image (B, 2, P), levels (B, L, H, W), probability (B,), top_mean (B,)."
     size = tuple(batch.image.shape[-2:])
     rows = []
@@ -363,7 +366,7 @@ def reconstruction(self: BayesPFL, drawn: dict, cls: Tensor) -> Tensor:  # (B,)
 
 # %% ../../nbs/methods/23_bayes_pfl.ipynb #3cd21ad6
 @patch
-def loss(self: BayesPFL, prediction: Prediction, batch) -> dict[str, Tensor]:
+def loss(self: BayesPFL, prediction: Prediction, batch: Batch) -> dict[str, Tensor]:
     "CE + focal + dice of every tap + 0.01 KL + orthogonality; CE alone in the second stage (code)."
     p = self.p
     found = prediction.layers
@@ -408,7 +411,7 @@ def param_groups(self: BayesPFL) -> list[dict]:
         stage = ("class_mapping.", "image_mapping.", "fuse.")
         return [dict(params=[q for n, q in own.items() if n.startswith(stage)], lr=p.lr_linear)]
     fast = ("prompts.", "flows.planes.", "flows.heads.")
-    kinds = [[], [], []]
+    kinds: list[list] = [[], [], []]
 
     def kind_of(name: str) -> int:
         if name.startswith(fast):
@@ -426,7 +429,7 @@ def measures_ranges(self: BayesPFL) -> bool:
 
 
 @patch
-def measured(self: BayesPFL, features: dict, batch) -> Tensor:  # (B, 2)
+def measured(self: BayesPFL, features: dict, batch: Batch) -> Tensor:  # (B, 2)
     "Probability and mean of the largest pixels of every image, not stretched."
     judged = self.judged(features, batch)
     return torch.stack([judged["probability"], judged["top_mean"]], 1)
@@ -471,7 +474,7 @@ def own_names(
     path: str | Path,  # for the message
 ) -> dict:  # every module once, planes of the states without axes of length 1
     "Encoders and decoders that a file holds under several names must be the same everywhere."
-    found = {}
+    found: dict = {}
     for key, tensor in flat.items():
         flow, _, rest = key.removeprefix("MyModel.").partition(".")
         part = rest.split(".")[0]
@@ -492,7 +495,7 @@ def own_names(
 def import_released(
     method: BayesPFL,  # created with the checkpoint's towers, taps, bank, lengths and planes
     path: str | Path,  # a released .pth, or the same names in safetensors
-    trained_on=(),  # "dataset/category" of its training images, so that `evaluate` can mark them
+    trained_on: Sequence[str] | str = (),  # "dataset/category" of its training images, so that `evaluate` can mark them
     second_stage: bool = True,  # the image part as the second stage left it; False: as the first did
 ) -> BayesPFL:  # the same method, with the checkpoint's tensors
     "Load a checkpoint of the released code; nothing in it is executed, every key that does not fit is named."

@@ -7,6 +7,8 @@ __all__ = ["prompt_table", "check_names", "check_index"]
 
 # %% ../../nbs/methods/01_class_names.ipynb #7a20c003
 import warnings
+from collections.abc import Collection, Iterable
+from typing import Any
 
 import pandas as pd
 
@@ -26,10 +28,10 @@ def _tokens(sentence: str, text=None) -> tuple:
 
 
 def prompt_table(
-    method,  # a method, or its class
-    parameters,  # of the method
-    categories,  # names of classes
-    text=None,  # the text tower; None: one that knows every word
+    method: Any,  # a method, or its class
+    parameters: Any,  # of the method
+    categories: Iterable[str],  # names of classes
+    text: Any = None,  # the text tower; None: one that knows every word
 ) -> pd.DataFrame:  # category, words, prompt (the first of `prompts`), shared_with, unread
     "What a method's sentences call every class."
     rows = []
@@ -58,9 +60,9 @@ _PUBLISHED_SETS = set(READERS) - {"mvtec_like", "folder"}
 
 
 def check_names(
-    method,  # with a `text` tower, where it reads names
-    categories,  # names of classes
-    published=(),  # those whose sharing is the field's own
+    method: Any,  # with a `text` tower, where it reads names
+    categories: Iterable[str],  # names of classes
+    published: Collection[str] = (),  # those whose sharing is the field's own
 ):
     "Refuse a class whose name does not fit, tell of classes that the sentences cannot tell apart."
     categories = sorted(set(categories))
@@ -102,7 +104,7 @@ def check_names(
         )
 
 
-def check_index(method, index: pd.DataFrame):
+def check_index(method: Any, index: pd.DataFrame):
     "`check_names` for the classes of an Index."
     own = ~index["dataset"].isin(_PUBLISHED_SETS)
     check_names(method, index["category"], set(index["category"]) - set(index["category"][own]))

@@ -7,12 +7,15 @@ __all__ = ["stretch", "ClassRange", "RangedMethod"]
 
 # %% ../../nbs/methods/08_class_range.ipynb #a41c0003
 from collections.abc import Callable
+from typing import Self
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from ..data.images import batches
+from ..backbones.features import FeatureCache
+from ..core.parameters import ParameterSet
+from ..data.images import Batch, batches
 from ..data.index import root_of
 from .method import Method
 
@@ -37,8 +40,8 @@ class ClassRange:
 
     def __init__(self, method: str):  # its name, for messages
         self.method = method
-        self.tables = {}
-        self.found = {}
+        self.tables: dict = {}
+        self.found: dict = {}
         self.interpolation = "bicubic"
 
     def prepare(
@@ -97,41 +100,41 @@ class ClassRange:
 class RangedMethod(Method):
     "A method one of whose scores may be stretched over all test images of a class."
 
-    def __init__(self, parameters):
+    def __init__(self, parameters: ParameterSet):
         super().__init__(parameters)
         self._ranges = ClassRange(self.name)
-        self._cache = None  # also serves the other images of a class
+        self._cache: FeatureCache | None = None  # also serves the other images of a class
 
     def measures_ranges(self) -> bool:
         "Do the parameters ask for a stretched score?"
         raise NotImplementedError
 
-    def measured(self, features: dict, batch) -> Tensor:  # (B,) or (B, K)
+    def measured(self, features: dict, batch: Batch) -> Tensor:  # (B,) or (B, K)
         "What is stretched."
         raise NotImplementedError
 
-    def prepare(self, index: pd.DataFrame, training: bool = False) -> "RangedMethod":
+    def prepare(self, index: pd.DataFrame, training: bool = False) -> Self:
         "The stretched score is measured against the index; nothing else depends on it."
         if index is not None and self.measures_ranges() and not training:
             self._ranges.prepare(index, self.interpolation)
         return super().prepare(index, training)
 
-    def features(self, batch, cache=None) -> dict[str, Tensor]:
+    def features(self, batch: Batch, cache: FeatureCache | None = None) -> dict[str, Tensor]:
         "As of any method; the cache is kept for the other images of a class."
         self._cache = cache
         return super().features(batch, cache)
 
-    def set_test_images(self, batch) -> "RangedMethod":  # itself
+    def set_test_images(self, batch: Batch) -> "RangedMethod":  # itself
         "Instead of an index: the test images of their classes are these, and no others."
         self._ranges.tell(self.measure(batch), batch.category)
         return self
 
     @torch.no_grad()
-    def measure(self, batch) -> Tensor:  # (B,) or (B, K)
+    def measure(self, batch: Batch) -> Tensor:  # (B,) or (B, K)
         "What is stretched, for images of any device."
         batch = batch.to(self.device)
         return self.measured(super().features(batch, self._cache), batch)
 
-    def ranges(self, batch) -> tuple[Tensor, Tensor]:  # smallest and largest, each (B,) or (B, K)
+    def ranges(self, batch: Batch) -> tuple[Tensor, Tensor]:  # smallest and largest, each (B,) or (B, K)
         "The range of every image's class."
         return self._ranges(batch.category, tuple(batch.image.shape[-2:]), self.measure)

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..backbones.towers import create_backbone
 from ..components.maps import to_pixels, top_share_mean
 from ..core.parameters import param
+from ..data.images import Batch
 from .base import Method, Prediction, register
 from .tower_parameters import BackboneParameters
 
@@ -56,11 +57,11 @@ class SelfDistance(Method):
 
         self.grid = (self.backbone.size // self.backbone.patch,) * 2
 
-    def encode(self, batch) -> dict[str, Tensor]:
+    def encode(self, batch: Batch) -> dict[str, Tensor]:
         "Patches (B, N, D) of one tap."
         return dict(patches=self.backbone(batch.image, norm=self.p.norm).patches[0])
 
-    def forward(self, features: dict, batch) -> Prediction:
+    def forward(self, features: dict, batch: Batch) -> Prediction:
         "Distance map, upsampled and smoothed."
         grid = distance_to_mean(features["patches"]).unflatten(1, self.grid)
         pixels = to_pixels(grid, tuple(batch.image.shape[-2:]), self.p.sigma)

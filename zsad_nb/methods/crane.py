@@ -27,6 +27,7 @@ from ..components.losses import dice, focal
 from ..components.maps import to_pixels
 from ..components.sap import SAPParameters, image_feature, pool, pooling_weights
 from ..core.parameters import param, restated
+from ..data.images import Batch
 from .anomalyclip import import_released
 from .base import Method, Prediction, register
 from .variants import Variant
@@ -118,7 +119,7 @@ class Crane(Method):
 
     name = "crane"
     Parameters = CraneParameters
-    compat = dict(deep_half=True, aliased=True)
+    compat: dict = dict(deep_half=True, aliased=True)
     released_towers = dict(clip="clip-vitl14-336", image_size=518)
     recipe = dict(
         epochs=5, batch_size=8, optimiser="adam", betas=(0.6, 0.999), weight_decay=0.0, schedule="constant", seed=111
@@ -194,7 +195,7 @@ def both_paths(
 
 
 @patch
-def encode(self: Crane, batch) -> dict[str, Tensor]:
+def encode(self: Crane, batch: Batch) -> dict[str, Tensor]:
     "Everything visual."
     return self.both_paths(batch.image)[0]
 
@@ -242,7 +243,7 @@ def grid_of(self: Crane, name: str) -> tuple:
 
 
 @patch
-def forward(self: Crane, features: dict, batch) -> Prediction:
+def forward(self: Crane, features: dict, batch: Batch) -> Prediction:
     "Mean of the upsampled logits or probabilities, smoothed in evaluation only; score of the pooled image feature."
     p = self.p
     size = tuple(batch.image.shape[-2:])
@@ -260,7 +261,7 @@ def forward(self: Crane, features: dict, batch) -> Prediction:
 
 
 @patch
-def loss(self: Crane, prediction: Prediction, batch) -> dict[str, Tensor]:
+def loss(self: Crane, prediction: Prediction, batch: Batch) -> dict[str, Tensor]:
     "2 focal + 2 dice of every local feature's map + 0.2 cross-entropy of the image feature (code)."
     p = self.p
     size = tuple(batch.mask.shape[-2:])
@@ -296,7 +297,7 @@ class CranePlus(Crane):
 
     name = "crane_plus"
     Parameters = CranePlusParameters
-    compat = dict(deep_half=True, aliased=True, batch_mean=True)
+    compat: dict = dict(deep_half=True, aliased=True, batch_mean=True)
     released_towers = dict(clip="clip-vitl14-336", image_size=518, dino="dinov2-vitb14-reg", dino_size=518)
     readings = {
         "released": Variant(
@@ -355,7 +356,7 @@ class CranePlus(Crane):
             dim=-1,
         )
 
-    def encode(self, batch) -> dict[str, Tensor]:
+    def encode(self, batch: Batch) -> dict[str, Tensor]:
         "Everything visual, of both towers."
         found, seen = self.both_paths(batch.image, value_taps=(self.clip.depth,), value_from=self.p.value_from)
         return dict(found, d_attn=self.d_attention(batch.image, seen))

@@ -16,8 +16,10 @@ __all__ = [
 
 # %% ../../nbs/methods/12_dapo.ipynb #b94bce38
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -38,7 +40,7 @@ from ..components.deep_tokens import image_tokens, see_deep
 from ..components.losses import dice
 from ..components.maps import to_pixels, top_share_mean
 from ..core.parameters import ParameterSet, param, restated
-from ..data.images import defect_names
+from ..data.images import Batch, defect_names
 from ..data.index import GOOD
 from ..data.taxonomy import check_types, index_types, label_types, plain, type_words
 from .base import Method, Prediction, load_tensors, register
@@ -68,10 +70,10 @@ class TypeParameters(ParameterSet, frozen=False):
 class TypeMethod(Method):
     "A method with a list of defect types; its parameters are a `TypeParameters`, and it has a `text` tower."
 
-    def __init__(self, parameters):
+    def __init__(self, parameters: Any):
         super().__init__(parameters)
         p = parameters
-        self._kinds = None
+        self._kinds: dict | None = None
         if p.types_from not in ("", "given", "index"):
             raise ValueError(f"types_from={p.types_from!r}; use given or index")
         if p.words is not None and not isinstance(p.types, (list, tuple)):
@@ -113,8 +115,8 @@ class TypeMethod(Method):
 
     def set_types(
         self,
-        types,  # names; or one name: a data set of the taxonomy
-        words=None,  # of their prompts; default: the names
+        types: Sequence[str] | str,  # names; or one name: a data set of the taxonomy
+        words: Sequence[str] | None = None,  # of their prompts; default: the names
     ) -> "TypeMethod":  # itself
         "Ask about other types from now on; an index no longer changes them."
         self._take(type_words(types) if isinstance(types, str) else dict(zip(*check_types(types, words))))
@@ -155,7 +157,7 @@ class TypeMethod(Method):
         self._kinds = kinds
         return super().prepare(index, training)
 
-    def kinds(self, batch) -> Tensor:  # (B,) 0 for an image without defect, else the number of its type from 1
+    def kinds(self, batch: Batch) -> Tensor:  # (B,) 0 for an image without defect, else the number of its type from 1
         "The types of a batch's images."
         if self._kinds is None:
             raise ValueError(
@@ -176,19 +178,19 @@ class TypeMethod(Method):
         self,
         layers: dict,  # of a Prediction
         size: tuple,  # (H, W)
-        keep=None,  # numbers of the types to choose from, from 1; default: all
+        keep: Sequence[int] | None = None,  # numbers of the types to choose from, from 1; default: all
     ) -> Tensor:  # (B, 1 + K, H, W): normal first; their sum is the number of taps
         "How much of every pixel belongs to which state."
         raise NotImplementedError
 
-    def type_scores(self, layers: dict, maps: Tensor, keep=None) -> Tensor:  # (B, K)
+    def type_scores(self, layers: dict, maps: Tensor, keep: Sequence[int] | None = None) -> Tensor:  # (B, K)
         "How much of every image belongs to which type; `maps` are its type maps."
         raise NotImplementedError
 
 
 def chosen(
     x: Tensor,  # (B, 1 + K, ...)
-    keep=None,  # numbers of types from 1; None: all
+    keep: Sequence[int] | None = None,  # numbers of types from 1; None: all
 ) -> Tensor:  # (B, 1 + len(keep), ...)
     "Normal and some of the types."
     return x if keep is None else x[:, [0, *keep]]
@@ -198,6 +200,8 @@ def segment(
     prediction: Prediction,  # of a method with types, as `predict` gives it
 ) -> Tensor:  # (B, H, W) 0 normal, k the k-th type
     "The largest state of every pixel (section 6)."
+    if prediction.type_map is None:
+        raise ValueError("this prediction has no types of defects; take one of dapo or multiads")
     return torch.cat([prediction.layers["normal"][:, None], prediction.type_map], 1).argmax(1)
 
 
@@ -239,7 +243,7 @@ class DAPO(TypeMethod):
     name = "dapo"
     encodes = False
     Parameters = DAPOParameters
-    compat = dict(causal=False, true_end=False)
+    compat: dict = dict(causal=False, true_end=False)
     released_towers = dict(clip="clip-vitl14-336", image_size=518, clip_taps=(6, 12, 18, 24))
     recipe = dict(
         epochs=2, batch_size=8, optimiser="adam", betas=(0.5, 0.999), weight_decay=0.0, schedule="constant", seed=42
@@ -275,7 +279,7 @@ class DAPO(TypeMethod):
         self.adapters = nn.ModuleDict({f"tap_{t}": nn.Linear(b.width, b.tower.proj.shape[1]) for t in b.taps})
         self._first_types()
 
-    def encode(self, batch) -> None:
+    def encode(self, batch: Batch) -> None:
         "Nothing is frozen before the tokens join the input."
         return None
 
@@ -297,18 +301,18 @@ class DAPO(TypeMethod):
         whole = F.normalize(seen.cls @ b.tower.proj, dim=-1)
         return found | dict(image=whole @ torch.stack([z[0], abnormal]).T / p.tau, image_types=whole @ z.T / p.tau)
 
-    def type_maps(self, layers: dict, size: tuple, keep=None) -> Tensor:  # (B, 1 + K, H, W)
+    def type_maps(self, layers: dict, size: tuple, keep: Sequence[int] | None = None) -> Tensor:  # (B, 1 + K, H, W)
         "Softmax of every tap, their sum, then pixels: enlarging is linear (section 6)."
         maps = enlarge(sum(chosen(v, keep).softmax(1) for k, v in layers.items() if k.startswith("tap_")), size)
         return to_pixels(maps, size, self.p.sigma) if self.p.sigma > 0 and not self.training else maps
 
-    def type_scores(self, layers: dict, maps: Tensor, keep=None) -> Tensor:  # (B, K)
+    def type_scores(self, layers: dict, maps: Tensor, keep: Sequence[int] | None = None) -> Tensor:  # (B, K)
         "Probabilities of the class token over {normal, types} (section 6), or the top pixels of the types' maps (ours)."
         if self.p.type_from == "image":
             return chosen(layers["image_types"], keep).softmax(-1)[:, 1:]
         return top_share_mean(maps[:, 1:].flatten(0, 1), self.p.top_share).unflatten(0, (len(maps), -1))
 
-    def forward(self, features: None, batch) -> Prediction:
+    def forward(self, features: None, batch: Batch) -> Prediction:
         "Maps at the batch's size and scores; the maps of all types in evaluation mode only."
         layers = self.seen(batch.image)
         size = tuple(batch.image.shape[-2:])
@@ -322,13 +326,13 @@ class DAPO(TypeMethod):
             maps[:, 1:].sum(1), score, {**layers, "normal": maps[:, 0]}, maps[:, 1:], self.type_scores(layers, maps)
         )
 
-    def loss(self, prediction: Prediction, batch) -> dict[str, Tensor]:
+    def loss(self, prediction: Prediction, batch: Batch) -> dict[str, Tensor]:
         "Focal over the types and two dice losses, summed over the taps; binary cross-entropy of the image (section 5)."
         p = self.p
         layers = prediction.layers
         mask = batch.mask[:, 0]
         kind = self.kinds(batch)
-        parts = dict(focal=0.0, dice_normal=0.0, dice_abnormal=0.0)
+        parts: dict = dict(focal=0.0, dice_normal=0.0, dice_abnormal=0.0)
         for name in self.adapters:
             true, normal = true_and_normal(layers[name], kind, mask)
             parts["focal"] = parts["focal"] + focal_types(true, layers[name].shape[1])

@@ -20,6 +20,7 @@ from ..components.losses import dice, focal
 from ..components.maps import to_pixels
 from ..components.sap import SAP, SAPParameters, image_feature, pool, pooling_weights
 from ..core.parameters import param, restated
+from ..data.images import Batch
 from .base import Method, Prediction, register
 from zsad_nb.methods.tower_parameters import (
     ClipParameters,
@@ -236,7 +237,7 @@ class DMASAP(Method):
 
 # %% ../../nbs/methods/09_dma_sap.ipynb #8cd89380
 @patch
-def encode(self: DMASAP, batch) -> dict[str, Tensor]:
+def encode(self: DMASAP, batch: Batch) -> dict[str, Tensor]:
     "DINO's patches, CLIP's values (or tokens) of every depth, F_self and the class token in the joint space."
     p = self.p
     clip = self.clip
@@ -340,7 +341,7 @@ def _tokens(self: DMASAP, fused: Tensor, features: dict) -> list[Tensor]:  # eac
 
 # %% ../../nbs/methods/09_dma_sap.ipynb #049d9fb4
 @patch
-def forward(self: DMASAP, features: dict, batch) -> Prediction:
+def forward(self: DMASAP, features: dict, batch: Batch) -> Prediction:
     "Mean of the upsampled logits, softmax, abnormal channel; smoothed in evaluation mode only."
     p = self.p
     size = tuple(batch.image.shape[-2:])
@@ -358,7 +359,7 @@ def forward(self: DMASAP, features: dict, batch) -> Prediction:
 
 
 @patch
-def loss(self: DMASAP, prediction: Prediction, batch) -> dict[str, Tensor]:
+def loss(self: DMASAP, prediction: Prediction, batch: Batch) -> dict[str, Tensor]:
     "Focal + dice of the maps, cross-entropy of the image feature over the two prompts (section on losses; Crane)."
     p = self.p
     size = tuple(batch.mask.shape[-2:])

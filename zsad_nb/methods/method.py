@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 import pandas as pd
 import torch
@@ -25,7 +25,9 @@ from ..backbones.ensembles import spelling
 from ..backbones.features import FeatureCache, one_by_one
 from ..backbones.products import fast_products
 from ..backbones.towers import BACKBONES, Features, Frozen
+from ..core.parameters import ParameterSet
 from ..core.settings import usual_defaults
+from ..data.images import Batch
 from ..data.method_images import require_read_for
 from .class_names import check_index
 from .variants import AllVariants, Variant
@@ -54,13 +56,14 @@ class Method(nn.Module):
     "Base of every method: backbone(s), parameters, learned part, prediction."
 
     name: str = ""
-    Parameters: type  # a ParameterSet
+    Parameters: type[ParameterSet]
+    _definition: str  # of this class in this process, see `graph_key`
     encodes = True  # False: learned tokens act inside the backbone, see `look`
     features_version: str | None = None  # for methods outside this package, see `encode_key`
     # other ways to run the whole method: as released to the letter, repaired, as the paper reads, ours
     readings: dict[str, Variant] = {}
     ablations: dict[str, dict] = {}  # the paper's ablations as named parameter sets
-    studies: dict[str, dict[str, dict]] = {}  # its other tables and sweeps, likewise
+    studies: dict[str, dict] = {}  # its other tables and sweeps, likewise
     variants = AllVariants()  # all of these by name: create(name, **Method.variants["..."])
     # names of parameters in older versions -> today's
     renamed: dict[str, str] = {"positions": "position_resize", "naming": "names"}
@@ -70,21 +73,23 @@ class Method(nn.Module):
     # True: a prediction depends on other test images; marked in every table. A variant can set it on the object
     transductive = False
     released_towers: dict = {}  # parameters of the towers that the files of its authors were trained with
-    released_name = None  # a staticmethod, name -> words: how the release writes a class's name, for names="released"
+    # name -> words: how the release writes a class's name, for names="released"; a staticmethod
+    released_name: Callable[[str], str] | None = None
     judged_with: dict = {}  # parameters while an epoch is judged on other images, see `zsad_nb.training.stages`
     engine: Engine | None = None  # None: PyTorch in fp32; see `use_engine`
 
     def __init_subclass__(cls, **kwargs):
         "Functions that are called from outside run with the usual defaults; every key holds the towers and the engine."
         super().__init_subclass__(**kwargs)
-        cls._definition = secrets.token_hex(8)  # of this class in this process, see `graph_key`
-        for name in ("prepare", "set_types", "set_references"):
+        cls._definition = secrets.token_hex(8)
+        from_outside: dict[str, Callable] = {
+            name: usual_defaults() for name in ("prepare", "set_types", "set_references")
+        }
+        for name, wrap in (from_outside | {"encode_key": _with_towers}).items():
             if name in cls.__dict__:
-                setattr(cls, name, usual_defaults()(cls.__dict__[name]))
-        if "encode_key" in cls.__dict__:
-            cls.encode_key = _with_towers(cls.__dict__["encode_key"])
+                setattr(cls, name, wrap(cls.__dict__[name]))
 
-    def __init__(self, parameters):
+    def __init__(self, parameters: Any):
         super().__init__()
         self.p = parameters  # read as self.p.sigma
         self.transductive = self.depends_on_others(dataclasses.asdict(parameters))
@@ -92,7 +97,7 @@ class Method(nn.Module):
         self.released: dict | None = None  # the file of its authors that it began with: file, sha256
         self.fitted: dict = {}  # recipe, size and precision of the last training, as `fit` leaves them
 
-    def encode(self, batch) -> dict[str, Tensor] | Features | None:
+    def encode(self, batch: Batch) -> dict[str, Tensor] | Features | None:
         "Frozen features of a batch, image first in every tensor; None where the learned part acts inside the backbone."
         raise NotImplementedError
 
@@ -103,7 +108,7 @@ class Method(nn.Module):
         "Where learned tokens act inside the backbone (`encodes` is False): all up to the patch grid."
         raise NotImplementedError
 
-    def loss(self, prediction: Prediction, batch) -> dict[str, Tensor]:
+    def loss(self, prediction: Prediction, batch: Batch) -> dict[str, Tensor]:
         "Loss terms with their sum under `total`."
         raise NotImplementedError(f"{self.name} is training-free: it has no loss")
 
@@ -116,13 +121,13 @@ class Method(nn.Module):
 
     def next_stage(
         self,
-        recipe,  # of the stage that has ended
+        recipe: Any,  # of the stage that has ended
     ):  # a Recipe, or None: it was the last
         "Where training has several stages: begin the next one, and return how it is trained."
         return None
 
     @usual_defaults()
-    def prepare(self, index: pd.DataFrame, training: bool = False) -> "Method":
+    def prepare(self, index: pd.DataFrame, training: bool = False) -> Self:
         "Called with the index before training or testing on it: class names are checked; types of defects are read."
         if index is not None:
             check_index(self, index)
@@ -137,7 +142,7 @@ def backbones(self: Method) -> dict[str, Frozen]:
 
 
 @patch
-def learned(self: Method) -> dict[str, nn.Parameter]:  # name -> parameter
+def learned(self: Method) -> dict[str, Tensor]:  # name -> parameter
     "Everything that is trained and saved: the parameters outside the backbones."
     frozen = {id(p) for b in self.backbones().values() for p in b.parameters()}
     return {n: p for n, p in self.named_parameters() if id(p) not in frozen}
@@ -192,6 +197,7 @@ def _is_foreign(method: Method) -> bool:
 
 
 @patch
+@_with_towers
 def encode_key(self: Method) -> dict | None:
     "All that `encode` depends on besides the image, JSON-able; None: its features are not kept."
     version = {}
@@ -201,9 +207,6 @@ def encode_key(self: Method) -> dict | None:
         own = type(self)
         version = dict(code=f"{own.__module__}:{own.__qualname__}", version=str(self.features_version))
     return dict(method=self.name, parameters=self.p.frozen_values(), **version) if self.encodes else None
-
-
-Method.encode_key = _with_towers(Method.encode_key)
 
 
 @patch
@@ -217,22 +220,24 @@ def graph_key(self: Method) -> dict:
 
 
 @patch
-def features(self: Method, batch, cache: FeatureCache | None = None) -> dict[str, Tensor] | Features | None:
+def features(self: Method, batch: Batch, cache: FeatureCache | None = None) -> Any:  # what `encode` returns
     "`encode` in the method's engine; image by image through a cache, where there is one and the features have a key."
     require_read_for(self, batch)
-    encode = self.encode
-    if self.engine is not None and self.encodes:
+    encode: Callable = self.encode
+    engine = self.engine
+    if engine is not None and self.encodes:
 
-        def encode(batch):
-            return self.engine(self, self._frozen, self.graph_key(), batch.image)
+        def by_engine(batch):
+            return engine(self, self._frozen, self.graph_key(), batch.image)
 
+        encode = by_engine
     key = None if cache is None else self.encode_key()
-    return encode(batch) if key is None else cache(key, batch, one_by_one(encode))
+    return encode(batch) if cache is None or key is None else cache(key, batch, one_by_one(encode))
 
 
 @patch
 def _frozen(self: Method, image: Tensor):
-    return self.encode(SimpleNamespace(image=image))
+    return self.encode(SimpleNamespace(image=image))  # type: ignore[arg-type]  # frozen features read nothing else
 
 
 # %% ../../nbs/methods/05_method.ipynb #4b3d34a0
@@ -269,7 +274,7 @@ def lowered(self: Method) -> contextlib.AbstractContextManager:
 @usual_defaults()
 @fast_products()
 @torch.inference_mode()
-def predict(self: Method, batch, cache: FeatureCache | None = None) -> Prediction:  # on the method's device
+def predict(self: Method, batch: Batch, cache: FeatureCache | None = None) -> Prediction:  # on the method's device
     "Prediction of one batch in evaluation mode; but for rounding, it does not depend on the batch's size or company."
     was = self.training
     batch = batch.to(self.device)
@@ -282,19 +287,19 @@ def predict(self: Method, batch, cache: FeatureCache | None = None) -> Predictio
 
 # %% ../../nbs/methods/05_method.ipynb #f3f279a0
 @patch(cls_method=True)
-def spell(cls: Method, p) -> Callable:  # name -> words
+def spell(cls: Method, p: Any) -> Callable:  # name -> words
     "How a set of parameters writes a class's name, as its `names` says."
     return spelling(p.names, cls.released_name)
 
 
 @patch(cls_method=True)
-def class_sentences(cls: Method, p, category: str) -> list[str]:
+def class_sentences(cls: Method, p: Any, category: str) -> list[str]:
     "The sentences that name a class, a normal one first, for a set of parameters; [] where no class is named."
     return []
 
 
 @patch(cls_method=True)
-def tables(cls: Method) -> dict[str, dict[str, dict]]:  # name of a table -> name of a row -> parameters
+def tables(cls: Method) -> dict[str, dict]:  # name of a table -> name of a row -> parameters
     "The named parameter sets, table by table: what the notebook `ablation` can train side by side."
     return {"ablations": cls.ablations, "readings": cls.readings, **cls.studies}
 

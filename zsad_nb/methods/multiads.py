@@ -16,8 +16,10 @@ __all__ = [
 
 # %% ../../nbs/methods/13_multiads.ipynb #f251a349
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from fastcore.basics import patch
@@ -39,6 +41,7 @@ from ..components.dapo_prompts import enlarge, focal_types, type_logits
 from ..components.losses import dice
 from ..components.maps import to_pixels
 from ..core.parameters import param, restated
+from ..data.images import Batch
 from ..data.taxonomy import plain, type_words
 from .base import Prediction, register
 from .dapo import TypeMethod, TypeParameters, chosen
@@ -101,7 +104,7 @@ def read_phrases(
 # %% ../../nbs/methods/13_multiads.ipynb #b222b4e2
 def states_of(
     word: str,  # a type's word, or "" for the normal state
-    p,  # parameters with `phrases` and `patterns`
+    p: Any,  # parameters with `phrases` and `patterns`
 ) -> tuple:  # phrases with {} for the object
     "What is said of an object in this state."
     own = (read_phrases(p.phrases) or {}).get(word or "normal")
@@ -252,20 +255,20 @@ class MultiADS(TypeMethod):
         self.clip, self.text = clip_towers(p, p.clip_taps)
         b = self.clip
         self.adapters = nn.ModuleDict({f"tap_{t}": nn.Linear(b.width, b.tower.proj.shape[1]) for t in b.taps})
-        self._read = {}
+        self._read: dict = {}
         self._first_types()
 
 
 # %% ../../nbs/methods/13_multiads.ipynb #fdc3c10a
 @patch
-def encode(self: MultiADS, batch) -> dict[str, Tensor]:
+def encode(self: MultiADS, batch: Batch) -> dict[str, Tensor]:
     "Raw patches of every tap: no final norm, no projection."
     seen = self.clip(batch.image)
     return {f"tap_{t}": patches for t, patches in zip(self.clip.taps, seen.patches)}
 
 
 @patch(cls_method=True)
-def class_sentences(cls: MultiADS, p, category: str) -> list[str]:
+def class_sentences(cls: MultiADS, p: MultiADSParameters, category: str) -> list[str]:
     "Every sentence that names the class."
     if p.thing:
         return []
@@ -299,20 +302,22 @@ def states(
 
 
 @patch
-def type_maps(self: MultiADS, layers: dict, size: tuple, keep=None) -> Tensor:  # (B, 1 + K, H, W)
+def type_maps(
+    self: MultiADS, layers: dict, size: tuple, keep: Sequence[int] | None = None
+) -> Tensor:  # (B, 1 + K, H, W)
     "Pixels first, softmax second; summed over the taps."
     maps = sum(enlarge(chosen(v, keep), size).softmax(1) for k, v in layers.items() if k.startswith("tap_"))
     return to_pixels(maps, size, self.p.sigma) if self.p.sigma > 0 and not self.training else maps
 
 
 @patch
-def type_scores(self: MultiADS, layers: dict, maps: Tensor, keep=None) -> Tensor:  # (B, K)
+def type_scores(self: MultiADS, layers: dict, maps: Tensor, keep: Sequence[int] | None = None) -> Tensor:  # (B, K)
     "The largest pixels of every type's map."
     return maps[:, 1:].flatten(2).topk(min(self.p.top, maps[0, 0].numel()), -1).values.mean(-1)
 
 
 @patch
-def forward(self: MultiADS, features: dict, batch) -> Prediction:
+def forward(self: MultiADS, features: dict, batch: Batch) -> Prediction:
     "Maps of all types at the batch's size; the image score is the largest value of their sum."
     p = self.p
     side = self.clip.size // self.clip.patch
@@ -331,12 +336,12 @@ def forward(self: MultiADS, features: dict, batch) -> Prediction:
 
 
 @patch
-def loss(self: MultiADS, prediction: Prediction, batch) -> dict[str, Tensor]:
+def loss(self: MultiADS, prediction: Prediction, batch: Batch) -> dict[str, Tensor]:
     "Focal over the types and dice of their sum, summed over the taps (first release) or half their mean (later)."
     p = self.p
     mask = batch.mask[:, 0]
     kind = self.kinds(batch)
-    parts = dict(focal=0.0, dice=0.0)
+    parts: dict = dict(focal=0.0, dice=0.0)
     for name in self.adapters:
         s = enlarge(prediction.layers[name], mask.shape[-2:]).softmax(1)
         true = torch.where(mask, s[torch.arange(len(s), device=s.device), kind], s[:, 0])

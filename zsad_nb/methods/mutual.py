@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backbones.features import FeatureCache
 from ..backbones.towers import create_backbone
 from ..components.maps import to_pixels, top_share_mean
 from ..core.parameters import param, restated
+from ..data.images import Batch
 from ..data.index import root_of
 from ..data.method_images import batches_for
 from .base import Method, Prediction, register
@@ -121,7 +123,9 @@ class Mutual(Method):
         if p.taps is None:
             self.backbone.taps = (self.backbone.depth // 2,)
         self.grid = (self.backbone.size // self.backbone.patch,) * 2
-        self._tables, self._banks, self._cache = None, {}, None
+        self._tables: dict | None = None
+        self._banks: dict = {}
+        self._cache: FeatureCache | None = None
 
     # ---- the test set
     def prepare(self, index: pd.DataFrame, training: bool = False) -> "Mutual":
@@ -158,12 +162,12 @@ class Mutual(Method):
         self._banks = {}
         return self
 
-    def features(self, batch, cache=None) -> dict[str, Tensor]:
+    def features(self, batch: Batch, cache: FeatureCache | None = None) -> dict[str, Tensor]:
         "As of any method; the cache also serves the references."
         self._cache = cache
         return super().features(batch, cache)
 
-    def encode(self, batch) -> dict[str, Tensor]:
+    def encode(self, batch: Batch) -> dict[str, Tensor]:
         "Patches (B, N, D) of every tap."
         seen = self.backbone(batch.image, norm=self.p.norm)
         return {f"tap_{t}": x for t, x in zip(seen.taps, seen.patches)}
@@ -199,11 +203,11 @@ class Mutual(Method):
             self._banks[key] = list(table["image"]), [torch.cat(level) for level in zip(*parts)]
         return self._banks[key]
 
-    def forward(self, features: dict, batch) -> Prediction:
+    def forward(self, features: dict, batch: Batch) -> Prediction:
         "Mean distance over taps and neighbourhoods, upsampled and smoothed."
         size = tuple(batch.image.shape[-2:])
         levels = self.levels(features)
-        rows = [None] * len(batch)
+        rows: list = [None] * len(batch)
         for category in dict.fromkeys(batch.category):  # category by category: its bank is read once
             paths, banks = self.bank(category, size)
             for i in (i for i, c in enumerate(batch.category) if c == category):

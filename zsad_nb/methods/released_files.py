@@ -7,7 +7,9 @@ __all__ = ["split_released", "file_record", "fit_released", "linear_layer_names"
 
 # %% ../../nbs/methods/04_released_files.ipynb #0032b2f3
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,7 +42,7 @@ def file_record(path: str | Path) -> dict:  # file, sha256
 
 # %% ../../nbs/methods/04_released_files.ipynb #f7e8f4db
 def fit_released(
-    method,  # created with the sizes of the checkpoint
+    method: Any,  # created with the sizes of the checkpoint
     flat: dict,  # name -> tensor of the checkpoint, see `released_state`
     names: dict,  # our name -> released name, or the names of the pieces that our tensor is made of
     path: str | Path,  # for the message
@@ -89,7 +91,7 @@ def _released_misfits(places: dict, flat: dict, unused: tuple):
 
 # %% ../../nbs/methods/04_released_files.ipynb #fdc991cb
 def linear_layer_names(
-    method,  # with `adapters`, one a tap
+    method: Any,  # with `adapters`, one a tap
 ) -> dict:  # our name -> released name
     "Names of the linear layers in the released files: the k-th tap is the k-th layer."
     parts = [(t, k, part) for k, t in enumerate(method.clip.taps) for part in ("weight", "bias")]
@@ -97,9 +99,9 @@ def linear_layer_names(
 
 
 def import_linear_layers(
-    method,  # created with the checkpoint's tower and taps
+    method: Any,  # created with the checkpoint's tower and taps
     path: str | Path,  # a released .pth, or the same names in safetensors
-    trained_on=(),  # "dataset/category" of the images it was trained on: no file says so
+    trained_on: Sequence[str] | str = (),  # "dataset/category" of the images it was trained on: no file says so
 ):  # the same method, with the checkpoint's linear layers
     "Load a checkpoint of APRIL-GAN's or MultiADS's authors; every key that does not fit is named."
     fit_released(method, released_state(path)[0], linear_layer_names(method), path)

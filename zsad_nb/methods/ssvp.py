@@ -36,6 +36,7 @@ from ..components.maps import to_pixels
 from ..components.vcpg import VCPG, VCPGParameters, scd, stay_close, tir_fg
 from ..components.vtam import VTAM, VTAMParameters
 from ..core.parameters import param, restated
+from ..data.images import Batch
 from ..data.method_images import batches_for
 from .base import Method, Prediction, register
 from .tower_parameters import ClipParameters, DinoParameters, clip_towers
@@ -214,7 +215,7 @@ class SSVP(Method):
 
 # %% ../../nbs/methods/10_ssvp.ipynb #d03c893c
 @patch
-def encode(self: SSVP, batch) -> dict[str, Tensor]:
+def encode(self: SSVP, batch: Batch) -> dict[str, Tensor]:
     "Both towers: normed patches of every level (B, N, D), CLIP's image embedding (B, C), DINO's class token."
     seen = self.clip(batch.image, norm=True)
     found = {f"clip_{i}": t for i, t in enumerate(seen.patches)} | dict(clip_global=seen.cls @ self.clip.tower.proj)
@@ -226,7 +227,7 @@ def encode(self: SSVP, batch) -> dict[str, Tensor]:
 
 # %% ../../nbs/methods/10_ssvp.ipynb #62cbfc59
 @patch(cls_method=True)
-def class_sentences(cls: SSVP, p, category: str) -> list[str]:
+def class_sentences(cls: SSVP, p: SSVPParameters, category: str) -> list[str]:
     "Every sentence that names the class."
     if p.class_agnostic:
         return []
@@ -267,7 +268,7 @@ def condition(
 
 # %% ../../nbs/methods/10_ssvp.ipynb #ecdf36df
 @patch
-def forward(self: SSVP, features: dict, batch) -> Prediction:
+def forward(self: SSVP, features: dict, batch: Batch) -> Prediction:
     "Map and score (Alg. 1); the map is smoothed in evaluation mode only, the score is taken before."
     size = tuple(batch.image.shape[-2:])
     local, seen, init, final, drawn = self.condition(features, batch.category)
@@ -282,7 +283,7 @@ def forward(self: SSVP, features: dict, batch) -> Prediction:
 
 
 @patch
-def loss(self: SSVP, prediction: Prediction, batch) -> dict[str, Tensor]:
+def loss(self: SSVP, prediction: Prediction, batch: Batch) -> dict[str, Tensor]:
     "L_seg + L_class + lambda_1 L_VAE + lambda_2 L_reg (Eqs 9, 12, 20-22)."
     p = self.p
     found = prediction.layers
@@ -313,7 +314,7 @@ def loss(self: SSVP, prediction: Prediction, batch) -> dict[str, Tensor]:
 @patch
 def param_groups(self: SSVP) -> list[dict]:
     "Prompts at lr_prompts, everything else at lr (section 4.2); the temperature at its own rate, if there is one."
-    kinds = {"prompts": [], "tau": [], "rest": []}
+    kinds: dict[str, list] = {"prompts": [], "tau": [], "rest": []}
     for name, q in self.learned().items():
         kind = "rest"
         if name.startswith("prompts."):
@@ -335,7 +336,7 @@ AUXILIARY = {
     "DINOv3 ViT-L": dict(dino="dinov3-vitl16"),
 }  # Table 5, as changes to PAPER
 SWEEPS = dict(gamma=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0), xi=(0.70, 0.75, 0.80, 0.85, 0.90, 0.95))  # Figs 7, 8
-READINGS = {
+READINGS: dict[str, dict] = {
     "default": {},
     "focal on the levels (Sec. 3.4)": dict(seg_on="levels"),
     "focal on the map (Alg. 3)": dict(seg_on="map"),
@@ -347,7 +348,7 @@ READINGS = {
     "VAE terms summed (Eq. 9)": dict(vae_scale="sum"),
     "DINO's quarters (not Sec. 4.2)": dict(dino_layers="scaled"),
 }
-PARTS = {  # what each part does, and whether the reading or the towers decide it
+PARTS: dict[str, dict] = {  # what each part does, and whether the reading or the towers decide it
     "default": {},
     "unit T_init": Variant(
         "T_init has unit length before the gate, so that alpha can move it.",
@@ -414,7 +415,7 @@ def alignment(
     was = method.training
     cosines = []
     distances = []
-    known = {}
+    known: dict = {}
     method.eval()
     try:
         for batch in batches_for(

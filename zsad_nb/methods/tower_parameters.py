@@ -65,7 +65,7 @@ def clip_towers(
     "Both towers of a CLIP; one without a space for both raises."
     text = create_text(p.clip, p.clip_weights, p.quick_gelu)  # first: its error names the towers that have one
     image = create_backbone(p.clip, p.clip_weights, p.image_size, taps, p.quick_gelu, p.position_resize, interpolation)
-    if getattr(image.tower, "proj", None) is None:
+    if not isinstance(image, ClipBackbone) or getattr(image.tower, "proj", None) is None:
         raise ValueError(f"{p.clip} has no space shared with text; use a CLIP of the backbone table")
     return image, text
 

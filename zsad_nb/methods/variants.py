@@ -7,6 +7,7 @@ __all__ = ["Variant", "AllVariants", "variants_of", "differences", "check_effect
 
 # %% ../../nbs/methods/02_variants.ipynb #873fb533
 from collections.abc import Callable
+from typing import Any
 
 import pandas as pd
 
@@ -57,7 +58,7 @@ class AllVariants:
 
 
 def variants_of(
-    cls: type,  # a method's class
+    cls: Any,  # a method's class
 ) -> pd.DataFrame:  # variant, changes, transductive, what, effect
     "A method's variants, what each of them changes, and by how much."
 
@@ -86,7 +87,7 @@ def differences(
 
 
 def check_effects(
-    cls: type,  # a method's class
+    cls: Any,  # a method's class
     table: pd.DataFrame,  # of `differences`, with variants among its rows
     tolerance: float = 0.2,  # relative: another machine rounds otherwise, and a maximum feels it
 ) -> list[str]:  # the variants whose numbers were held against the table

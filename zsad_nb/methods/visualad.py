@@ -19,6 +19,7 @@ from ..components.losses import angle_margin, dice, focal, image_bce
 from ..components.maps import to_pixels, top_share_mean
 from ..components.visual_tokens import SAF, SCA, VisualTokenParameters, init_tokens, token_contrast
 from ..core.parameters import param, restated
+from ..data.images import Batch
 from .base import Method, Prediction, load_tensors, register
 from .tower_parameters import BackboneParameters
 
@@ -97,7 +98,7 @@ class VisualAD(Method):
         if p.ln_post != "frozen":
             self.norm_weight, self.norm_bias = (nn.Parameter(t.detach().clone()) for t in (b.norm.weight, b.norm.bias))
 
-    def encode(self, batch) -> None:
+    def encode(self, batch: Batch) -> None:
         "Nothing is frozen before the tokens join the input."
         return None
 
@@ -130,7 +131,7 @@ class VisualAD(Method):
         maps, tokens = self.tap_maps(image)
         return {**maps, "tokens": tokens}
 
-    def forward(self, features: Features | None, batch) -> Prediction:
+    def forward(self, features: Features | None, batch: Batch) -> Prediction:
         "Map at the batch's size, score and per-tap maps; smoothed in evaluation mode only, as in the code."
         layers = self.seen(batch.image)
         maps = [m for k, m in layers.items() if k != "tokens"]
@@ -139,7 +140,7 @@ class VisualAD(Method):
         pixels = to_pixels(summed, tuple(batch.image.shape[-2:]), 0 if self.training else self.p.sigma)
         return Prediction(pixels, top_share_mean(pixels, self.p.top_share), layers)
 
-    def loss(self, prediction: Prediction, batch) -> dict[str, Tensor]:
+    def loss(self, prediction: Prediction, batch: Batch) -> dict[str, Tensor]:
         "cls + ctr + seg on unsmoothed maps; seg sums focal and dice over the taps (section 3.5, code)."
         p = self.p
         size = tuple(batch.mask.shape[-2:])
@@ -147,9 +148,10 @@ class VisualAD(Method):
         taps = {k: to_pixels(m, size) for k, m in prediction.layers.items() if k.startswith("tap_")}
         weights = p.tap_weights or (1.0,) * len(taps)
         raw = sum(w * m for w, m in zip(weights, taps.values()))
+        anomaly, normal = prediction.layers["tokens"].unbind(1)
         parts = dict(
             cls=image_bce(top_share_mean(raw, p.top_share), batch.anomalous),
-            ctr=angle_margin(*prediction.layers["tokens"].unbind(1), p.margin),
+            ctr=angle_margin(anomaly, normal, p.margin),
             focal=sum(focal(m.sigmoid(), mask) for m in taps.values()),
             dice=sum(dice(m.sigmoid(), mask) for m in taps.values()),
         )
@@ -257,7 +259,7 @@ def export_released(
     "A checkpoint the authors' code can read."
     own = {k: v.detach().cpu() for k, v in method.learned().items()}
     flat = released_names(method)
-    state = dict(
+    state: dict = dict(
         anomaly_token=own["tokens"][0],
         normal_token=own["tokens"][1],
         layer_transforms={},

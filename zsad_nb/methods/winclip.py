@@ -28,6 +28,7 @@ from ..backbones.towers import ClipBackbone
 from ..backbones.words import NAMES, NAMES_HELP
 from ..components.maps import to_pixels
 from ..core.parameters import param, restated
+from ..data.images import Batch
 from .base import Method, Prediction, reference_images, register
 from .tower_parameters import ClipParameters, clip_towers
 from .variants import Variant
@@ -100,7 +101,7 @@ def association(
 
 # %% ../../nbs/methods/16_winclip.ipynb #1387040a
 TEMPLATES = dict(paper=WINCLIP_TEMPLATES, anomalib=ANOMALIB_TEMPLATES)
-VARIANTS = {
+VARIANTS: dict[str, dict] = {
     "paper": {},
     "anomalib": dict(templates="anomalib"),
     "caoyunkang": dict(tau=0.01, averaged="normal", image_in_map=False, score="map"),
@@ -158,7 +159,7 @@ class WinCLIP(Method):
 
     name = "winclip"
     Parameters = WinCLIPParameters
-    compat = dict(across_windows=True)
+    compat: dict = dict(across_windows=True)
     readings = {
         "anomalib": Variant(
             "The 21 sentence frames of anomalib's re-implementation instead of the paper's 22.",
@@ -191,7 +192,7 @@ class WinCLIP(Method):
         p = self.p
         self.clip, self.text = clip_towers(p)
         self.grid = (self.clip.size // self.clip.patch,) * 2
-        self._said = {}
+        self._said: dict = {}
         for s in p.scales:
             window_patches(self.grid, s)  # a scale that does not fit is refused here
         self._reserve(p.shots)
@@ -199,7 +200,8 @@ class WinCLIP(Method):
     @torch.no_grad()
     def set_references(
         self,
-        images,  # (k, 3, H, W) RGB in [0, 1] or a Batch, of normal images of one class; an empty tensor ends few-shot
+        images: Tensor
+        | Batch,  # (k, 3, H, W) RGB in [0, 1] or a Batch, of normal images of one class; an empty tensor ends few-shot
     ) -> "WinCLIP":  # the same method
         "Remember good images: from now on predictions are few-shot (WinCLIP+, section 4.3)."
         images = reference_images(images)
@@ -228,7 +230,7 @@ def see(self: WinCLIP, image: Tensor) -> dict[str, Tensor]:  # (B, 3, H, W) in [
 
 
 @patch
-def encode(self: WinCLIP, batch) -> dict[str, Tensor]:
+def encode(self: WinCLIP, batch: Batch) -> dict[str, Tensor]:
     "All that is compared with texts and references."
     return self.see(batch.image)
 
@@ -267,7 +269,7 @@ def learned(self: WinCLIP) -> dict[str, Tensor]:
 
 # %% ../../nbs/methods/16_winclip.ipynb #fdce4f5c
 @patch(cls_method=True)
-def class_sentences(cls: WinCLIP, p, category: str) -> list[str]:
+def class_sentences(cls: WinCLIP, p: WinCLIPParameters, category: str) -> list[str]:
     "Every sentence that names the class."
     return (
         []
@@ -333,7 +335,7 @@ def reference_map(self: WinCLIP, features: dict) -> Tensor:  # (B, h, w)
 
 
 @patch
-def forward(self: WinCLIP, features: dict, batch) -> Prediction:
+def forward(self: WinCLIP, features: dict, batch: Batch) -> Prediction:
     "Map without a blur, and score; with references both are means of the two kinds of evidence."
     p = self.p
     found = self.zero_shot(features, batch.category)

@@ -15,8 +15,9 @@ import socket
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
+from typing import Any
 
 from filelock import lock_descriptor
 
@@ -68,7 +69,7 @@ def _leave_answer(ticket: Path, content: bytes):
         os.replace(part, f"{ticket}.answer")
 
 
-def _is_unwanted(worker, key: str, begun: Path) -> bool:
+def _is_unwanted(worker, key: Hashable, begun: Path) -> bool:
     "Does nobody wait for this task any more?"
     task = worker.state.tasks.get(key)
     return (
@@ -79,7 +80,7 @@ def _is_unwanted(worker, key: str, begun: Path) -> bool:
     )
 
 
-def _on_worker(ticket: str, cwd: str, call: bytes, environment: dict, gpus: list):
+def _on_worker(ticket: str | Path, cwd: str, call: bytes, environment: dict, gpus: list):
     "Take a ticket, call in a process of its own, leave the answer."
     from distributed import get_worker
 
@@ -142,7 +143,7 @@ class DaskExecutor:
 
     def __init__(
         self,
-        client,  # distributed.Client
+        client: Any,  # distributed.Client
         folder: str | Path,  # that all machines see under this path
         cores: int | None = None,  # threads of each run; default: what the environment of the workers says
         gpus: list | None = None,  # ids, by the number that is a worker's name; default: what their environment says
@@ -150,9 +151,9 @@ class DaskExecutor:
         self.client = client
         self.gpus = [str(gpu) for gpu in gpus or []]
         self._asked = 0.0
-        self._begun = set()
+        self._begun: set = set()
         self._news = ""
-        self._handed = {}
+        self._handed: dict = {}
         self.place = Path(folder).resolve() / f".cluster-{uuid.uuid4().hex[:12]}"
         private_folder(self.place)  # answers are unpickled from it
         self._held = open_lock(self.place / "held")
@@ -173,7 +174,7 @@ class DaskExecutor:
         "How many runs are executed at once."
         return sum(self._seats.values())
 
-    def submit(self, function, *arguments) -> "Ticket":
+    def submit(self, function: Callable, *arguments) -> "Ticket":
         "Have an importable function called in a process of some worker."
         ticket = self.place / uuid.uuid4().hex
         ticket.touch()
@@ -237,7 +238,7 @@ class DaskExecutor:
 class Ticket:
     "The future of a call on a cluster."
 
-    def __init__(self, executor: DaskExecutor, ticket: Path, task):  # task: Dask's future
+    def __init__(self, executor: DaskExecutor, ticket: Path, task: Any):  # task: Dask's future
         self.executor = executor
         self.ticket = ticket
         self.task = task
@@ -274,7 +275,7 @@ class Ticket:
 @contextlib.contextmanager
 def open_executor(
     folder: str | Path,  # that all machines see: runs, or counts
-    client=None,  # None: this machine; a Dask Client, the address of a scheduler, or "local"
+    client: Any = None,  # None: this machine; a Dask Client, the address of a scheduler, or "local"
     workers: int = 1,
     cores: int | None = None,
     gpus: list | None = None,  # of LocalExecutor; cores also of a run on a cluster
@@ -283,7 +284,7 @@ def open_executor(
     "An executor, ended at the end."
     with contextlib.ExitStack() as closing:
         if client is None:
-            executor = LocalExecutor(workers, cores, gpus)
+            executor: LocalExecutor | DaskExecutor = LocalExecutor(workers, cores, gpus)
         else:
             if str(client) == "local":
                 cores = share(workers, cores)

@@ -79,9 +79,9 @@ class _Kernel:
     def __init__(self, cwd: Path):
         self.cwd = str(cwd)
         self.log = None
-        self.peak = 0  # MB
+        self.peak = 0.0  # MB
         self.pid = None
-        self.report = {}
+        self.report: dict = {}
         self._ended = threading.Event()
 
     def manager(
@@ -113,7 +113,7 @@ class _Kernel:
 
             async def _async_post_start_kernel(self, **options):
                 await super()._async_post_start_kernel(**options)
-                kernel.pid = self.provisioner.pid
+                kernel.pid = getattr(self.provisioner, "pid", None)
                 threading.Thread(target=kernel._watch, daemon=True).start()
 
             pre_start_kernel = _async_pre_start_kernel
@@ -313,8 +313,8 @@ def execute(
         write_json(running, source)
         _execute_cells(running, values, folder, record, kernel, timeout)
         outcome = _result(folder, kernel)
-    except Exception as error:
-        outcome = _failure(error, kernel, timeout)
+    except Exception as failure:
+        outcome = _failure(failure, kernel, timeout)
     except BaseException:  # stopped: its process does not go on alone
         kernel.end()
         raise

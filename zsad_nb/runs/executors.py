@@ -74,7 +74,7 @@ def _wait(process: subprocess.Popen, stop: Callable | None) -> int:  # exit stat
         try:
             return process.wait(0.3 if stop else None)
         except subprocess.TimeoutExpired:
-            if stop():
+            if stop is not None and stop():
                 end_tree(process.pid)
 
 
@@ -165,7 +165,7 @@ def usable_cores() -> int:
     "Cores that this process may use."
     if hasattr(os, "sched_getaffinity"):  # Linux: fewer where a container or a batch system says so
         return len(os.sched_getaffinity(0))
-    return os.cpu_count()
+    return os.cpu_count() or 1
 
 
 def threads(
@@ -209,8 +209,8 @@ class LocalExecutor:
         self.slots = workers
         self.cores = share(workers, cores)
         self.gpus = gpus_here() if gpus is None else [str(gpu) for gpu in gpus]
-        self._free = queue.SimpleQueue()
-        self._alive = set()
+        self._free: queue.SimpleQueue = queue.SimpleQueue()
+        self._alive: set = set()
         self._pool = ThreadPoolExecutor(workers)
         for slot in range(workers):
             self._free.put(slot)

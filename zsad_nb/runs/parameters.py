@@ -12,6 +12,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..backbones.features import key_hash
 from ..core.names import require_known, shown
@@ -29,7 +30,7 @@ class Parameter:
     default: object
     help: str = ""
 
-    def fits(self, value) -> bool:
+    def fits(self, value: Any) -> bool:
         "Is this value of the parameter's type? An int is a float; a bool is no int; nothing else is converted."
         default_kind = "object" if self.default is None else type(self.default).__name__
         return _fits(value, ast.parse(self.kind or default_kind, mode="eval").body)
@@ -105,7 +106,7 @@ def read_notebook(path: str | Path) -> dict:
         raise ValueError(f"{path} is not a notebook: {reason}")
     if "cells" not in stored:
         raise ValueError(f"{path} is not a notebook: it has no cells")
-    cells = []
+    cells: list = []
     for number, cell in enumerate(stored["cells"]):
         for key in ("cell_type", "source"):
             if key not in cell:

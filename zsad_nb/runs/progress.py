@@ -14,7 +14,7 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import pandas as pd
 
@@ -39,7 +39,7 @@ class Task:
     note: str = ""  # such as "had a result"
     begun: float = 0.0
     not_before: float = 0.0
-    future: object = field(default=None, repr=False)
+    future: Any = field(default=None, repr=False)  # once it is queued: of whichever executor
 
     @property
     def is_open(self) -> bool:
@@ -83,7 +83,7 @@ class Progress:
 
     def eta(self) -> float | None:  # seconds; None: nothing to judge by
         "How long the rest will take, by what has ended."
-        took = {}
+        took: dict = {}
         for task in self.tasks:
             if task.status == "done" and task.seconds:
                 took.setdefault(task.spec.notebook, []).append(task.seconds)

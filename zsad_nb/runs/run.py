@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -61,8 +62,9 @@ class Spec:
     after: dict[str, "Spec"] = field(default_factory=dict)  # name used in references -> run that must be done before
 
     def __post_init__(self):
-        object.__setattr__(self, "notebook", Path(self.notebook))
-        object.__setattr__(self, "experiment", self.experiment or self.notebook.stem)
+        notebook = Path(self.notebook)
+        object.__setattr__(self, "notebook", notebook)
+        object.__setattr__(self, "experiment", self.experiment or notebook.stem)
         object.__setattr__(self, "parameters", _plain_values(self.parameters))
         if not isinstance(self.experiment, str) or not re.fullmatch(r"[\w-][\w.-]{0,99}", self.experiment):
             raise ValueError(
@@ -78,7 +80,7 @@ class Spec:
     @cached_property
     def values(self) -> dict:
         "Every parameter's value, checked; references as written."
-        values = check_parameters(self.source, self.parameters, self.notebook.name)
+        values = check_parameters(self.source, self.parameters, Path(self.notebook).name)
         for text in _strings(values):
             self._check_reference(text)
         return values
@@ -91,11 +93,11 @@ class Spec:
         name = reference[1]
         if name in self.after and ".." in Path(text[reference.end() :]).parts:
             raise ValueError(
-                f"{text!r} in {self.notebook.name} leaves the folder of the run {name!r}; give the path itself"
+                f"{text!r} in {Path(self.notebook).name} leaves the folder of the run {name!r}; give the path itself"
             )
         if name not in self.after and text != reference[0]:
             raise ValueError(
-                f"{text!r} in {self.notebook.name} refers to a run {name!r}; this one comes after"
+                f"{text!r} in {Path(self.notebook).name} refers to a run {name!r}; this one comes after"
                 f" {', '.join(self.after) or 'none'}"
             )
 
@@ -117,13 +119,13 @@ class Spec:
 
     def __repr__(self):
         values = [f"{name}={value}" for name, value in self.parameters.items()]
-        return f"Spec({' '.join([self.notebook.stem, *values])})"
+        return f"Spec({' '.join([Path(self.notebook).stem, *values])})"
 
 
 def resolve_references(
-    value,  # of a parameter
+    value: Any,  # of a parameter
     folders: dict[str, Path],  # of the runs before, by name
-) -> object:
+) -> Any:
     "A value with `{name}/...` replaced by the folder of that run."
     if isinstance(value, dict):
         return {key: resolve_references(item, folders) for key, item in value.items()}

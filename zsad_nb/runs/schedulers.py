@@ -12,13 +12,14 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # %% ../../nbs/runs/04_schedulers.ipynb #b7347e64
 LOOPBACK = "127.0.0.1"
 
 
 def dashboard(
-    client,
+    client: Any,
     scheduler: dict,  # of `client.scheduler_info`
 ) -> str:
     "The address of the scheduler's pages, as it can be opened."

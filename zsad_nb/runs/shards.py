@@ -12,7 +12,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -62,7 +64,7 @@ def split(
 
 
 # %% ../../nbs/runs/12_shards.ipynb #ed77d1c4
-def _state_file(folder: str | Path, shard: int, category: str, categories: list[str]) -> Path:
+def _state_file(folder: str | Path, shard: int, category: str, categories: Iterable[str]) -> Path:
     "Where a shard leaves what the pixel metrics of a category are counted from."
     return Path(folder) / f"{shard:05}-{list(categories).index(category):05}.pixels"
 
@@ -125,7 +127,7 @@ def _run_shards(
         return executor.submit(evaluate_shard, folder, shard, parts[shard])
 
     running = {shard: start(shard) for shard in range(len(parts))}
-    tries = Counter()
+    tries: Counter = Counter()
     rows = {}
     while running:
         news = executor.check() if hasattr(executor, "check") else ""
@@ -179,14 +181,14 @@ def evaluate_shards(
     method: Method | str | Path,  # or a checkpoint that all machines see
     index: pd.DataFrame,  # as of `evaluate`
     shards: int = 2,  # the images are divided into
-    client=None,  # of a Dask cluster, the address of its scheduler, or "local"; None: processes of this machine
+    client: Any = None,  # of a Dask cluster, the address of its scheduler, or "local"; None: processes of this machine
     processes: int | None = None,  # of this machine at the same time; default: one a shard
     # threads of each; default: as many as this process computes with; another number can change the last digit
     cores: int | None = None,
     gpus: list | None = None,  # as of LocalExecutor
     # for the counts meanwhile; on a cluster one that all machines see; default: the system's temporary folder
     folder: str | Path | None = None,
-    executor=None,  # or anything with `submit`, such as a pool of `concurrent.futures`
+    executor: Any = None,  # or anything with `submit`, such as a pool of `concurrent.futures`
     retries: int = 1,  # further tries of a shard whose process died
     size: int | None = None,
     batch_size: int = 8,
@@ -202,8 +204,9 @@ def evaluate_shards(
 ) -> Evaluation:  # equal to that of `evaluate`
     "`evaluate` over several processes or machines; transductive methods are divided between categories only."
     index = read_as(index, **reading)
-    checkpoint = None if isinstance(method, Method) else Path(method).resolve()
-    if checkpoint:
+    checkpoint = None
+    if not isinstance(method, Method):
+        checkpoint = Path(method).resolve()
         method = load(checkpoint, **(changes or {}))
     test = target_set(index)
     seen = seen_in_training(method, test, allow_seen)

@@ -13,7 +13,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import pandas as pd
 
@@ -51,7 +51,8 @@ def attempt(
 # %% ../../nbs/runs/10_sweeps.ipynb #baf69a5c
 def _with_dependencies(specs: list[Spec]) -> list[Spec]:  # first what comes first, each run once
     "Check every spec, and raise for all that is wrong at once."
-    ordered, wrong = {}, []
+    ordered: dict = {}
+    wrong = []
 
     def add(spec: Spec):
         for earlier in spec.after.values():
@@ -97,7 +98,7 @@ def _label(spec: Spec, varying: set[tuple]) -> str:
     earlier = {name: value for before in spec.after.values() for name, value in telling(before).items()}
     words = [f"{name}={value}" for name, value in own.items()]
     words += [f"{name}={value}" for name, value in earlier.items() if own.get(name) != value]
-    return " ".join([spec.notebook.stem, *words])
+    return " ".join([Path(spec.notebook).stem, *words])
 
 
 def tasks_of(specs: list[Spec]) -> list[Task]:  # dependencies included and first, each run once
@@ -279,11 +280,11 @@ def _end(tasks: list[Task], place: Path, root: Path, stopped: bool, progress: Pr
 def sweep(
     specs: list[Spec],
     root: str | Path = "runs",  # results are in root/experiment/hash
-    executor=None,  # default: processes of this machine, or the workers of `client`
+    executor: Any = None,  # default: processes of this machine, or the workers of `client`
     workers: int = 1,
     cores: int | None = None,
     gpus: list | None = None,
-    client=None,  # a Dask Client, the address of a scheduler, or "local": see `cluster.connect`
+    client: Any = None,  # a Dask Client, the address of a scheduler, or "local": see `cluster.connect`
     tls: dict | None = None,  # ca, cert and key of a tls:// scheduler, likewise
     retries: int = 1,  # further tries when a kernel or a worker died
     timeout: float | None = None,  # seconds a cell may take
@@ -308,7 +309,7 @@ def sweep(
     for task in tasks:
         if task.note.startswith("repeated"):
             progress.say(f"{task.spec.folder(root)}: {task.note.removeprefix('repeated: ')}; it is run again")
-    opened = contextlib.nullcontext(executor)
+    opened: contextlib.AbstractContextManager = contextlib.nullcontext(executor)
     if executor is None and any(task.is_open for task in tasks):
         opened = open_executor(root, client, workers, cores, gpus, tls)
     stopped = None

@@ -220,11 +220,10 @@ def _written_before(
 ) -> bool:
     "Does the folder hold this whole set? An error if it holds something else and `overwrite` is False"
     stamp = root / STAMP
-    record, wrong = read_record(stamp)
-    if wrong:
-        if os.path.lexists(stamp) and not overwrite:
-            raise ValueError(f"{root}: {wrong}; give another folder, or overwrite=True to write the set again")
-        record = None
+    content, wrong = read_record(stamp)
+    if wrong and os.path.lexists(stamp) and not overwrite:
+        raise ValueError(f"{root}: {wrong}; give another folder, or overwrite=True to write the set again")
+    record = None if wrong else content
     if record not in (None, config) and not overwrite:
         raise ValueError(
             f"{root} holds a synthetic set of other parameters ({record}); give another folder or overwrite=True"

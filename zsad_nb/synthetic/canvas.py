@@ -67,7 +67,7 @@ class Dice:
 
 
 # %% ../../nbs/synthetic/01_canvas.ipynb #881b522d
-def sine(t: np.ndarray) -> np.ndarray:
+def sine(t: np.ndarray | np.floating) -> np.ndarray:
     "sin(2 pi t), from + and * only"
     u = t - np.floor(t + 0.5)
     s = u * (8 - 16 * np.abs(u))
@@ -112,9 +112,9 @@ def coverage(d: np.ndarray, px: float) -> np.ndarray:
     return np.minimum(np.maximum(0.5 - d * (1 / px), 0), 1)
 
 
-def mix(a: np.ndarray, b: np.ndarray, w: np.ndarray | float) -> np.ndarray:
+def mix(a: np.ndarray | float, b: np.ndarray | float, w: np.ndarray | float) -> np.ndarray:
     "a where w = 0, b where w = 1"
-    return a + (b - a) * w
+    return a + (b - a) * w  # type: ignore[return-value]  # one of them is an array
 
 
 def paint(rgb: Sequence[float], v: np.ndarray | None = None) -> np.ndarray:
@@ -139,7 +139,7 @@ def value_noise(
     wide: int = 1,  # the cells are this many times wider than high
 ) -> np.ndarray:  # (size, size) float32 on [0, 1]
     "Smooth noise on the image axes"
-    out = None
+    out: np.ndarray = np.zeros((size, size), np.float32)
     weight = 1.0
     total = 0.0
     for _ in range(octaves):
@@ -149,7 +149,7 @@ def value_noise(
         ix, fx = _axis(size, nx, dice.u())
         rows = mix(table[iy], table[iy + 1], fy[:, None])
         wave = mix(rows[:, ix], rows[:, ix + 1], fx[None])
-        out = wave * weight if out is None else out + wave * weight
+        out = out + wave * weight
         total = total + weight
         weight = weight / 2
         cells = cells * 2
@@ -258,11 +258,10 @@ def capsule(
 
 def ngon(x: np.ndarray, y: np.ndarray, n: int, r: float, phase: float = 0.0) -> np.ndarray:
     "A regular polygon of n sides whose sides are r away from the centre"
-    d = None
+    d = np.full_like(x, -np.inf)
     for k in range(n):
         c, s = turn(k / n + phase)
-        side = x * c + y * s
-        d = side if d is None else np.maximum(d, side)
+        d = np.maximum(d, x * c + y * s)
     return d - r
 
 
@@ -420,7 +419,8 @@ class Canvas:
         g = g * (1 - dull) + m
         b = b * (1 - dull) + m
         varied = (r * (1 + v) + w * 0.5, g * (1 + v), b * (1 + v) - w * 0.5)
-        return tuple(min(max(value, 0), 1) for value in varied)
+        r, g, b = (min(max(value, 0), 1) for value in varied)
+        return r, g, b
 
     def noise(self, cells: int, octaves: int = 1, wide: int = 1) -> np.ndarray:
         "`value_noise` on the image axes"

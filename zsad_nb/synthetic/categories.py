@@ -248,7 +248,7 @@ def make_scene(
         size=size,
         colour=c.word,
         rgb=shade(surface.albedo, surface.height, c.px, light, surface.gloss),
-        under=None,
+        under=paint(surface.under),
         cover=np.ones((size, size), np.float32),
         distance=None,
         parts=surface.parts,
@@ -257,14 +257,14 @@ def make_scene(
         camera=camera,
     )
     if surface.distance is None:
-        scene.under = paint(surface.under) * (0.85 + 0.3 * Canvas(size, Dice(category, seed, "under")).noise(40, 2))
+        scene.under = scene.under * (0.85 + 0.3 * Canvas(size, Dice(category, seed, "under")).noise(40, 2))
     else:
         scene.distance = surface.distance * (1 / (size * c.px))
-        _lay_on_ground(scene, d)
+        _lay_on_ground(scene, scene.distance, d)
     return scene
 
 
-def _lay_on_ground(scene: Scene, d: Dice):
+def _lay_on_ground(scene: Scene, distance: np.ndarray, d: Dice):
     "Give an object its background, in a tone unlike its own, with a cast shadow and a contact shadow"
     size = scene.size
     own_tone = COLOURS.get(scene.colour, COLOURS["tan"])[1]
@@ -273,10 +273,10 @@ def _lay_on_ground(scene: Scene, d: Dice):
     ground = paint(tone, 0.97 + 0.06 * cloth.noise(5, 2) + 0.02 * (cloth.noise(110) - 0.5))
     reach = d.u(0.02, 0.045)
     dx, dy = (math.floor(-scene.light[axis] * 2 * reach * size + 0.5) for axis in (0, 1))
-    shadow = (1 - step(-0.035, 0.05, _shift(scene.distance, dx, dy))) * d.u(0.35, 0.6)
-    contact = (1 - step(-0.01, 0.025, scene.distance)) * 0.3
+    shadow = (1 - step(-0.035, 0.05, _shift(distance, dx, dy))) * d.u(0.35, 0.6)
+    contact = (1 - step(-0.01, 0.025, distance)) * 0.3
     scene.under = ground * (1 - 0.5 * shadow)
-    scene.cover = coverage(scene.distance, scene.px)
+    scene.cover = coverage(distance, scene.px)
     scene.body = scene.rgb
     scene.ground = ground * (1 - np.maximum(shadow, contact))
     scene.rgb = mix(scene.ground, scene.body, scene.cover)

@@ -53,11 +53,10 @@ def flake(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
     r = d.u(0.055, 0.085) * power.size
     sides = d.i(5, 8)
     x, y = local(s, p, d.u())
-    facet = None
+    facet = np.full_like(x, -np.inf)
     for k in range(sides):
         c, q = turn((k + d.u(-0.3, 0.3)) / sides)
-        edge = x * c + y * q - r * d.u(0.65, 1.15)
-        facet = edge if facet is None else np.maximum(facet, edge)
+        facet = np.maximum(facet, x * c + y * q - r * d.u(0.65, 1.15))
     inside = coverage(facet, s.px)
     bare = tuple(v * 0.55 for v in p.tone) if brightness(p.tone) > 0.5 else tuple(v * 0.6 + 0.42 for v in p.tone)
     grain = 0.9 + 0.2 * Lattice(d)(s.x * 90 + 40, s.y * 90 + 40)

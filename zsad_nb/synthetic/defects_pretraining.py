@@ -226,7 +226,7 @@ def deformation(s: Scene, d: Dice, p: Spot) -> np.ndarray:
     u = p.x + (x * co - y * si) * pinch - f * pull * c
     v = p.y + (x * si + y * co) * pinch - f * pull * k
     fold = sine((x * c + y * k) * (0.8 / r) + 0.1) * f
-    if s.distance is None:
+    if s.ground is None or s.body is None:  # a texture
         out[part] = resample(s.rgb, u, v) * (1 + 0.62 * fold) + fold * max(0.16 - 0.32 * brightness(p.tone), 0)
     else:
         out[part] = mix(s.ground[part], resample(s.body, u, v) * (1 + 0.30 * fold), resample(s.cover[None], u, v))

@@ -110,13 +110,12 @@ def chipped(s: Scene, d: Dice, p: Spot, power: Strength) -> np.ndarray:
     n = Lattice(d)
     rough = 0.012 * (n(s.x * 60 + 31, s.y * 60 + 31) - 0.5)
     far = disc(x, y, depth * 2.2) + depth * (n(s.x * 22 + 9, s.y * 22 + 9) - 0.5)  # where it ends inside a texture
-    wedge = None
+    wedge = np.full_like(x, -np.inf)
     for lean in (d.u(0.10, 0.16), -d.u(0.10, 0.16)):
         c, q = turn(lean)
         nx = out_x * c - out_y * q
         ny = out_y * c + out_x * q
-        side = -(x * nx + y * ny) - depth * c
-        wedge = side if wedge is None else np.maximum(wedge, side)
+        wedge = np.maximum(wedge, -(x * nx + y * ny) - depth * c)
     gone = coverage(np.maximum(wedge + rough, far), s.px)
     fresh = coverage(np.maximum(wedge + rough, far) - 0.012, s.px)
     bare = tuple(v * 0.4 + 0.5 for v in p.tone) if brightness(p.tone) < 0.6 else tuple(v * 0.55 for v in p.tone)

@@ -80,8 +80,8 @@ def socket(c: Canvas) -> Surface:
         layers.add(h, (0.06, 0.06, 0.06), None).add(annulus(x - s * 0.125, y, 0.046, 0.008), (0.66, 0.66, 0.62), 0.045)
         e = box(x, y - s * 0.235, 0.035, 0.035, 0.008)
         layers.add(e, (0.72, 0.70, 0.62), 0.04 + dome(e, 0.02), part=True)
-    s = disc(x, y, 0.042)
-    layers.add(s, (0.74, 0.74, 0.74), 0.04 + dome(s, 0.02), part=True).add(
+    screw = disc(x, y, 0.042)
+    layers.add(screw, (0.74, 0.74, 0.74), 0.04 + dome(screw, 0.02), part=True).add(
         box(x, y, 0.034, 0.007), (0.2, 0.2, 0.2), None
     )
     return layers.done(d, 0.3)

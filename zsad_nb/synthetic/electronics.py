@@ -35,13 +35,13 @@ def chip(c: Canvas) -> Surface:
     )
     for row, (i0, i1) in ((-0.05, (-4, 5)), (0.02, (-3, 4))):  # two lines of marking
         for i in range(i0, i1):
-            k = (i * 7 + (row > 0) * 3) % 4
+            sign = (i * 7 + (row > 0) * 3) % 4
             g = (
                 box(x - i * 0.045, y - row, 0.013, 0.022),
                 annulus(x - i * 0.045, y - row, 0.015, 0.005),
                 box(x - i * 0.045, y - row, 0.004, 0.022),
                 box(x - i * 0.045, y - row - 0.016, 0.013, 0.006),
-            )[k]
+            )[sign]
             layers.add(g, (0.72, 0.72, 0.70), None)
     return layers.done(np.minimum(d, pins), 0.25, open_parts=True)
 

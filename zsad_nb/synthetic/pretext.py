@@ -35,7 +35,7 @@ class Uniform:
 
 def _sampled(images: Tensor, grid: Tensor, size: int) -> Tensor:
     "The images read through an affine map, (count, channels, size, size)"
-    grid = F.affine_grid(grid, (*images.shape[:2], size, size), align_corners=False)
+    grid = F.affine_grid(grid, [*images.shape[:2], size, size], align_corners=False)
     return F.grid_sample(images, grid, align_corners=False, padding_mode="reflection")
 
 

@@ -45,9 +45,9 @@ class Layers:
 
     def __init__(self, c: Canvas):
         self.canvas = c
-        self.albedo = np.zeros((3, c.size, c.size), np.float32)
-        self.height = np.zeros_like(c.x)
-        self.parts = np.zeros(c.x.shape, np.int32)
+        self.albedo: np.ndarray = np.zeros((3, c.size, c.size), np.float32)
+        self.height: np.ndarray = np.zeros_like(c.x)
+        self.parts: np.ndarray = np.zeros(c.x.shape, np.int32)
         self.count = 0
 
     def add(
@@ -155,6 +155,12 @@ def text_block(x: np.ndarray, y: np.ndarray, key: int, pitch: float, width: floa
 
 
 # %% ../../nbs/synthetic/05_shapes.ipynb #655e0589
+def _outline(surface: Surface) -> np.ndarray:  # (H, W) signed distance
+    if surface.distance is None:
+        raise ValueError("a texture has no outline; give the renderer of an object")
+    return surface.distance
+
+
 def object_preview(
     render: Callable[[Canvas], Surface],  # of the object
     *keys: int | str,  # seed of the image
@@ -164,7 +170,7 @@ def object_preview(
     "An object on a plain grey ground, without shadow and camera"
     c = Canvas(size, Dice(*keys))
     surface = render(c)
-    cover = c.cover(surface.distance)
+    cover = c.cover(_outline(surface))
     return to_uint8(shade(surface.albedo, surface.height, c.px, light, surface.gloss) * cover + 0.55 * (1 - cover))
 
 
@@ -180,9 +186,10 @@ def object_faults(
             c = Canvas(48, Dice(seed))
             surface = render(c)
             again = render(Canvas(48, Dice(seed)))
-            covered = np.count_nonzero(surface.distance < 0) / surface.distance.size
+            outline = _outline(surface)
+            covered = np.count_nonzero(outline < 0) / outline.size
             checks = {
-                "left float32": surface.albedo.dtype == surface.height.dtype == surface.distance.dtype == np.float32,
+                "left float32": surface.albedo.dtype == surface.height.dtype == outline.dtype == np.float32,
                 "has no word": bool(c.word),
                 f"covers {covered:.0%}": 0.08 < covered < 0.75,
                 "differs the second time": surface.albedo.tobytes() == again.albedo.tobytes(),

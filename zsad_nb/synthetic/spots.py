@@ -68,7 +68,7 @@ def find_spot(small: Scene, dice: Dice, where: str = "inside") -> Spot:
     if not part and small.distance is None:
         i = dice.i(n // 5, n - n // 5)
         j = dice.i(n // 5, n - n // 5)
-    elif not part:
+    elif not part and small.distance is not None:
         depth = -small.distance
         frame = np.zeros((n, n), bool)
         frame[6:-6, 6:-6] = True
@@ -86,10 +86,10 @@ def find_spot(small: Scene, dice: Dice, where: str = "inside") -> Spot:
         gy = float(f[min(i + 1, n - 1), j]) - float(f[max(i - 1, 0), j])
         g = math.sqrt(gx * gx + gy * gy)
         edge = (gx / g, gy / g) if g > 1e-4 else (1.0, 0.0)
-    rows = slice(max(i - 4, 0), i + 5)
-    cols = slice(max(j - 4, 0), j + 5)
-    on = small.cover[rows, cols] > 0.5
-    levels = (expose(small, small.rgb)[:, rows, cols] * 255).astype(np.int64)
+    down = slice(max(i - 4, 0), i + 5)
+    across = slice(max(j - 4, 0), j + 5)
+    on = small.cover[down, across] > 0.5
+    levels = (expose(small, small.rgb)[:, down, across] * 255).astype(np.int64)
     tone = tuple(int((levels[k] * on).sum()) / (255 * max(int(on.sum()), 1)) for k in range(3))
     grey = ((levels * np.array([3, 6, 1])[:, None, None]).sum(0) // 10)[on]
     spread = (int(grey.max()) - int(grey.min())) / 255 if on.any() else 0.0
@@ -149,7 +149,7 @@ def blob(s: Scene, d: Dice, p: Spot, r: float, rough: float, stretch: float = 1.
     return disc(x * (1 / stretch), y * stretch, r) + rough * r * uneven * 2
 
 
-def stroke(s: Scene, out: np.ndarray, a: tuple, b: tuple, r0: float, r1: float):
+def stroke(s: Scene, out: np.ndarray, a: tuple[float, float], b: tuple[float, float], r0: float, r1: float):
     "Lower `out` to the distance to a tapering segment, only in the rows and columns near it"
     m = 0.06
     n = s.size

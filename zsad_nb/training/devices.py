@@ -21,6 +21,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -47,9 +48,13 @@ def share(
 class Shares(Batches):
     "The rows of one process of every batch, in the order that one process alone would see them."
 
+    rank: int  # of this process
+    ranks: int
+    whole: list[int]  # rows of the index that the batch has in all
+
     @classmethod
     def of(cls, loader: Batches, rank: int, ranks: int) -> "Shares":
-        new = copy.copy(loader)
+        new: Any = copy.copy(loader)
         new.__class__ = cls
         new.rank = rank
         new.ranks = ranks
@@ -60,7 +65,7 @@ class Shares(Batches):
     def _ahead(self, chunks: list[list[int]]):
         own = [c[share(self.rank, self.ranks, len(c))] or c[:1] for c in chunks]
         for self.whole, results in zip(chunks, super()._ahead(own)):
-            yield results  # `whole`: the rows of the index that the batch has in all
+            yield results
 
 
 # %% ../../nbs/training/03_devices.ipynb #f451c60a
@@ -157,7 +162,7 @@ class Alone:
     def total(self, counts: dict) -> dict:
         return counts
 
-    def same(self, value) -> bool:
+    def same(self, value: Any) -> bool:
         return True  # have all processes this value?
 
     def agree(self, parameters: list):
@@ -167,7 +172,7 @@ class Alone:
         self,
         method: Method,
         forward: Callable,
-        features,
+        features: Any,
         batch: Batch,
         loader: Batches,  # where the batch comes from
         scale: Callable,  # of the loss, before going back
@@ -199,7 +204,7 @@ class Team(Alone):
     def rows(self, loader: Shares) -> slice:
         return share(self.rank, self.ranks, len(loader.whole))
 
-    def busy(self, loader: Shares) -> bool:
+    def busy(self, loader: Shares) -> bool:  # type: ignore[override]  # what its own `shares` made
         return self.rows(loader).stop > self.rows(loader).start
 
     def total(self, counts: dict) -> dict:
@@ -207,7 +212,7 @@ class Team(Alone):
         everyone = self._gather([counts])
         return {k: sum(c[k] for c in everyone) for k in counts}
 
-    def same(self, value) -> bool:
+    def same(self, value: Any) -> bool:
         "Have all processes this value?"
         return len(set(self._gather([value]))) == 1
 
@@ -243,7 +248,16 @@ class Team(Alone):
             room[k][rows] = t.detach()[: rows.stop - rows.start]
         return dict(zip(room, self._sum(list(room.values()))))
 
-    def backward(self, method, forward, features, batch, loader, scale, parameters):
+    def backward(  # type: ignore[override]  # its own loader, as in `busy`
+        self,
+        method: Method,
+        forward: Callable,
+        features: Any,
+        batch: Batch,
+        loader: Shares,
+        scale: Callable,
+        parameters: list,
+    ):
         "As one process would find it for the whole batch."
         total = len(loader.whole)
         rows = self.rows(loader)
@@ -267,19 +281,16 @@ class Team(Alone):
             layers={k[7:]: t for k, t in leaves.items() if k.startswith("layers ")},
         )
         known = [loader.rows[at] for at in loader.whole]
-        losses = method.loss(
-            prediction,
-            Batch(
-                **{k[6:]: whole[k] for k in fields}, category=[row[4] for row in known], path=[row[0] for row in known]
-            ),
-        )
+        shared: dict = {k[6:]: whole[k] for k in fields}
+        everyone = Batch(**shared, category=[row[4] for row in known], path=[row[0] for row in known])
+        losses = method.loss(prediction, everyone)
         scale(losses["total"]).backward()
         if self.rank:
             for p in parameters:
                 p.grad = None  # what the loss reads from parameters directly counts once
-        back = [(t[:count], leaves[k].grad[rows]) for k, t in own.items() if leaves[k].grad is not None]
+        back = [(t[:count], grad[rows]) for k, t in own.items() if (grad := leaves[k].grad) is not None]
         if count and back:
-            torch.autograd.backward(*zip(*back))
+            torch.autograd.backward([t for t, _ in back], [grad for _, grad in back])
         has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=self.device)
         said = losses["total"].detach() * (self.rank == 0)  # the first process speaks for all
         *grads, has, losses["total"] = self._sum(
@@ -404,8 +415,8 @@ def launch(
     if cuda:
         method.to("cpu")
         torch.cuda.empty_cache()  # room for the first process
-    with tempfile.TemporaryDirectory(prefix="zsad-devices-") as folder:
-        folder = Path(folder)
+    with tempfile.TemporaryDirectory(prefix="zsad-devices-") as temporary:
+        folder = Path(temporary)
         processes = []
         try:
             _send(folder, method, train, dict(arguments, devices=devices), home)
@@ -424,7 +435,8 @@ def launch(
                 p.kill()
             for p in processes:
                 p.wait()
-                p.stdin.close()
+                if p.stdin is not None:
+                    p.stdin.close()
             if cuda:
                 method.to(home)
     own = dict(method.named_parameters()) | dict(method.named_buffers())

@@ -54,7 +54,7 @@ from zsad_nb.training.resume import (
 # %% ../../nbs/training/04_fit.ipynb #f154b85e
 def _whole(name: str, value, least: int, limit: int = 2**31) -> int:
     "A whole number, or ValueError."
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= value < limit:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least or not value < limit:
         raise ValueError(f"{name}={value!r}; it must be a whole number, {least} or more")
     return int(value)
 
@@ -65,7 +65,8 @@ def _real(name: str, value, above: bool = False, below: float = math.inf) -> flo
         not isinstance(value, bool)
         and isinstance(value, numbers.Real)
         and math.isfinite(value)
-        and 0 <= value < below
+        and not value < 0
+        and value < below
         and not (above and value == 0)
     )
     if not fine:
@@ -233,8 +234,9 @@ def fit(
         raise
     if several:
         method.eval()
-        for name in ("hits", "misses") if cache is not None else ():
-            cache.counts[name] += sum(e[name] for e in history.attrs["epochs"])
+        if cache is not None:
+            for name in ("hits", "misses"):
+                cache.counts[name] += sum(e[name] for e in history.attrs["epochs"])
     if not history["skipped"].all():
         method.trained_on = trained_on
         size = size or next(iter(method.backbones().values())).size
@@ -440,7 +442,7 @@ class _Loop:
         self.checkpointing = checkpointing
         self.watch = watch
         self.team = Team(method.device) if devices > 1 else Alone()
-        if devices > 1:
+        if isinstance(self.team, Team):
             method.to(self.team.device)
         self.device = method.device
         self.size = size or next(iter(method.backbones().values())).size
@@ -499,7 +501,7 @@ class _Loop:
             put_back(method, self.last)
             learned = any(not row["skipped"] for row in self.history.rows)
             with contextlib.suppress(AttributeError):
-                error.finished_epochs = self.done if learned else 0
+                error.finished_epochs = self.done if learned else 0  # type: ignore[attr-defined]  # for `fit`
             raise
         finally:
             self.bar.close()

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 try:
     import resource
 except ImportError:  # Windows
-    resource = None
+    resource = None  # type: ignore[assignment]  # a module, or that there is none
 
 from ..methods.base import Method, Prediction
 

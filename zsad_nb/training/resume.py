@@ -30,6 +30,7 @@ import random
 import stat
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -68,10 +69,12 @@ def put_back(method: Method, state: dict[str, Tensor]):
 # %% ../../nbs/training/02_resume.ipynb #5bacf688
 def random_state(
     device: torch.device,  # that trains
-) -> tuple:  # tensors, JSON-able
+) -> tuple[dict, dict]:  # tensors, JSON-able
     "Where all random number generators are."
     version, values, gauss = random.getstate()
-    kind, keys, at, has, cached = np.random.get_state()
+    state = np.random.get_state()
+    assert isinstance(state, tuple)  # as `legacy=True` makes it
+    kind, keys, at, has, cached = state
     tensors = {
         "random.torch": torch.get_rng_state(),
         "random.numpy": torch.from_numpy(keys.astype(np.int64)),
@@ -97,7 +100,7 @@ def set_random_state(tensors: dict, about: dict, device: torch.device):
 def training_key(
     method: Method,  # as it is before the first step, told of the index
     index: pd.DataFrame,
-    recipe,  # a Recipe
+    recipe: Any,  # a Recipe
     cache: FeatureCache | None,
     **options,  # of `fit` that change a number: size, precision, devices, ...
 ) -> dict:  # JSON-able
@@ -275,7 +278,7 @@ def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def set_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]):
     "Give a new optimiser the moments of the old one; rates are set at every step."
-    state = {}
+    state: dict = {}
     for name, t in tensors.items():
         if not name.startswith("optimiser."):
             continue

@@ -32,8 +32,8 @@ class BestEpoch:
             raise ValueError(f"patience={patience}; it must be at least 1")
         self.measure = measure
         self.patience = patience
-        self.values = []
-        self.state = None
+        self.values: list = []
+        self.state: dict | None = None
 
     def __call__(self, method: Method) -> bool:  # has it ended?
         value = float(self.measure(method))
@@ -99,12 +99,12 @@ def fit_stages(
             "such as judge=lambda m, i: evaluate(m, i).mean['pixel_ap']"
         )
     recipe = recipe_of(method) if recipe is None else recipe
-    parts = []
+    parts: list = []
     watch = None if judge is None else BestEpoch(lambda m: _judged(m, index, validation, judge), patience)
     while recipe is not None:
         folder = Path(resume, f"stage-{len(parts) + 1}") if parts and resume is not None else resume
         parts.append(fit(method, index, recipe, keep_state=True, watch=watch, resume=folder, **options))
-        if watch is not None:
+        if watch is not None and validation is not None:
             watch.restore(method)
             method.trained_on = sorted({*method.trained_on, *(validation["dataset"] + "/" + validation["category"])})
             parts[0].attrs["judged"], watch = watch.values, None
