@@ -51,6 +51,7 @@ demo: env
 test: everything
 	ruff check
 	ruff format --check
+	mypy
 	OMP_NUM_THREADS=1 nbdev_test --path nbs --n_workers 2
 	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile
 	zsad demo --out runs/demo
