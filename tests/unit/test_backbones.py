@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from zsad_nb.backbones import towers as module
+from zsad_nb.backbones.attention import Attention
 from zsad_nb.backbones.table import BACKBONES
 from zsad_nb.backbones.towers import ClipBackbone, create_backbone
 from zsad_nb.backbones.weights import WeightsError, flat_state, import_vision_libraries, read_state
@@ -749,3 +750,17 @@ def test_half_a_torchvision():
 
 def test_libraries_here_are_the_same_every_time():
     assert import_vision_libraries() == import_vision_libraries() == (timm, open_clip)
+
+
+def test_attention_takes_what_torch_s_takes():
+    "Whoever replaces `nn.MultiheadAttention` keeps the order of its arguments: the fourth is a mask of keys."
+    torch.manual_seed(0)
+    ours = Attention(16, 2, batch_first=True).eval()
+    theirs = nn.MultiheadAttention(16, 2, batch_first=True).eval()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 5, 16)
+    padding = torch.zeros(2, 5, dtype=torch.bool)
+    padding[:, 3:] = True
+    with torch.no_grad():
+        for more in ((), (padding,), (padding, False), (None, False)):
+            assert torch.allclose(ours(x, x, x, *more)[0], theirs(x, x, x, *more)[0], atol=1e-5)

@@ -20,7 +20,7 @@ from zsad_nb.data.index import GOOD, make_index
 from zsad_nb.data.taxonomy import type_words
 from zsad_nb.evaluation.evaluate import evaluate
 from zsad_nb.methods import dapo, multiads  # noqa: F401 (registered by their import)
-from zsad_nb.methods.base import create, describe, load, save
+from zsad_nb.methods.base import Prediction, create, describe, load, save
 from zsad_nb.methods.dapo import import_released, released_names, segment
 from zsad_nb.synthetic.benchmark import synthetic_index
 from zsad_nb.training.fit import fit, recipe_of
@@ -821,3 +821,8 @@ def test_batches_of_an_index(drawn):
     for batch in batches(auxiliary, 32, 16):
         names = auxiliary.set_index("image").loc[batch.path, "defect"]
         assert [GOOD if k == 0 else model.types[k - 1] for k in model.kinds(batch).tolist()] == names.tolist()
+
+
+def test_segments_need_types():
+    with pytest.raises(ValueError, match="no types"):
+        segment(Prediction(torch.zeros(1, 4, 4), torch.zeros(1), {"normal": torch.zeros(1, 4, 4)}))

@@ -879,6 +879,7 @@ def good(tmp_path_factory) -> Path:
 
 
 def test_calibrated_on_a_folder(inspector, good, tmp_path):
+    assert inspector.calibrated_on is None
     made = inspector.calibrate(good, rate=0.05, progress=False, out=tmp_path / "c")
     assert inspector.calibration is made and made.image[""].facts["images"] == 24 and Counted.seen == 24
     scores = inspector.calibrated_on["score"].tolist()

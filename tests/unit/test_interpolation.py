@@ -268,3 +268,9 @@ def test_every_door_of_the_package():
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("batches", "resize"):
                 found.append((path.name, node.lineno, "interpolation" in {k.arg for k in node.keywords}))
     assert found and all(named for _, _, named in found), found
+
+
+def test_images_alone_need_a_size(index):
+    with pytest.raises(ValueError, match="pass size"):
+        view(None, index)
+    assert view(None, index, SIDE).images.shape[1:3] == (SIDE, SIDE)

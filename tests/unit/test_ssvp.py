@@ -947,3 +947,9 @@ def test_the_papers_tables_name_our_variants():
                 assert list(found.items()) == list(STEPS.get((name, table), {}).items()), (name, table)
             else:
                 assert set(found) <= set(variants)
+
+
+def test_hsvs_without_dino_says_what_does_without_it():
+    hsvs = HSVS(torch.randn(24, 32), 48, levels=1)
+    with pytest.raises(ValueError, match="hsvs='none'"):
+        hsvs([torch.randn(1, 4, 24)], [torch.randn(1, 4, 48)], torch.randn(1, 32), None)

@@ -9,9 +9,10 @@ from PIL import Image
 
 from zsad_nb.data.taxonomy import novel_types, type_words
 from zsad_nb.synthetic.benchmark import render, synthetic_index
-from zsad_nb.synthetic.categories import CATEGORIES, SETS
+from zsad_nb.synthetic.categories import CATEGORIES, SETS, TEXTURES
 from zsad_nb.synthetic.datasets import load_dataset
 from zsad_nb.synthetic.defects_pretraining import DEFECTS
+from zsad_nb.synthetic.shapes import object_preview
 from zsad_nb.synthetic.spots import STRENGTHS
 from zsad_nb.synthetic.versions import ALL_DEFECTS, SYNTHETIC_SETS, categories, defects, synthetic_name
 
@@ -140,3 +141,8 @@ def test_the_taxonomy_knows_them(name):
 def test_most_types_of_the_target_are_novel():
     novel = novel_types("synthetic-2-target", ["synthetic-2-auxiliary"])
     assert novel == ["blister", "burn", "corrosion", "liquid", "puncture", "shatter", "slip", "thread"]
+
+
+def test_a_preview_needs_an_object():
+    with pytest.raises(ValueError, match="no outline"):
+        object_preview(next(iter(TEXTURES.values())), 0, size=32)

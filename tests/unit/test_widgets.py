@@ -685,3 +685,8 @@ def test_upload_with_thresholds_decides():
     upload = Upload(Inspector.load("visualad", weights="random:0", image_size=SIZE).use_values(image=1e9))
     touch(upload.zone, name="good.png", data=file(np.full((40, 40, 3), 90, np.uint8)), count=1)
     assert words(upload.verdict).startswith("normal") and isinstance(pd.Series(upload.result.types), pd.Series)
+
+
+def test_an_upload_without_a_picture_says_so():
+    with pytest.raises(ValueError, match="no picture yet"):
+        Upload(visualad()).snapshot()
