@@ -7,11 +7,11 @@ __all__ = ["BinnedPixelMetrics"]
 
 # %% ../../nbs/evaluation/04_binned.ipynb #787bc658
 import math
-from typing import Any
 
 import numpy as np
 import torch
 from scipy.special import digamma
+from torch import Tensor
 
 from .metrics import Metrics, PixelMetrics, _areas, _lacking, _undefined, aupro_name, fraction
 
@@ -77,9 +77,9 @@ class BinnedPixelMetrics(PixelMetrics):
 
     def update(
         self,
-        maps: Any,  # (B, H, W) anomaly maps, array or tensor on any device, finite
-        masks: Any,  # (B, H, W) bool or 0/1, True is anomalous
-        has_mask: Any = None,  # (B,) bool, False leaves the image out; None: all have a mask
+        maps: np.ndarray | Tensor,  # (B, H, W) anomaly maps, array or tensor on any device, finite
+        masks: np.ndarray | Tensor,  # (B, H, W) bool or 0/1, True is anomalous
+        has_mask: np.ndarray | Tensor | None = None,  # (B,) bool, False leaves the image out; None: all have a mask
     ) -> "BinnedPixelMetrics":  # itself
         "Add a batch; a batch with an error in it changes nothing"
         here = (

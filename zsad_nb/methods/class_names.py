@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..backbones.text import tokenizer
+from ..backbones.text import TextTower, tokenizer
 from ..backbones.words import rewrite
 from ..core.names import shown
 from ..data.readers import READERS
@@ -31,7 +31,7 @@ def prompt_table(
     method: Any,  # a method, or its class
     parameters: Any,  # of the method
     categories: Iterable[str],  # names of classes
-    text: Any = None,  # the text tower; None: one that knows every word
+    text: TextTower | None = None,  # the text tower; None: one that knows every word
 ) -> pd.DataFrame:  # category, words, prompt (the first of `prompts`), shared_with, unread
     "What a method's sentences call every class."
     rows = []

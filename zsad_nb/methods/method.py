@@ -89,9 +89,9 @@ class Method(nn.Module):
             if name in cls.__dict__:
                 setattr(cls, name, wrap(cls.__dict__[name]))
 
-    def __init__(self, parameters: Any):
+    def __init__(self, parameters: ParameterSet):
         super().__init__()
-        self.p = parameters  # read as self.p.sigma
+        self.p: Any = parameters  # a `Parameters`, read as self.p.sigma
         self.transductive = self.depends_on_others(dataclasses.asdict(parameters))
         self.trained_on: list[str] = []  # "dataset/category" of every image used for training; [] for none
         self.released: dict | None = None  # the file of its authors that it began with: file, sha256
