@@ -198,11 +198,8 @@ def require_own(
 
 
 def read_mask(
-    path: str
-    | os.PathLike
-    | bytes
-    | bytearray
-    | memoryview,  # a mask file or its content, or a folder whose images together are the mask
+    # a mask file or its content, or a folder whose images together are the mask
+    path: str | os.PathLike | bytes | bytearray | memoryview,
     mask_threshold: float | None = None,  # true above this stored value; None: by the table above
 ) -> tuple[np.ndarray, int, list[Stored]]:  # (H, W) bool; EXIF orientation of its files; what they hold
     "One mask, and the files it was read from."
@@ -225,11 +222,8 @@ def read_mask(
 
 
 def load_mask(
-    path: str
-    | os.PathLike
-    | bytes
-    | bytearray
-    | memoryview,  # a mask file or its content, or a folder whose images together are the mask
+    # a mask file or its content, or a folder whose images together are the mask
+    path: str | os.PathLike | bytes | bytearray | memoryview,
     size: int | tuple[int, int] | None = None,  # resize to this (height, width) or side; default: as stored
     mask_threshold: float | None = None,  # true above this stored value; None: by the table above
 ) -> np.ndarray:  # (H, W) bool

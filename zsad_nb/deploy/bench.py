@@ -420,9 +420,8 @@ def bench_cases(
     methods: Sequence[str] = (),  # registered names; default: all
     engines: Sequence[str] = ("torch",),
     precisions: Sequence[str] = ("fp32",),  # every pair that exists
-    sizes: Sequence[int] = (
-        256,
-    ),  # pixels of images and maps, and of the first tower unless `parameters` say otherwise
+    # pixels of images and maps, and of the first tower unless `parameters` say otherwise
+    sizes: Sequence[int] = (256,),
     batch_sizes: Sequence[int] = (1,),
     parameters: dict | None = None,  # of every method, or of one as "METHOD.NAME"
     **more,  # further keys of CASE

@@ -217,9 +217,8 @@ class PixelMetrics:
         limits: tuple = (
             0.3,
         ),  # FPR limits of the AUPRO; 0.3 is reported as `pixel_aupro`, another limit L as `pixel_aupro@L`
-        spill: str
-        | Path
-        | None = None,  # folder for full blocks beyond memory_limit. None: the system's temporary folder
+        # folder for full blocks beyond memory_limit. None: the system's temporary folder
+        spill: str | Path | None = None,
         # bytes of full blocks of normal scores in memory, beside one block and 8 bytes an anomalous pixel
         memory_limit: int = 0,
         variant_200: str = "anomalyclip",  # the public code whose 200-threshold AUPRO is reported, one of VARIANTS_200

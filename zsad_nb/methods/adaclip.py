@@ -516,8 +516,8 @@ def released_names(method: AdaCLIP) -> dict:  # our name -> released names of it
 def import_released(
     method: AdaCLIP,  # created with the checkpoint's towers, taps, length and depth
     path: str | Path,  # a released .pth, or the same names in safetensors
-    trained_on: Sequence[str]
-    | str = (),  # "dataset/category" of its training images, so that `evaluate` can mark what is not zero-shot
+    # "dataset/category" of its training images, so that `evaluate` can mark what is not zero-shot
+    trained_on: Sequence[str] | str = (),
 ) -> AdaCLIP:  # the same method, with the checkpoint's tensors
     "Load a checkpoint of the released code; nothing in it is executed, every key that does not fit is named."
     fit_released(

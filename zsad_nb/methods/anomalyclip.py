@@ -154,8 +154,8 @@ def import_released(
     method: Method,  # with `prompts`, created with the checkpoint's text tower, counts and words
     path: str | Path,  # the authors' .pth, or the same names in safetensors
     verify: bool = True,  # the text tower must be the one the file was trained with; False loads it anyway
-    trained_on: Sequence[str]
-    | str = (),  # "dataset/category" of its training images, so that `evaluate` can mark what is not zero-shot
+    # "dataset/category" of its training images, so that `evaluate` can mark what is not zero-shot
+    trained_on: Sequence[str] | str = (),
 ) -> Method:  # the same method, with the checkpoint's prompts
     "Load a checkpoint of AnomalyCLIP's or Crane's authors; every key that does not fit is named."
     state, _ = released_state(path)

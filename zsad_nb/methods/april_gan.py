@@ -146,8 +146,8 @@ class APRILGAN(RangedMethod):
     @torch.no_grad()
     def set_references(
         self,
-        images: Tensor
-        | Batch,  # (k, 3, H, W) RGB in [0, 1] or a Batch, of normal images of one class; an empty tensor ends few-shot
+        # (k, 3, H, W) RGB in [0, 1] or a Batch, of normal images of one class; an empty tensor ends few-shot
+        images: Tensor | Batch,
     ) -> "APRILGAN":  # the same method
         "Remember good images: from now on predictions are few-shot (baselines, 2.6)."
         images = reference_images(images)

@@ -262,9 +262,8 @@ class Description(pd.DataFrame):
 
 def describe(
     name: str | Method,  # a name as for `create`, or a method that was made
-    categories: Iterable[str]
-    | pd.DataFrame
-    | None = None,  # names of classes, or an Index: show what the sentences call them
+    # names of classes, or an Index: show what the sentences call them
+    categories: Iterable[str] | pd.DataFrame | None = None,
     **parameters,  # of a method given by name, for its sentences
 ) -> pd.DataFrame:  # a `Description`, or with categories: category, words, prompt, prompts, shared_with, unread
     """A method's parameters: parameter, default, allowed, source, help; `.variants` is a second table.
@@ -521,8 +520,8 @@ def require_importer(name: str) -> Callable:
 def import_released(
     method: Method,  # created with the sizes of the checkpoint: towers, taps, tokens
     path: str | Path,  # a file of the method's authors, or the same names in safetensors
-    trained_on: Sequence[str]
-    | str = (),  # data sets, or "dataset/category", of the images it was trained on: no file says so
+    # data sets, or "dataset/category", of the images it was trained on: no file says so
+    trained_on: Sequence[str] | str = (),
     **options,  # of the method's own `import_released`
 ) -> Method:  # the same method, with the checkpoint's tensors
     "Load a checkpoint of the method's authors; nothing in it is executed, every key that does not fit is named."

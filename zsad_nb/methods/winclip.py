@@ -200,8 +200,8 @@ class WinCLIP(Method):
     @torch.no_grad()
     def set_references(
         self,
-        images: Tensor
-        | Batch,  # (k, 3, H, W) RGB in [0, 1] or a Batch, of normal images of one class; an empty tensor ends few-shot
+        # (k, 3, H, W) RGB in [0, 1] or a Batch, of normal images of one class; an empty tensor ends few-shot
+        images: Tensor | Batch,
     ) -> "WinCLIP":  # the same method
         "Remember good images: from now on predictions are few-shot (WinCLIP+, section 4.3)."
         images = reference_images(images)
