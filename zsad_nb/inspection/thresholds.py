@@ -28,7 +28,6 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -129,7 +128,7 @@ class Threshold:
     kind: str  # normals, labels or given
     facts: dict = field(default_factory=dict)  # what it was made from
 
-    def __call__(self, scores: float | Sequence[float] | np.ndarray) -> np.ndarray:  # bool
+    def __call__(self, scores: np.ndarray | float) -> np.ndarray:  # bool
         "Which scores are called defective."
         return np.asarray(scores, np.float64) > self.value
 
@@ -338,7 +337,7 @@ class Comparable:
             )
         return np.asarray(self.reference[category])
 
-    def __call__(self, scores: float | Sequence[float] | np.ndarray, category: str) -> np.ndarray:
+    def __call__(self, scores: np.ndarray | float, category: str) -> np.ndarray:
         "Comparable scores; the larger, the more anomalous."
         scores = np.asarray(scores, np.float64)
         r = self._of(category)
