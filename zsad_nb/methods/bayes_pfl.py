@@ -135,39 +135,47 @@ class BayesPFL(RangedMethod):
         self.log_scale = nn.Parameter(torch.full((2,), -math.log(p.tau)))  # of the image part, of the maps
         self._seeds = {}
 
-    @classmethod
-    def depends_on_others(cls, parameters: dict) -> bool:
-        "Noise that an earlier image drew, and a score that is stretched over a class."
-        return parameters.get("draws") == "kept" or parameters.get("image_score") == "test set"
-
-    @classmethod
-    def from_older(cls, saved: dict) -> dict:
-        "Checkpoints of the method that had this name before are refused."
-        former = sorted(FORMER & set(saved))
-        if former:
-            raise WeightsError(
-                f"its parameters ({listed(former)}) are those of another method that was called "
-                f"{cls.name} until this one became the released method; it is no longer part of "
-                "the package: train again"
-            )
-        return super().from_older(saved)
-
-    def second_stage(self) -> "BayesPFL":  # itself
-        "From now on the image part reads the fused patches, and training moves it alone; every map stays as it is."
-        self.p = replace(self.p, second_stage=True)
-        return self
-
-    def next_stage(self, recipe):
-        "After the first stage the second: a third of its epochs (ours), at a constant rate (code)."
-        if self.p.second_stage:
-            return None
-        self.second_stage()
-        return recipe.change(epochs=math.ceil(recipe.epochs / 3), schedule="constant", warmup=0.0)
-
     def prepare(self, index: pd.DataFrame, training: bool = False) -> "BayesPFL":
         "As of any method with ranges; the noise of another test set is forgotten."
         self._seeds = {}
         return super().prepare(index, training)
+
+
+# %% ../../nbs/methods/23_bayes_pfl.ipynb #c8767b7b
+@patch(cls_method=True)
+def depends_on_others(cls: BayesPFL, parameters: dict) -> bool:
+    "Noise that an earlier image drew, and a score that is stretched over a class."
+    return parameters.get("draws") == "kept" or parameters.get("image_score") == "test set"
+
+
+@patch(cls_method=True)
+def from_older(cls: BayesPFL, saved: dict) -> dict:
+    "Checkpoints of the method that had this name before are refused."
+    former = sorted(FORMER & set(saved))
+    if former:
+        raise WeightsError(
+            f"its parameters ({listed(former)}) are those of another method that was called "
+            f"{cls.name} until this one became the released method; it is no longer part of "
+            "the package: train again"
+        )
+    return super(BayesPFL, cls).from_older(saved)
+
+
+# %% ../../nbs/methods/23_bayes_pfl.ipynb #d0cd06a4
+@patch
+def second_stage(self: BayesPFL) -> "BayesPFL":  # itself
+    "From now on the image part reads the fused patches, and training moves it alone; every map stays as it is."
+    self.p = replace(self.p, second_stage=True)
+    return self
+
+
+@patch
+def next_stage(self: BayesPFL, recipe):
+    "After the first stage the second: a third of its epochs (ours), at a constant rate (code)."
+    if self.p.second_stage:
+        return None
+    self.second_stage()
+    return recipe.change(epochs=math.ceil(recipe.epochs / 3), schedule="constant", warmup=0.0)
 
 
 # %% ../../nbs/methods/23_bayes_pfl.ipynb #967d537e

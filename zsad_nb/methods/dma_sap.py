@@ -210,28 +210,50 @@ class DMASAP(Method):
         self.dual_blocks = refined_blocks(p, self.clip)
         joint_dim = self.clip.tower.proj.shape[1]
         self.prompts = object_prompts(self.text, p)
-        if p.dma:
-            own = replace(p, centre=p.dino == "tiny-dino") if p.centre is None else p
-            self.fuse = nn.ModuleList(DMA(self.dino.width, self.clip.width, joint_dim, own) for _ in self.pairs)
-        else:
-            self.fuse = nn.ModuleList(nn.Linear(self.dino.width, self.clip.width) for _ in self.pairs)
-            for q in self.fuse.parameters():
-                nn.init.zeros_(q)
-                q.requires_grad_(not p.dino_frozen)
+        self.fuse = self._fusion_of_depths(joint_dim)
         self.fused_grid = self.grid if p.dma and p.dma_upsample == "attention" else self.dino_grid
         if p.fusion == "hierarchical":
-            if len(p.levels) != len(self.pairs):
-                raise ValueError(
-                    f"levels={p.levels} for {len(self.pairs)} depths {self.clip.taps}; give one weight a depth"
-                )
-            self.levels = LevelFusion(p.levels)
+            self.levels = self._weights_of_depths()
         if p.pooling == "sap":
-            if p.sap_maps == "probabilities" and p.sap_weights == "class":
-                raise ValueError(
-                    "sap_maps='probabilities' belongs to a softmax over positions: use sap_weights='spatial', or"
-                    " sap_maps='logits'"
-                )
-            self.sap = SAP(joint_dim, p)
+            self.sap = self._attention_pooling(joint_dim)
+
+
+# %% ../../nbs/methods/09_dma_sap.ipynb #385bf98d
+@patch
+def _fusion_of_depths(
+    self: DMASAP,
+    joint_dim: int,  # width of CLIP's joint space
+) -> nn.ModuleList:  # a module a pair of taps
+    "DMA; without it a projection of DINO's patches that starts at zero."
+    p = self.p
+    if p.dma:
+        own = replace(p, centre=p.dino == "tiny-dino") if p.centre is None else p
+        return nn.ModuleList(DMA(self.dino.width, self.clip.width, joint_dim, own) for _ in self.pairs)
+    projections = nn.ModuleList(nn.Linear(self.dino.width, self.clip.width) for _ in self.pairs)
+    for q in projections.parameters():
+        nn.init.zeros_(q)
+        q.requires_grad_(not p.dino_frozen)
+    return projections
+
+
+@patch
+def _weights_of_depths(self: DMASAP) -> LevelFusion:
+    "Alpha, beta and gamma."
+    levels = self.p.levels
+    if len(levels) != len(self.pairs):
+        raise ValueError(f"levels={levels} for {len(self.pairs)} depths {self.clip.taps}; give one weight a depth")
+    return LevelFusion(levels)
+
+
+@patch
+def _attention_pooling(self: DMASAP, joint_dim: int) -> SAP:
+    "SAP over what its parameters choose."
+    if self.p.sap_maps == "probabilities" and self.p.sap_weights == "class":
+        raise ValueError(
+            "sap_maps='probabilities' belongs to a softmax over positions: use sap_weights='spatial', or"
+            " sap_maps='logits'"
+        )
+    return SAP(joint_dim, self.p)
 
 
 # %% ../../nbs/methods/09_dma_sap.ipynb #8cd89380

@@ -25,6 +25,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -211,83 +212,128 @@ class Team(Alone):
         "Have all processes this value?"
         return len(set(self._gather([value]))) == 1
 
-    def agree(self, parameters: list):
-        "All processes have the same parameters and the same random numbers ahead, or it is an error."
-        state = [p.detach().cpu().numpy().tobytes() for p in parameters] + [torch.get_rng_state().numpy().tobytes()]
-        if self.device.type == "cuda":
-            state.append(torch.cuda.get_rng_state(self.device).numpy().tobytes())
-        said = self._gather(
-            [
-                tuple(
-                    hashlib.sha256(b"".join(s)).hexdigest()
-                    for s in (state[: len(parameters)], state[len(parameters) :])
-                )
-            ]
-        )
-        if len(set(said)) > 1:
-            what = "parameters" if len({p for p, _ in said}) > 1 else "random numbers"
-            raise RuntimeError(
-                f"the {what} of {self.ranks} processes are no longer the same; a method must draw random numbers for"
-                " its images with the images first, and decide nothing by its share of a batch"
-            )
 
-    def _sum(self, tensors: list[Tensor]) -> list[Tensor]:
-        kind = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-        flat = self._reduce(torch.cat([t.detach().reshape(-1).to(kind) for t in tensors]), "sum")
-        return [part.view(t.shape).to(t.dtype) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors)]
+# %% ../../nbs/training/03_devices.ipynb #06db4b3c
+@patch
+def agree(self: Team, parameters: list):
+    "All processes have the same parameters and the same random numbers ahead, or it is an error."
+    state = [p.detach().cpu().numpy().tobytes() for p in parameters] + [torch.get_rng_state().numpy().tobytes()]
+    if self.device.type == "cuda":
+        state.append(torch.cuda.get_rng_state(self.device).numpy().tobytes())
+    halves = state[: len(parameters)], state[len(parameters) :]
+    hashes = self._gather([tuple(hashlib.sha256(b"".join(half)).hexdigest() for half in halves)])
+    if len(set(hashes)) > 1:
+        what = "parameters" if len({p for p, _ in hashes}) > 1 else "random numbers"
+        raise RuntimeError(
+            f"the {what} of {self.ranks} processes are no longer the same; a method must draw random numbers for"
+            " its images with the images first, and decide nothing by its share of a batch"
+        )
 
-    def _everyone(self, tensors: dict[str, Tensor], rows: slice, total: int) -> dict[str, Tensor]:
-        "Own rows and everyone else's."
-        room = {k: t.new_zeros(total, *t.shape[1:]) for k, t in tensors.items()}
-        for k, t in tensors.items():
-            room[k][rows] = t.detach()[: rows.stop - rows.start]
-        return dict(zip(room, self._sum(list(room.values()))))
 
-    def backward(self, method, forward, features, batch, loader, scale, parameters):
-        "As one process would find it for the whole batch."
-        total = len(loader.whole)
-        rows = self.rows(loader)
-        count = rows.stop - rows.start
-        start = min(rows.start, total - 1)
-        with SameDraws(start, len(batch), total):
-            found = forward(features, batch)
-        parts = {k: getattr(found, k) for k in ("map", "score", "type_map", "type_score")}
-        own = {f"layers {k}": t for k, t in found.layers.items()} | {k: t for k, t in parts.items() if t is not None}
-        wrong = [k for k, t in own.items() if not torch.is_tensor(t) or t.ndim == 0 or len(t) != len(batch)]
-        if wrong:
-            raise ValueError(
-                f"{method.name} predicts {', '.join(wrong)} without one row an image: several devices cannot put it"
-                " together"
-            )
-        fields = {f"batch {k}": t for k, t in vars(batch).items() if torch.is_tensor(t)}
-        whole = self._everyone(own | fields, rows, total)
-        leaves = {k: whole[k].requires_grad_(t.requires_grad) for k, t in own.items()}
-        prediction = Prediction(
-            **{k: t for k, t in leaves.items() if " " not in k},
-            layers={k[7:]: t for k, t in leaves.items() if k.startswith("layers ")},
+# %% ../../nbs/training/03_devices.ipynb #75ab2958
+@patch
+def _sum(self: Team, tensors: list[Tensor]) -> list[Tensor]:
+    kind = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    flat = self._reduce(torch.cat([t.detach().reshape(-1).to(kind) for t in tensors]), "sum")
+    return [part.view(t.shape).to(t.dtype) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors)]
+
+
+@patch
+def _everyone(self: Team, tensors: dict[str, Tensor], rows: slice, total: int) -> dict[str, Tensor]:
+    "Own rows and everyone else's."
+    room = {k: t.new_zeros(total, *t.shape[1:]) for k, t in tensors.items()}
+    for k, t in tensors.items():
+        room[k][rows] = t.detach()[: rows.stop - rows.start]
+    return dict(zip(room, self._sum(list(room.values()))))
+
+
+@patch
+def _own_rows(
+    self: Team,
+    method: Method,
+    forward: Callable,
+    features,
+    batch: Batch,
+    loader: Shares,
+) -> dict[str, Tensor]:  # field of a Prediction, or "layers NAME" -> a row an image
+    "The prediction of this process's images."
+    total = len(loader.whole)
+    start = min(self.rows(loader).start, total - 1)
+    with SameDraws(start, len(batch), total):
+        prediction = forward(features, batch)
+    fields = {k: getattr(prediction, k) for k in ("map", "score", "type_map", "type_score")}
+    own = {f"layers {k}": t for k, t in prediction.layers.items()}
+    own |= {k: t for k, t in fields.items() if t is not None}
+    wrong = [k for k, t in own.items() if not torch.is_tensor(t) or t.ndim == 0 or len(t) != len(batch)]
+    if wrong:
+        raise ValueError(
+            f"{method.name} predicts {', '.join(wrong)} without one row an image: several devices cannot put it"
+            " together"
         )
-        known = [loader.rows[at] for at in loader.whole]
-        losses = method.loss(
-            prediction,
-            Batch(
-                **{k[6:]: whole[k] for k in fields}, category=[row[4] for row in known], path=[row[0] for row in known]
-            ),
-        )
-        scale(losses["total"]).backward()
-        if self.rank:
-            for p in parameters:
-                p.grad = None  # what the loss reads from parameters directly counts once
-        back = [(t[:count], leaves[k].grad[rows]) for k, t in own.items() if leaves[k].grad is not None]
-        if count and back:
-            torch.autograd.backward(*zip(*back))
-        has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=self.device)
-        said = losses["total"].detach() * (self.rank == 0)  # the first process speaks for all
-        *grads, has, losses["total"] = self._sum(
-            [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters] + [has, said]
-        )
-        for p, g, h in zip(parameters, grads, has.tolist()):
-            p.grad = g if h else None
-        return losses
+    return own
+
+
+@patch
+def _losses(
+    self: Team,
+    method: Method,
+    predicted: dict[str, Tensor],  # of the whole batch, as `_own_rows` names them
+    fields: dict[str, Tensor],  # of the whole batch
+    loader: Shares,
+) -> dict[str, Tensor]:
+    "The method's losses of the whole batch."
+    rows = [loader.rows[at] for at in loader.whole]
+    prediction = Prediction(
+        **{k: t for k, t in predicted.items() if " " not in k},
+        layers={k.removeprefix("layers "): t for k, t in predicted.items() if k.startswith("layers ")},
+    )
+    return method.loss(prediction, Batch(**fields, category=[row[4] for row in rows], path=[row[0] for row in rows]))
+
+
+@patch
+def _sum_gradients(
+    self: Team,
+    parameters: list,
+    total: Tensor,  # the loss
+) -> Tensor:  # the first process's loss
+    "Sum the gradients of all processes; a parameter that none of them has a gradient of keeps none."
+    has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=self.device)
+    own = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    *gradients, has, total = self._sum([*own, has, total.detach() * (self.rank == 0)])
+    for p, gradient, some in zip(parameters, gradients, has.tolist()):
+        p.grad = gradient if some else None
+    return total
+
+
+@patch
+def backward(
+    self: Team,
+    method: Method,
+    forward: Callable,
+    features,
+    batch: Batch,
+    loader: Shares,
+    scale: Callable,
+    parameters: list,
+) -> dict[str, Tensor]:
+    "As one process would have it for the whole batch."
+    total = len(loader.whole)
+    rows = self.rows(loader)
+    count = rows.stop - rows.start
+    own = self._own_rows(method, forward, features, batch, loader)
+    tensors = {k: t for k, t in vars(batch).items() if torch.is_tensor(t)}
+    whole = self._everyone(own | {f"batch {k}": t for k, t in tensors.items()}, rows, total)
+    leaves = {k: whole[k].requires_grad_(t.requires_grad) for k, t in own.items()}
+    losses = self._losses(method, leaves, {k: whole[f"batch {k}"] for k in tensors}, loader)
+    scale(losses["total"]).backward()
+    if self.rank:
+        for p in parameters:
+            p.grad = None  # what the loss reads from parameters directly counts once
+    back = [(t[:count], leaves[k].grad[rows]) for k, t in own.items() if leaves[k].grad is not None]
+    if count and back:
+        torch.autograd.backward(*zip(*back))
+    losses["total"] = self._sum_gradients(parameters, losses["total"])
+    return losses
 
 
 # %% ../../nbs/training/03_devices.ipynb #e471dab7
