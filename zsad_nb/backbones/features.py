@@ -180,7 +180,7 @@ class FeatureCache:
         batch,  # anything with `image` (B, 3, H, W) that can be indexed by a list of rows
         encode: Callable,  # batch -> dict of tensors, first dimension the image; see `one_by_one`
     ) -> dict[str, Tensor]:  # the same dict, floats as float32, on the batch's device
-        "Features of a batch: read where they are known, encoded and stored where not."
+        "Features of a batch: read where they are stored, encoded and stored where not."
         device = batch.image.device
         code = code_hash("core", "backbones", "components", "methods")
         whole = dict(key, **self.more, code=code, rounding=rounding(device))

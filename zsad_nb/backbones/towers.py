@@ -141,7 +141,7 @@ def prepare(
     self: Backbone,
     image: Tensor,  # (B, 3, H, W) RGB in [0, 1]
 ) -> Tensor:  # (B, 3, size, size) normalised for this tower
-    "Resize (antialiased, as `interpolation` says) when the size differs, then normalise."
+    "Resize (antialiased, by `interpolation`) when the size differs, then normalise."
     if image.shape[-2:] != (self.size, self.size):
         wanted = (self.size, self.size)
         image = F.interpolate(image, wanted, mode=self.interpolation, antialias=True, align_corners=False).clamp(0, 1)

@@ -179,7 +179,7 @@ def param(
     most: float | None = None,  # the largest value of a whole number; None: that of LARGEST, or NUMBER
     frozen: bool
     | str
-    | None = None,  # do frozen features depend on it: True, False or "tower"; None: as its class says
+    | None = None,  # do frozen features depend on it: True, False or "tower"; None: as its class states
 ) -> Any:  # a dataclass field
     "A named parameter with its default, the source of that default and what else it may be."
     if isinstance(allowed, str) and allowed not in RULES:

@@ -112,7 +112,7 @@ class _Used:
         return path in self.paths or any(folder.as_posix() in self.paths for folder in PurePosixPath(path).parents)
 
     def of_normal(self, path: str) -> bool:
-        "A mask of a normal image says nothing: it lies in a folder of normal ones, or beside its image."
+        "A mask of a normal image, which is not used: it lies in a folder of normal ones, or beside its image."
         place = PurePosixPath(path)
         stem = same_name(place.stem)
         if any(same_name(folder) in NORMAL_NAMES for folder in place.parts[:-1]) and is_mask(path):

@@ -55,7 +55,7 @@ def _digamma_step(
 
 # %% ../../nbs/evaluation/04_binned.ipynb #a5135368
 class BinnedPixelMetrics(PixelMetrics):
-    "Pixel AUROC, AP, F1-max and AUPRO from counts in bins; `compute().bounds` says how far each may be off (ours)."
+    "Pixel AUROC, AP, F1-max and AUPRO from counts in bins; `compute().bounds` holds how far each may be off (ours)."
 
     def __init__(
         self,

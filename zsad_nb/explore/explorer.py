@@ -38,7 +38,7 @@ from .page import ExplorerPage
 from .panels import Later
 from .screen import Screen, rounded
 from .stores import StoreSet, source_name
-from ..figures.blending import ORDER, Drawing, View, encode
+from ..figures.blending import ORDER, Rendering, View, encode
 
 
 # %% ../../nbs/explore/12_explorer.ipynb #186f29a9
@@ -57,7 +57,7 @@ class HeatmapExplorer(ExplorerPage):
         out: str | Path = "heatmaps",  # folder for saved pictures
         batch_size: int = 8,
         progress: bool = True,
-        **reading,  # see `Reading`; default: as the index, the Inspector or the run says
+        **reading,  # see `Reading`; default: those of the index, the Inspector or the run
     ):
         Reading(**reading)  # raises for a setting or value that does not exist
         self.sources = dict(sources) if isinstance(sources, dict) else {source_name(sources): sources}
@@ -71,9 +71,9 @@ class HeatmapExplorer(ExplorerPage):
         self.index = first.index
         self.size = first.size
         self.row = None  # of the index: the image on the screen
-        self.drawing = None  # its image, mask and map
+        self.rendering = None  # its image, mask and map
         self.at = None  # the place that was clicked, as shares of width and height
-        self._right = None  # the drawing of the method to compare with
+        self._right = None  # the rendering of the method to compare with
         self._columns = {c: self.index[c].to_numpy(object) for c in ("dataset", "category", "image", "defect")}
         self._anomalous = self.index["anomalous"].to_numpy()
         self._untested = self._categories_without_tests(index)
@@ -110,7 +110,7 @@ class HeatmapExplorer(ExplorerPage):
         "The sliders in numbers."
         store = store or self.store
         if store is self.store and (self.layer.value or self.scale.value == "image"):
-            low, high = self.drawing.scale(self.clip.value)
+            low, high = self.rendering.scale(self.clip.value)
         elif self.scale.value == "image":
             low, high = self._right.scale(self.clip.value)
         else:
@@ -130,7 +130,7 @@ class HeatmapExplorer(ExplorerPage):
 
     def _repr_mimebundle_(self, include=None, exclude=None, **options) -> dict:
         "The widget, and a still picture where there are no widgets, such as in a notebook that is only read."
-        picture = still_picture(self.snapshot(tile=200)) if self.drawing is not None else {}
+        picture = still_picture(self.snapshot(tile=200)) if self.rendering is not None else {}
         text = f"{type(self).__name__} of {', '.join(self.sources)}: {len(self.index):,} images"
         return {**self.root._repr_mimebundle_(**options), "text/plain": text, **picture}
 
@@ -147,11 +147,11 @@ def _connect_controls(self: HeatmapExplorer):
         (self.show, self._choose_show),
         (self.sort, lambda: self._list()),
         (self.threshold, self._decide),
-        (self.scale, lambda: self._draw("heatmap", "overlay")),
-        (self.clip, lambda: self._draw("heatmap", "overlay")),
-        (self.opacity, lambda: self._draw("overlay")),
-        (self.level, lambda: self._draw("contour")),
-        (self.smoothing, lambda: self._draw("heatmap", "overlay", "contour")),
+        (self.scale, lambda: self._render("heatmap", "overlay")),
+        (self.clip, lambda: self._render("heatmap", "overlay")),
+        (self.opacity, lambda: self._render("overlay")),
+        (self.level, lambda: self._render("contour")),
+        (self.smoothing, lambda: self._render("heatmap", "overlay", "contour")),
         (self.wipe, self._move_wipe),
         (self.code_button, self._toggle_code),
     ]
@@ -255,7 +255,7 @@ def _split_scores(self: HeatmapExplorer):
 def _show_untested(self: HeatmapExplorer):
     count = self._untested[self.dataset.value, self.category.value]
     self.row = None
-    self.drawing = None
+    self.rendering = None
     self.at = None
     self.split = ScoreSplit([], [])
     self.gallery.row = None
@@ -272,18 +272,18 @@ def _show_untested(self: HeatmapExplorer):
 @patch
 def _choose_other(self: HeatmapExplorer):
     set_visible(self.wipe, self.other is not None)
-    if self.drawing is None:
+    if self.rendering is None:
         return
     self._load_right()
-    self._draw("overlay")
+    self._render("overlay")
     self._say_verdict()
 
 
 @patch
 def _choose_layer(self: HeatmapExplorer):
-    if self.drawing is not None:
+    if self.rendering is not None:
         self._load()
-        self._draw(*ORDER)
+        self._render(*ORDER)
         self._read_pixel()
 
 
@@ -365,14 +365,14 @@ def open(self: HeatmapExplorer, row: int | str):
     try:
         self._load()
     except BadImage as error:
-        self.drawing = None
+        self.rendering = None
         self.clear_pictures(str(error))
         return self._count_pages()
     aspect = min(max(self.store.aspect(self.row), 0.4), 3.0)
     for picture in self.pictures.values():
         picture.aspect = aspect
         picture.mark = []
-    self._draw(*ORDER)
+    self._render(*ORDER)
     self._decide(again=False)
     self._count_pages()
     self._read_pixel()
@@ -385,9 +385,9 @@ def _load(self: HeatmapExplorer):
     layer = self.layer.value
     replaced = self.store.replaced(self.row)
     if replaced or self.store.rows["state"][self.row] == 0 or layer:
-        self.tell(f"{self.method.value} looks at {name} ...")
-    self.drawing = self.store.drawing(self.row, layer)
-    self.tell(f"{name} was replaced since its map was made; map and score were made again" if replaced else "")
+        self.notify(f"{self.method.value} looks at {name} ...")
+    self.rendering = self.store.rendering(self.row, layer)
+    self.notify(f"{name} was replaced since its map was made; map and score were made again" if replaced else "")
     self._set_level()
     parts = self.store.inside(self.row).numbers if layer else {}
     self.inside.value = "".join(
@@ -400,7 +400,7 @@ def _load(self: HeatmapExplorer):
 def _set_level(self: HeatmapExplorer):
     "The contour's slider goes from end to end of the colours; it stays where it is within a category."
     layer = self.layer.value
-    low, high = self.drawing.scale() if layer else self.store.scale(self._rows_of_category())
+    low, high = self.rendering.scale() if layer else self.store.scale(self._rows_of_category())
     key = self.method.value, layer, None if layer else self._columns["category"][self.row]
     if key != self._level_key:
         self._level_key = key
@@ -412,19 +412,19 @@ def _set_level(self: HeatmapExplorer):
 def _load_right(self: HeatmapExplorer):
     self._right = None
     if self.other is not None:
-        self._right = Drawing(self.drawing.image, self.other.map(self.row), self.drawing.mask)
+        self._right = Rendering(self.rendering.image, self.other.map(self.row), self.rendering.mask)
 
 
 @patch
-def _draw(self: HeatmapExplorer, *names: str):
+def _render(self: HeatmapExplorer, *names: str):
     "Render these panels again."
-    if self.drawing is None:
+    if self.rendering is None:
         return
     view = self.view()
     for name in names:
-        self.pictures[name].data = encode(self.drawing.panel(name, view))
+        self.pictures[name].data = encode(self.rendering.panel(name, view))
     if "overlay" in names:
-        self._draw_right()
+        self._render_right()
     if "heatmap" in names:
         self.pictures["heatmap"].note = range_text(view.low, view.high)
     if "contour" in names:
@@ -434,7 +434,7 @@ def _draw(self: HeatmapExplorer, *names: str):
 
 
 @patch
-def _draw_right(self: HeatmapExplorer):
+def _render_right(self: HeatmapExplorer):
     overlay = self.pictures["overlay"]
     with overlay.hold_sync():
         if self._right is None:
@@ -449,15 +449,15 @@ def _draw_right(self: HeatmapExplorer):
 
 @patch
 def _mask_note(self: HeatmapExplorer) -> str:
-    if self.drawing.mask is None:
+    if self.rendering.mask is None:
         return "no mask"
-    return "" if self.drawing.mask.any() else "no defect"
+    return "" if self.rendering.mask.any() else "no defect"
 
 
 # %% ../../nbs/explore/12_explorer.ipynb #da0fa597
 @patch
 def _say_verdict(self: HeatmapExplorer):
-    if self.row is None or self.drawing is None:
+    if self.row is None or self.rendering is None:
         return
     defect = str(self._columns["defect"][self.row] or "defective")
     statements = [*self._decisions(), f"labelled <b>{html_text(defect)}</b>", *self._remarks()]
@@ -490,12 +490,12 @@ def _decision(self: HeatmapExplorer, store: MapStore) -> str:
 @patch
 def _remarks(self: HeatmapExplorer) -> list[str]:
     remarks = []
-    agreement = self.drawing.agreement(self.view()) if self._anomalous[self.row] else {}
+    agreement = self.rendering.agreement(self.view()) if self._anomalous[self.row] else {}
     if agreement:
         remarks.append(agreement_html(agreement))
-    if self.drawing.bad:
+    if self.rendering.bad:
         remarks.append(
-            f"<b>{self.drawing.bad:,} pixels of this map are not numbers</b>: grey in the heatmap, never inside the"
+            f"<b>{self.rendering.bad:,} pixels of this map are not numbers</b>: grey in the heatmap, never inside the"
             " contour"
         )
     trained_on = {name.partition("/")[0] for name in self.store.header["trained_on"]}
@@ -508,7 +508,7 @@ def _remarks(self: HeatmapExplorer) -> list[str]:
 @patch
 def touch(self: HeatmapExplorer, x: float, y: float):
     "Read the pixel at a place (shares of width and height), and show what is similar to it."
-    if self.drawing is None:
+    if self.rendering is None:
         return
     self.at = (round(float(x), 4), round(float(y), 4))
     for picture in self.pictures.values():
@@ -539,13 +539,13 @@ def _read_pixel(self: HeatmapExplorer):
 def _pixel_text(self: HeatmapExplorer) -> str:
     size = self.store.size
     x, y = (min(int(share * size), size - 1) for share in self.at)
-    smooth = self.drawing.smoothed(self.smoothing.value)
+    smooth = self.rendering.smoothed(self.smoothing.value)
     lower = percent(float((smooth < smooth[y, x]).mean()))
-    lines = [f"score <b>{float(self.drawing.map[y, x]):.4g}</b>, higher than {lower} of this image's pixels"]
+    lines = [f"score <b>{float(self.rendering.map[y, x]):.4g}</b>, higher than {lower} of this image's pixels"]
     if self._right is not None:
         lines.append(f"{html_text(self.compare.value)}: <b>{float(self._right.map[y, x]):.4g}</b>")
-    if self.drawing.mask is not None:
-        lines.append(f"{'inside' if self.drawing.mask[y, x] else 'outside'} the defect mask")
+    if self.rendering.mask is not None:
+        lines.append(f"{'inside' if self.rendering.mask[y, x] else 'outside'} the defect mask")
     place = f'<div class="soft">x {x}, y {y} of {size} x {size} pixels</div>'
     return place + "".join(f"<div>{line}</div>" for line in lines)
 
@@ -588,8 +588,8 @@ def compute(self: HeatmapExplorer):
 @patch
 def screen(self: HeatmapExplorer) -> Screen:
     "What is on the screen, in numbers."
-    if self.drawing is None:
-        raise ValueError("there is no picture to draw again")
+    if self.rendering is None:
+        raise ValueError("there is no picture to render again")
     two = self.other is not None
     return Screen(
         store=self.store,
@@ -627,7 +627,7 @@ def save(self: HeatmapExplorer) -> Path:
 @patch
 def _save_and_tell(self: HeatmapExplorer):
     path = self.save()
-    self.tell(f"written: {path.as_posix()}, and {path.with_suffix('.py').name} beside it")
+    self.notify(f"written: {path.as_posix()}, and {path.with_suffix('.py').name} beside it")
 
 
 @patch

@@ -33,7 +33,7 @@ from zsad_nb.explore.controls import (
 )
 from .histogram import percent
 from .panels import DropZone, Picture
-from ..figures.blending import Drawing, View, encode, sheet
+from ..figures.blending import Rendering, View, encode, sheet
 from ..inspection.inspector import Inspector
 from ..inspection.regions import at_size, display_size
 from ..inspection.sources import method_from
@@ -51,18 +51,18 @@ class Upload:
         category: str = "object",  # what prompts call the thing; can be changed on the page
         side: int = 720,  # pixels of the longer side on the screen
         bits: int | None = None,
-        white: float | None = None,  # see `Reading`; default: as the Inspector says
+        white: float | None = None,  # see `Reading`; default: the Inspector's
     ):
         self.inspector = _inspector(source, category, bits, white)
         self.side = side
         self.result = None  # of the last picture
-        self.drawing = None  # the picture and its map at the size of the screen
+        self.rendering = None  # the picture and its map at the size of the screen
         self._quiet = False  # True while the program itself moves controls
         self._build()
         self._connect()
         self._lay_out()
 
-    def tell(self, text: str, problem: bool = False):
+    def notify(self, text: str, problem: bool = False):
         "A line below the place to drop a picture."
         self.message.value = message_html(text, problem)
         set_visible(self.message, bool(text))
@@ -75,7 +75,7 @@ class Upload:
         )
 
     def _ends(self) -> tuple:  # of the colours
-        low, high = self.drawing.scale(self.clip.value)
+        low, high = self.rendering.scale(self.clip.value)
         if self.inspector.calibration is None or self.clip.value:
             return low, high
         # the calibrated scale: a good picture stays dark, and the peaks of a bad one stay visible
@@ -84,13 +84,13 @@ class Upload:
     def snapshot(self, tile: int | None = None) -> Image.Image:
         "What is on the screen."
         view = self.view()
-        panels = {name: self.drawing.panel(name, view) for name in PANELS}
+        panels = {name: self.rendering.panel(name, view) for name in PANELS}
         heading = f"{self.inspector.method.name}   {self.result.name}"
         return sheet(panels, heading, (self.result.reason,), tile)
 
     def _repr_mimebundle_(self, include=None, exclude=None, **options) -> dict:
         "The widget, and a still picture where there are no widgets."
-        picture = still_picture(self.snapshot(tile=220)) if self.drawing is not None else {}
+        picture = still_picture(self.snapshot(tile=220)) if self.rendering is not None else {}
         text = f"{type(self).__name__} to {self.inspector.method.name}"
         return {**self.root._repr_mimebundle_(**options), "text/plain": text, **picture}
 
@@ -132,14 +132,14 @@ def _build(self: Upload):
 
 @patch
 def _connect(self: Upload):
-    redrawn = [
+    rerendered = [
         (self.opacity, ("overlay",)),
         (self.level, ("contour",)),
         (self.smoothing, ("heatmap", "overlay", "contour")),
         (self.clip, ("heatmap", "overlay")),
     ]
-    for control, names in redrawn:
-        control.observe(lambda change, names=names: None if self._quiet else self._draw(*names), "value")
+    for control, names in rerendered:
+        control.observe(lambda change, names=names: None if self._quiet else self._render(*names), "value")
     self.zone.observe(lambda change: self._open_again(), "count")
     self.word.observe(lambda change: self._open_again() if self.zone.data else None, "value")
     for picture in self.pictures.values():
@@ -182,23 +182,23 @@ def open_file(
 ):
     "Inspect a file's bytes and show the result."
     self.result = None
-    self.drawing = None
+    self.rendering = None
     self._show_result(False)
     if not data:
-        return self.tell(f"{name}: {note or 'the file is empty'}", problem=True)
-    self.tell(f"{self.inspector.method.name} looks at {name} ...")
+        return self.notify(f"{name}: {note or 'the file is empty'}", problem=True)
+    self.notify(f"{self.inspector.method.name} looks at {name} ...")
     try:
         result = self._inspect(name, data)
     except BadImage as error:
-        return self.tell(f"{name}: {str(error).removeprefix(f'{error.path}: ')}", problem=True)
+        return self.notify(f"{name}: {str(error).removeprefix(f'{error.path}: ')}", problem=True)
     self.result = replace(result, name=name)
     self._prepare_pictures()
-    self._draw(*PANELS)
+    self._render(*PANELS)
     self.verdict.value = self._verdict_text(note)
     self.types.value = self._types_text()
     self.pixel.value = '<div class="soft">Click into a picture to read its score there.</div>'
     self._show_result(True)
-    self.tell("")
+    self.notify("")
 
 
 @patch
@@ -216,7 +216,7 @@ def _prepare_pictures(self: Upload):
     image = Image.fromarray(self.result.image)
     size = display_size(image.size, self.side)
     small = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
-    self.drawing = Drawing(small, at_size(self.result.heat, size))
+    self.rendering = Rendering(small, at_size(self.result.heat, size))
     low, high = self._ends()
     level = (low + high) / 2
     calibration = self.inspector.calibration
@@ -236,12 +236,12 @@ def _prepare_pictures(self: Upload):
 
 @patch
 @show_errors
-def _draw(self: Upload, *names: str):
-    if self.drawing is None:
+def _render(self: Upload, *names: str):
+    if self.rendering is None:
         return
     view = self.view()
     for name in names:
-        self.pictures[name].data = encode(self.drawing.panel(name, view))
+        self.pictures[name].data = encode(self.rendering.panel(name, view))
     if "heatmap" in names:
         self.pictures["heatmap"].note = range_text(view.low, view.high)
 
@@ -276,11 +276,11 @@ def _types_text(self: Upload) -> str:
 @show_errors
 def touch(self: Upload, x: float, y: float):
     "Read the score at a place (shares of width and height)."
-    if self.drawing is None:
+    if self.rendering is None:
         return
     for picture in self.pictures.values():
         picture.mark = [x, y]
-    map = self.drawing.map
+    map = self.rendering.map
     height, width = map.shape
     value = map[min(int(y * height), height - 1), min(int(x * width), width - 1)]
     self.pixel.value = (

@@ -82,7 +82,7 @@ def _decoding_lock(what) -> contextlib.AbstractContextManager:
 
 @dataclass
 class Loaded:
-    "A source that was read; or what is wrong with it; or its row, where that is known already."
+    "A source that was read; or what is wrong with it; or its row, where there is one already."
 
     source: Source
     content: str = ""  # hash

@@ -134,7 +134,7 @@ def add(
     picture: str = "",  # name of the overlay
     overlay: np.ndarray | None = None,  # (H, W, 3) uint8
 ):
-    "A new row; its overlay is written first, so that a row says that its picture is there."
+    "A new row; its overlay is written first, so that a row never stands without its picture."
     if overlay is not None:
         row["picture"] = f"pictures/{picture}"
         write_atomically(

@@ -131,7 +131,7 @@ class APRILGAN(RangedMethod):
         p = self.p
         self.clip, self.text = clip_towers(p, p.taps)
         self.grid = (self.clip.size // self.clip.patch,) * 2
-        self._said = {}
+        self._texts = {}
         self.adapters = nn.ModuleDict(
             {f"tap_{t}": nn.Linear(self.clip.width, self.clip.tower.proj.shape[1]) for t in self.clip.taps}
         )
@@ -187,12 +187,12 @@ def text_features(
     spell = self.spell(self.p)
     names = list(map(spell, categories))
     for n in dict.fromkeys(names):
-        if n in self._said:
+        if n in self._texts:
             continue
-        self._said[n] = torch.stack(
+        self._texts[n] = torch.stack(
             [ensemble(self.text, n, APRIL_GAN_STATES[s], self.p.templates, spell=spell) for s in ("normal", "abnormal")]
         ).cpu()
-    return torch.stack([self._said[n] for n in names]).to(self.text.device)
+    return torch.stack([self._texts[n] for n in names]).to(self.text.device)
 
 
 # %% ../../nbs/methods/21_april_gan.ipynb #c1ddf506

@@ -87,10 +87,10 @@ class TypeMethod(Method):
         "The types at the start; called once the text tower is there."
         p = self.p
         if p.types is None or isinstance(p.types, str):
-            found = type_words(p.types or "synthetic-target")
+            types = type_words(p.types or "synthetic-target")
         else:
-            found = dict(zip(*check_types(p.types, p.words)))
-        self._take(found, quiet=p.types is None)
+            types = dict(zip(*check_types(p.types, p.words)))
+        self._take(types, quiet=p.types is None)
 
     def set_types(
         self,
@@ -141,8 +141,8 @@ class TypeMethod(Method):
 
 # %% ../../nbs/methods/12_dapo.ipynb #8bec2ab2
 @patch
-def _take(self: TypeMethod, found: dict, quiet: bool = False):
-    names, words = check_types(found, found.values())
+def _take(self: TypeMethod, types: dict, quiet: bool = False):
+    names, words = check_types(types, types.values())
     self.p = replace(self.p, types=names, words=words)
     self._kinds = None
     if self.text.lookup is None or (quiet and self.p.unknown_words == "warn"):
@@ -151,15 +151,15 @@ def _take(self: TypeMethod, found: dict, quiet: bool = False):
     unknown = {w: parts for w, parts in unread.items() if parts}
     if not unknown:
         return
-    said = (
+    message = (
         f"the text tower {self.text.row.name} has never read"
         f" {', '.join(dict.fromkeys(repr(part) for lost in unknown.values() for part in lost))}: it reads every"
         f" such word alike, so {', '.join(map(repr, unknown))} cannot be told from any other unknown defect; use"
         " words it knows, or another CLIP"
     )
     if self.p.unknown_words == "error":
-        raise ValueError(said)
-    warnings.warn(said, stacklevel=3)
+        raise ValueError(message)
+    warnings.warn(message, stacklevel=3)
 
 
 @patch
@@ -194,13 +194,13 @@ def kinds(self: TypeMethod, batch) -> Tensor:  # (B,) 0 for an image without def
         )
     rows = zip(batch.category, batch.defect.tolist(), batch.anomalous.tolist())
     try:
-        found = [self._kinds[c, d] if bad else 0 for c, d, bad in rows]
+        numbers = [self._kinds[c, d] if bad else 0 for c, d, bad in rows]
     except KeyError as error:
         raise ValueError(
             f"an image of category {error.args[0][0]} has a defect whose type is not known; call"
             " method.prepare(index, training=True) with this very index"
         ) from None
-    return torch.tensor(found, device=batch.image.device)
+    return torch.tensor(numbers, device=batch.image.device)
 
 
 # %% ../../nbs/methods/12_dapo.ipynb #5be33d77
@@ -311,12 +311,12 @@ def look(
     b = self.clip
     z, abnormal = prototypes(self.prompts(p.words) if self.training else self.prompts.features(p.words))
     seen = see_deep(b, image, self.image_tokens, p.alpha)
-    found = {
+    layers = {
         f"tap_{t}": type_logits(patches, self.adapters[f"tap_{t}"], z, seen.grid, p.tau)
         for t, patches in zip(b.taps, seen.patches)
     }
     whole = F.normalize(seen.cls @ b.tower.proj, dim=-1)
-    return found | dict(image=whole @ torch.stack([z[0], abnormal]).T / p.tau, image_types=whole @ z.T / p.tau)
+    return layers | dict(image=whole @ torch.stack([z[0], abnormal]).T / p.tau, image_types=whole @ z.T / p.tau)
 
 
 # %% ../../nbs/methods/12_dapo.ipynb #526eb944
@@ -412,8 +412,8 @@ def import_released(
             f"{Path(path).name} does not fit dapo: missing {', '.join(missing[:4])} (found:"
             f" {', '.join(sorted(flat)[:4]) or 'no tensors'})"
         )
-    found = {ours: flat.pop(theirs) for ours, theirs in names.items()}
-    deep = [found.pop(k) for k in list(found) if k.startswith("prompts.deep.")]
+    tensors = {ours: flat.pop(theirs) for ours, theirs in names.items()}
+    deep = [tensors.pop(k) for k in list(tensors) if k.startswith("prompts.deep.")]
     if deep:
         shapes = {tuple(t.shape) for t in deep}
         if len(shapes) > 1:
@@ -421,6 +421,6 @@ def import_released(
                 f"{Path(path).name} does not fit dapo: its deep text tokens have the shapes {sorted(shapes)}; they must"
                 " be alike"
             )
-        found["prompts.deep"] = torch.stack(deep)
-    load_tensors(method, {**found, **{f"{k} (released name)": v for k, v in flat.items()}}, Path(path).name)
+        tensors["prompts.deep"] = torch.stack(deep)
+    load_tensors(method, {**tensors, **{f"{k} (released name)": v for k, v in flat.items()}}, Path(path).name)
     return method

@@ -268,15 +268,15 @@ def encode(self: DMASAP, batch) -> dict[str, Tensor]:
         clip, batch.image, (*taps, clip.depth), self.dual_blocks, p.attention, taps if p.dma else (), p.value_from
     )
     clip_side = [seen.values[t] for t in taps] if p.dma else [t[:, 1:] for t in seen.plain[:-1]]
-    found = dict(cls=F.normalize(joint(clip, seen.cls), dim=-1))
+    features = dict(cls=F.normalize(joint(clip, seen.cls), dim=-1))
     if p.self_map:
         patches = joint(clip, seen.layers[-1][:, 1:])
-        found["self"] = F.normalize(patches, dim=-1)
+        features["self"] = F.normalize(patches, dim=-1)
         if p.sap_input == "tokens":
-            found["self_length"] = patches.norm(dim=-1, keepdim=True)
+            features["self_length"] = patches.norm(dim=-1, keepdim=True)
     for i, (mine, other) in enumerate(zip(clip_side, self.dino(batch.image, depths, norm=p.dino_norm).patches)):
-        found |= {f"clip_{i}": mine, f"dino_{i}": other}
-    return found
+        features |= {f"clip_{i}": mine, f"dino_{i}": other}
+    return features
 
 
 # %% ../../nbs/methods/09_dma_sap.ipynb #0bf230d6
@@ -323,9 +323,9 @@ def compare(self: DMASAP, features: dict, text: Tensor) -> dict:  # text: (2, C)
     contrast = (text[1] - text[0]) / p.tau
     fused = self.fused_tokens(features, text)
     local = [F.normalize(fused, dim=-1)]  # each (B, N, C)
-    found = dict(fusion=(local[0] @ contrast).unflatten(1, self.fused_grid))
+    layers = dict(fusion=(local[0] @ contrast).unflatten(1, self.fused_grid))
     if p.self_map:
-        found["self"] = (features["self"] @ contrast).unflatten(1, self.grid)
+        layers["self"] = (features["self"] @ contrast).unflatten(1, self.grid)
         local.append(
             features["self"]
             if self.grid == self.fused_grid
@@ -343,7 +343,7 @@ def compare(self: DMASAP, features: dict, text: Tensor) -> dict:  # text: (2, C)
         patches = torch.stack(local if p.sap_input == "unit" else self._tokens(fused, features)).mean(0)  # P of SAP
         pooled = self.sap(patches, maps) if p.pooling == "sap" else pool(patches, weights, p.sap_weights)
         phi = image_feature(pooled, features["cls"], p.cls_weight)
-    return dict(found, weights=weights.unflatten(1, self.fused_grid), image=phi @ text.T)
+    return dict(layers, weights=weights.unflatten(1, self.fused_grid), image=phi @ text.T)
 
 
 @patch
@@ -366,8 +366,8 @@ def forward(self: DMASAP, features: dict, batch) -> Prediction:
     "Mean of the upsampled logits, softmax, abnormal channel; smoothed in evaluation mode only."
     p = self.p
     size = tuple(batch.image.shape[-2:])
-    found = self.compare(features, self.text_features())
-    maps = [found[k] for k in ("fusion", "self") if k in found]
+    layers = self.compare(features, self.text_features())
+    maps = [layers[k] for k in ("fusion", "self") if k in layers]
     if p.soft_mean:
         pixels = sum(to_pixels(m.sigmoid(), size) for m in maps) / len(maps)
     else:
@@ -376,7 +376,7 @@ def forward(self: DMASAP, features: dict, batch) -> Prediction:
         ).sigmoid()  # a softmax over two classes is a sigmoid of their difference
     if not self.training and p.sigma > 0:
         pixels = to_pixels(pixels, size, p.sigma)
-    return Prediction(pixels, (found["image"] / p.tau).softmax(-1)[:, 1], found)
+    return Prediction(pixels, (layers["image"] / p.tau).softmax(-1)[:, 1], layers)
 
 
 @patch
@@ -385,13 +385,13 @@ def loss(self: DMASAP, prediction: Prediction, batch) -> dict[str, Tensor]:
     p = self.p
     size = tuple(batch.mask.shape[-2:])
     mask = batch.mask[:, 0]
-    found = prediction.layers
+    layers = prediction.layers
     up = (
         (lambda m: F.interpolate(m[:, None], size, mode="nearest")[:, 0])
         if p.upsampling == "nearest"
         else (lambda m: to_pixels(m, size))
     )
-    maps = [up(found[k]) for k in ("fusion", "self") if k in found]
+    maps = [up(layers[k]) for k in ("fusion", "self") if k in layers]
     maps = (
         [m.sigmoid() for m in maps]
         if p.loss_maps == "each"
@@ -400,7 +400,7 @@ def loss(self: DMASAP, prediction: Prediction, batch) -> dict[str, Tensor]:
     parts = dict(
         focal=sum(focal(m, mask) for m in maps),
         dice=sum(dice(m, mask) for m in maps),
-        ce=F.cross_entropy(found["image"] / p.tau_train, batch.anomalous.long()),
+        ce=F.cross_entropy(layers["image"] / p.tau_train, batch.anomalous.long()),
     )
     return dict(
         total=p.weight_focal * parts["focal"] + p.weight_dice * parts["dice"] + p.weight_ce * parts["ce"], **parts

@@ -283,7 +283,7 @@ def predict(self: Method, batch, cache: FeatureCache | None = None) -> Predictio
 # %% ../../nbs/methods/05_method.ipynb #f3f279a0
 @patch(cls_method=True)
 def spell(cls: Method, p) -> Callable:  # name -> words
-    "How a set of parameters writes a class's name, as its `names` says."
+    "How a set of parameters writes a class's name, by its `names`."
     return spelling(p.names, cls.released_name)
 
 
@@ -304,7 +304,7 @@ def depends_on_others(
     cls: Method,
     parameters: dict,  # that differ from the defaults
 ) -> bool:
-    "Does a prediction then depend on the images before or beside it? The object's `transductive` says the same."
+    "Does a prediction then depend on the images before or beside it? An object's own answer is `transductive`."
     return cls.transductive is True
 
 

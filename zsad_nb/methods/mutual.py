@@ -190,7 +190,7 @@ def bank(self: Mutual, category: str, size: tuple) -> tuple:  # paths, list of (
     "Features of a category's references, read when first asked for."
     if self._tables is None:
         raise ValueError(
-            "mutual compares test images with each other and was not told of them; call prepare(index) first, as"
+            "mutual compares test images with each other and has not seen them; call prepare(index) first, as"
             " evaluate does"
         )
     if category not in self._tables:

@@ -144,8 +144,8 @@ class DaskExecutor:
         self,
         client,  # distributed.Client
         folder: str | Path,  # that all machines see under this path
-        cores: int | None = None,  # threads of each run; default: what the environment of the workers says
-        gpus: list | None = None,  # ids, by the number that is a worker's name; default: what their environment says
+        cores: int | None = None,  # threads of each run; default: that of the workers' environment
+        gpus: list | None = None,  # ids, by the number that is a worker's name; default: those of their environment
     ):
         self.client = client
         self.gpus = [str(gpu) for gpu in gpus or []]

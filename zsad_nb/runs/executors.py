@@ -69,7 +69,7 @@ def end_tree(
 
 
 def _wait(process: subprocess.Popen, stop: Callable | None) -> int:  # exit status
-    "Wait for a process, which is ended as soon as `stop` says so."
+    "Wait for a process, which is ended as soon as `stop` is true."
     while True:
         try:
             return process.wait(0.3 if stop else None)
@@ -163,7 +163,7 @@ def _child():
 # %% ../../nbs/runs/03_executors.ipynb #2a803cff
 def usable_cores() -> int:
     "Cores that this process may use."
-    if hasattr(os, "sched_getaffinity"):  # Linux: fewer where a container or a batch system says so
+    if hasattr(os, "sched_getaffinity"):  # Linux: fewer where a container or a batch system limits them
         return len(os.sched_getaffinity(0))
     return os.cpu_count()
 

@@ -256,7 +256,7 @@ def _table(tasks: list[Task], root: Path) -> pd.DataFrame:
 
 
 def _say_plan(tasks: list[Task], progress: Progress):
-    "What a dry run says."
+    "The report of a dry run."
     for task in tasks:
         what = "done" if task.status == "done" else "to run"
         note = f"  ({task.note})" if task.note else ""

@@ -577,7 +577,7 @@ def _forward(self: _Loop, features, batch):
 
 @patch
 def _watched(self: _Loop) -> bool:
-    "Does the caller's `watch` end the training? Random numbers that it used are given back."
+    "Does the caller's `watch` end the training? The state of the random numbers is as before."
     if self.watch is None:
         return False
     state = random_state(self.device)
