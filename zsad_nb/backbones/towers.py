@@ -94,7 +94,7 @@ class Frozen(nn.Module):
 
 
 class Backbone(Frozen):
-    "A frozen vision transformer with taps; subclasses say how their library spells its parts."
+    "A frozen vision transformer with taps; subclasses find its parts under their library's names."
 
     def __init__(self, row: BackboneRow, tower: nn.Module, size: int | None = None, taps: tuple | None = None):
         super().__init__()

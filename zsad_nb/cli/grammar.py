@@ -31,7 +31,7 @@ import zsad_nb
 
 # %% ../../nbs/cli/04_grammar.ipynb #bd76f064
 class Option:
-    "What an annotation cannot say: short flags, and keywords of `argparse`'s `add_argument`."
+    "What an annotation cannot express: short flags, and keywords of `argparse`'s `add_argument`."
 
     def __init__(self, *flags: str, **keywords):
         self.flags = flags
@@ -146,7 +146,7 @@ def call(
 def assignments(
     texts: list[str],  # NAME=VALUE
 ) -> dict[str, str]:
-    "What options of the form NAME=VALUE say."
+    "The values of options of the form NAME=VALUE."
     return dict(text.partition("=")[::2] for text in texts)
 
 

@@ -53,7 +53,7 @@ def run_sweep(
     file: str,  # YAML: a notebook and the values of its parameters
     *,
     set: Annotated[list[str], Option(**EACH)] = (),  # a variable of the file
-    dry_run: bool = False,  # say what would be run, start nothing
+    dry_run: bool = False,  # print what would be run, start nothing
     workers: int = 1,  # runs at the same time
     # threads of each (default: this machine's, shared out; on a cluster that of its workers' environment)
     cores: int | None = None,

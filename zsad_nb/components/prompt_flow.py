@@ -162,7 +162,7 @@ class PromptFlows(nn.Module):
     def __init__(
         self,
         width: int,  # C, of a word and of the joint space
-        inner: int,  # of encoders and decoders, where `hidden` does not say it
+        inner: int,  # of encoders and decoders, where `hidden` does not set it
         parameters: PromptFlowParameters | None = None,  # default: the paper's values
         **changes,  # of `PromptFlowParameters`
     ):

@@ -148,7 +148,7 @@ def _of_image(path: str, used: _Used, apart: dict[str, str], listed: str, masks:
 
 # %% ../../nbs/data/03_left_out.ipynb #d96ed9dd
 def _of_entry(entry: Entry, used: _Used, apart: dict[str, str], listed: str, masks: bool | None) -> Unused | None:
-    "Why an entry of a folder is not used; None: it is, or nobody misses it."
+    "Why an entry of a folder is not used; None: it is used, or of no use to anybody."
     path = entry.path
     name = path.rpartition("/")[2]
     if entry.kind == "folder" or (entry.kind == "twin" and path in used.folders):

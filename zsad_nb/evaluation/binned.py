@@ -32,7 +32,7 @@ def _in_order(bins: torch.Tensor) -> np.ndarray:  # (2^bits - 1,) the contents o
 
 
 # %% ../../nbs/evaluation/04_binned.ipynb #d40c8e15
-_SERIES_FROM = 64.0  # from here on the first terms of the asymptotic series say more than the function itself
+_SERIES_FROM = 64.0  # from here on the first terms of the asymptotic series are more exact than the function itself
 
 
 def _digamma_step(
@@ -64,7 +64,7 @@ class BinnedPixelMetrics(PixelMetrics):
         device: str | torch.device = "cpu",  # where the bins are; maps that are there stay there
     ):
         if not 8 <= bits <= 24:
-            raise ValueError(f"bits={bits}; use 8 to 24: fewer say nothing, more cost memory (24 bytes a bin)")
+            raise ValueError(f"bits={bits}; use 8 to 24: fewer are too coarse, more cost memory (24 bytes a bin)")
         super().__init__(limits)
         self.bits = bits
         self.device = torch.device(device)

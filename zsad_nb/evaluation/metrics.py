@@ -469,7 +469,7 @@ def _state(file, path) -> tuple:  # header, where its data begin
 
 
 def _finite(value: float) -> float | None:
-    "JSON knows no infinity, which stands here for no image yet."
+    "JSON has no infinity, which stands here for no image yet."
     return value if math.isfinite(value) else None
 
 

@@ -205,7 +205,7 @@ def trained_alike(
     ours: str,  # training set of a run
     theirs: str,  # of another, or of a published number
 ) -> bool:
-    "Whether two numbers are of the same training; what is unknown is alike to nothing."
+    "Whether two numbers are of the same training; an unknown training equals no other."
     return ours == theirs and ours != UNKNOWN
 
 

@@ -45,7 +45,7 @@ def result_of(
         there = os.path.lexists(folder / "run.json") or not missing
         if not there:
             return Result(folder, "running" if is_locked(folder) else "absent")
-        return Result(folder, "damaged", error=f"{wrong}{'; its result is not believed' if not missing else ''}")
+        return Result(folder, "damaged", error=f"{wrong}{'; its result does not count' if not missing else ''}")
     if expected and record.get("hash") != expected:
         return Result(
             folder, "damaged", record=record, error=f"run.json is of the spec {record.get('hash')}, not {expected}"

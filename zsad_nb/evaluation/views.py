@@ -258,7 +258,7 @@ def view(
     ranges: pd.DataFrame | None = None,
     test: pd.DataFrame | None = None,  # the Index they are from: for the types of a method that knows some
     cache: FeatureCache | None = None,
-    **reading,  # see `Reading`; default: as the rows say
+    **reading,  # see `Reading`; default: the rows'
 ) -> Views:
     "Look at some images through a method."
     shown = read_as(shown, **reading)

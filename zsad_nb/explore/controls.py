@@ -149,7 +149,7 @@ def still_picture(picture: Image.Image) -> dict:  # mime type -> base64
 
 # %% ../../nbs/explore/04_controls.ipynb #61cb5bcf
 def show_errors(method: Callable) -> Callable:
-    "A method whose exceptions are shown by its object's `tell(text, problem)`."
+    "A method whose exceptions are shown by its object's `notify(text, problem)`."
 
     @functools.wraps(method)
     def run(self, *args, **options):

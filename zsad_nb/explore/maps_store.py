@@ -644,7 +644,7 @@ def _decision_line(store: MapStore, row: int, threshold: float | None) -> str:
 
 
 # %% ../../nbs/explore/08_maps_store.ipynb #bd3d7b86
-def data_of(folder: str | Path) -> pd.DataFrame | None:  # an Index; None where the run does not say
+def data_of(folder: str | Path) -> pd.DataFrame | None:  # an Index; None where the run does not state one
     "The data set that a run evaluated."
     parameters = result_of(folder).record.get("spec", {}).get("parameters", {})
     name = parameters.get("data")

@@ -216,7 +216,7 @@ def _table_runs(
 def marked_notes(
     made: Table,
 ) -> list[str]:
-    "What a figure must say of its marks."
+    "The explanation of a figure's marks."
     return [n for n in made.notes if n.startswith(("†", "‡", "‖", "¶"))]
 
 
@@ -270,7 +270,7 @@ def _all(runs):
 
 
 def _with_remark(made: Table, used: list) -> Table:
-    "A table of synthetic images says so first."
+    "A table of synthetic images begins with that remark."
     made.notes[:0] = filter(None, [synthetic_remark(used)])
     return made
 

@@ -159,7 +159,7 @@ def ahead(
     workers: int,  # threads; 0: none
     depth: int,  # results that may wait
 ) -> Iterator:  # read(item) for every item, in order
-    "Read ahead of whoever takes the results."
+    "Read ahead of the loop that takes the results."
     if not workers:
         yield from map(read, items)
         return

@@ -83,7 +83,7 @@ class Results:
             self.journal.dropped += dropped
         elif heading == [*COLUMNS]:
             if not self.journal.rows and self.table_path.read_bytes().count(b"\n") > 1:
-                self._move_table()  # its rows are in no journal: neither believed nor lost
+                self._move_table()  # its rows are in no journal: neither used nor lost
         elif heading is not None:
             aside(self.table_path, "other")
 

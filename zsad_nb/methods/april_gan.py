@@ -153,7 +153,7 @@ class APRILGAN(RangedMethod):
         self.transductive = self.depends_on_others(asdict(self.p))
         self._reserve(len(images))
         if len(images):
-            seen = [self.clip(i[None]).patches for i in images.to(self.device)]  # one by one: the same in any company
+            seen = [self.clip(i[None]).patches for i in images.to(self.device)]  # one by one: the same in any batch
             for kept, patches in zip(self.references().values(), zip(*seen)):
                 kept.copy_(F.normalize(torch.cat(patches).flatten(0, 1), dim=-1))
         return self

@@ -270,7 +270,7 @@ def lowered(self: Method) -> contextlib.AbstractContextManager:
 @fast_products()
 @torch.inference_mode()
 def predict(self: Method, batch, cache: FeatureCache | None = None) -> Prediction:  # on the method's device
-    "Prediction of one batch in evaluation mode; but for rounding, it does not depend on the batch's size or company."
+    "Prediction of one batch in evaluation mode; but for rounding, it does not depend on the rest of the batch."
     was = self.training
     batch = batch.to(self.device)
     self.eval()

@@ -61,7 +61,7 @@ def type_states(
     word: str,  # a type's word
     patterns: int = 6,  # how many of the patterns
 ) -> tuple:  # with {} for the object
-    "What a sentence can say of an object with this defect (ours)."
+    "Phrases for an object with this defect (ours)."
     return tuple(s.format(word) for s in TYPE_STATES[:patterns])
 
 

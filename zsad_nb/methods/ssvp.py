@@ -242,7 +242,7 @@ def prompt_features(
     names = ["object"] * len(categories) if self.p.class_agnostic else categories
     if torch.is_grad_enabled():
         return self.prompts(names)
-    return torch.cat([self.prompts.features([n]) for n in names])  # a name at a time: the same numbers in any company
+    return torch.cat([self.prompts.features([n]) for n in names])  # a name at a time: the same numbers in any batch
 
 
 @patch

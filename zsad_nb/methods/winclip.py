@@ -206,7 +206,7 @@ class WinCLIP(Method):
         self.p = replace(self.p, shots=len(images))
         self._reserve(len(images))
         if len(images):
-            seen = [self.see(i[None]) for i in images.to(self.device)]  # one by one: the same in any company
+            seen = [self.see(i[None]) for i in images.to(self.device)]  # one by one: the same in any batch
             for name, kept in self.references().items():
                 kept.copy_(F.normalize(torch.cat([s[name] for s in seen]).flatten(0, 1), dim=-1))
         return self

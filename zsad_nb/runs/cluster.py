@@ -60,7 +60,7 @@ def blind(
 
 # %% ../../nbs/runs/05_cluster.ipynb #c6ee31ef
 def _leave_answer(ticket: Path, content: bytes):
-    "Write a ticket's answer, readable by this user alone, unless nobody waits for it any more."
+    "Write a ticket's answer, readable by this user alone, unless no client waits for it any more."
     part = Path(f"{ticket}.part")
     with contextlib.suppress(FileNotFoundError):
         with open(part, "wb", opener=lambda path, flags: open_unfollowed(path, flags, 0o600)) as file:
@@ -69,7 +69,7 @@ def _leave_answer(ticket: Path, content: bytes):
 
 
 def _is_unwanted(worker, key: str, begun: Path) -> bool:
-    "Does nobody wait for this task any more?"
+    "Is no client waiting for this task any more?"
     task = worker.state.tasks.get(key)
     return (
         task is None
@@ -207,7 +207,7 @@ class DaskExecutor:
         "Raise where the scheduler is gone for good."
         if self.client.status in ("closing", "closed"):
             raise Unusable(
-                f"the scheduler at {self.address} is gone. What was done is kept, what was under way is not believed;"
+                f"the scheduler at {self.address} is gone. What was done is kept, what was under way does not count;"
                 " start the scheduler and the same sweep again, it goes on from there"
             )
 
@@ -226,7 +226,7 @@ class DaskExecutor:
         return self._news if self._news != before else ""
 
     def shutdown(self):
-        "Nobody waits any more: what is running is ended, kernels included."
+        "No client waits any more: what is running is ended, kernels included."
         if self.client.status == "running":
             with contextlib.suppress(Exception):
                 self.client.cancel([task for task in self._handed.values() if not task.done()], force=True)

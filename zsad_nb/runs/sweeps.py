@@ -227,7 +227,7 @@ class _Loop:
         self.taken += 1
 
     def stop(self):
-        "The sweep was stopped: nothing that was under way is believed."
+        "The sweep was stopped: nothing that was under way counts."
         for task in self.tasks:
             if task.status == "running":
                 task.status = "interrupted"
@@ -287,7 +287,7 @@ def sweep(
     tls: dict | None = None,  # ca, cert and key of a tls:// scheduler, likewise
     retries: int = 1,  # further tries when a kernel or a worker died
     timeout: float | None = None,  # seconds a cell may take
-    dry_run: bool = False,  # say what would be run; start and write nothing
+    dry_run: bool = False,  # print what would be run; start and write nothing
     stream: TextIO | None = None,  # progress goes here; default: stderr
 ) -> Sweep:
     "Run what has no valid result yet; go on past what fails."

@@ -385,7 +385,7 @@ def _write_private(path: Path, data: bytes):
 
 
 def _store() -> "torch.distributed.TCPStore":
-    "Where the processes meet: a port of its own, whoever else is training here, and of this machine only."
+    "Where the processes meet: on this machine only, at a port that no other training here uses."
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     listening.listen(128)
@@ -482,7 +482,7 @@ def launch(
 
 def _why(folder: Path, processes: list) -> Exception:
     "The error of the process that failed first."
-    time.sleep(0.2)  # whoever is writing its error
+    time.sleep(0.2)  # for a process that is writing its error
     errors = sorted(folder.glob("*.error"), key=lambda f: (f.stat().st_mtime_ns, f.name))
     if errors:
         kind, arguments, state, text = pickle.loads(owned_only(errors[0]).read_bytes())
@@ -529,7 +529,7 @@ def _work():
             }
             torch.save((state, history), folder / "done.pt")
             os.chmod(folder / "done.pt", 0o600)
-        torch.distributed.barrier()  # nobody leaves while another may still ask
+        torch.distributed.barrier()  # no process leaves while another may still ask
         torch.distributed.destroy_process_group()
     except BaseException as error:
         text = traceback.format_exc()
