@@ -84,8 +84,8 @@ class ClassRange:
             if category not in self.tables:
                 raise ValueError(
                     f"{self.method} stretches its score over the test images of a class, and has not seen those of"
-                    f" class {category!r}; call prepare(index) with an index of these images, as evaluate does, or use the"
-                    " default, which judges every image by itself"
+                    f" class {category!r}; call prepare(index) with an index of these images, as evaluate does, or use"
+                    " the default, which judges every image by itself"
                 )
             parts = [measure(batch) for batch in batches(self.tables[category], size, interpolation=self.interpolation)]
             self.limits[category] = torch.cat(parts).amin(0).cpu(), torch.cat(parts).amax(0).cpu()
