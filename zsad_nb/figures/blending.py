@@ -126,7 +126,7 @@ def line_width(size: int) -> int:
 def outline(
     picture: np.ndarray,  # (H, W, 3) uint8
     inside: np.ndarray,  # (H, W) bool
-    colour: str,  # such as TRUTH or FOUND
+    colour: str,  # such as TRUTH or DETECTED
 ) -> np.ndarray:  # a new picture
     "A region's outline in colour, with a dark rim."
     picture = picture.copy()
