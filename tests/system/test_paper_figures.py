@@ -525,7 +525,7 @@ def test_what_is_missing_is_named_with_its_command(tmp_path, capsys):
 def test_every_command_of_the_plan_works(real, monkeypatch):
     "It parses, its files are there, and its values fit the notebook."
     monkeypatch.chdir(ROOT)
-    runs = type("", (), dict(real=real, found=[]))()
+    runs = type("", (), dict(real=real, matching=[]))()
     for item in plan(runs):
         assert item.command or item.name in NEVER
         for command in filter(None, item.command.split("; ")):
