@@ -518,7 +518,8 @@ def seen_environment(seconds):
 
 
 def test_local_executor_gives_each_its_gpu_and_cores(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # the function is importable in the process
+    here = Path(__file__).parent
+    monkeypatch.setenv("PYTHONPATH", f"{here}{os.pathsep}{here.parent}")  # the function is importable in the process
     executor = LocalExecutor(workers=2, cores=3, gpus=[4, 5])
     found = [f.result(120) for f in [executor.submit(seen_environment, 1.0) for _ in range(2)]]
     assert {f["CUDA_VISIBLE_DEVICES"] for f in found} == {"4", "5"} and {f["OMP_NUM_THREADS"] for f in found} == {"3"}

@@ -199,11 +199,11 @@ def test_a_variant_brings_its_training(monkeypatch, tmp_path):
     "Its recipe trains it, but for what was asked of all, and belongs to what a finished pair is known by."
     recipes = []
 
-    def one(method, parameters, auxiliary, target, seed, recipe, *rest):
-        recipes.append(recipe)
+    def repetition(self, changes, seed, training, shown, files):
+        recipes.append(training)
         return pd.DataFrame([dict(category="mean", stage="trained", **dict.fromkeys(study.METRICS, 0.5), seconds=0.1)])
 
-    monkeypatch.setattr(study, "_one", one)
+    monkeypatch.setattr(study._Study, "repetition", repetition)
     rows = {"plain": {}, "cosine": Variant("Another schedule.", recipe=dict(schedule="cosine_steps", epochs=7))}
     index = bright_squares(tmp_path / "images", 2)
     towers = dict(clip_weights="random:0", dino_weights="random:0", image_size=48)
