@@ -204,7 +204,9 @@ class AdaCLIPParameters(ClipParameters, frozen=False):
 
     clip: str = restated(ClipParameters, "clip", source="ours: the embedded default; paper: clip-vitl14-336")
     image_size: int | None = restated(ClipParameters, "image_size", source="code: 518; default: the CLIP tower's")
-    taps: tuple | None = param(None, "code: 6/12/18/24 of 24; default: the tower's", "1-based blocks", frozen="tower")
+    taps: tuple | None = param(
+        None, "code: 6/12/18/24 of 24; default: the tower's", "1-based blocks", frozen=False
+    )  # `encode` reads the class embedding alone
     quick_gelu: bool | None = restated(
         ClipParameters,
         "quick_gelu",

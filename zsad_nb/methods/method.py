@@ -164,10 +164,14 @@ def device(self: Method) -> torch.device:
 
 # %% ../../nbs/methods/05_method.ipynb #c8ce148d
 def _identities(method: Method) -> dict:  # role -> what identifies a tower and its features
-    "Every tower by weights and settings."
+    "Every tower by weights and settings; without its taps where the method declares them on the learned side."
+    taps = type(method).Parameters.__dataclass_fields__.get("taps")
+    encoded = taps is None or taps.metadata["frozen"] is not False
     towers = {}
     for role, tower in method.backbones().items():
-        identity = dict(name=tower.row.name, hash=tower.hash, size=tower.size, taps=list(tower.taps))
+        identity = dict(name=tower.row.name, hash=tower.hash, size=tower.size)
+        if encoded:
+            identity["taps"] = list(tower.taps)
         towers[role] = identity | (tower.settings() if hasattr(tower, "settings") else {})
     return towers
 
