@@ -183,7 +183,7 @@ def param(
 ) -> Any:  # a dataclass field
     "A named parameter with its default, the source of that default and what else it may be."
     if isinstance(allowed, str) and allowed not in RULES:
-        raise ValueError(f"allowed={allowed!r}; rules: {', '.join(RULES)}")
+        raise ValueError(f"param(..., allowed={allowed!r}) is no rule; use one of {list(RULES)}, or a tuple of words")
     if frozen not in (True, False, None, "tower"):
         raise ValueError(f"frozen={frozen!r}; use True, False, 'tower' or None")
     metadata = dict(source=source, help=help, allowed=allowed, most=most, frozen=frozen)
