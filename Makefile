@@ -16,14 +16,14 @@ help:
 	@echo "make quick     unit and parity tests but for the slow ones: under three minutes on two cores"
 	@echo "make real      DATA=... WEIGHTS=...  VisualAD on real images with a real small ViT, both ways, three seeds"
 	@echo "make seeds     the demo's job under three seeds -> paper_figures/tables/visualad_synthetic.csv"
-	@echo "make benchmark the baselines on version 2 of the drawn benchmark: table, powers, rank correlation with the papers (hours on one core)"
+	@echo "make benchmark the baselines on version 2 of the synthetic benchmark: table, powers, rank correlation with the papers (hours on one core)"
 	@echo "make pretrain  train the embedded backbones again (about three and a half hours on one core)"
-	@echo "make ablations the ablation tables of DMA+SAP and SSVP, and where SSVP's paper contradicts itself each reading of it; three seeds, on drawn images"
+	@echo "make ablations the ablation tables of DMA+SAP and SSVP, and where SSVP's paper contradicts itself each reading of it; three seeds, on synthetic images"
 	@echo "make parts     what each part of DMA+SAP and SSVP does: the readings that could decide it, three seeds, the recipes of the papers (hours)"
-	@echo "make systems   DMA+SAP and SSVP, trained for minutes at 384 px, three seeds, on drawn images"
-	@echo "make types     which defect is it: DAPO and MultiADS, three seeds, on drawn images"
+	@echo "make systems   DMA+SAP and SSVP, trained for minutes at 384 px, three seeds, on synthetic images"
+	@echo "make types     which defect is it: DAPO and MultiADS, three seeds, on synthetic images"
 	@echo "make neu_seg DATA=... WEIGHTS=...  which defect is it, on real steel"
-	@echo "make figures   every method on drawn images under three seeds, and every table and figure of the papers from it -> paper_figures"
+	@echo "make figures   every method on synthetic images under three seeds, and every table and figure of the papers from it -> paper_figures"
 	@echo "make screenshots  the widgets at work -> paper_figures/widgets (needs Debian's chromium)"
 	@echo "make memory    does evaluation stream: 5,000 images against 50"
 	@echo "make bench     metrics against scikit-learn and the usual loops, side by side; ten thousand maps; where the time of every method goes"
@@ -123,10 +123,10 @@ neu_seg: env
 	  -p images 8 -p defective 14 -p size 256 -p epochs 3 -p limit 0 -y "seeds: [0, 1, 2]" -p output "$(CURDIR)/runs/neu_seg"
 	@cp runs/neu_seg/neu_seg.csv paper_figures/tables/neu_seg.csv
 
-DRAWN = --set SIZE=256 --set IMAGES=8 --set EPOCHS=3 --set CACHE="$(CURDIR)/runs/features" --workers 2
+SYNTHETIC = --set SIZE=256 --set IMAGES=8 --set EPOCHS=3 --set CACHE="$(CURDIR)/runs/features" --workers 2
 figures: env
-	zsad sweep nbs/experiments/sweeps/synthetic.yaml $(DRAWN)
-	zsad sweep nbs/experiments/sweeps/figures.yaml $(DRAWN)
+	zsad sweep nbs/experiments/sweeps/synthetic.yaml $(SYNTHETIC)
+	zsad sweep nbs/experiments/sweeps/figures.yaml $(SYNTHETIC)
 	zsad figures runs/synthetic --out paper_figures --dpi 200
 
 screenshots: everything

@@ -34,12 +34,12 @@ def build(case, given="in.", **changes):
     if given == "in.":
         draws = list(zip(*(case.tensors[f"in.{k}"] for k in ("adapter_weight", "adapter_bias", "noise"))))
         plain = case.tensors["out.patch_features_raw"]
-        model.draws = lambda words, patches: draws[
+        model.start_and_noise = lambda words, patches: draws[
             min(range(len(plain)), key=lambda i: (plain[i] - patches).abs().max())
         ]
     elif given == "visa.in.":
         weight, bias, noise = (case.tensors[f"visa.in.{k}"] for k in ("adapter_weight", "adapter_bias", "noise"))
-        model.draws = lambda words, patches: (weight, bias, noise.flatten(1, 3))
+        model.start_and_noise = lambda words, patches: (weight, bias, noise.flatten(1, 3))
     return model
 
 
@@ -263,7 +263,7 @@ def test_anovl_start_and_noise_are_the_framework_s(case):
     model = build(case, given="")
     words = torch.randn(200, 48)
     patches = 7 * torch.randn(300, 48)
-    weight, bias, noise = model.draws(words, patches)
+    weight, bias, noise = model.start_and_noise(words, patches)
     limit = 48**-0.5
     for drawn in (weight, bias):
         assert 0.9 * limit < drawn.abs().max() <= limit and abs(drawn.mean()) < 0.1 * limit
@@ -273,9 +273,9 @@ def test_anovl_start_and_noise_are_the_framework_s(case):
         and abs(noise.std() - case.cfg["noise_std"]) < 1e-3
         and noise.shape[0] == case.cfg["steps"]
     )
-    relative = build(case, given="", noise_scale="length").draws(words, patches)[2]
+    relative = build(case, given="", noise_scale="length").start_and_noise(words, patches)[2]
     assert torch.allclose(relative, noise * patches.norm(dim=1, keepdim=True), rtol=1e-4)
-    assert build(case, given="", start="zero").draws(words, patches)[0].abs().max() == 0 and torch.equal(
-        build(case, given="", start="zero", adapter="linear").draws(words, patches)[0], torch.eye(48)
+    assert build(case, given="", start="zero").start_and_noise(words, patches)[0].abs().max() == 0 and torch.equal(
+        build(case, given="", start="zero", adapter="linear").start_and_noise(words, patches)[0], torch.eye(48)
     )
     assert anovl.SHIFTS[0] == (0.2, 0.2) and len(anovl.ANGLES) == 8

@@ -32,7 +32,7 @@ def build(case, texts=None, **changes):
         case.released,
     ).eval()
     if texts is not None:
-        model._said |= {name: texts[case.cfg["class_names"].index(name)] for name in case.cfg["class_names"]}
+        model._texts |= {name: texts[case.cfg["class_names"].index(name)] for name in case.cfg["class_names"]}
     return model
 
 

@@ -92,7 +92,7 @@ def judged(case, model) -> dict:
     }
     for key in ("score_max", "score_top3"):  # over the test images of a class; metrics of a class do not change
         ranges = ClassRange("multiads")
-        ranges.tell(found[f"out.test.{key}"], batch.category)
+        ranges.set_from(found[f"out.test.{key}"], batch.category)
         found[f"out.test.{key}_minmax"] = stretch(found[f"out.test.{key}"], *ranges(batch.category, None, None))
     cls = model.clip(batch.image).cls @ model.clip.tower.proj
     found["out.test.image_features_raw_0"] = cls[:1]

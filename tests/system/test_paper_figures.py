@@ -455,8 +455,8 @@ def test_real_runs_make_real_figures(tmp_path):
         "82.3" in (tmp_path / "out" / "tables" / "visualad_table_ablation.md").read_text()
         and "0.4425" in (tmp_path / "out" / "tables" / "ssvp_table4_alignment.md").read_text()
     )
-    assert synthetic_remark(runs.found) == "" and synthetic_remark(
-        Runs(Folder(tmp_path / "drawn").views("crane").parent).found
+    assert synthetic_remark(runs.matching) == "" and synthetic_remark(
+        Runs(Folder(tmp_path / "drawn").views("crane").parent).matching
     ).startswith("Synthetic benchmark (images of 64 px; tiny-clip; seed 0)")
     assert not any("synthetic" in item.command for item in plan(runs))
 
@@ -525,7 +525,7 @@ def test_what_is_missing_is_named_with_its_command(tmp_path, capsys):
 def test_every_command_of_the_plan_works(real, monkeypatch):
     "It parses, its files are there, and its values fit the notebook."
     monkeypatch.chdir(ROOT)
-    runs = type("", (), dict(real=real, found=[]))()
+    runs = type("", (), dict(real=real, matching=[]))()
     for item in plan(runs):
         assert item.command or item.name in NEVER
         for command in filter(None, item.command.split("; ")):
@@ -695,7 +695,7 @@ def test_a_damaged_run_takes_no_figure_with_it(tmp_path, capsys):
     assert (
         "1 made in" in said
         and re.search(r"dma_sap_fig09_qualitative .*\n  .*holds no views", said)
-        and re.search(r"dma_sap_table7_ablation .*\n  it could not be drawn \(KeyError", said)
+        and re.search(r"dma_sap_table7_ablation .*\n  it could not be rendered \(KeyError", said)
     )
     assert f"{half.relative_to(tmp_path / 'runs').as_posix()} (run.json says running)" in text
 

@@ -107,7 +107,7 @@ def printed() -> dict[str, str]:  # command -> where it stands
         for command in commands(text):
             found.setdefault(command, name)
     for real in (False, True):
-        for item in plan(type("", (), dict(real=real, found=[]))()):
+        for item in plan(type("", (), dict(real=real, matching=[]))()):
             for command in filter(None, item.command.split("; ")):
                 found.setdefault(command.replace("RUNS", "runs").replace("FOLDER", "DATA"), THE_PLAN)
     return found

@@ -432,7 +432,7 @@ def test_a_result_nobody_vouches_for(tmp_path, twice):
         "not " + Spec(twice, dict(n=2)).hash in result_of(folder, Spec(twice, dict(n=2)).hash).error
     )  # another spec's
     (folder / "run.json").unlink()
-    assert result_of(folder).status == "damaged" and "its result is not believed" in result_of(folder).error
+    assert result_of(folder).status == "damaged" and "its result does not count" in result_of(folder).error
     other = tmp_path / "runs" / "twice" / Spec(twice, dict(n=5)).hash
     other.mkdir()
     (other / "mine.txt").write_text("precious")

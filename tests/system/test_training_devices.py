@@ -27,7 +27,7 @@ from zsad_nb.data.stored import BadImage
 from zsad_nb.methods.base import create, load
 from zsad_nb.synthetic.benchmark import synthetic_index
 from zsad_nb.training import devices
-from zsad_nb.training.devices import SameDraws, Shares, share
+from zsad_nb.training.devices import SameRandomNumbers, Shares, share
 from zsad_nb.training.fit import fit, recipe_of, train_here
 from zsad_nb.training.precision import checkpointed, frozen_blocks
 
@@ -360,7 +360,7 @@ def test_a_draw_belongs_to_its_image():
     whole = draw(x)
     for cuts in ((0, 2, 5), (0, 1, 2, 3, 4, 5)):
         for a, b in zip(cuts, cuts[1:]):
-            with SameDraws(a, b - a, 5):
+            with SameRandomNumbers(a, b - a, 5):
                 part = draw(x[a:b])
             for i, (p, w) in enumerate(zip(part, whole)):
                 assert torch.equal(p, w[a:b]) or (i == 5 and torch.allclose(p, w[a:b], atol=1e-6)) or i in (11,), i
@@ -371,9 +371,9 @@ def test_a_draw_belongs_to_its_image():
         lambda: x[:2].clone().normal_(),
         lambda: F.dropout2d(x[:2], 0.5),
     ):
-        with SameDraws(0, 2, 5), pytest.raises(NotImplementedError, match="draws for 2 images"):
+        with SameRandomNumbers(0, 2, 5), pytest.raises(NotImplementedError, match="random numbers for 2 images"):
             other()
-    with SameDraws(0, 2, 5):
+    with SameRandomNumbers(0, 2, 5):
         torch.randperm(7), torch.randn(2, 3, generator=torch.Generator().manual_seed(0))  # not of the images
 
 

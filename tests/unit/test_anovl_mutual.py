@@ -34,7 +34,7 @@ def small(name, **changes):
     weights = "weights" if name == "mutual" else "clip_weights"
     model = create(name, **{weights: "random:0", "image_size": SIZE, **changes}).eval()
     if name == "anovl":
-        model._said = SAID.setdefault((model.p.clip_weights, model.p.quick_gelu, model.p.textures, model.p.names), {})
+        model._texts = SAID.setdefault((model.p.clip_weights, model.p.quick_gelu, model.p.textures, model.p.names), {})
     return model
 
 
@@ -356,7 +356,7 @@ def test_text_features_by_hand(batch):
     "Rows of length 1; the mean of the raw embeddings, normalised; read once a class."
     model = small("anovl")
     counts = []
-    model._said = {}
+    model._texts = {}
     handle = model.text.register_forward_hook(lambda m, given, result: counts.append(len(result)))
     words, text = model.sentence_features(batch.category)
     assert words.shape == (4, 924, 128) and text.shape == (4, 2, 128) and sum(counts) == 3 * 924
@@ -889,7 +889,7 @@ def test_the_visa_procedure_through_evaluate(tmp_path, tall):
     found = evaluate(model, index, size=size, progress=False).per_image.set_index("image")
     batch = next(iter(batches(index, size)))
     said = model.predict(batch)
-    assert said.layers["adapted"].shape[1] == 2 and not model._told
+    assert said.layers["adapted"].shape[1] == 2 and not model._warned
     assert found["score"].tolist() == pytest.approx(said.score.tolist(), abs=1e-6) and found[
         "map_high"
     ].tolist() == pytest.approx(said.map.flatten(1).amax(1).tolist(), abs=1e-6)

@@ -574,7 +574,7 @@ def test_class_names(batch):
     rows = []
     handle = model.text.register_forward_hook(lambda m, given, result: rows.append(len(result)))
     model.predict(batch)
-    assert sum(rows) == 3 * (154 + 88) and set(model._said) == {"screw", "metal nut", "printed circuit board"}
+    assert sum(rows) == 3 * (154 + 88) and set(model._texts) == {"screw", "metal nut", "printed circuit board"}
     model.predict(batch)
     assert sum(rows) == 3 * (154 + 88)
     handle.remove()

@@ -235,7 +235,7 @@ def test_a_key_that_says_too_little(tmp_path):
     cache = FeatureCache(tmp_path)
     x = images(2)
     cache(KEY, batch_of(x[:1]), encode)
-    with pytest.raises(ValueError, match="must say all that encode depends on"):
+    with pytest.raises(ValueError, match="must hold all that encode depends on"):
         cache(KEY, batch_of(x), lambda b: dict(cls=torch.zeros(len(b), 99)))
 
 

@@ -93,7 +93,7 @@ def everything(folder, good="e/good"):
         assert table.set_index("path").at[(Path(folder) / good).as_posix(), "status"] == "done"
         collected = collect(folder)
         assert good in set(collected["path"]), collected.attrs["skipped"]
-        assert good in {run.path for run in Runs(folder).found}
+        assert good in {run.path for run in Runs(folder).matching}
         assert Runs(folder).evaluations is not None
         for run in finished_runs(folder)[0]:
             assert isinstance(run.notebook, str) and isinstance(run.parameters, dict), run.seed

@@ -29,6 +29,8 @@ ROOMS = (
 )  # from the top: a room knows those above it
 NOT_EXPORTED = ("experiments", "tutorials")
 WIDTH = 120  # columns
+FUNCTION = 60  # lines, those of its parameters among them
+CLASS = 100  # lines; a longer one is built over several cells
 LARGEST_ROOM = 0.20  # of the package's lines
 
 
@@ -110,22 +112,30 @@ def test_no_room_is_too_large():
     assert lines < LARGEST_ROOM * count.total(), f"{largest} has {lines} of {count.total()} lines"
 
 
-def style() -> dict:
-    "Figures of the modules' text: lines, characters a line, share of long lines, long functions."
-    lines = [line for path in modules().values() for line in lines_of(path)]
-    functions = [
-        node.end_lineno - node.lineno + 1
-        for path in modules().values()
+def lengths(*kinds: type) -> dict[str, int]:
+    "module:name -> lines of every function or class."
+    return {
+        f"{name}:{node.name}:{node.lineno}": node.end_lineno - node.lineno + 1
+        for name, path in modules().items()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    ]
+        if isinstance(node, kinds)
+    }
+
+
+def style() -> dict:
+    "Figures of the modules' text: lines, characters a line, share of long lines, long functions and classes."
+    lines = [line for path in modules().values() for line in lines_of(path)]
+    functions = lengths(ast.FunctionDef, ast.AsyncFunctionDef)
+    classes = lengths(ast.ClassDef)
     return dict(
         modules=len(modules()),
         lines=len(lines),
         characters_a_line=sum(map(len, lines)) / len(lines),
         long_lines=sum(len(line) > WIDTH for line in lines) / len(lines),
         functions=len(functions),
-        functions_over_60_lines=sum(n > 60 for n in functions),
+        long_functions=sum(n > FUNCTION for n in functions.values()),
+        classes=len(classes),
+        long_classes=sum(n > CLASS for n in classes.values()),
     )
 
 
@@ -135,46 +145,12 @@ def test_style():
     assert 34 <= figures["characters_a_line"] <= 47
 
 
-def exported(tree: ast.Module) -> set[str]:
-    "Names in a module's `__all__`."
-    lists = [
-        node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
-    ]
-    return set(ast.literal_eval(lists[0])) if lists else set()
-
-
-def public_functions(tree: ast.Module) -> dict[str, list[ast.arg]]:
-    "name -> parameters of every exported function, and of every public method of an exported class (without self)."
-    names = exported(tree)
-    found = {}
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef) and node.name in names:
-            found |= {f"{node.name}.{f.name}": f for f in node.body if isinstance(f, ast.FunctionDef)}
-        elif isinstance(node, ast.FunctionDef) and any(ast.unparse(d).startswith("patch") for d in node.decorator_list):
-            owner = ast.unparse(node.args.args[0].annotation)
-            found |= {f"{owner}.{node.name}": node} if owner in names else {}
-        elif isinstance(node, ast.FunctionDef) and node.name in names:
-            found[node.name] = node
-    out = {}
-    for name, function in found.items():
-        *owner, own = name.split(".")
-        if own.startswith("_") and own not in ("__init__", "__call__"):
-            continue
-        static = any(ast.unparse(d) == "staticmethod" for d in function.decorator_list)
-        places = [*function.args.posonlyargs, *function.args.args][1 if owner and not static else 0 :]
-        out[name] = [*places, *function.args.kwonlyargs]
-    return out
-
-
-def test_public_parameters_have_hints():
-    bare = [
-        f"{module}.{name}({parameter.arg})"
-        for module, path in modules().items()
-        for name, parameters in public_functions(ast.parse(path.read_text(encoding="utf-8"))).items()
-        for parameter in parameters
-        if parameter.annotation is None
-    ]
-    assert not bare, f"{len(bare)} parameters without a hint: {', '.join(bare[:10])}"
+@pytest.mark.parametrize(
+    "limit, kinds", [(FUNCTION, (ast.FunctionDef, ast.AsyncFunctionDef)), (CLASS, (ast.ClassDef,))]
+)
+def test_length_of_functions_and_classes(limit, kinds):
+    longer = {name: lines for name, lines in lengths(*kinds).items() if lines > limit}
+    assert not longer, f"longer than {limit} lines: {longer}"
 
 
 def main():

@@ -109,7 +109,7 @@ def test_without_the_method_the_cure_is_said(data, tmp_path, store, mode):
         later = open_store(store.folder)
     assert later.done == COUNT - 1 and np.array_equal(later.map(2), store.map(2))
     with pytest.raises(ValueError, match=r"1\.bmp was replaced"):
-        later.drawing(1)
+        later.rendering(1)
 
 
 def test_the_same_pixels_are_not_computed_again(method, data, tmp_path, store, monkeypatch):

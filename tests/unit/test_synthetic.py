@@ -43,7 +43,7 @@ def here() -> dict[str, str]:
 
 
 def test_same_bytes_as_committed(here):
-    """After an intended change of the images: python tests/unit/test_synthetic.py --write, and raise VERSION in the
+    """After an intended change of the images: python tests/unit/test_synthetic.py --write, and raise IMAGES_VERSION in the
     notebook of synthetic.benchmark."""
     wanted = json.loads(HASHES.read_text())
     wrong = sorted(k for k in wanted | here if wanted.get(k) != here.get(k))

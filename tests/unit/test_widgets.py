@@ -19,7 +19,7 @@ from zsad_nb.explore.controls import range_text
 from zsad_nb.explore.explorer import HeatmapExplorer
 from zsad_nb.explore.maps_store import make_store, open_store, snapshot
 from zsad_nb.explore.upload import Upload
-from zsad_nb.figures.blending import ORDER, Drawing, View, decode, encode
+from zsad_nb.figures.blending import ORDER, Rendering, View, decode, encode
 from zsad_nb.inspection.inspector import Inspector
 from zsad_nb.methods.base import METHODS, Prediction, create, save
 from zsad_nb.methods.controls import SelfDistance, SelfDistanceParameters
@@ -80,7 +80,7 @@ def test_the_first_picture_is_the_method_s(explorer):
     store = explorer.store
     row = explorer.row
     assert row == explorer.gallery.order[0] and store.rows["score"][row] == store.rows["score"][explorer.rows].max()
-    drawing = Drawing(*store.picture(row)[:1], store.map(row), store.picture(row)[1])
+    drawing = Rendering(*store.picture(row)[:1], store.map(row), store.picture(row)[1])
     view = explorer.view()
     for name in ORDER:
         assert same(explorer.pictures[name].data, drawing.panel(name, view)), name
@@ -105,22 +105,22 @@ def test_a_slider_draws_what_it_changes_and_nothing_else(explorer, asked, contro
     assert {n for n, p in explorer.pictures.items() if p.data != before[n]} == changed
     view = explorer.view()
     for name in changed:
-        assert same(explorer.pictures[name].data, explorer.drawing.panel(name, view))
+        assert same(explorer.pictures[name].data, explorer.rendering.panel(name, view))
     assert not asked and not explorer.message.value
 
 
 def test_opacity_zero_is_the_image_and_one_covers_it(explorer):
     explorer.opacity.value = 0.0
-    assert same(explorer.pictures["overlay"].data, explorer.drawing.image)
+    assert same(explorer.pictures["overlay"].data, explorer.rendering.image)
     explorer.opacity.value = 1.0
-    assert not same(explorer.pictures["overlay"].data, explorer.drawing.image)
+    assert not same(explorer.pictures["overlay"].data, explorer.rendering.image)
 
 
 def test_contour_follows_its_slider(explorer):
     explorer.level.value = explorer.level.min
-    covered = explorer.drawing.found(explorer.view()).mean()
+    covered = explorer.rendering.detected(explorer.view()).mean()
     explorer.level.value = explorer.level.max
-    assert explorer.drawing.found(explorer.view()).mean() < covered
+    assert explorer.rendering.detected(explorer.view()).mean() < covered
     explorer.show.value = "defective"
     assert "contour covers" in words(explorer.verdict)
 
@@ -221,7 +221,7 @@ def test_another_method_keeps_the_image(explorer):
     assert explorer.row == row and explorer.pictures["heatmap"].data != before
     assert same(
         explorer.pictures["heatmap"].data,
-        Drawing(*explorer.store.picture(row)[:1], explorer.store.map(row)).panel("heatmap", explorer.view()),
+        Rendering(*explorer.store.picture(row)[:1], explorer.store.map(row)).panel("heatmap", explorer.view()),
     )
 
 
@@ -291,7 +291,7 @@ def test_types_of_a_pixel(room, index):
     kind = next(t for t in explorer.layer.options if t[0].startswith("type: "))
     explorer.layer.value = kind[1]
     assert same(
-        explorer.pictures["heatmap"].data, explorer.drawing.panel("heatmap", explorer.view())
+        explorer.pictures["heatmap"].data, explorer.rendering.panel("heatmap", explorer.view())
     ) and explorer.pictures["heatmap"].note == range_text(explorer.view().low, explorer.view().high)
     explorer.threshold.value = explorer.threshold.min
     assert f"most likely {explorer.store.types[explorer.store.rows['kind'][explorer.row]]}" in words(explorer.verdict)
@@ -315,7 +315,7 @@ def test_parts_of_a_map(room, index, name, parts):
         before = explorer.pictures["heatmap"].data
         explorer.layer.value = part
         assert explorer.pictures["heatmap"].data != before and not explorer.message.value
-        low, high = explorer.drawing.scale()
+        low, high = explorer.rendering.scale()
         assert (
             explorer.view().low == pytest.approx(low, rel=1e-4)
             and explorer.level.min == pytest.approx(low)
@@ -335,7 +335,8 @@ def test_wipe_between_two_methods(explorer, asked):
     assert over.wipe == explorer.wipe.value and over.names == ["one", "two"] and explorer.wipe.layout.display is None
     assert (
         same(
-            over.other, Drawing(explorer.drawing.image, other.map(explorer.row)).panel("overlay", explorer.view(other))
+            over.other,
+            Rendering(explorer.rendering.image, other.map(explorer.row)).panel("overlay", explorer.view(other)),
         )
         and over.other != over.data
     )
@@ -346,7 +347,7 @@ def test_wipe_between_two_methods(explorer, asked):
     assert f"two: score {other.rows['score'][explorer.row]:.4g}" in words(explorer.verdict)
     touch(explorer.gallery.widget, clicked=[2, 1])
     assert same(
-        over.other, Drawing(explorer.drawing.image, other.map(explorer.row)).panel("overlay", explorer.view(other))
+        over.other, Rendering(explorer.rendering.image, other.map(explorer.row)).panel("overlay", explorer.view(other))
     )
     explorer.compare.value = ""
     assert over.wipe < 0 and not over.other
@@ -387,7 +388,7 @@ def test_a_view_means_the_same_elsewhere(explorer):
     left, top = 10, 34
     for i, name in enumerate(ORDER):
         np.testing.assert_array_equal(
-            page[top : top + SIZE, left + i * (SIZE + 10) :][:, :SIZE], explorer.drawing.panel(name, view)
+            page[top : top + SIZE, left + i * (SIZE + 10) :][:, :SIZE], explorer.rendering.panel(name, view)
         )
 
 
@@ -404,7 +405,7 @@ def test_only_normal_images(room, index):
     explorer = HeatmapExplorer(visualad(), part(index, ~index.anomalous), room / "maps", progress=False)
     assert "no defective image here" in words(explorer.numbers) and "recall –" in words(explorer.numbers)
     explorer.show.value = "misses"
-    assert "none of 4 images: no miss" in words(explorer.pages) and explorer.drawing is not None
+    assert "none of 4 images: no miss" in words(explorer.pages) and explorer.rendering is not None
     explorer.show.value = "defective"
     assert "no defective image here" in words(explorer.pages) and not explorer.message.value
     assert "no defect" in explorer.pictures["mask"].note
@@ -483,7 +484,7 @@ def test_a_map_with_nan_is_shown_and_told(room, index, broken):
     assert np.abs(decode(explorer.pictures["heatmap"].data)[:7, :7].astype(int) - 128).max() < 12
     explorer.level.value = explorer.level.min
     explorer.smoothing.value = 3.0
-    assert not explorer.drawing.found(explorer.view())[:8, :8].any() and np.isfinite(explorer.view().low)
+    assert not explorer.rendering.detected(explorer.view())[:8, :8].any() and np.isfinite(explorer.view().low)
     assert "1 scores are not numbers" in words(explorer.numbers)
     explorer.open(
         str(
@@ -630,7 +631,7 @@ def test_upload_shows_what_the_method_says(index):
     found = Inspector(method).predict(photo)
     assert f"score {found.score:.4g}" in words(upload.verdict) and "mine.png, 64 x 64" in words(upload.verdict)
     for name in upload.pictures:
-        assert same(upload.pictures[name].data, Drawing(photo, found.heat).panel(name, upload.view()))
+        assert same(upload.pictures[name].data, Rendering(photo, found.heat).panel(name, upload.view()))
     before = upload.pictures["overlay"].data
     upload.opacity.value = 0.0
     assert upload.pictures["overlay"].data != before and same(upload.pictures["overlay"].data, photo)

@@ -64,7 +64,7 @@ _all_ = ["rewrite"]  # everything about text, from one module
 
 # %% ../../nbs/backbones/06_text.ipynb #9a40f9d4
 class TextTower(Frozen):
-    "CLIP's text transformer, frozen; open to gradients of what is put into it."
+    "CLIP's text transformer, frozen; gradients reach its input."
 
     taps = ()
 

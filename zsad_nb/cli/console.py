@@ -45,7 +45,7 @@ def locale_hint() -> str:
 
 
 def reader_left() -> int:  # exit status
-    "Nobody reads standard output any more: print nothing further."
+    "The reader of standard output is gone: print nothing further."
     with contextlib.suppress(OSError, ValueError, AttributeError):
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, sys.stdout.fileno())  # what is left in the buffer must not raise at exit

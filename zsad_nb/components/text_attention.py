@@ -26,7 +26,7 @@ class TextAttentionParameters(ParameterSet, frozen=False):
 
 
 class RCA(nn.Module):
-    "Residual cross-modal attention: texts ask, patches answer (Bayes-PFL)."
+    "Residual cross-modal attention: texts are queries, patches keys and values (Bayes-PFL)."
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class RCA(nn.Module):
         texts: Tensor,  # (B, Q, C) of length 1
         patches: Tensor,  # (B, N, C) of `projected`
     ) -> Tensor:  # (B, Q, C) of length 1
-        "Texts that know the picture."
+        "Texts after attending to the patches."
         values = patches.unflatten(-1, (self.heads, -1))
         taken = torch.einsum("bqnh,bnhc->bqhc", self.read(texts, patches), values)
         return F.normalize(texts + taken.flatten(2), dim=-1)

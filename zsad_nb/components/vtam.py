@@ -113,7 +113,7 @@ class VTAM(nn.Module):
         grid: tuple,  # (h, w)
         size: tuple,  # (H, W)
     ) -> tuple:  # weight of every expert (B, L, H, W) or (B, L, 1, 1); gate (B, L) and masks (B, L, H, W) by name
-        "How much each level counts for the image, times how far each place is believed (Eqs 15, 16)."
+        "How much each level counts for the image, times the weight of each place (Eqs 15, 16)."
         if not self.p.vtam:
             levels = tokens.shape[1]
             return tokens.new_full((len(tokens), levels, 1, 1), 1 / levels), {}

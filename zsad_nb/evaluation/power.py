@@ -63,7 +63,7 @@ def standard_error(
     column: str,  # "image" or "pixel"
     other: pd.DataFrame | None = None,  # the same images under another method: the error of the difference
 ) -> float:
-    "Of the mean over categories; images of one scene are one draw"
+    "Of the mean over categories; images of one scene count as one sample"
     value = rows[column].to_numpy()
     if other is not None:
         if not (rows["category"] + rows["image_path"]).equals(other["category"] + other["image_path"]):

@@ -77,7 +77,7 @@ RESULT = {  # result.json of these
 # %% ../../nbs/evaluation/15_results.ipynb #bfe275df
 @dataclass
 class Finished:
-    "A run that ended well, and what it says of itself."
+    "A run that ended well, with its record."
 
     folder: Path
     path: str  # relative to the folder that was searched

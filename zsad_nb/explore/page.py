@@ -151,7 +151,7 @@ def _lay_out(self: ExplorerPage):
 
 # %% ../../nbs/explore/10_page.ipynb #a923a600
 @patch
-def tell(self: ExplorerPage, text: str, problem: bool = False):
+def notify(self: ExplorerPage, text: str, problem: bool = False):
     "A line at the foot of the page."
     self.message.value = message_html(text, problem)
     set_visible(self.message, bool(text))
@@ -173,7 +173,7 @@ def without_events(self: ExplorerPage) -> Iterator[None]:
 @show_errors
 def run_event(self: ExplorerPage, action: Callable, *args):
     "Do what an event asks for; an exception becomes a message."
-    self.tell("")
+    self.notify("")
     action(*args)
 
 

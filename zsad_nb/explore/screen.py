@@ -34,7 +34,7 @@ class Screen:
     view: View
     method: str  # its name on the page
     threshold: float | None = None
-    layer: str = ""  # a part of the map, see `MapStore.drawing`
+    layer: str = ""  # a part of the map, see `MapStore.rendering`
     at: tuple | None = None  # a place, as shares of width and height
     other: MapStore | None = None  # of the second method
     other_method: str = ""

@@ -85,7 +85,7 @@ def _made(
     except ValueError as error:
         return None, [], " ".join(str(error).split()), False
     except Exception as error:
-        reason = f"it could not be drawn ({type(error).__name__}: {error})"
+        reason = f"it could not be rendered ({type(error).__name__}: {error})"
         return None, [], " ".join(reason.split()), True
 
 

@@ -83,7 +83,7 @@ class Results:
             self.journal.dropped += dropped
         elif heading == [*COLUMNS]:
             if not self.journal.rows and self.table_path.read_bytes().count(b"\n") > 1:
-                self._move_table()  # its rows are in no journal: neither believed nor lost
+                self._move_table()  # its rows are in no journal: neither used nor lost
         elif heading is not None:
             aside(self.table_path, "other")
 
@@ -134,7 +134,7 @@ def add(
     picture: str = "",  # name of the overlay
     overlay: np.ndarray | None = None,  # (H, W, 3) uint8
 ):
-    "A new row; its overlay is written first, so that a row says that its picture is there."
+    "A new row; its overlay is written first, so that a row never stands without its picture."
     if overlay is not None:
         row["picture"] = f"pictures/{picture}"
         write_atomically(

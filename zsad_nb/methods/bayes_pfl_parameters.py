@@ -49,7 +49,7 @@ class BayesPFLParameters(
         "or new for every image, with the states' kept from the first one on (kept)",
         ("seeded", "kept"),
     )
-    noise_seed: int = param(0, "ours", "of the samples in evaluation; without effect where draws are kept", "0 or more")
+    noise_seed: int = param(0, "ours", "of the samples in evaluation; without effect where noise is kept", "0 or more")
     tau: float = param(0.07, "code", "temperature of maps and image part at the start, both learned", "above 0")
     sigma: float = param(
         8.0, "code, at 518 px", "Gaussian of the map, pixels; evaluation only, the score is taken before", "0 or more"

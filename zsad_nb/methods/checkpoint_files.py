@@ -135,7 +135,7 @@ def parsed_header(text: str | None, path: Path) -> dict:
 
 
 def checkpoint_content(path: Path, tensors: bool) -> tuple:  # safetensors' own header; the file's bytes, or None
-    "One read: header and tensors are those of one file, whoever replaces it meanwhile."
+    "One read: header and tensors are of the same file, even where it is replaced meanwhile."
     if not path.is_file():
         raise WeightsError(f"no checkpoint at {path}")
     try:
@@ -161,7 +161,7 @@ def checkpoint_content(path: Path, tensors: bool) -> tuple:  # safetensors' own 
 def read_header(
     path: str | Path,
 ) -> dict:  # method, version, parameters, backbones, trained_on, tensors, fitted, engine
-    "What a checkpoint says of itself, without loading it."
+    "The header of a checkpoint, without loading it."
     head, _ = checkpoint_content(Path(path), False)
     return parsed_header(head.get("__metadata__", {}).get("zsad_nb"), Path(path))
 
