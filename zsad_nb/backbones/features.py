@@ -76,7 +76,7 @@ def key_hash(
 def one_by_one(
     encode: Callable,  # batch -> dict of tensors, first dimension the image
 ) -> Callable:  # the same
-    "An `encode` whose result for an image does not depend on the image's company, to the last bit."
+    "An `encode` whose result for an image does not depend on the rest of its batch, to the last bit."
 
     def alone(batch) -> dict[str, Tensor]:
         rows = [encode(_single(batch, i)) for i in range(len(batch.image))]
@@ -109,7 +109,7 @@ def entry_hash(
     row: dict,  # name -> tensor, on the CPU
     file: Path,  # where the entry is, or will be
 ) -> str:  # 64 hexadecimal digits
-    "What an entry's header must say: its tensors, and whose features they are."
+    "What an entry's header must hold: its tensors, and whose features they are."
     return tensor_hash(row, f"{file.parent.name}/{file.name}")
 
 
@@ -181,7 +181,7 @@ class FeatureCache:
         batch: Any,  # anything with `image` (B, 3, H, W) that can be indexed by a list of rows
         encode: Callable,  # batch -> dict of tensors, first dimension the image; see `one_by_one`
     ) -> dict[str, Tensor]:  # the same dict, floats as float32, on the batch's device
-        "Features of a batch: read where they are known, encoded and stored where not."
+        "Features of a batch: read where they are stored, encoded and stored where not."
         device = batch.image.device
         code = code_hash("core", "backbones", "components", "methods")
         whole = dict(key, **self.more, code=code, rounding=rounding(device))
@@ -227,7 +227,7 @@ def _require_same_shapes(first: dict, row: dict, file: Path):
     if {n: t.shape for n, t in first.items()} != {n: t.shape for n, t in row.items()}:
         raise ValueError(
             f"the kept features {shown(str(file))} have other tensors than those of the same batch; encode_key() of the"
-            f" method must say all that encode depends on; correct it and delete {shown(str(file.parent))}"
+            f" method must hold all that encode depends on; correct it and delete {shown(str(file.parent))}"
         )
 
 

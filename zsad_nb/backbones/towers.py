@@ -24,6 +24,7 @@ from typing import Self
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .attention import own_attention
@@ -94,7 +95,7 @@ class Frozen(nn.Module):
 
 
 class Backbone(Frozen):
-    "A frozen vision transformer with taps; subclasses say how their library spells its parts."
+    "A frozen vision transformer with taps; subclasses find its parts under their library's names."
 
     def __init__(self, row: BackboneRow, tower: nn.Module, size: int | None = None, taps: tuple | None = None):
         super().__init__()
@@ -134,75 +135,84 @@ class Backbone(Frozen):
                 " counted from 1)"
             )
 
-    def prepare(
-        self,
-        image: Tensor,  # (B, 3, H, W) RGB in [0, 1]
-    ) -> Tensor:  # (B, 3, size, size) normalised for this tower
-        "Resize (antialiased, as `interpolation` says) when the size differs, then normalise."
-        if image.shape[-2:] != (self.size, self.size):
-            wanted = (self.size, self.size)
-            image = F.interpolate(image, wanted, mode=self.interpolation, antialias=True, align_corners=False).clamp(
-                0, 1
-            )
-        return (image - self.mean) / self.std
 
-    def embed(
-        self,
-        image: Tensor,  # (B, 3, H, W) RGB in [0, 1]
-        extra: Tensor | None = None,  # (K, D) learned tokens, each given the class token's position
-    ) -> tuple:  # tokens (B, K+P+N, D) ready for block 1, grid (h, w)
-        "Patch tokens with positions, behind extra and prefix tokens; order [extra, class, registers, patches]."
-        x = self._conv(self.tower)(self.prepare(image))
-        grid = tuple(x.shape[-2:])
-        x = x.flatten(2).transpose(1, 2)
-        prefix, prefix_pos, patch_pos = self._positions(grid)
-        if patch_pos is not None:
-            x = x + patch_pos
-        if prefix_pos is not None:
-            prefix = prefix + prefix_pos
-        if extra is not None:
-            prefix = torch.cat([extra if prefix_pos is None else extra + prefix_pos[:1], prefix])
-        return self._pre_norm(torch.cat([prefix.expand(x.shape[0], -1, -1), x], 1)), grid
-
-    def run(
-        self,
-        tokens: Tensor,  # (B, K+P+N, D) from `embed`
-        grid: tuple,  # (h, w)
-        taps: tuple,  # 1-based block numbers
-    ) -> tuple:  # list of (B, K+P+N, D) after each tap, and the tokens after the last block
-        "All blocks once; every tap is the residual stream after its block, before any norm."
-        context = self._context(tokens, grid)
-        kept = {}
-        for number, block in enumerate(self._blocks(self.tower), 1):
-            tokens = self._call(block, tokens, context)
-            if number in taps:
-                kept[number] = tokens
-        return [kept[t] for t in taps], tokens
-
-    def forward(
-        self,
-        image: Tensor,  # (B, 3, H, W) RGB in [0, 1]
-        taps: tuple | None = None,  # default: the backbone's own
-        extra: Tensor | None = None,  # (K, D) tokens to insert at the input
-        norm: bool = False,  # apply the final norm to every tap
-    ) -> Features:
-        "Patch tokens of every tap and the class token, in one pass."
-        taps = tuple(taps or self.taps)
-        self._check_taps(taps)
-        tokens, grid = self.embed(image, extra)
-        kept, last = self.run(tokens, grid, taps)
-        if norm:
-            kept = [self.norm(t) for t in kept]
-        split = last.shape[1] - math.prod(grid)  # where the patches begin
-        return Features(
-            patches=[t[:, split:] for t in kept],
-            cls=self.norm(last[:, 0 if extra is None else len(extra)]),
-            grid=grid,
-            prefix=[t[:, :split] for t in kept],
-            taps=taps,
-        )
+# %% ../../nbs/backbones/05_towers.ipynb #18dfea14
+@patch
+def prepare(
+    self: Backbone,
+    image: Tensor,  # (B, 3, H, W) RGB in [0, 1]
+) -> Tensor:  # (B, 3, size, size) normalised for this tower
+    "Resize (antialiased, by `interpolation`) when the size differs, then normalise."
+    if image.shape[-2:] != (self.size, self.size):
+        wanted = (self.size, self.size)
+        image = F.interpolate(image, wanted, mode=self.interpolation, antialias=True, align_corners=False).clamp(0, 1)
+    return (image - self.mean) / self.std
 
 
+@patch
+def embed(
+    self: Backbone,
+    image: Tensor,  # (B, 3, H, W) RGB in [0, 1]
+    extra: Tensor | None = None,  # (K, D) learned tokens, each given the class token's position
+) -> tuple:  # tokens (B, K+P+N, D) ready for block 1, grid (h, w)
+    "Patch tokens with positions, behind extra and prefix tokens; order [extra, class, registers, patches]."
+    x = self._conv(self.tower)(self.prepare(image))
+    grid = tuple(x.shape[-2:])
+    x = x.flatten(2).transpose(1, 2)
+    prefix, prefix_pos, patch_pos = self._positions(grid)
+    if patch_pos is not None:
+        x = x + patch_pos
+    if prefix_pos is not None:
+        prefix = prefix + prefix_pos
+    if extra is not None:
+        prefix = torch.cat([extra if prefix_pos is None else extra + prefix_pos[:1], prefix])
+    return self._pre_norm(torch.cat([prefix.expand(x.shape[0], -1, -1), x], 1)), grid
+
+
+@patch
+def run(
+    self: Backbone,
+    tokens: Tensor,  # (B, K+P+N, D) from `embed`
+    grid: tuple,  # (h, w)
+    taps: tuple,  # 1-based block numbers
+) -> tuple:  # list of (B, K+P+N, D) after each tap, and the tokens after the last block
+    "All blocks once; every tap is the residual stream after its block, before any norm."
+    context = self._context(tokens, grid)
+    kept = {}
+    for number, block in enumerate(self._blocks(self.tower), 1):
+        tokens = self._call(block, tokens, context)
+        if number in taps:
+            kept[number] = tokens
+    return [kept[t] for t in taps], tokens
+
+
+# %% ../../nbs/backbones/05_towers.ipynb #e406762b
+@patch
+def forward(
+    self: Backbone,
+    image: Tensor,  # (B, 3, H, W) RGB in [0, 1]
+    taps: tuple | None = None,  # default: the backbone's own
+    extra: Tensor | None = None,  # (K, D) tokens to insert at the input
+    norm: bool = False,  # apply the final norm to every tap
+) -> Features:
+    "Patch tokens of every tap and the class token, in one pass."
+    taps = tuple(taps or self.taps)
+    self._check_taps(taps)
+    tokens, grid = self.embed(image, extra)
+    kept, last = self.run(tokens, grid, taps)
+    if norm:
+        kept = [self.norm(t) for t in kept]
+    split = last.shape[1] - math.prod(grid)  # where the patches begin
+    return Features(
+        patches=[t[:, split:] for t in kept],
+        cls=self.norm(last[:, 0 if extra is None else len(extra)]),
+        grid=grid,
+        prefix=[t[:, :split] for t in kept],
+        taps=taps,
+    )
+
+
+# %% ../../nbs/backbones/05_towers.ipynb #3f327543
 def _default_taps(depth: int) -> tuple:
     "Quarter points of the depth, rounded up: 6/12/18/24 of 24 blocks, 3/6/9/12 of 12."
     return tuple(sorted({math.ceil(depth * q / 4) for q in (1, 2, 3, 4)}))

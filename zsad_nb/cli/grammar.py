@@ -31,7 +31,7 @@ import zsad_nb
 
 # %% ../../nbs/cli/04_grammar.ipynb #bd76f064
 class Option:
-    "What an annotation cannot say: short flags, and keywords of `argparse`'s `add_argument`."
+    "What an annotation cannot express: short flags, and keywords of `argparse`'s `add_argument`."
 
     def __init__(self, *flags: str, **keywords):
         self.flags = flags
@@ -44,7 +44,7 @@ EACH = dict(action="append", nargs=None, metavar="NAME=VALUE")  # one value a fl
 def keywords_of(
     annotation: Any,  # of a parameter
 ) -> dict:  # keywords of `add_argument`
-    "What a plain annotation says."
+    "The kind of value that a plain annotation stands for."
     if isinstance(annotation, types.UnionType):  # X | None
         annotation = next(part for part in get_args(annotation) if part is not types.NoneType)
     if annotation is bool:
@@ -93,8 +93,8 @@ class Command:
 
     name: str
     function: Callable[..., int]  # returns the exit status
-    status_1: str  # what 1 says; "": it does not occur
-    status_2: str  # what 2 says
+    status_1: str  # the meaning of 1; "": it does not occur
+    status_2: str  # the meaning of 2
 
     @property
     def help(self) -> str:
@@ -123,8 +123,8 @@ COMMANDS: dict[str, Command] = {}
 
 def command(
     name: str,  # on the command line
-    status_1: str = "",  # what exit status 1 says; "": it does not occur
-    status_2: str = "it could not be done",  # what exit status 2 says
+    status_1: str = "",  # the meaning of exit status 1; "": it does not occur
+    status_2: str = "it could not be done",  # the meaning of exit status 2
 ) -> Callable:
     "Decorator: a function becomes a command."
 
@@ -146,7 +146,7 @@ def call(
 def assignments(
     texts: Sequence[str],  # NAME=VALUE
 ) -> dict[str, str]:
-    "What options of the form NAME=VALUE say."
+    "The values of options of the form NAME=VALUE."
     return dict(text.partition("=")[::2] for text in texts)
 
 

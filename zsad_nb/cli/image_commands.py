@@ -27,7 +27,7 @@ def check_data_set(
     # a mask marks what is above this stored value (default: half of its range, labels above 0)
     mask_threshold: float | None = None,
     mask_mismatch: Literal["error", "resize"] = "error",  # a mask of another size than its image
-    # how masks lie on photographs that EXIF turns (default: auto, as their shape tells)
+    # how masks lie on photographs that EXIF turns (default: auto, by their shape)
     mask_orientation: Literal["auto", "upright", "stored"] = "auto",
 ) -> int:
     "open every file of a data set and report what is wrong, row by row"
@@ -115,8 +115,8 @@ def predict_images(
     # a run's folder, a checkpoint, or a method's name (default: self_distance, which needs no training; a trained
     # checkpoint is better)
     model: str | None = None,
-    # instead of --model: a checkpoint of a method's authors, such as april_gan=epoch_15.pth; -p clip_weights FILE says
-    # where its tower's weights are
+    # instead of --model: a checkpoint of a method's authors, such as april_gan=epoch_15.pth; -p clip_weights FILE
+    # names its tower's weights
     released: Annotated[str | None, Option(metavar="METHOD=FILE")] = None,
     parameter: Annotated[Sequence[tuple[str, str]], Option("-p")] = (),  # a parameter of the method
     normals: list[str] | None = None,  # images assumed normal: thresholds at --rate are made from them

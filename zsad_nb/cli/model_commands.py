@@ -85,7 +85,7 @@ def run_seeds(
 def show_checkpoint(
     checkpoint: str,  # a .safetensors file
 ) -> int:
-    "what a checkpoint says of itself"
+    "the header of a checkpoint"
     with importing():
         from zsad_nb.methods.checkpoint_files import read_header
 

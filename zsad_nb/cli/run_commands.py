@@ -54,9 +54,9 @@ def run_sweep(
     file: str,  # YAML: a notebook and the values of its parameters
     *,
     set: Annotated[Sequence[str], Option(**EACH)] = (),  # a variable of the file
-    dry_run: bool = False,  # say what would be run, start nothing
+    dry_run: bool = False,  # print what would be run, start nothing
     workers: int = 1,  # runs at the same time
-    # threads of each (default: this machine's, shared out; on a cluster as its workers' environment says)
+    # threads of each (default: this machine's, shared out; on a cluster that of its workers' environment)
     cores: int | None = None,
     # ids, one a worker in turn (default: all; without ids: none)
     gpus: Annotated[list[str] | None, Option(nargs="*")] = None,
@@ -166,7 +166,7 @@ def repeat_run(
 # %% ../../nbs/cli/07_run_commands.ipynb #6ca49480
 @command(
     "figures",
-    status_1="nothing could be made, or something that is there could not be drawn",
+    status_1="nothing could be made, or something that is there could not be rendered",
     status_2="it could not begin",
 )
 def make_figures(

@@ -19,7 +19,7 @@ from typing import ClassVar
 STOPPED = {  # what a stopped command leaves behind
     "predict": "stopped; the rows in {out} are kept, the same command goes on from there",
     "sweep": "stopped; what is done is kept, the same command goes on from there",
-    "run": "stopped; what it left is not believed, the same command repeats it",
+    "run": "stopped; what it left does not count, the same command repeats it",
 }
 
 

@@ -80,7 +80,7 @@ class Encoder(nn.Module):
 
     def __init__(
         self,
-        width: int,  # C, of what is given and of a word
+        width: int,  # C, of the input and of a word
         inner: int,  # of the hidden layers (code: half the image tower's width)
     ):
         super().__init__()
@@ -88,10 +88,10 @@ class Encoder(nn.Module):
 
     def forward(
         self,
-        given: Tensor,  # (..., C)
+        x: Tensor,  # (..., C)
     ) -> tuple:  # mean, variance: (..., C) each
         "The variance is exp(h / 2)."
-        return self.mean(given), (self.spread(given) / 2).exp()
+        return self.mean(x), (self.spread(x) / 2).exp()
 
 
 # %% ../../nbs/components/12_prompt_flow.ipynb #38aa0002
@@ -109,12 +109,12 @@ class ContextPlanes(nn.Module):
 
     def forward(
         self,
-        given: Tensor,  # (B, C) class tokens, not normalised
+        x: Tensor,  # (B, C) class tokens, not normalised
     ) -> tuple:  # u, w (K, B, C), b (K, B)
         "The planes of every image."
         count = self.b.out_features
-        u, w = (layer(given).unflatten(1, (count, -1)).transpose(0, 1) for layer in (self.u, self.w))
-        return u, w, self.b(given).T
+        u, w = (layer(x).unflatten(1, (count, -1)).transpose(0, 1) for layer in (self.u, self.w))
+        return u, w, self.b(x).T
 
 
 class StatePlanes(nn.Module):
@@ -133,7 +133,7 @@ class StatePlanes(nn.Module):
 
     def forward(
         self,
-        given: Tensor,  # (1, C), not looked at
+        x: Tensor,  # (1, C), not looked at
     ) -> tuple:  # u, w (K, 1, C), b (K, 1)
         "The same planes for every image."
         return self.u[:, None], self.w[:, None], self.b[:, None]
@@ -162,7 +162,7 @@ class PromptFlows(nn.Module):
     def __init__(
         self,
         width: int,  # C, of a word and of the joint space
-        inner: int,  # of encoders and decoders, where `hidden` does not say it
+        inner: int,  # of encoders and decoders, where `hidden` does not set it
         parameters: PromptFlowParameters | None = None,  # default: the paper's values
         **changes,  # of `PromptFlowParameters`
     ):
@@ -184,16 +184,16 @@ class PromptFlows(nn.Module):
         self,
         name: str,  # context, normal or abnormal
         noise: Tensor,  # (B, R, C) standard normal; (1, R, C) for a state
-        given: Tensor | None = None,  # (B, C) class tokens, not normalised; for the context
+        x: Tensor | None = None,  # (B, C) class tokens, not normalised; for the context
     ) -> dict:  # mean, variance (B, C); start, sample (B, R, C); logdet (B, R); steps
         "R samples of every row (Eqs a, b); steps: points and log |det| of every plane."
         context = name == "context"
-        given = given if context else self.planes[name].vector
-        mean, variance = self.encoders["context" if context else "state"](given)
+        x = x if context else self.planes[name].vector
+        mean, variance = self.encoders["context" if context else "state"](x)
         z = start = mean[:, None] + noise * variance.sqrt()[:, None]
         logdet = z.new_zeros(z.shape[:-1])
         steps = []
-        for u, w, b in zip(*self.planes[name](given)) if self.count else ():
+        for u, w, b in zip(*self.planes[name](x)) if self.count else ():
             u = invertible_direction(u, w) if self.invertible else u
             z, step = planar(z, u[:, None], w[:, None], b[:, None])
             logdet = logdet + step
@@ -211,12 +211,12 @@ class PromptFlows(nn.Module):
 
 # %% ../../nbs/components/12_prompt_flow.ipynb #38aa0006
 def density_gap(
-    found: dict,  # of `PromptFlows.forward`
+    of_flow: dict,  # of `PromptFlows.forward`
 ) -> Tensor:  # (B, R)
     "log q(z_0) - log N(z_K; 0, I) without the constants, summed over the dimensions (Eq. c)."
-    mean, variance = (found[k][:, None] for k in ("mean", "variance"))
-    own = variance.log() + (found["start"] - mean).square() / variance
-    return ((found["sample"].square() - own) / 2).sum(-1)
+    mean, variance = (of_flow[k][:, None] for k in ("mean", "variance"))
+    own = variance.log() + (of_flow["start"] - mean).square() / variance
+    return ((of_flow["sample"].square() - own) / 2).sum(-1)
 
 
 # %% ../../nbs/components/12_prompt_flow.ipynb #9c63f067
@@ -287,8 +287,8 @@ class SampledPrompts(TextPrompts):
         "Text features of every image's own prompts."
         rows, end = self.rows(class_names, context, states)
         flat = rows.flatten(0, 3)
-        found = self.text(flat, end.repeat_interleave(len(flat) // len(end)))
-        return found.view(len(end), -1, 2, found.shape[-1])
+        features = self.text(flat, end.repeat_interleave(len(flat) // len(end)))
+        return features.view(len(end), -1, 2, features.shape[-1])
 
 
 def not_orthogonal(

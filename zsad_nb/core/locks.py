@@ -65,7 +65,7 @@ def _open_lock(folder: Path) -> TextIOWrapper:
 
 # %% ../../nbs/core/06_locks.ipynb #5e768582
 def _holder(file: TextIOWrapper) -> str:
-    "Who the file says holds the lock."
+    "The holder of the lock, as the file names it."
     file.seek(0)
     try:
         text = file.read(200)
@@ -76,7 +76,7 @@ def _holder(file: TextIOWrapper) -> str:
 
 
 def _write_holder(file: TextIOWrapper, text: str):
-    "Replace what the file says."
+    "Replace the content of the file."
     file.seek(0)
     file.truncate(0)
     file.write(text)

@@ -177,8 +177,9 @@ def param(
     help: str = "",  # one phrase, with units
     allowed: tuple | str | None = None,  # the words to choose from, or one of RULES; None: anything
     most: float | None = None,  # the largest value of a whole number; None: that of LARGEST, or NUMBER
-    # do frozen features depend on it: True, False or "tower"; None: as its class says
-    frozen: bool | str | None = None,
+    frozen: bool
+    | str
+    | None = None,  # do frozen features depend on it: True, False or "tower"; None: as its class states
 ) -> Any:  # a dataclass field
     "A named parameter with its default, the source of that default and what else it may be."
     if isinstance(allowed, str) and allowed not in RULES:

@@ -210,7 +210,7 @@ def cut_crops(
     jitter: float = 0.25,  # how far from the centre of the crop its defect may lie, as a fraction of the side
     seed: int = 0,
     overwrite: bool = False,  # replace a folder that is not empty
-    **reading,  # see `Reading`; default: as the index says. Crops are written with 8 bits, upright
+    **reading,  # see `Reading`; default: the index's. Crops are written with 8 bits, upright
 ) -> pd.DataFrame:  # the Index of the crops
     "Cut normal and defective crops, written in MVTec layout; dataset, category, split and defect are kept."
     if size < 1:

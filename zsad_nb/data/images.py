@@ -268,7 +268,7 @@ def batches(
     # for training: share of images replaced by 2 x 2 images of their category, see `Mosaic`
     mosaic: float | dict | Mosaic | None = 0.0,
     augment: Augmentation | None = None,  # for training: how images are changed from pass to pass
-    **reading,  # `Reading`: bits, white, mask_threshold, mask_mismatch, mask_orientation; default: as the index says
+    **reading,  # `Reading`: bits, white, mask_threshold, mask_mismatch, mask_orientation; default: the index's
 ) -> Batches:  # iterable with a length
     "An Index as batches; the numbers depend neither on the batch size nor on the workers."
     how = reading_of(index, **reading)
@@ -307,7 +307,7 @@ def batches(
 def check(
     index: pd.DataFrame,  # an Index
     workers: int = 2,  # threads that read
-    **reading,  # see `Reading`; default: as the index says
+    **reading,  # see `Reading`; default: the index's
 ) -> pd.DataFrame:  # row (<NA>: files of no row), image, problem, message: one row a problem; empty when all is well
     "Open every file of an Index and report what is wrong, row by row."
     root = root_of(index)

@@ -320,7 +320,7 @@ def _named_table(
 
 def load_index(
     path: str | os.PathLike,  # a CSV written by `save_index`, or with the same columns
-    root: str | os.PathLike | None = None,  # where the images are; default: what the file says
+    root: str | os.PathLike | None = None,  # where the images are; default: the one in the file
 ) -> pd.DataFrame:  # the Index
     "Read an Index from CSV."
     path = Path(path)

@@ -112,7 +112,7 @@ class _Used:
         return path in self.paths or any(folder.as_posix() in self.paths for folder in PurePosixPath(path).parents)
 
     def of_normal(self, path: str) -> bool:
-        "A mask of a normal image says nothing: it lies in a folder of normal ones, or beside its image."
+        "A mask of a normal image, which is not used: it lies in a folder of normal ones, or beside its image."
         place = PurePosixPath(path)
         stem = same_name(place.stem)
         if any(same_name(folder) in NORMAL_NAMES for folder in place.parts[:-1]) and is_mask(path):
@@ -148,7 +148,7 @@ def _of_image(path: str, used: _Used, apart: dict[str, str], listed: str, masks:
 
 # %% ../../nbs/data/03_left_out.ipynb #d96ed9dd
 def _of_entry(entry: Entry, used: _Used, apart: dict[str, str], listed: str, masks: bool | None) -> Unused | None:
-    "Why an entry of a folder is not used; None: it is, or nobody misses it."
+    "Why an entry of a folder is not used; None: it is used, or of no use to anybody."
     path = entry.path
     name = path.rpartition("/")[2]
     if entry.kind == "folder" or (entry.kind == "twin" and path in used.folders):

@@ -187,7 +187,7 @@ def require_own(
     image_path: str | os.PathLike,
     mask_path: str | os.PathLike,
 ) -> None:
-    "A folder is a mask only of the image whose name it has: masks/ as a whole is nobody's."
+    "A folder is a mask only of the image whose name it has: masks/ as a whole belongs to none."
     if Path(mask_path).is_dir() and same_name(Path(mask_path).name) != same_name(Path(image_path).stem):
         raise BadImage(
             mask_path,

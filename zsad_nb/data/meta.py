@@ -60,7 +60,7 @@ def _no_number(word: str):
 
 
 def _once(pairs: list[tuple]) -> dict:
-    "An object whose keys occur once: of two, Python would keep the last without a word."
+    "An object whose keys occur once: of two, Python would keep the last silently."
     keys = [key for key, _ in pairs]
     if len(set(keys)) < len(keys):
         raise ValueError(

@@ -62,7 +62,7 @@ class RowFindings:
 
 
 def _brightness(stored: Stored, reading: Reading) -> tuple[float, float | None]:
-    "Brightest value and white of an image whose scale nobody stated."
+    "Brightest value and white of an image whose scale was not stated."
     floats = stored.image.mode == "F" and reading.white is None
     if floats or stored.is_deep and stored.white == 65535 and reading.bits is None:
         values = stored.values()

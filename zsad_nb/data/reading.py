@@ -51,7 +51,7 @@ class Reading:
     # a mask marks what is above this stored value; None: half of its range, labels above 0
     mask_threshold: float | None = None
     mask_mismatch: str = "error"  # a mask of another size than its image: "error", or "resize" it
-    # masks of photographs turned by EXIF lie "upright" or "stored"; "auto": as their size tells
+    # masks of photographs turned by EXIF lie "upright" or "stored"; "auto": by their size
     mask_orientation: str = "auto"
 
     def __post_init__(self):

@@ -31,7 +31,7 @@ from PIL import Image, ImageFile, ImageOps, TiffImagePlugin
 
 # %% ../../nbs/data/06_stored.ipynb #a334c0e7
 class BadImage(ValueError):
-    "A file that cannot be used; `code` says in one word why."
+    "A file that cannot be used; `code` is the reason in one word."
 
     def __init__(self, path: str | os.PathLike, why: str, cure: str, code: str = "unreadable"):
         super().__init__(f"{path}: {why}; {cure}")
@@ -50,7 +50,7 @@ class Stored:
     cut: bool = False  # the library kept 8 of more bits, and the others are out of reach
     perhaps_cut: bool = False  # it was decoded by somebody else, and may have been cut then
     factor: float = 1.0  # the library's values times this are the stored ones
-    inverted: bool = False  # the file says that 0 is white
+    inverted: bool = False  # 0 is white, by the file's header
     numbers: bool = False  # 2 or 4 bits a pixel: numbers of labels rather than shades
     lossy: bool = False  # compressed with loss: edges ring
 
@@ -386,7 +386,7 @@ def stored_image(
         stored.white = 2**depth - 1 if depth > 8 else 65535
     elif image.mode[0] in "IF":
         stored.white = 65535 if image.format in ("PNG", "PPM") else None
-    else:  # an 8-bit mode: of a decoded PNG nobody can tell whether it had 16
+    else:  # an 8-bit mode: a decoded PNG no longer shows whether it had 16
         stored.cut = depth > 8
         stored.perhaps_cut = depth <= 8 and was_cut is not False and image.format in ("PNG", "PPM", "JPEG2000", "SGI")
         stored.white = 65535 if stored.cut or stored.perhaps_cut else 255

@@ -74,7 +74,7 @@ def clocks(
     images: int,  # in one call
     seconds: float = 1.0,  # of repetition for each, at least two calls
     device: torch.device | str = "cpu",
-    repeats: int = 0,  # calls; 0: as `seconds` says
+    repeats: int = 0,  # calls; 0: as many as `seconds` allows
 ) -> list:  # of each: wall seconds and CPU seconds an image, both of its fastest call
     "Time pieces of work that were called before; in turn, so that what slows a machine for a while slows them all."
     walls = [math.inf] * len(works)
@@ -469,7 +469,7 @@ def run_case(case: dict) -> dict:  # keys of CASE
 
 
 def machine() -> dict:
-    "What was measured on, as its system says; no names of hosts."
+    "The machine of a measurement, as its system reports it; no names of hosts."
     return {k: v for k, v in {**hardware(), **versions()}.items() if k not in ("host", "papermill")}
 
 

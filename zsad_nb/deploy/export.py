@@ -290,7 +290,7 @@ def export(
     size: int | None = None,  # pixels; default: the first backbone's
     tolerance: float = 1e-4,  # largest difference to PyTorch in a map or a score
     optimise: bool = True,  # fold constants in the ONNX files; False writes faster, runtimes fold when they load
-) -> dict:  # what export.json says
+) -> dict:  # the content of export.json
     "Write a method's graphs and their description; checked, and whole or not at all."
     folder = Path(folder)
     formats = (formats,) if isinstance(formats, str) else tuple(formats)
@@ -447,8 +447,8 @@ def _wrong(about) -> str:  # "" for a description that can be used
     return ""
 
 
-def read_description(folder: str | Path) -> dict:  # what export.json says, checked
-    "What an export says of itself."
+def read_description(folder: str | Path) -> dict:  # the content of export.json, checked
+    "The description of an export."
     folder = Path(folder)
     _recover(folder)
     if not (folder / "export.json").is_file():
@@ -484,7 +484,7 @@ class Exported:
         folder: str | Path,
         runtime: str = "onnxruntime",  # "onnxruntime", "openvino" or "torch"
         precision: str = "fp32",  # openvino: also bf16
-        about: dict | None = None,  # its description; default: what export.json says
+        about: dict | None = None,  # its description; default: the content of export.json
     ):
         folder = Path(folder)
         kind = "torch" if runtime == "torch" else "onnx"

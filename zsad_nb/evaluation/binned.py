@@ -7,11 +7,12 @@ __all__ = ["BinnedPixelMetrics"]
 
 # %% ../../nbs/evaluation/04_binned.ipynb #787bc658
 import math
+from typing import Any
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from scipy.special import digamma
-from torch import Tensor
 
 from .metrics import Metrics, PixelMetrics, _areas, _lacking, _undefined, aupro_name, fraction
 
@@ -32,7 +33,7 @@ def _in_order(bins: torch.Tensor) -> np.ndarray:  # (2^bits - 1,) the contents o
 
 
 # %% ../../nbs/evaluation/04_binned.ipynb #d40c8e15
-_SERIES_FROM = 64.0  # from here on the first terms of the asymptotic series say more than the function itself
+_SERIES_FROM = 64.0  # from here on the first terms of the asymptotic series are more exact than the function itself
 
 
 def _digamma_step(
@@ -55,7 +56,7 @@ def _digamma_step(
 
 # %% ../../nbs/evaluation/04_binned.ipynb #a5135368
 class BinnedPixelMetrics(PixelMetrics):
-    "Pixel AUROC, AP, F1-max and AUPRO from counts in bins; `compute().bounds` says how far each may be off (ours)."
+    "Pixel AUROC, AP, F1-max and AUPRO from counts in bins; `compute().bounds` holds how far each may be off (ours)."
 
     def __init__(
         self,
@@ -64,7 +65,7 @@ class BinnedPixelMetrics(PixelMetrics):
         device: str | torch.device = "cpu",  # where the bins are; maps that are there stay there
     ):
         if not 8 <= bits <= 24:
-            raise ValueError(f"bits={bits}; use 8 to 24: fewer say nothing, more cost memory (24 bytes a bin)")
+            raise ValueError(f"bits={bits}; use 8 to 24: fewer are too coarse, more cost memory (24 bytes a bin)")
         super().__init__(limits)
         self.bits = bits
         self.device = torch.device(device)
@@ -75,113 +76,134 @@ class BinnedPixelMetrics(PixelMetrics):
         # bins of pixels that `normal` does not count yet: a pass over all bins would cost more than a batch
         self._waiting: list = []
 
-    def update(
-        self,
-        maps: np.ndarray | Tensor,  # (B, H, W) anomaly maps, array or tensor on any device, finite
-        masks: np.ndarray | Tensor,  # (B, H, W) bool or 0/1, True is anomalous
-        has_mask: np.ndarray | Tensor | None = None,  # (B,) bool, False leaves the image out; None: all have a mask
-    ) -> "BinnedPixelMetrics":  # itself
-        "Add a batch; a batch with an error in it changes nothing"
-        here = (
-            maps.detach().to(self.device, torch.float32)
-            if torch.is_tensor(maps) and maps.device.type == self.device.type != "cpu"
-            else None
-        )
-        maps, masks, has_mask, low, high = self._checked(maps, masks, has_mask)
-        here = (
-            torch.from_numpy(np.ascontiguousarray(maps)).to(self.device) if here is None else here.reshape(maps.shape)
-        )
-        regions = 0
-        for m, k, used in zip(here, masks, has_mask):
-            if not used:
-                continue
-            bins = _bins(m, self.bits)
-            self._waiting.append(bins.flatten())
-            if not k.any():
-                continue
-            (area, n), mine = _areas(k), bins[torch.from_numpy(k).to(self.device)].long()
-            ones = torch.ones_like(mine)
-            self.hits.scatter_add_(0, mine, ones)
-            self.normal.scatter_add_(0, mine, -ones)  # they are in the count of all, below
-            self.weight.scatter_add_(0, mine, torch.from_numpy(1 / area).to(self.device))
-            regions += n
-        if sum(map(len, self._waiting)) >= 2**23:
-            self._count()
-        self.images += len(maps)
-        self.excluded += int((~has_mask).sum())
-        self.regions += regions
-        self._low = min(self._low, low)
-        self._high = max(self._high, high)
-        return self
 
-    def _count(self):
-        "Bring `normal` up to date"
-        if self._waiting:
-            self.normal += torch.bincount(torch.cat(self._waiting), minlength=len(self.normal))
-        self._waiting = []
-
-    def merge(self, other: PixelMetrics) -> "BinnedPixelMetrics":
-        "Add everything `other` has seen; `other` stays as it is"
-        if other is self:
-            raise ValueError("metrics cannot be merged with themselves: every image would count twice")
-        if not isinstance(other, BinnedPixelMetrics) or other.bits != self.bits:
-            raise ValueError(
-                f"these metrics have 2^{self.bits} bins, the others"
-                f" {'2^%d' % other.bits if isinstance(other, BinnedPixelMetrics) else 'none'}; use the same class and"
-                " bits for every shard"
-            )
-        self._check_open()
-        other._check_open()
+# %% ../../nbs/evaluation/04_binned.ipynb #dc3fb8f8
+@patch
+def update(
+    self: BinnedPixelMetrics,
+    maps: Any,  # (B, H, W) anomaly maps, array or tensor on any device, finite
+    masks: Any,  # (B, H, W) bool or 0/1, True is anomalous
+    has_mask: Any = None,  # (B,) bool, False leaves the image out; None: all have a mask
+) -> "BinnedPixelMetrics":  # itself
+    "Add a batch; a batch with an error in it changes nothing"
+    here = (
+        maps.detach().to(self.device, torch.float32)
+        if torch.is_tensor(maps) and maps.device.type == self.device.type != "cpu"
+        else None
+    )
+    maps, masks, has_mask, low, high = self._checked(maps, masks, has_mask)
+    here = torch.from_numpy(np.ascontiguousarray(maps)).to(self.device) if here is None else here.reshape(maps.shape)
+    regions = 0
+    for m, k, used in zip(here, masks, has_mask):
+        if not used:
+            continue
+        bins = _bins(m, self.bits)
+        self._waiting.append(bins.flatten())
+        if not k.any():
+            continue
+        (area, n), mine = _areas(k), bins[torch.from_numpy(k).to(self.device)].long()
+        ones = torch.ones_like(mine)
+        self.hits.scatter_add_(0, mine, ones)
+        self.normal.scatter_add_(0, mine, -ones)  # they are in the count of all, below
+        self.weight.scatter_add_(0, mine, torch.from_numpy(1 / area).to(self.device))
+        regions += n
+    if sum(map(len, self._waiting)) >= 2**23:
         self._count()
-        other._count()
-        for name in ("normal", "hits", "weight"):
-            getattr(self, name).add_(getattr(other, name).to(self.device))
-        self.images += other.images
-        self.excluded += other.excluded
-        self.regions += other.regions
-        self._low = min(self._low, other._low)
-        self._high = max(self._high, other._high)
-        return self
+    self.images += len(maps)
+    self.excluded += int((~has_mask).sum())
+    self.regions += regions
+    self._low = min(self._low, low)
+    self._high = max(self._high, high)
+    return self
 
-    def compute(
-        self,
-    ) -> Metrics:  # as of PixelMetrics, with `bounds`: metric -> what the exact value differs by at most
-        "The metrics of everything seen so far; more batches may follow"
-        self._check_open()
-        aupro = {aupro_name(limit): limit for limit in self.limits}
-        self._count()
-        t, h, w = map(_in_order, (self.normal, self.hits, self.weight))
-        P = int(h.sum())
-        N = int(t.sum())
-        if not P or not N:
-            names = ["pixel_auroc", "pixel_ap", "pixel_f1max", *aupro, "pixel_aupro_200"]
-            result = _undefined(names, _lacking(P, N, self.excluded))
-            return result
-        # from the highest score down: a bin without an anomalous pixel changes the counts only
-        at = np.flatnonzero(h)[::-1]
-        c = (N - np.cumsum(t))[at]
-        t = t[at]
-        w = w[at] / self.regions
-        h = h[at].astype(np.float64)
-        a = np.cumsum(h) - h
-        c = c.astype(np.float64)
-        t = t.astype(np.float64)
-        ranges = dict(
-            pixel_auroc=((h * (N - c - t)).sum() / P / N, (h * (N - c)).sum() / P / N),
-            pixel_ap=((h - (c + t) * _digamma_step(a + c + t + 1, h)).sum() / P, (h * (a + h) / (a + h + c)).sum() / P),
-            pixel_f1max=((2 * (a + h) / (P + a + h + c + t)).max(), (2 * (a + h) / (P + a + h + c)).max()),
+
+@patch
+def _count(self: BinnedPixelMetrics):
+    "Bring `normal` up to date"
+    if self._waiting:
+        self.normal += torch.bincount(torch.cat(self._waiting), minlength=len(self.normal))
+    self._waiting = []
+
+
+@patch
+def merge(self: BinnedPixelMetrics, other: PixelMetrics) -> "BinnedPixelMetrics":
+    "Add everything `other` has seen; `other` stays as it is"
+    if other is self:
+        raise ValueError("metrics cannot be merged with themselves: every image would count twice")
+    if not isinstance(other, BinnedPixelMetrics) or other.bits != self.bits:
+        raise ValueError(
+            f"these metrics have 2^{self.bits} bins, the others"
+            f" {'2^%d' % other.bits if isinstance(other, BinnedPixelMetrics) else 'none'}; use the same class and"
+            " bits for every shard"
         )
-        for name, limit in aupro.items():
-            left = np.minimum(c / N, limit)
-            right = np.minimum((c + t) / N, limit)
-            ranges[name] = ((w * (limit - right)).sum() / limit, (w * (limit - left)).sum() / limit)
-        ranges = {
-            name: (fraction(low, f"lowest {name}"), fraction(high, f"highest {name}"))
-            for name, (low, high) in ranges.items()
-        }
-        result = Metrics(
-            {**{k: float(low + high) / 2 for k, (low, high) in ranges.items()}, "pixel_aupro_200": math.nan},
-            {"pixel_aupro_200": "thresholds of the public codes fall inside bins; use exact metrics"},
-        )
-        result.bounds = {name: max(0.0, high - low) / 2 for name, (low, high) in ranges.items()}
+    self._check_open()
+    other._check_open()
+    self._count()
+    other._count()
+    for name in ("normal", "hits", "weight"):
+        getattr(self, name).add_(getattr(other, name).to(self.device))
+    self.images += other.images
+    self.excluded += other.excluded
+    self.regions += other.regions
+    self._low = min(self._low, other._low)
+    self._high = max(self._high, other._high)
+    return self
+
+
+# %% ../../nbs/evaluation/04_binned.ipynb #95df3cba
+@patch
+def _ranges(
+    self: BinnedPixelMetrics,
+    aupro: dict[str, float],  # name of a metric -> its FPR limit
+    normal: np.ndarray,  # (bins,) normal pixels by rising score
+    hits: np.ndarray,  # (bins,) anomalous ones
+    weight: np.ndarray,  # (bins,) 1 / area of their regions, summed
+) -> dict[str, tuple]:  # name -> lowest and highest possible value
+    "What the order inside the bins can make of every metric; letters as in the equations."
+    P = int(hits.sum())
+    N = int(normal.sum())
+    # from the highest score down: a bin without an anomalous pixel changes the counts only
+    at = np.flatnonzero(hits)[::-1]
+    c = (N - np.cumsum(normal))[at]
+    t = normal[at]
+    w = weight[at] / self.regions
+    h = hits[at].astype(np.float64)
+    a = np.cumsum(h) - h
+    c = c.astype(np.float64)
+    t = t.astype(np.float64)
+    ranges = dict(
+        pixel_auroc=((h * (N - c - t)).sum() / P / N, (h * (N - c)).sum() / P / N),
+        pixel_ap=((h - (c + t) * _digamma_step(a + c + t + 1, h)).sum() / P, (h * (a + h) / (a + h + c)).sum() / P),
+        pixel_f1max=((2 * (a + h) / (P + a + h + c + t)).max(), (2 * (a + h) / (P + a + h + c)).max()),
+    )
+    for name, limit in aupro.items():
+        left = np.minimum(c / N, limit)
+        right = np.minimum((c + t) / N, limit)
+        ranges[name] = ((w * (limit - right)).sum() / limit, (w * (limit - left)).sum() / limit)
+    return {
+        name: (fraction(low, f"lowest {name}"), fraction(high, f"highest {name}"))
+        for name, (low, high) in ranges.items()
+    }
+
+
+@patch
+def compute(
+    self: BinnedPixelMetrics,
+) -> Metrics:  # as of PixelMetrics, with `bounds`: metric -> what the exact value differs by at most
+    "The metrics of everything seen so far; more batches may follow."
+    self._check_open()
+    self._count()
+    aupro = {aupro_name(limit): limit for limit in self.limits}
+    normal, hits, weight = map(_in_order, (self.normal, self.hits, self.weight))
+    if not hits.any() or not normal.any():
+        names = ["pixel_auroc", "pixel_ap", "pixel_f1max", *aupro, "pixel_aupro_200"]
+        result = _undefined(names, _lacking(int(hits.sum()), int(normal.sum()), self.excluded))
+        result.bounds = {}
         return result
+    ranges = self._ranges(aupro, normal, hits, weight)
+    result = Metrics(
+        {**{k: float(low + high) / 2 for k, (low, high) in ranges.items()}, "pixel_aupro_200": math.nan},
+        {"pixel_aupro_200": "thresholds of the public codes fall inside bins; use exact metrics"},
+    )
+    result.bounds = {name: max(0.0, high - low) / 2 for name, (low, high) in ranges.items()}
+    return result

@@ -8,8 +8,8 @@ __all__ = [
     "tidy_runs",
     "method_name",
     "in_order",
-    "run_draws",
-    "mean_draws",
+    "run_resampled",
+    "mean_resampled",
     "cell_numbers",
     "row_training",
     "mark_training",
@@ -28,7 +28,7 @@ import pandas as pd
 
 from ..core.names import shown
 from .evaluate import MEAN
-from .paired import NO_INTERVAL, Draws, Interval, image_deviation, interval_of, read_draws
+from .paired import NO_INTERVAL, Interval, Resampled, image_deviation, interval_of, read_resampled
 from zsad_nb.evaluation.published import (
     METHOD_NAMES,
     METRIC_NAMES,
@@ -127,25 +127,25 @@ def in_order(
 
 
 # %% ../../nbs/evaluation/13_comparisons.ipynb #64b27204
-def run_draws(
+def run_resampled(
     folders: dict,  # path of a run -> its folder, as `runs.attrs["folders"]`
     path: str,
-) -> Draws | None:  # None: the run keeps no results of single images that could be read
-    "Draws of one run. Damaged files cost a warning and the deviation over images, nothing else."
+) -> Resampled | None:  # None: the run keeps no results of single images that could be read
+    "The resampled metrics of one run. Damaged files cost a warning and the deviation over images, nothing else."
     try:
-        return read_draws(folders[path]) if path in folders else None
+        return read_resampled(folders[path]) if path in folders else None
     except ValueError as error:
         warnings.warn(f"{shown(path)}: {error}; no deviation over its test images", stacklevel=4)
         return None
 
 
-def mean_draws(
-    several: list,  # `Draws` of a method's seeds, or None
+def mean_resampled(
+    several: list,  # `Resampled` of a method's seeds, or None
     metric: str,
     category: str | None,  # None: the mean over categories
     exact: Iterable,  # the metric of each seed, computed from all images and pixels; fractions
 ) -> tuple[np.ndarray | None, str]:  # (resamples + 1,) percent, hash of the images
-    "A metric of one method under the resamples; None where a seed has no draws, or the seeds differ in their images."
+    "A metric of one method under the resamples; None where a seed has none, or the seeds differ in their images."
     if not several or any(d is None or metric not in d.values for d in several) or len({d.images for d in several}) > 1:
         return None, ""
     moved = [d.of(metric, category) for d in several]
@@ -160,7 +160,7 @@ def cell_numbers(
     metrics: list,
     data: str | None,  # None: rows are data sets; else rows are categories of this one
     published: bool | str,  # as of `results_table`
-    folders: dict,  # of `run_draws`
+    folders: dict,  # of `run_resampled`
 ) -> pd.DataFrame:  # row x method x metric: mean, std, image_std, seeds, draws, trained_on, marks, published, ...
     "Everything a table knows of its cells, in percent."
     paper = published if isinstance(published, str) else None
@@ -171,7 +171,7 @@ def cell_numbers(
         for row in rows:
             name, category = (row, MEAN) if data is None else (data, row)
             cell = mine[(mine["data"] == name) & (mine["category"] == category)]
-            draws = [run_draws(folders, path) for path in cell["path"]] if "path" in cell else []
+            resampled = [run_resampled(folders, path) for path in cell["path"]] if "path" in cell else []
             trained_on = cell["trained_on"].iloc[0] if len(cell) else ""
             common = dict(
                 row=row,
@@ -186,7 +186,9 @@ def cell_numbers(
                 values = cell.set_index("seed")[metric].dropna() * 100
                 moved, images = None, ""
                 if len(values) == len(cell):
-                    moved, images = mean_draws(draws, metric, None if category == MEAN else category, cell[metric])
+                    moved, images = mean_resampled(
+                        resampled, metric, None if category == MEAN else category, cell[metric]
+                    )
                 printed = reference(base, name, metric, category, paper, trained_on) if published else None
                 out.append(
                     dict(
@@ -244,11 +246,11 @@ def mark_training(
 
 # %% ../../nbs/evaluation/13_comparisons.ipynb #7a5d8c11
 def _independent(
-    draws: np.ndarray,  # (resamples + 1,) of one data set
+    resampled: np.ndarray,  # (resamples + 1,) of one data set
     number: int,  # of the data set, the same for every method
 ) -> np.ndarray:
-    "The resamples in another order: sets whose images have the same names must not be drawn together."
-    return np.concatenate([draws[:1], np.roll(draws[1:], 101 * number)])
+    "The resamples in another order: sets whose images have the same names must not be resampled together."
+    return np.concatenate([resampled[:1], np.roll(resampled[1:], 101 * number)])
 
 
 def mean_row(
@@ -267,7 +269,7 @@ def mean_row(
         each = pd.Series({s: sum(v[s] for v in cells["per_seed"]) / len(cells) for s in sorted(seeds)}, dtype=float)
         fair = cells[cells["comparable"] & ~cells["unlike_published"]]
         kept = whole and all(d is not None for d in cells["draws"])
-        draws = np.mean([_independent(d, k) for k, d in enumerate(cells["draws"])], axis=0) if kept else None
+        resampled = np.mean([_independent(d, k) for k, d in enumerate(cells["draws"])], axis=0) if kept else None
         out.append(
             dict(
                 row=MEAN,
@@ -279,8 +281,8 @@ def mean_row(
                 seeds=len(each) if whole else 0,
                 runs=int(whole),
                 per_seed=each.to_dict(),
-                image_std=math.nan if draws is None else image_deviation(draws),
-                draws=draws,
+                image_std=math.nan if resampled is None else image_deviation(resampled),
+                draws=resampled,
                 images=" ".join(cells["images"]) if kept else "",
                 trained_on=" ".join(dict.fromkeys(cells["trained_on"])),
                 row_training="",
@@ -306,7 +308,7 @@ def lead_over(
     first: pd.Series,  # a line of the numbers
     second: pd.Series,
 ) -> Interval:  # percentage points
-    "How far one is ahead of another over the test images; unknown without draws of both from the same images."
+    "How far one is ahead of another over the test images; unknown without resamples of both from the same images."
     if first["draws"] is None or second["draws"] is None or first["images"] != second["images"]:
         return NO_INTERVAL
     return interval_of(first["draws"], second["draws"])

@@ -285,9 +285,9 @@ def evaluate(
     # keeps frozen features, for the next method with the same backbones
     cache: FeatureCache | str | Path | None = None,
     allow_seen: tuple | str = (),  # data sets or "dataset/category" to evaluate although training has seen them
-    # False: pixels are counted in bins, 150 MB however many; `reasons` says how far each number may be off
+    # False: pixels are counted in bins, 150 MB however many; `reasons` states how far each number may be off
     exact: bool = True,
-    # see `Reading`: bits, white, mask_threshold, mask_mismatch, mask_orientation; default: as the index says
+    # see `Reading`: bits, white, mask_threshold, mask_mismatch, mask_orientation; default: the index's
     **reading,
 ) -> Evaluation:
     "Metrics per class and mean, streaming (protocol, section 3.4)."

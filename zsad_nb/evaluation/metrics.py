@@ -383,7 +383,7 @@ def compute(
     ranks = _Ranks(len(keys), n)
     areas = dict.fromkeys(aupro, 0.0)
     grid = thresholds_200(self._low, self._high)
-    found = np.zeros(len(grid) + 1)  # region weight with exactly k thresholds below its score
+    overlap = np.zeros(len(grid) + 1)  # region weight with exactly k thresholds below its score
     for part in _slices(keys):
         scores, area = _unkey(part)
         weight = 1 / area / self.regions
@@ -393,9 +393,9 @@ def compute(
         ranks.add(hits, *less_ties)
         for name, limit in aupro.items():
             areas[name] += _pro_area(np.add.reduceat(weight, first), *less_ties, n, limit)
-        found += np.bincount(grid.searchsorted(scores), weight, len(grid) + 1)
+        overlap += np.bincount(grid.searchsorted(scores), weight, len(grid) + 1)
     less, ties = self._normal.counts(grid)
-    value, why = aupro_200((n - less - ties) / n, found[::-1].cumsum()[::-1][1:], self.variant_200)
+    value, why = aupro_200((n - less - ties) / n, overlap[::-1].cumsum()[::-1][1:], self.variant_200)
     values = [ranks.auroc, ranks.ap, ranks.f1max, *areas.values(), value]
     return Metrics(zip(names, values), {"pixel_aupro_200": why} if why else {})
 
@@ -472,7 +472,7 @@ def _state(file, path) -> tuple:  # header, where its data begin
 
 
 def _finite(value: float) -> float | None:
-    "JSON knows no infinity, which stands here for no image yet."
+    "JSON has no infinity, which stands here for no image yet."
     return value if math.isfinite(value) else None
 
 

@@ -108,7 +108,7 @@ def evaluate_types(
     progress: bool = True,  # a bar on stderr
     cache: FeatureCache | None = None,  # keeps frozen features (see `evaluate`)
     allow_seen: tuple | str = (),  # data sets or "dataset/category" to evaluate although training has seen them
-    **reading,  # see `Reading`; default: as the index says
+    **reading,  # see `Reading`; default: the index's
 ) -> TypeEvaluation:
     "Multi-type segmentation per product, then mean (section 6)."
     if not hasattr(method, "type_maps"):

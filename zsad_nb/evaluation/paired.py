@@ -11,9 +11,9 @@ __all__ = [
     "PIXEL",
     "NO_INTERVAL",
     "resamples",
-    "Draws",
-    "draws_of",
-    "read_draws",
+    "Resampled",
+    "resampled_of",
+    "read_resampled",
     "Interval",
     "image_deviation",
     "interval_of",
@@ -88,7 +88,7 @@ def resamples(
     images: Sequence[str],  # names of its images, sorted
     anomalous: np.ndarray,  # (n,) bool
     count: int = RESAMPLES,
-) -> np.ndarray:  # (count + 1, n) float64: how often each image is drawn; the first row is the set as it is
+) -> np.ndarray:  # (count + 1, n) float64: how often each image is in it; the first row is the set as it is
     "Weights of the images: n - 1 of the n normal ones, with replacement, and of the anomalous ones likewise."
     names = "\0".join([category, *images]).encode("utf-8", "backslashreplace")
     rng = np.random.default_rng(np.frombuffer(hashlib.sha256(names).digest(), np.uint32))
@@ -102,10 +102,10 @@ def resamples(
 
 # %% ../../nbs/evaluation/08_paired.ipynb #d0c57c8c
 @dataclass(eq=False)
-class Draws:
+class Resampled:
     "Metrics of one evaluation under the resamples of its images; fractions of 1."
 
-    images: str  # hash of the names and labels: only draws from the same images can be paired
+    images: str  # hash of the names and labels: only resamples of the same images can be paired
     categories: list[str]
     # metric -> (resamples + 1, categories); the first row is the set as it is, NaN where undefined
     values: dict[str, np.ndarray]
@@ -114,7 +114,7 @@ class Draws:
         self,
         metric: str,
         category: str | None = None,  # None: the mean over the categories where the metric is defined
-    ) -> np.ndarray:  # (resamples + 1,); NaN where a resample says nothing
+    ) -> np.ndarray:  # (resamples + 1,); NaN where the metric is undefined
         "A metric under the resamples."
         values = self.values[metric]
         if category is not None:
@@ -188,11 +188,11 @@ def _image_values(
     return dict(zip(IMAGE, _metrics(weights @ (table * ~anomalous[:, None]), weights @ (table * anomalous[:, None]))))
 
 
-def draws_of(
+def resampled_of(
     images: pd.DataFrame,  # `Evaluation.per_image`, or scores.csv: category, image, anomalous, score
     digests: Sequence[PixelDigest] = (),  # of the same rows; without them there are no pixel metrics
     count: int = RESAMPLES,
-) -> Draws:
+) -> Resampled:
     "Every metric of an evaluation under the resamples of its images."
     if len(digests) not in (0, len(images)):
         raise ValueError(f"{len(images)} images, but digests of {len(digests)}: they are of different evaluations")
@@ -213,7 +213,7 @@ def draws_of(
         .to_csv(index=False, errors="backslashreplace")
         .encode("utf-8", "backslashreplace")
     )
-    return Draws(
+    return Resampled(
         hashlib.sha256(identity).hexdigest()[:16],
         categories,
         {name: np.stack(columns, 1) for name, columns in values.items()},
@@ -222,7 +222,7 @@ def draws_of(
 
 # %% ../../nbs/evaluation/08_paired.ipynb #bcd1137e
 @lru_cache(maxsize=512)
-def _read(folder: str, changed: tuple, count: int) -> Draws:
+def _read(folder: str, changed: tuple, count: int) -> Resampled:
     home = Path(folder)
     table = read_table(home / "scores.csv", numbers=("score",), text=("category", "image"))
     lost = [name for name in ("category", "image", "anomalous", "score") if name not in table]
@@ -235,14 +235,14 @@ def _read(folder: str, changed: tuple, count: int) -> Draws:
     if table.duplicated(["category", "image"]).any() or not np.isfinite(table["score"]).all() or table.empty:
         raise ValueError("scores.csv holds an image twice, a score that is no number, or nothing; evaluate again")
     digests = load_digests(home / "pixels.npz") if (home / "pixels.npz").is_file() else []
-    return draws_of(table, digests, count)
+    return resampled_of(table, digests, count)
 
 
-def read_draws(
+def read_resampled(
     folder: str | Path,  # of a run, or what `Evaluation.save_images` wrote
     count: int = RESAMPLES,
-) -> Draws | None:  # None: it keeps no results of single images
-    "The draws of a finished evaluation; computed once for a folder that does not change."
+) -> Resampled | None:  # None: it keeps no results of single images
+    "The resampled metrics of a finished evaluation; computed once for a folder that does not change."
     folder = Path(folder)
     if not (folder / "scores.csv").is_file():
         return None
@@ -274,24 +274,24 @@ NO_INTERVAL = Interval(np.nan, np.nan, np.nan)
 
 
 def _seeds(
-    draws: Draws | Sequence[Draws],  # of one run, or of a method's seeds
+    resampled: Resampled | Sequence[Resampled],  # of one run, or of a method's seeds
     metric: str,
     category: str | None,
 ) -> np.ndarray:  # (resamples + 1,)
     "A metric under the resamples, averaged over the seeds."
-    several = [draws] if isinstance(draws, Draws) else list(draws)
+    several = [resampled] if isinstance(resampled, Resampled) else list(resampled)
     if len({d.images for d in several}) > 1:
-        raise ValueError("the seeds were evaluated on different images: their draws have no mean")
+        raise ValueError("the seeds were evaluated on different images: their resamples have no mean")
     return np.mean([d.of(metric, category) for d in several], axis=0)
 
 
 def image_deviation(
-    draws: Draws | Sequence[Draws] | np.ndarray,  # of a run or of a method's seeds; or a metric under the resamples
+    resampled: Resampled | Sequence[Resampled] | np.ndarray,  # of a run or of seeds; or a metric under the resamples
     metric: str = "",
     category: str | None = None,  # None: the mean over categories
-) -> float:  # in the metric's unit; NaN where it says nothing
+) -> float:  # in the metric's unit; NaN where it is undefined
     "Standard deviation over test images: of the metric over the resamples."
-    values = draws if isinstance(draws, np.ndarray) else _seeds(draws, metric, category)
+    values = resampled if isinstance(resampled, np.ndarray) else _seeds(resampled, metric, category)
     return float(np.std(values[1:], ddof=1))
 
 
@@ -310,22 +310,22 @@ def interval_of(
 
 
 def paired_interval(
-    first: Draws | Sequence[Draws],  # of a method: one run, or its seeds
-    second: Draws | Sequence[Draws],  # of another, on the same images
+    first: Resampled | Sequence[Resampled],  # of a method: one run, or its seeds
+    second: Resampled | Sequence[Resampled],  # of another, on the same images
     metric: str,
     category: str | None = None,  # None: the mean over categories
     level: float = LEVEL,
 ) -> Interval:
     "How far the first is ahead of the second, over the test images."
-    images = {d.images for side in (first, second) for d in ([side] if isinstance(side, Draws) else side)}
+    images = {d.images for side in (first, second) for d in ([side] if isinstance(side, Resampled) else side)}
     if len(images) > 1:
         raise ValueError("the two were evaluated on different images and cannot be paired; evaluate both on one index")
     return interval_of(_seeds(first, metric, category), _seeds(second, metric, category), level)
 
 
 def told_apart(
-    first: Draws | Sequence[Draws],
-    second: Draws | Sequence[Draws],
+    first: Resampled | Sequence[Resampled],
+    second: Resampled | Sequence[Resampled],
     metric: str,
     category: str | None = None,
     level: float = LEVEL,

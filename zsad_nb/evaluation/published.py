@@ -161,7 +161,7 @@ def published(
 
 
 # %% ../../nbs/evaluation/07_published.ipynb #cc10aa02
-NOTHING, UNKNOWN = "none", "unknown"  # as training sets: learns nothing or was not trained; not said
+NOTHING, UNKNOWN = "none", "unknown"  # as training sets: learns nothing or was not trained; not stated
 PROTOCOLS = dict(
     dma_sap=("mvtec", "visa"), dapo=("mvtec", "visa"), ssvp=("visa", "mvtec"), visualad=("visa", "mvtec")
 )  # trained on the first; on the second to test the first
@@ -206,7 +206,7 @@ def trained_alike(
     ours: str,  # training set of a run
     theirs: str,  # of another, or of a published number
 ) -> bool:
-    "Whether two numbers are of the same training; what is unknown is alike to nothing."
+    "Whether two numbers are of the same training; an unknown training equals no other."
     return ours == theirs and ours != UNKNOWN
 
 

@@ -34,7 +34,7 @@ _FAR, _TOGETHER = (
 
 
 class RankCounts:
-    "A growing heap of float32 scores that says how many of them are less than, and equal to, given values"
+    "A growing heap of float32 scores that counts how many of them are less than, and equal to, any values"
 
     def __init__(
         self,

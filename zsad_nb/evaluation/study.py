@@ -20,9 +20,9 @@ from ..core.settings import seed_everything
 from ..core.tables import read_table, write_table
 from ..data.index import fingerprint
 from ..data.reading import read_as, takes_reading
-from .comparisons import mean_draws
+from .comparisons import mean_resampled
 from .evaluate import MEAN, Evaluation, evaluate
-from .paired import NO_INTERVAL, interval_of, read_draws
+from .paired import NO_INTERVAL, interval_of, read_resampled
 from .views import view
 from ..methods.base import create
 from ..training.fit import recipe_of
@@ -57,7 +57,7 @@ def study(
     more: Callable | None = None,
     device: str = "cpu",
     progress: bool = True,
-    **reading,  # of both sets, see `Reading`; default: as each index says
+    **reading,  # of both sets, see `Reading`; default: each index's
 ) -> pd.DataFrame:  # a row a variant, seed, stage and category: metrics, seconds; attrs: views, images (folders)
     "Train and evaluate every variant under every seed; go on where a stopped study ended."
     shown = None if shown is None else read_as(shown, **reading)
@@ -251,14 +251,14 @@ def ordering(
     folders = image_folders(table)
     out = []
 
-    def draws(name):
-        of_seeds = [read_draws(folders[name, seed]) if (name, seed) in folders else None for seed in rows.index]
-        return mean_draws(of_seeds, metric, None, rows[name] / 100)
+    def resampled(name):
+        of_seeds = [read_resampled(folders[name, seed]) if (name, seed) in folders else None for seed in rows.index]
+        return mean_resampled(of_seeds, metric, None, rows[name] / 100)
 
     for before, after in zip(names, names[1:]):
         gain = rows[after] - rows[before]
-        first, images = draws(after)
-        second, others = draws(before)
+        first, images = resampled(after)
+        second, others = resampled(before)
         paired = first is not None and second is not None and images == others
         lead = interval_of(first, second) if paired else NO_INTERVAL
         same = gain.mean() * (expected[after] - expected[before]) > 0

@@ -471,7 +471,7 @@ def _training_notes(layout: _Layout) -> list[str]:
 
 
 def _published_training_notes(layout: _Layout) -> list[str]:
-    "Where a published number is of another training, or where nobody says of which."
+    "Published numbers of another training, and those whose training is not stated."
     notes = []
     body = layout.body
     other = body[body["unlike_published"]].drop_duplicates(["row", "method"])

@@ -37,9 +37,9 @@ def choose(
     index: pd.DataFrame,  # an Index; rows with split "test" are used
     each: int = 1,  # defective images a category; 1 is the median in area
     categories: Iterable = (),  # of these only
-    **reading,  # see `Reading`; default: as the index says
+    **reading,  # see `Reading`; default: the index's
 ) -> pd.DataFrame:  # rows of the Index, with a column `area`: the defect's share of the image
-    "Defective images by the area of their defect, whatever a method says of them."
+    "Defective images by the area of their defect, whatever a method predicts for them."
     index = read_as(index, **reading)
     test = index[(index["split"] == "test") & index["anomalous"]]
     root = root_of(index)
@@ -81,7 +81,7 @@ def map_ranges(
     each: int = 20,  # images a category at most, normal and defective in turn; 0: all
     size: int | None = None,
     cache: FeatureCache | None = None,
-    **reading,  # see `Reading`; default: as the index says
+    **reading,  # see `Reading`; default: the index's
 ) -> pd.DataFrame:  # image, category, map_low, map_high
     "Between which values the maps of a category lie."
     index = read_as(index, **reading)
@@ -117,7 +117,7 @@ def look_at_types(
 ) -> list[
     dict
 ]:  # an image each: image, truth, largest (normal among them), likely (types alone), heat; type, guess, score
-    "What a method with types says of every pixel (section 6 of DAPO)."
+    "The state that a method with types predicts for every pixel (section 6 of DAPO)."
     ((dataset, category),) = set(zip(rows["dataset"], rows["category"]))
     size = size or next(iter(method.backbones().values())).size
     part = test[(test["dataset"] == dataset) & (test["category"] == category)]
@@ -256,9 +256,9 @@ def view(
     size: int | None = None,  # pixels; default: the size of the method's first backbone
     # category, map_low, map_high of images that set the scales; None: the shown ones
     ranges: pd.DataFrame | None = None,
-    test: pd.DataFrame | None = None,  # the Index they are from: for what a method with types says of types
+    test: pd.DataFrame | None = None,  # the Index they are from: for the types of a method that knows some
     cache: FeatureCache | None = None,
-    **reading,  # see `Reading`; default: as the rows say
+    **reading,  # see `Reading`; default: the rows'
 ) -> Views:
     "Look at some images through a method."
     shown = read_as(shown, **reading)
@@ -331,7 +331,7 @@ def _look_rows(
     shown: pd.DataFrame,  # the rows of the Index
     ranges: pd.DataFrame | None,  # as of `view`
 ) -> pd.DataFrame:
-    "One row an image: what the Index says, what the method says, and the ends of the colour scale."
+    "One row an image: its entry in the Index, the method's prediction, and the ends of the colour scale."
     columns = ("path", "category", "has_mask", "score", "type", "guess")
     seen = pd.DataFrame(
         [

@@ -41,7 +41,7 @@ from PIL import Image
 from ..data.stored import BadImage
 from ..evaluation.tables import html_text
 from .histogram import percent
-from ..figures.blending import FOUND, TRUTH
+from ..figures.blending import DETECTED, TRUTH
 from ..figures.types import type_colours
 
 # %% ../../nbs/explore/04_controls.ipynb #a46fae53
@@ -149,18 +149,18 @@ def still_picture(picture: Image.Image) -> dict:  # mime type -> base64
 
 # %% ../../nbs/explore/04_controls.ipynb #61cb5bcf
 def show_errors(method: Callable) -> Callable:
-    "A method whose exceptions are shown by its object's `tell(text, problem)`."
+    "A method whose exceptions are shown by its object's `notify(text, problem)`."
 
     @functools.wraps(method)
     def run(self, *args, **options):
         try:
             return method(self, *args, **options)
         except KeyboardInterrupt:
-            self.tell("stopped; what was computed is kept")
+            self.notify("stopped; what was computed is kept")
         except (ValueError, BadImage) as error:  # written for people
-            self.tell(str(error), problem=True)
+            self.notify(str(error), problem=True)
         except Exception as error:
-            self.tell(f"{type(error).__name__}: {error}", problem=True)
+            self.notify(f"{type(error).__name__}: {error}", problem=True)
 
     return run
 
@@ -231,9 +231,9 @@ def decision_html(
     )
 
 
-def agreement_html(agreement: dict) -> str:  # of `Drawing.agreement`
+def agreement_html(agreement: dict) -> str:  # of `Rendering.agreement`
     "How the contour and the mask overlap: what share of which of the two."
-    contour, mask = (f'<span style="color:{colour}">■</span>' for colour in (FOUND, TRUTH))
+    contour, mask = (f'<span style="color:{colour}">■</span>' for colour in (DETECTED, TRUTH))
     if not agreement["precision"] >= 0:
         return f"{contour} no pixel lies above the contour's level"
     return (

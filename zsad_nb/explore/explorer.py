@@ -39,7 +39,7 @@ from .page import ExplorerPage
 from .panels import Later
 from .screen import Screen, rounded
 from .stores import StoreSet, source_name
-from ..figures.blending import ORDER, Drawing, View, encode
+from ..figures.blending import ORDER, Rendering, View, encode
 
 
 # %% ../../nbs/explore/12_explorer.ipynb #186f29a9
@@ -58,7 +58,7 @@ class HeatmapExplorer(ExplorerPage):
         out: str | Path = "heatmaps",  # folder for saved pictures
         batch_size: int = 8,
         progress: bool = True,
-        **reading,  # see `Reading`; default: as the index, the Inspector or the run says
+        **reading,  # see `Reading`; default: those of the index, the Inspector or the run
     ):
         Reading(**reading)  # raises for a setting or value that does not exist
         self.sources = dict(sources) if isinstance(sources, dict) else {source_name(sources): sources}
@@ -72,9 +72,9 @@ class HeatmapExplorer(ExplorerPage):
         self.index = first.index
         self.size = first.size
         self.row: int | None = None  # of the index: the image on the screen
-        self.drawing: Drawing | None = None  # its image, mask and map
+        self.rendering: Rendering | None = None  # its image, mask and map
         self.at: tuple[float, float] | None = None  # the place that was clicked, as shares of width and height
-        self._right: Drawing | None = None  # the drawing of the method to compare with
+        self._right: Rendering | None = None  # the rendering of the method to compare with
         self._columns = {c: self.index[c].to_numpy(object) for c in ("dataset", "category", "image", "defect")}
         self._anomalous = self.index["anomalous"].to_numpy()
         self._untested = self._categories_without_tests(index)
@@ -107,11 +107,11 @@ class HeatmapExplorer(ExplorerPage):
         "The maps of the method to compare with."
         return self.store_of(self.compare.value) if self.compare.value else None
 
-    def opened(self) -> tuple[int, Drawing]:  # row and drawing
+    def opened(self) -> tuple[int, Rendering]:  # row and rendering
         "What is on the screen; an error while there is nothing."
-        if self.row is None or self.drawing is None:
+        if self.row is None or self.rendering is None:
             raise ValueError("no image is open; open one with open(row)")
-        return self.row, self.drawing
+        return self.row, self.rendering
 
     def view(self, store: MapStore | None = None) -> View:
         "The sliders in numbers."
@@ -137,7 +137,7 @@ class HeatmapExplorer(ExplorerPage):
 
     def _repr_mimebundle_(self, include=None, exclude=None, **options) -> dict:
         "The widget, and a still picture where there are no widgets, such as in a notebook that is only read."
-        picture: dict = still_picture(self.snapshot(tile=200)) if self.drawing is not None else {}
+        picture: dict = still_picture(self.snapshot(tile=200)) if self.rendering is not None else {}
         text = f"{type(self).__name__} of {', '.join(self.sources)}: {len(self.index):,} images"
         return {**self.root._repr_mimebundle_(**options), "text/plain": text, **picture}
 
@@ -154,11 +154,11 @@ def _connect_controls(self: HeatmapExplorer):
         (self.show, self._choose_show),
         (self.sort, lambda: self._list()),
         (self.threshold, self._decide),
-        (self.scale, lambda: self._draw("heatmap", "overlay")),
-        (self.clip, lambda: self._draw("heatmap", "overlay")),
-        (self.opacity, lambda: self._draw("overlay")),
-        (self.level, lambda: self._draw("contour")),
-        (self.smoothing, lambda: self._draw("heatmap", "overlay", "contour")),
+        (self.scale, lambda: self._render("heatmap", "overlay")),
+        (self.clip, lambda: self._render("heatmap", "overlay")),
+        (self.opacity, lambda: self._render("overlay")),
+        (self.level, lambda: self._render("contour")),
+        (self.smoothing, lambda: self._render("heatmap", "overlay", "contour")),
         (self.wipe, self._move_wipe),
         (self.code_button, self._toggle_code),
     ]
@@ -262,7 +262,7 @@ def _split_scores(self: HeatmapExplorer):
 def _show_untested(self: HeatmapExplorer):
     count = self._untested[self.dataset.value, self.category.value]
     self.row = None
-    self.drawing = None
+    self.rendering = None
     self.at = None
     self.split = ScoreSplit(np.zeros(0), np.zeros(0, bool))
     self.gallery.row = None
@@ -279,18 +279,18 @@ def _show_untested(self: HeatmapExplorer):
 @patch
 def _choose_other(self: HeatmapExplorer):
     set_visible(self.wipe, self.other is not None)
-    if self.drawing is None:
+    if self.rendering is None:
         return
     self._load_right()
-    self._draw("overlay")
+    self._render("overlay")
     self._say_verdict()
 
 
 @patch
 def _choose_layer(self: HeatmapExplorer):
-    if self.row is not None and self.drawing is not None:
+    if self.row is not None and self.rendering is not None:
         self._load(self.row)
-        self._draw(*ORDER)
+        self._render(*ORDER)
         self._read_pixel()
 
 
@@ -372,14 +372,14 @@ def open(self: HeatmapExplorer, row: int | str):
     try:
         self._load(found)
     except BadImage as error:
-        self.drawing = None
+        self.rendering = None
         self.clear_pictures(str(error))
         return self._count_pages()
     aspect = min(max(self.store.aspect(found), 0.4), 3.0)
     for picture in self.pictures.values():
         picture.aspect = aspect
         picture.mark = []
-    self._draw(*ORDER)
+    self._render(*ORDER)
     self._decide(again=False)
     self._count_pages()
     self._read_pixel()
@@ -392,9 +392,9 @@ def _load(self: HeatmapExplorer, row: int):
     layer = self.layer.value
     replaced = self.store.replaced(row)
     if replaced or self.store.rows["state"][row] == 0 or layer:
-        self.tell(f"{self.method.value} looks at {name} ...")
-    self.drawing = self.store.drawing(row, layer)
-    self.tell(f"{name} was replaced since its map was made; map and score were made again" if replaced else "")
+        self.notify(f"{self.method.value} looks at {name} ...")
+    self.rendering = self.store.rendering(row, layer)
+    self.notify(f"{name} was replaced since its map was made; map and score were made again" if replaced else "")
     self._set_level()
     parts = self.store.inside(row).numbers if layer else {}
     self.inside.value = "".join(
@@ -407,8 +407,8 @@ def _load(self: HeatmapExplorer, row: int):
 def _set_level(self: HeatmapExplorer):
     "The contour's slider goes from end to end of the colours; it stays where it is within a category."
     layer = self.layer.value
-    row, drawing = self.opened()
-    low, high = drawing.scale() if layer else self.store.scale(self._rows_of_category())
+    row, rendering = self.opened()
+    low, high = rendering.scale() if layer else self.store.scale(self._rows_of_category())
     key = self.method.value, layer, None if layer else self._columns["category"][row]
     if key != self._level_key:
         self._level_key = key
@@ -420,20 +420,20 @@ def _set_level(self: HeatmapExplorer):
 def _load_right(self: HeatmapExplorer):
     self._right = None
     if self.other is not None:
-        row, drawing = self.opened()
-        self._right = Drawing(drawing.image, self.other.map(row), drawing.mask)
+        row, rendering = self.opened()
+        self._right = Rendering(rendering.image, self.other.map(row), rendering.mask)
 
 
 @patch
-def _draw(self: HeatmapExplorer, *names: str):
+def _render(self: HeatmapExplorer, *names: str):
     "Render these panels again."
-    if self.drawing is None:
+    if self.rendering is None:
         return
     view = self.view()
     for name in names:
-        self.pictures[name].data = encode(self.drawing.panel(name, view))
+        self.pictures[name].data = encode(self.rendering.panel(name, view))
     if "overlay" in names:
-        self._draw_right()
+        self._render_right()
     if "heatmap" in names:
         self.pictures["heatmap"].note = range_text(view.low, view.high)
     if "contour" in names:
@@ -443,7 +443,7 @@ def _draw(self: HeatmapExplorer, *names: str):
 
 
 @patch
-def _draw_right(self: HeatmapExplorer):
+def _render_right(self: HeatmapExplorer):
     overlay = self.pictures["overlay"]
     with overlay.hold_sync():
         if self._right is None:
@@ -467,7 +467,7 @@ def _mask_note(self: HeatmapExplorer) -> str:
 # %% ../../nbs/explore/12_explorer.ipynb #da0fa597
 @patch
 def _say_verdict(self: HeatmapExplorer):
-    if self.row is None or self.drawing is None:
+    if self.row is None or self.rendering is None:
         return
     defect = str(self._columns["defect"][self.row] or "defective")
     statements = [*self._decisions(), f"labelled <b>{html_text(defect)}</b>", *self._remarks()]
@@ -500,13 +500,14 @@ def _decision(self: HeatmapExplorer, store: MapStore) -> str:
 @patch
 def _remarks(self: HeatmapExplorer) -> list[str]:
     remarks = []
-    row, drawing = self.opened()
-    agreement = drawing.agreement(self.view()) if self._anomalous[row] else {}
+    row, rendering = self.opened()
+    agreement = rendering.agreement(self.view()) if self._anomalous[row] else {}
     if agreement:
         remarks.append(agreement_html(agreement))
-    if drawing.bad:
+    if rendering.bad:
         remarks.append(
-            f"<b>{drawing.bad:,} pixels of this map are not numbers</b>: grey in the heatmap, never inside the contour"
+            f"<b>{rendering.bad:,} pixels of this map are not numbers</b>: grey in the heatmap, never inside the"
+            " contour"
         )
     trained_on = {name.partition("/")[0] for name in self.store.header["trained_on"]}
     if self._columns["dataset"][self.row] in trained_on:
@@ -518,7 +519,7 @@ def _remarks(self: HeatmapExplorer) -> list[str]:
 @patch
 def touch(self: HeatmapExplorer, x: float, y: float):
     "Read the pixel at a place (shares of width and height), and show what is similar to it."
-    if self.drawing is None:
+    if self.rendering is None:
         return
     self.at = (round(float(x), 4), round(float(y), 4))
     for picture in self.pictures.values():
@@ -547,16 +548,16 @@ def _read_pixel(self: HeatmapExplorer):
 
 
 @patch
-def _pixel_text(self: HeatmapExplorer, drawing: Drawing, at: tuple[float, float]) -> str:
+def _pixel_text(self: HeatmapExplorer, rendering: Rendering, at: tuple[float, float]) -> str:
     size = self.store.size
     x, y = (min(int(share * size), size - 1) for share in at)
-    smooth = drawing.smoothed(self.smoothing.value)
+    smooth = rendering.smoothed(self.smoothing.value)
     lower = percent(float((smooth < smooth[y, x]).mean()))
-    lines = [f"score <b>{float(drawing.map[y, x]):.4g}</b>, higher than {lower} of this image's pixels"]
+    lines = [f"score <b>{float(rendering.map[y, x]):.4g}</b>, higher than {lower} of this image's pixels"]
     if self._right is not None:
         lines.append(f"{html_text(self.compare.value)}: <b>{float(self._right.map[y, x]):.4g}</b>")
-    if drawing.mask is not None:
-        lines.append(f"{'inside' if drawing.mask[y, x] else 'outside'} the defect mask")
+    if rendering.mask is not None:
+        lines.append(f"{'inside' if rendering.mask[y, x] else 'outside'} the defect mask")
     place = f'<div class="soft">x {x}, y {y} of {size} x {size} pixels</div>'
     return place + "".join(f"<div>{line}</div>" for line in lines)
 
@@ -599,8 +600,8 @@ def compute(self: HeatmapExplorer):
 @patch
 def screen(self: HeatmapExplorer) -> Screen:
     "What is on the screen, in numbers."
-    if self.row is None or self.drawing is None:
-        raise ValueError("there is no picture to draw again")
+    if self.row is None or self.rendering is None:
+        raise ValueError("there is no picture to render again")
     two = self.other is not None
     return Screen(
         store=self.store,
@@ -638,7 +639,7 @@ def save(self: HeatmapExplorer) -> Path:
 @patch
 def _save_and_tell(self: HeatmapExplorer):
     path = self.save()
-    self.tell(f"written: {path.as_posix()}, and {path.with_suffix('.py').name} beside it")
+    self.notify(f"written: {path.as_posix()}, and {path.with_suffix('.py').name} beside it")
 
 
 @patch

@@ -97,7 +97,7 @@ def thumbnail(
         small.save(out, "JPEG", quality=80)
         return out.getvalue()
     except Exception:
-        return b""  # opening the image says why
+        return b""  # opening the image raises the reason
 
 
 # %% ../../nbs/explore/03_gallery.ipynb #05d8ada7
@@ -156,7 +156,7 @@ class Gallery:
         if not stay:
             self.first = max(self.place, 0) // self.size * self.size
         self.first = min(self.first, max(self.pages - 1, 0) * self.size)
-        self._draw()
+        self._render()
 
 
 # %% ../../nbs/explore/03_gallery.ipynb #976ecf98
@@ -169,7 +169,7 @@ def choose(self: Gallery, place: int):
     first = place // self.size * self.size
     if first != self.first:
         self.first = first
-        self._draw()
+        self._render()
     else:
         self.mark()
     self.pick(self.row)
@@ -181,7 +181,7 @@ def turn(self: Gallery, page: int):
     first = min(max(page, 0), max(self.pages - 1, 0)) * self.size
     if first != self.first:
         self.first = first
-        self._draw()
+        self._render()
 
 
 @patch
@@ -210,7 +210,7 @@ def _on_page(self: Gallery) -> np.ndarray:
 
 
 @patch
-def _draw(self: Gallery):
+def _render(self: Gallery):
     rows = self._on_page()
     items = [self._item(row) for row in rows.tolist()]
     with self.widget.hold_sync():

@@ -49,7 +49,7 @@ from zsad_nb.explore.map_records import (
 )
 from zsad_nb.figures.blending import (
     ORDER,
-    Drawing,
+    Rendering,
     View,
     colours,
     enlarge_map,
@@ -283,7 +283,7 @@ def _path(self: MapStore, row: int) -> Path:
 
 
 @patch
-def _image_of(self: MapStore, row: int) -> dict:  # what a record says of the image's file
+def _image_of(self: MapStore, row: int) -> dict:  # a record's entry about the image's file
     state = file_state(self._path(row))
     return dict(file=settled_state(state), content=file_content(self._path(row)))
 
@@ -329,7 +329,7 @@ def map(self: MapStore, row: int) -> np.ndarray:  # (H, W) float32
         if self.rows["state"][row] == 0:
             self._make(row)
         if self.rows["state"][row] == UNREADABLE:
-            self.read(row)  # says why
+            self.read(row)  # raises the reason
         stored = np.fromfile(self._file, self.dtype, self.size**2, offset=row * self.size**2 * self.dtype.itemsize)
         if stored.size == self.size**2 and zlib.crc32(stored.tobytes()) == self.rows["map"][row]:
             return stored.reshape(self.size, self.size).astype(np.float32)
@@ -375,20 +375,20 @@ def aspect(self: MapStore, row: int) -> float:
     try:
         width, height = upright_size(self._path(row))
     except Exception:
-        return 1.0  # opening the image says why
+        return 1.0  # opening the image raises the reason
     return width / height
 
 
 @patch
-def drawing(
+def rendering(
     self: MapStore,
     row: int,
     layer: str = "",  # one of `inside(row).maps`; "" for the method's map
-) -> Drawing:
+) -> Rendering:
     "Image, mask and map of a row, ready to be rendered."
     image, mask = self.picture(row)
     map = enlarge_map(self.inside(row).maps[layer], image.shape[:2]) if layer else self.map(row)
-    return Drawing(image, map, mask)
+    return Rendering(image, map, mask)
 
 
 # %% ../../nbs/explore/08_maps_store.ipynb #d0b78750
@@ -489,7 +489,7 @@ def make_store(
     root: str | Path = "maps",  # folder for stores
     size: int | None = None,  # pixels of images and maps; default: the method's first tower
     dtype: str = "float16",  # of what is kept, or float32
-    **reading,  # see `Reading`; default: as the index says, but masks of another size are resized
+    **reading,  # see `Reading`; default: the index's, but masks of another size are resized
 ) -> MapStore:  # nothing is computed yet, unless it was before
     "The store of a method's maps of an index; the same arguments find the same store."
     if dtype not in DTYPES:
@@ -604,7 +604,7 @@ def snapshot(
     store: MapStore,
     image: str | int,  # a path of the index, or a row
     view: View,
-    layer: str = "",  # see `MapStore.drawing`
+    layer: str = "",  # see `MapStore.rendering`
     threshold: float | None = None,  # of the score, for the line below
     other: MapStore | None = None,
     other_view: View | None = None,
@@ -615,14 +615,14 @@ def snapshot(
     "Image, mask, heatmap, overlay and contour of a row as one picture."
     row = store.find(image)
     record = store.index.iloc[row]
-    drawing = store.drawing(row, layer)
-    panels = {name: drawing.panel(name, view) for name in ORDER}
+    rendering = store.rendering(row, layer)
+    panels = {name: rendering.panel(name, view) for name in ORDER}
     lines = [_decision_line(store, row, threshold)]
     if layer:
         panels = {f"heatmap: {layer}" if name == "heatmap" else name: panel for name, panel in panels.items()}
     if other is not None:
         same_row = other.index.iloc[row]["image"] == record["image"]
-        right = other.drawing(row if same_row else other.find(record["image"]))
+        right = other.rendering(row if same_row else other.find(record["image"]))
         panels["overlay"] = wipe(panels["overlay"], right.panel("overlay", other_view or view), position)
         score = other.rows["score"][row]
         lines.append(f"overlay: left of the line {store.name}, right of it {other.name} (score {score:.4g})")
@@ -630,7 +630,7 @@ def snapshot(
         panels["image"] = ring(panels["image"], at)
         panels["similar places"], tower = similarity_panel(store, row, at)
         x, y = (min(int(share * store.size), store.size - 1) for share in at)
-        lines.append(f"at the ring: {drawing.map[y, x]:.4g}; similar places as {tower} sees them")
+        lines.append(f"at the ring: {rendering.map[y, x]:.4g}; similar places as {tower} sees them")
     heading = f"{store.name}   {record['category']}   {record['image']}"
     return sheet(panels, heading, tuple(lines), tile, store.aspect(row))
 
@@ -645,7 +645,7 @@ def _decision_line(store: MapStore, row: int, threshold: float | None) -> str:
 
 
 # %% ../../nbs/explore/08_maps_store.ipynb #bd3d7b86
-def data_of(folder: str | Path) -> pd.DataFrame | None:  # an Index; None where the run does not say
+def data_of(folder: str | Path) -> pd.DataFrame | None:  # an Index; None where the run does not state one
     "The data set that a run evaluated."
     parameters = result_of(folder).record.get("spec", {}).get("parameters", {})
     name = parameters.get("data")

@@ -34,7 +34,7 @@ from zsad_nb.explore.controls import (
 )
 from .histogram import percent
 from .panels import DropZone, Picture
-from ..figures.blending import Drawing, View, encode, sheet
+from ..figures.blending import Rendering, View, encode, sheet
 from ..inspection.inspector import Inspector
 from ..inspection.regions import at_size, display_size
 from ..inspection.sources import method_from
@@ -53,27 +53,27 @@ class Upload:
         category: str = "object",  # what prompts call the thing; can be changed on the page
         side: int = 720,  # pixels of the longer side on the screen
         bits: int | None = None,
-        white: float | None = None,  # see `Reading`; default: as the Inspector says
+        white: float | None = None,  # see `Reading`; default: the Inspector's
     ):
         self.inspector = _inspector(source, category, bits, white)
         self.side = side
         self.result: Inspection | None = None  # of the last picture
-        self.drawing: Drawing | None = None  # the picture and its map at the size of the screen
+        self.rendering: Rendering | None = None  # the picture and its map at the size of the screen
         self._quiet = False  # True while the program itself moves controls
         self._build()
         self._connect()
         self._lay_out()
 
-    def tell(self, text: str, problem: bool = False):
+    def notify(self, text: str, problem: bool = False):
         "A line below the place to drop a picture."
         self.message.value = message_html(text, problem)
         set_visible(self.message, bool(text))
 
-    def finding(self) -> tuple[Inspection, Drawing]:  # result and drawing of the last picture
+    def finding(self) -> tuple[Inspection, Rendering]:  # result and rendering of the last picture
         "What is on the screen; an error while there is nothing."
-        if self.result is None or self.drawing is None:
+        if self.result is None or self.rendering is None:
             raise ValueError("there is no picture yet; drop one, or call open_file(name, data)")
-        return self.result, self.drawing
+        return self.result, self.rendering
 
     def view(self) -> View:
         "The sliders in numbers."
@@ -83,8 +83,8 @@ class Upload:
         )
 
     def _ends(self) -> tuple:  # of the colours
-        result, drawing = self.finding()
-        low, high = drawing.scale(self.clip.value)
+        result, rendering = self.finding()
+        low, high = rendering.scale(self.clip.value)
         if self.inspector.calibration is None or self.clip.value:
             return low, high
         # the calibrated scale: a good picture stays dark, and the peaks of a bad one stay visible
@@ -92,15 +92,15 @@ class Upload:
 
     def snapshot(self, tile: int | None = None) -> Image.Image:
         "What is on the screen."
-        result, drawing = self.finding()
+        result, rendering = self.finding()
         view = self.view()
-        panels = {name: drawing.panel(name, view) for name in PANELS}
+        panels = {name: rendering.panel(name, view) for name in PANELS}
         heading = f"{self.inspector.method.name}   {result.name}"
         return sheet(panels, heading, (result.reason,), tile)
 
     def _repr_mimebundle_(self, include=None, exclude=None, **options) -> dict:
         "The widget, and a still picture where there are no widgets."
-        picture: dict = still_picture(self.snapshot(tile=220)) if self.drawing is not None else {}
+        picture: dict = still_picture(self.snapshot(tile=220)) if self.rendering is not None else {}
         text = f"{type(self).__name__} to {self.inspector.method.name}"
         return {**self.root._repr_mimebundle_(**options), "text/plain": text, **picture}
 
@@ -142,14 +142,14 @@ def _build(self: Upload):
 
 @patch
 def _connect(self: Upload):
-    redrawn = [
+    rerendered = [
         (self.opacity, ("overlay",)),
         (self.level, ("contour",)),
         (self.smoothing, ("heatmap", "overlay", "contour")),
         (self.clip, ("heatmap", "overlay")),
     ]
-    for control, names in redrawn:
-        control.observe(lambda change, names=names: None if self._quiet else self._draw(*names), "value")
+    for control, names in rerendered:
+        control.observe(lambda change, names=names: None if self._quiet else self._render(*names), "value")
     self.zone.observe(lambda change: self._open_again(), "count")
     self.word.observe(lambda change: self._open_again() if self.zone.data else None, "value")
     for picture in self.pictures.values():
@@ -192,23 +192,23 @@ def open_file(
 ):
     "Inspect a file's bytes and show the result."
     self.result = None
-    self.drawing = None
+    self.rendering = None
     self._show_result(False)
     if not data:
-        return self.tell(f"{name}: {note or 'the file is empty'}", problem=True)
-    self.tell(f"{self.inspector.method.name} looks at {name} ...")
+        return self.notify(f"{name}: {note or 'the file is empty'}", problem=True)
+    self.notify(f"{self.inspector.method.name} looks at {name} ...")
     try:
         result = self._inspect(name, data)
     except BadImage as error:
-        return self.tell(f"{name}: {str(error).removeprefix(f'{error.path}: ')}", problem=True)
+        return self.notify(f"{name}: {str(error).removeprefix(f'{error.path}: ')}", problem=True)
     self.result = result = replace(result, name=name)
     self._prepare_pictures(result)
-    self._draw(*PANELS)
+    self._render(*PANELS)
     self.verdict.value = self._verdict_text(result, note)
     self.types.value = self._types_text(result)
     self.pixel.value = '<div class="soft">Click into a picture to read its score there.</div>'
     self._show_result(True)
-    self.tell("")
+    self.notify("")
 
 
 @patch
@@ -228,7 +228,7 @@ def _prepare_pictures(self: Upload, result: Inspection):
     image = Image.fromarray(result.image)
     size = display_size(image.size, self.side)
     small = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
-    self.drawing = Drawing(small, at_size(result.heat, size))
+    self.rendering = Rendering(small, at_size(result.heat, size))
     low, high = self._ends()
     level = (low + high) / 2
     calibration = self.inspector.calibration
@@ -248,12 +248,12 @@ def _prepare_pictures(self: Upload, result: Inspection):
 
 @patch
 @show_errors
-def _draw(self: Upload, *names: str):
-    if self.drawing is None:
+def _render(self: Upload, *names: str):
+    if self.rendering is None:
         return
     view = self.view()
     for name in names:
-        self.pictures[name].data = encode(self.drawing.panel(name, view))
+        self.pictures[name].data = encode(self.rendering.panel(name, view))
     if "heatmap" in names:
         self.pictures["heatmap"].note = range_text(view.low, view.high)
 
@@ -287,11 +287,11 @@ def _types_text(self: Upload, result: Inspection) -> str:
 @show_errors
 def touch(self: Upload, x: float, y: float):
     "Read the score at a place (shares of width and height)."
-    if self.drawing is None:
+    if self.rendering is None:
         return
     for picture in self.pictures.values():
         picture.mark = [x, y]
-    map = self.drawing.map
+    map = self.rendering.map
     height, width = map.shape
     value = map[min(int(y * height), height - 1), min(int(x * width), width - 1)]
     self.pixel.value = (

@@ -94,7 +94,7 @@ def plot_bars(
         saturation=1,
         width=GROUP,
         gap=0.06,
-        errorbar=None,  # there are two deviations, and both are known
+        errorbar=None,  # there are two deviations, and both are computed already
         edgecolor="black",
         linewidth=0.3,
         legend=False,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = [
     "TRUTH",
-    "FOUND",
+    "DETECTED",
     "ORDER",
     "View",
     "colour_table",
@@ -17,7 +17,7 @@ __all__ = [
     "outline",
     "gaussian_response",
     "smooth",
-    "Drawing",
+    "Rendering",
     "encode",
     "decode",
     "wipe",
@@ -42,7 +42,7 @@ from .style import HEAT, OUTLINE, font_of, letters, style
 
 # %% ../../nbs/figures/02_blending.ipynb #9b8841f7
 TRUTH = OUTLINE
-FOUND = "#FFB000"  # outlines: of the mask, of what the map finds
+DETECTED = "#FFB000"  # outlines: of the mask, of what the map finds
 ORDER = ("image", "mask", "heatmap", "overlay", "contour")
 
 
@@ -126,7 +126,7 @@ def line_width(size: int) -> int:
 def outline(
     picture: np.ndarray,  # (H, W, 3) uint8
     inside: np.ndarray,  # (H, W) bool
-    colour: str,  # such as TRUTH or FOUND
+    colour: str,  # such as TRUTH or DETECTED
 ) -> np.ndarray:  # a new picture
     "A region's outline in colour, with a dark rim."
     picture = picture.copy()
@@ -160,7 +160,7 @@ def smooth(
 
 
 # %% ../../nbs/figures/02_blending.ipynb #5e4cde0d
-class Drawing:
+class Rendering:
     "One image with one map, rendered by views."
 
     def __init__(
@@ -207,7 +207,7 @@ class Drawing:
             self._levels = key, levels
         return self._levels[1]
 
-    def found(self, view: View) -> np.ndarray:  # (H, W) bool
+    def detected(self, view: View) -> np.ndarray:  # (H, W) bool
         "What lies above the contour's level."
         inside = self.smoothed(view.smoothing) > view.level
         return inside if self._wrong is None else inside & ~self._wrong
@@ -228,7 +228,7 @@ class Drawing:
             return blend(self.image, self.levels(view), view.opacity)
         if name == "contour":
             picture = self.image if self.mask is None else outline(self.image, self.mask, TRUTH)
-            return outline(picture, self.found(view), FOUND)
+            return outline(picture, self.detected(view), DETECTED)
         raise ValueError(f"there is no panel {name!r}; use {', '.join(ORDER)}")
 
     def agreement(
@@ -237,7 +237,7 @@ class Drawing:
         "How well the contour meets the mask."
         if self.mask is None:
             return {}
-        inside = self.found(view)
+        inside = self.detected(view)
         both = int((inside & self.mask).sum())
         enclosed = int(inside.sum())
         true = int(self.mask.sum())

@@ -104,16 +104,16 @@ class Runs:
             if v not in values:
                 hint = f"; there are {', '.join(values[:8])}" if values else f": no run has a parameter {k}"
                 raise ValueError(f"no run has {k}={v}{hint}")
-        self.found = [r for r in runs if all(r[k] is None or str(r[k]) == v for k, v in self.where.items())]
-        self.real = any(not _is_synthetic(r) for r in self.found)
+        self.matching = [r for r in runs if all(r[k] is None or str(r[k]) == v for k, v in self.where.items())]
+        self.real = any(not _is_synthetic(r) for r in self.matching)
         if self.real:
-            self.found = [r for r in self.found if not _is_synthetic(r)]
+            self.matching = [r for r in self.matching if not _is_synthetic(r)]
         self._table = None
 
     def of(self, notebook: str, **values) -> list[Finished]:
         "Runs of one notebook, in the order of their paths."
         return sorted(
-            (r for r in self.found if r.notebook == notebook and all(r[k] == v for k, v in values.items())),
+            (r for r in self.matching if r.notebook == notebook and all(r[k] == v for k, v in values.items())),
             key=lambda r: r.path,
         )
 
@@ -175,7 +175,7 @@ def require_runs(runs: list, what: str) -> list:
 
 def synthetic_remark(
     runs: list,
-    model: bool = True,  # the figure shows what a model says, not only images
+    model: bool = True,  # the figure shows a model's predictions, not only images
 ) -> str:
     "What stands inside a figure of synthetic images; nothing for real ones."
     if not any(map(_is_synthetic, runs)):

@@ -95,7 +95,7 @@ class Item:
 
 
 SWEEPS, BOOKS = "nbs/experiments/sweeps", "nbs/experiments"
-SYNTHETIC_DEFAULTS = dict(size=256, images=6, epochs=3)  # of synthetic images, where no run says otherwise
+SYNTHETIC_DEFAULTS = dict(size=256, images=6, epochs=3)  # of synthetic images, where no run states others
 
 
 def synthetic_like(runs: Runs | None) -> dict:  # size, images, epochs
@@ -103,8 +103,8 @@ def synthetic_like(runs: Runs | None) -> dict:  # size, images, epochs
 
     def one(name):
         used = (
-            [r.parameters.get(name) or r[name] for r in runs.found] if runs else []
-        )  # 0 is the paper's: then the result says which
+            [r.parameters.get(name) or r[name] for r in runs.matching] if runs else []
+        )  # 0 is the paper's: then the result states it
         values = {value for value in used if isinstance(value, int)}
         return values.pop() if len(values) == 1 else SYNTHETIC_DEFAULTS[name]
 
@@ -216,7 +216,7 @@ def _table_runs(
 def marked_notes(
     made: Table,
 ) -> list[str]:
-    "What a figure must say of its marks."
+    "The explanation of a figure's marks."
     return [n for n in made.notes if n.startswith(("†", "‡", "‖", "¶"))]
 
 
@@ -270,7 +270,7 @@ def _all(runs):
 
 
 def _with_remark(made: Table, used: list) -> Table:
-    "A table of synthetic images says so first."
+    "A table of synthetic images begins with that remark."
     made.notes[:0] = filter(None, [synthetic_remark(used)])
     return made
 
@@ -421,7 +421,7 @@ def _confusion(runs, unit):
         raise ValueError(f"{run.path}: no confusion of {unit} ({error})") from None
     figure = confusion_figure(table, unit=unit)
     if unit == "images":
-        figure.axes[0].set_xlabel("said, % of the truth's images")
+        figure.axes[0].set_xlabel("predicted type, % of the images of the true type")
     if text := synthetic_remark([run]):
         types = "the product’s own" if choice == "filtered" else "all"
         _note(figure, f"Types to choose from: {types}. Seed {seed}. {text}")

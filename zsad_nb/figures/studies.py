@@ -141,7 +141,7 @@ def side_by_side_rows(
     metrics: list,
 ) -> tuple[
     pd.DataFrame, dict, dict
-]:  # a row a variant and seed; column -> (heading, factor, digits); column -> what its draws are made of
+]:  # a row a variant and seed; column -> (heading, factor, digits); column -> what its resamples are made of
     "The means of studies on several data sets, and their average."
     tables, columns, images = [], {}, {}
     for run in studies:

@@ -151,7 +151,7 @@ def render_types(
     size: int | None = None,  # as in `evaluate_types`
     title: str = "",  # in front of every heading, such as the method's name
     dpi: int = 130,
-    **reading,  # see `Reading`; default: as the index says
+    **reading,  # see `Reading`; default: the index's
 ) -> list[Path]:
     "Write the figures of a multi-type evaluation."
     index = read_as(index, **reading)

@@ -149,7 +149,7 @@ def use_values(self: Inspector, image: float | None = None, pixel: float | None 
 
 # %% ../../nbs/inspection/08_inspector.ipynb #5348a4b0
 def _require_labels(index, defective: bool):
-    "An index says itself which of its images are defective."
+    "An index states which of its images are defective."
     if not isinstance(index, pd.DataFrame):
         return
     wrong = index["anomalous"].astype(bool).ne(defective)
@@ -220,7 +220,7 @@ def calibrate(
 # %% ../../nbs/inspection/08_inspector.ipynb #e0a213c2
 @patch
 def _describe(self: Inspector, loaded: Loaded, score: float, heat: np.ndarray, types) -> Inspection | BadImage:
-    "What a method's answer to one image says."
+    "The result for one image, from the method's score and maps."
     if not (math.isfinite(score) and np.isfinite(heat).all()):
         return BadImage(
             loaded.source.name,

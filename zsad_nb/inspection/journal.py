@@ -187,7 +187,7 @@ def _unsealed(
     columns: list[str],
     numbers: frozenset,  # columns that hold numbers
 ) -> list[str] | None:  # its fields; None: a row that the seal does not fit
-    "What a row says, if it is whole."
+    "The values of a row, if it is whole."
     if len(cells) != len(columns) + 1:
         return None
     *cells, seal = cells

@@ -82,7 +82,7 @@ def _decoding_lock(what) -> contextlib.AbstractContextManager:
 
 @dataclass
 class Loaded:
-    "A source that was read; or what is wrong with it; or its row, where that is known already."
+    "A source that was read; or what is wrong with it; or its row, where there is one already."
 
     source: Source
     content: str = ""  # hash
@@ -159,7 +159,7 @@ def ahead(
     workers: int,  # threads; 0: none
     depth: int,  # results that may wait
 ) -> Iterator:  # read(item) for every item, in order
-    "Read ahead of whoever takes the results."
+    "Read ahead of the loop that takes the results."
     if not workers:
         yield from map(read, items)
         return

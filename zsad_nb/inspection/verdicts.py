@@ -17,7 +17,7 @@ from PIL import Image
 from ..core.names import shown
 from ..data.stored import BadImage
 from ..evaluation.tables import html_text
-from ..figures.blending import FOUND, View, blend, encode, outline, to_levels
+from ..figures.blending import DETECTED, View, blend, encode, outline, to_levels
 from .journal import field_text
 
 
@@ -36,7 +36,7 @@ def overlaid(
             " heatmap to the image's size with at_size"
         )
     picture = blend(image, to_levels(heat, low, high), View.opacity)
-    return picture if mask is None or not mask.any() else outline(picture, mask, FOUND)
+    return picture if mask is None or not mask.any() else outline(picture, mask, DETECTED)
 
 
 # %% ../../nbs/inspection/05_verdicts.ipynb #d7e2e89c

@@ -77,7 +77,7 @@ class HybridTokens(nn.Module):
         self,
         cls: Tensor,  # (B, C) of the plain image, not normalised
     ) -> Tensor:  # (sets, B, m, D); (sets, 1, m, D) where no image is asked
-        "What every block is given."
+        "The input of every block."
         sets, count, width = self.shape
         tokens = torch.zeros(sets, 1, count, width) if self.static is None else self.static[:, None]
         if self.heads is not None:
@@ -114,27 +114,27 @@ def see_prompted(
 
 # %% ../../nbs/methods/19_adaclip.ipynb #cb8ddaa0
 def check_length(
-    said: list,  # sentences
+    prompts: list,  # sentences
     overwritten: int,  # m, positions behind the start of text
 ) -> list:  # the same sentences
     "Refuse sentences whose end would be overwritten."
-    for s in said:
+    for s in prompts:
         if len(tokenizer().encode(s)) < overwritten:
             raise ValueError(
                 f"{overwritten} tokens overwrite the first {overwritten} places of a sentence, which is all there is of"
                 f" {s!r}; use longer templates or a smaller length"
             )
-    return said
+    return prompts
 
 
 def read_start(
     text: TextTower,
-    said: list,  # sentences
+    prompts: list,  # sentences
     overwritten: int,  # m, positions behind the start that will be overwritten
 ) -> tuple:  # (S, L, width) hidden states after block 1, (S,) position of the end of text
     "The frozen beginning of some sentences."
     t = text.tower
-    ids = text.tokenize(check_length(said, overwritten)).to(text.device)
+    ids = text.tokenize(check_length(prompts, overwritten)).to(text.device)
     end = ids.argmax(1)
     length = int(end.max()) + 1
     return (
@@ -403,7 +403,7 @@ def text_features(
 ) -> Tensor:  # (B, 2, C) normal, abnormal, normalised
     "Every sentence with every image's tokens, each normalised, averaged per state, normalised."
     p, names = self.p, list(map(self.spell(self.p), categories))
-    found: list = [None] * len(categories)
+    texts: list = [None] * len(categories)
     for name in dict.fromkeys(names):
         rows = [i for i, n in enumerate(names) if n == name]
         start, end, normal = self.started(name)
@@ -425,8 +425,8 @@ def text_features(
         z = F.normalize(z, dim=-1).unflatten(0, (-1, len(end)))  # (b, S, C)
         z = F.normalize(torch.stack([z[:, :normal].mean(1), z[:, normal:].mean(1)], 1), dim=-1)
         for i, row in enumerate(rows):
-            found[row] = z[0 if alike else i]
-    return torch.stack(found)
+            texts[row] = z[0 if alike else i]
+    return torch.stack(texts)
 
 
 @patch

@@ -132,10 +132,10 @@ class AnomalyCLIP(Method):
         p = self.p
         size = tuple(batch.mask.shape[-2:])
         mask = batch.mask[:, 0]
-        found = prediction.layers
-        maps = [to_pixels(m, size) for k, m in found.items() if k.startswith("tap_")]
+        layers = prediction.layers
+        maps = [to_pixels(m, size) for k, m in layers.items() if k.startswith("tap_")]
         parts = dict(
-            ce=F.cross_entropy(found["image"] / p.tau, batch.anomalous.long()),
+            ce=F.cross_entropy(layers["image"] / p.tau, batch.anomalous.long()),
             focal=sum(focal(m, mask) for m in maps),
             dice=sum(dice(m, mask) for m in maps),
             dice_normal=sum(dice(1 - m, ~mask) for m in maps),

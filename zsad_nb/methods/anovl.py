@@ -56,14 +56,14 @@ from ..synthetic.categories import CATEGORIES
 # %% ../../nbs/methods/20_anovl.ipynb #524f1583
 def kind_of(
     category: str,  # as in the Index
-    # categories that are textures; None: as the drawn benchmark says of its own, MVTec AD's five of all others
+    # categories that are textures; None: those of the synthetic benchmark's table, and MVTec AD's five
     textures: tuple | None = None,
 ) -> str:  # "texture" or "object"
-    "Which wordings a category gets (baselines 2.7; the drawn categories are ours)."
+    "Which wordings a category gets (baselines 2.7; the synthetic categories are ours)."
     if textures is None and category in CATEGORIES:
         return CATEGORIES[category].kind
-    known = ANOVL_TEXTURES if textures is None else textures
-    return "texture" if category in known or rewrite(category) in known else "object"
+    textures_of_all = ANOVL_TEXTURES if textures is None else textures
+    return "texture" if category in textures_of_all or rewrite(category) in textures_of_all else "object"
 
 
 def state_sentences(
@@ -173,7 +173,7 @@ class AnoVLParameters(ClipParameters, frozen=False):
         "released", "code: as the data set spells them, but for macaroni1 and macaroni2", RELEASED_HELP, RELEASED_NAMES
     )
     textures: tuple | None = param(
-        None, "paper: five of MVTec AD; ours: and the drawn textures", "categories that get a texture's sentences"
+        None, "paper: five of MVTec AD; ours: and the synthetic textures", "categories that get a texture's sentences"
     )
     dual_blocks: int | None = param(None, "paper: all", "length of the v-v path; 0: none", "0 or more", frozen=True)
     augment: bool = param(True, "paper", "score over 22 views instead of the image alone", frozen=True)
@@ -185,7 +185,7 @@ class AnoVLParameters(ClipParameters, frozen=False):
     )
     start: str = param(
         "random",
-        "code: the framework's draw for a linear layer",
+        "code: the framework's random start of a linear layer",
         "of the adapter: random, zero (the identity for a linear one), or text (the sentences themselves)",
         ("random", "zero", "text"),
     )
@@ -213,7 +213,7 @@ class AnoVLParameters(ClipParameters, frozen=False):
     carried: bool = param(
         False,
         "ours: image by image; code: True",
-        "as released to the letter: one optimiser a class, whose moments go on from image to image, and unseeded draws",
+        "as released to the letter: one optimiser a class, whose moments go on from image to image, and unseeded noise",
     )
 
 
@@ -248,7 +248,7 @@ class AnoVL(Method):
     readings = {
         "released": Variant(
             "To the letter: one AdamW a class, whose moments and step count go on through the class's "
-            "images in order, and unseeded draws.",
+            "images in order, and unseeded random numbers.",
             effect=dict(map=0.011),
             carried=True,
         ),
@@ -300,9 +300,9 @@ class AnoVL(Method):
         if self.dual_blocks > self.clip.depth:
             raise ValueError(f"dual_blocks={p.dual_blocks}; {p.clip} has {self.clip.depth} blocks")
         self.grid = (self.clip.size // self.clip.patch,) * 2
-        self._said: dict = {}
+        self._texts: dict = {}
         self._carried: dict = {}
-        self._told = False
+        self._warned = False
 
     @classmethod
     def depends_on_others(cls, parameters: dict) -> bool:
@@ -333,8 +333,8 @@ def sized(
 def _require_oblong(self: AnoVL, image: Tensor):
     "Squares of a square are all the same one."
     height, width = image.shape[-2:]
-    if self.p.crops > 1 and height == width and not self._told:
-        self._told = True
+    if self.p.crops > 1 and height == width and not self._warned:
+        self._warned = True
         warnings.warn(
             f"crops={self.p.crops}, but these images are square ({height} x {width}): every crop is the whole "
             "image. Read them as they are, with size=(height, width), or use crops=1",
@@ -377,16 +377,16 @@ def sentence_features(
     self: AnoVL, categories: list
 ) -> tuple:  # (B, 924, C) sentences of length 1, (B, 2, C) their means: normal, abnormal, of length 1
     "Sentences of every image's class, read once a class; means of raw embeddings."
-    for c in set(categories) - self._said.keys():
+    for c in set(categories) - self._texts.keys():
         z = self.text.encode(state_sentences(c, kind_of(c, self.p.textures), self.spell(self.p)))
-        self._said[c] = F.normalize(z, dim=-1), F.normalize(z.view(2, -1, z.shape[-1]).mean(1), dim=-1)
-    words, text = ([self._said[c][i].to(self.clip.tower.proj) for c in categories] for i in (0, 1))
+        self._texts[c] = F.normalize(z, dim=-1), F.normalize(z.view(2, -1, z.shape[-1]).mean(1), dim=-1)
+    words, text = ([self._texts[c][i].to(self.clip.tower.proj) for c in categories] for i in (0, 1))
     return words[0].expand(len(words), -1, -1) if len(set(categories)) == 1 else torch.stack(words), torch.stack(text)
 
 
 # %% ../../nbs/methods/20_anovl.ipynb #91505d57
 @patch
-def draws(
+def start_and_noise(
     self: AnoVL,
     words: Tensor,  # (S, C) sentences of an image
     patches: Tensor,  # (N, C) its patches
@@ -474,11 +474,11 @@ def adapt(
     with torch.inference_mode(False), torch.enable_grad():  # whatever mode the caller is in
         x = patches.detach().clone()
         weight, bias, noise = (
-            torch.stack(v) for v in zip(*(self.draws(w.detach().clone(), v) for w, v in zip(words, x)))
+            torch.stack(v) for v in zip(*(self.start_and_noise(w.detach().clone(), v) for w, v in zip(words, x)))
         )
         if not p.carried:
             return self._steps(x, words, text, noise, build(weight, bias), size)
-        found = []
+        results = []
         for i, category in enumerate(categories):  # as released: the optimiser of the class, image after image
             if category not in self._carried:
                 self._carried[category] = build(weight[i : i + 1], bias[i : i + 1])
@@ -486,10 +486,10 @@ def adapt(
             with torch.no_grad():
                 for own, start in zip(optimiser.param_groups[0]["params"], (weight, bias)):
                     own.copy_(start[i : i + 1])
-            found.append(
+            results.append(
                 self._steps(x[i : i + 1], words[i : i + 1], text[i : i + 1], noise[i : i + 1], optimiser, size)
             )
-        return tuple(torch.cat(v) for v in zip(*found))
+        return tuple(torch.cat(v) for v in zip(*results))
 
 
 # %% ../../nbs/methods/20_anovl.ipynb #64b9ff6e

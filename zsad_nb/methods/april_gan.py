@@ -132,7 +132,7 @@ class APRILGAN(RangedMethod):
         p = self.p
         self.clip, self.text = clip_towers(p, p.taps)
         self.grid = (self.clip.size // self.clip.patch,) * 2
-        self._said: dict = {}
+        self._texts: dict = {}
         self.adapters = nn.ModuleDict(
             {f"tap_{t}": nn.Linear(self.clip.width, self.clip.tower.proj.shape[1]) for t in self.clip.taps}
         )
@@ -155,7 +155,7 @@ class APRILGAN(RangedMethod):
         self.transductive = self.depends_on_others(asdict(self.p))
         self._reserve(len(images))
         if len(images):
-            seen = [self.clip(i[None]).patches for i in images.to(self.device)]  # one by one: the same in any company
+            seen = [self.clip(i[None]).patches for i in images.to(self.device)]  # one by one: the same in any batch
             for kept, patches in zip(self.references().values(), zip(*seen)):
                 kept.copy_(F.normalize(torch.cat(patches).flatten(0, 1), dim=-1))
         return self
@@ -189,12 +189,12 @@ def text_features(
     spell = self.spell(self.p)
     names = list(map(spell, categories))
     for n in dict.fromkeys(names):
-        if n in self._said:
+        if n in self._texts:
             continue
-        self._said[n] = torch.stack(
+        self._texts[n] = torch.stack(
             [ensemble(self.text, n, APRIL_GAN_STATES[s], self.p.templates, spell=spell) for s in ("normal", "abnormal")]
         ).cpu()
-    return torch.stack([self._said[n] for n in names]).to(self.text.device)
+    return torch.stack([self._texts[n] for n in names]).to(self.text.device)
 
 
 # %% ../../nbs/methods/21_april_gan.ipynb #c1ddf506

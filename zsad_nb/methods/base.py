@@ -132,20 +132,20 @@ def method_names() -> list[str]:
 
 
 # %% ../../nbs/methods/06_base.ipynb #b31c25e3
-def _require_method(found, name: str) -> type[Method]:
+def _require_method(candidate, name: str) -> type:
     "Refuse what is no method."
-    if not (isinstance(found, type) and issubclass(found, Method)):
-        kind = f"the class {found.__name__}" if isinstance(found, type) else f"a {type(found).__name__}"
+    if not (isinstance(candidate, type) and issubclass(candidate, Method)):
+        kind = f"the class {candidate.__name__}" if isinstance(candidate, type) else f"a {type(candidate).__name__}"
         raise ValueError(f"method={name!r} is {kind}, which does not inherit from zsad_nb.methods.base.Method")
-    parameters = getattr(found, "Parameters", None)
+    parameters = getattr(candidate, "Parameters", None)
     if not (isinstance(parameters, type) and issubclass(parameters, ParameterSet)):
         raise ValueError(
-            f"method={name!r}: {found.__name__}.Parameters is no ParameterSet; declare a frozen dataclass that inherits"
-            " from zsad_nb.methods.base.ParameterSet"
+            f"method={name!r}: {candidate.__name__}.Parameters is no ParameterSet; declare a frozen dataclass that"
+            " inherits from zsad_nb.methods.base.ParameterSet"
         )
-    if not isinstance(found.name, str) or not found.name:
-        raise ValueError(f"method={name!r}: {found.__name__} has no name; give the class name = '...'")
-    return found
+    if not isinstance(candidate.name, str) or not candidate.name:
+        raise ValueError(f"method={name!r}: {candidate.__name__} has no name; give the class name = '...'")
+    return candidate
 
 
 def _imported(path: str, name: str) -> type[Method]:
@@ -365,7 +365,7 @@ def _verify(tensors: dict, header: dict, path: Path):
     if "tensors" not in header:
         warnings.warn(
             f"{path.name} was written before checkpoints carried hashes of their tensors: damage to them cannot be"
-            f" told; save(load({path.name!r}), ...) adds them",
+            f" seen; save(load({path.name!r}), ...) adds them",
             stacklevel=3,
         )
         return
@@ -434,8 +434,8 @@ def _check_paths(
             )
 
 
-def _built(header: dict, method: str | type[Method] | None, changes: dict, path: Path) -> Method:
-    "The method of a header, whatever the header holds; what goes wrong is said with the file's name."
+def _built(header: dict, method: str | type | None, changes: dict, path: Path) -> Method:
+    "The method of a header, whatever the header holds; every error names the file."
     try:
         cls = recorded_class(header["method"], method)
         parameters = cls.from_older(header["parameters"])
@@ -520,8 +520,8 @@ def require_importer(name: str) -> Callable:
 def import_released(
     method: Method,  # created with the sizes of the checkpoint: towers, taps, tokens
     path: str | Path,  # a file of the method's authors, or the same names in safetensors
-    # data sets, or "dataset/category", of the images it was trained on: no file says so
-    trained_on: Sequence[str] | str = (),
+    trained_on: Sequence[str]
+    | str = (),  # data sets, or "dataset/category", of the images it was trained on: no file states them
     **options,  # of the method's own `import_released`
 ) -> Method:  # the same method, with the checkpoint's tensors
     "Load a checkpoint of the method's authors; nothing in it is executed, every key that does not fit is named."

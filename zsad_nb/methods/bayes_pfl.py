@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pandas as pd
 import torch
@@ -138,39 +138,47 @@ class BayesPFL(RangedMethod):
         self.log_scale = nn.Parameter(torch.full((2,), -math.log(p.tau)))  # of the image part, of the maps
         self._seeds: dict = {}
 
-    @classmethod
-    def depends_on_others(cls, parameters: dict) -> bool:
-        "Noise that an earlier image drew, and a score that is stretched over a class."
-        return parameters.get("draws") == "kept" or parameters.get("image_score") == "test set"
-
-    @classmethod
-    def from_older(cls, saved: dict) -> dict:
-        "Checkpoints of the method that had this name before are refused."
-        former = sorted(FORMER & set(saved))
-        if former:
-            raise WeightsError(
-                f"its parameters ({listed(former)}) are those of another method that was called "
-                f"{cls.name} until this one became the released method; it is no longer part of "
-                "the package: train again"
-            )
-        return super().from_older(saved)
-
-    def second_stage(self) -> "BayesPFL":  # itself
-        "From now on the image part reads the fused patches, and training moves it alone; every map stays as it is."
-        self.p = replace(self.p, second_stage=True)
-        return self
-
-    def next_stage(self, recipe: Any):
-        "After the first stage the second: a third of its epochs (ours), at a constant rate (code)."
-        if self.p.second_stage:
-            return None
-        self.second_stage()
-        return recipe.change(epochs=math.ceil(recipe.epochs / 3), schedule="constant", warmup=0.0)
-
-    def prepare(self, index: pd.DataFrame, training: bool = False) -> Self:
+    def prepare(self, index: pd.DataFrame, training: bool = False) -> "BayesPFL":
         "As of any method with ranges; the noise of another test set is forgotten."
         self._seeds = {}
         return super().prepare(index, training)
+
+
+# %% ../../nbs/methods/23_bayes_pfl.ipynb #c8767b7b
+@patch(cls_method=True)
+def depends_on_others(cls: BayesPFL, parameters: dict) -> bool:
+    "Noise that was sampled for an earlier image, and a score that is stretched over a class."
+    return parameters.get("draws") == "kept" or parameters.get("image_score") == "test set"
+
+
+@patch(cls_method=True)
+def from_older(cls: BayesPFL, saved: dict) -> dict:
+    "Checkpoints of the method that had this name before are refused."
+    former = sorted(FORMER & set(saved))
+    if former:
+        raise WeightsError(
+            f"its parameters ({listed(former)}) are those of another method that was called "
+            f"{cls.name} until this one became the released method; it is no longer part of "
+            "the package: train again"
+        )
+    return super(BayesPFL, cls).from_older(saved)
+
+
+# %% ../../nbs/methods/23_bayes_pfl.ipynb #d0cd06a4
+@patch
+def second_stage(self: BayesPFL) -> "BayesPFL":  # itself
+    "From now on the image part reads the fused patches, and training moves it alone; every map stays as it is."
+    self.p = replace(self.p, second_stage=True)
+    return self
+
+
+@patch
+def next_stage(self: BayesPFL, recipe: Any):
+    "After the first stage the second: a third of its epochs (ours), at a constant rate (code)."
+    if self.p.second_stage:
+        return None
+    self.second_stage()
+    return recipe.change(epochs=math.ceil(recipe.epochs / 3), schedule="constant", warmup=0.0)
 
 
 # %% ../../nbs/methods/23_bayes_pfl.ipynb #967d537e
@@ -194,10 +202,10 @@ def training_noise(
     self: BayesPFL,
     count: int,  # images
 ) -> dict:  # name of a flow -> (B, 1, C); (1, 1, C) for the states
-    "New noise for every image's context, and one draw of either state for the whole batch (code)."
+    "New noise for every image's context, and one sample of either state for the whole batch (code)."
     width = self.text.width
     like: dict = dict(device=self.device, dtype=self.log_scale.dtype)
-    # drawn flat: several devices share out draws whose first size is their number of images
+    # sampled flat: several devices share out random numbers whose first size is their number of images
     states = torch.randn(2 * width, **like).view(2, 1, 1, width)
     return dict(zip(STATES, states), context=torch.randn(count, 1, width, **like))
 
@@ -213,13 +221,13 @@ def test_noise(
     samples = p.samples if p.image_specific or p.image_agnostic else 1
     if p.draws == "seeded":
         return dict(zip(("context", *STATES), fixed_noise(samples, 3, width, p.noise_seed).to(self.log_scale)))
-    states = fixed_noise(samples, 2, width, self._drawn_seed("states"))
-    context = fixed_noise(samples, 1, width, self._drawn_seed(image_keys(image)[0]))
+    states = fixed_noise(samples, 2, width, self._kept_seed("states"))
+    context = fixed_noise(samples, 1, width, self._kept_seed(image_keys(image)[0]))
     return {name: noise.to(self.log_scale) for name, noise in zip((*STATES, "context"), (*states, *context))}
 
 
 @patch
-def _drawn_seed(self: BayesPFL, key: str) -> int:
+def _kept_seed(self: BayesPFL, key: str) -> int:
     "From PyTorch's random state when first asked for: an image that comes twice has one result."
     if key not in self._seeds:
         self._seeds[key] = int(torch.randint(2**31, ()))
@@ -238,7 +246,7 @@ def sampled(
     self: BayesPFL,
     noise: dict,  # of `training_noise` or `test_noise`
     cls: Tensor,  # (B, C)
-) -> dict:  # name of a flow that is in use -> what it found
+) -> dict:  # name of a flow that is in use -> its samples, see `PromptFlows.forward`
     "Samples of every distribution."
     names = ["context"] * self.p.image_specific + list(STATES) * self.p.image_agnostic
     return {name: self.flows(name, noise[name], cls) for name in names}
@@ -247,12 +255,12 @@ def sampled(
 @patch
 def texts(
     self: BayesPFL,
-    found: dict,  # of `sampled`
+    samples: dict,  # of `sampled`
     categories: list,  # one an image
 ) -> Tensor:  # (B, P, 2, C) of length 1; P = R * bank pairs, sample by sample
     "The prompts of every image, read."
     none = self.log_scale.new_zeros(1, 1, self.text.width)
-    context, normal, abnormal = (found[k]["sample"] if k in found else none for k in ("context", *STATES))
+    context, normal, abnormal = (samples[k]["sample"] if k in samples else none for k in ("context", *STATES))
     return F.normalize(self.prompts(categories, context, torch.stack([normal, abnormal], 2)), dim=-1)
 
 
@@ -309,14 +317,14 @@ def forward(self: BayesPFL, features: dict, batch: Batch) -> Prediction:
     "A whole batch in training; in evaluation one image after the other: the same numbers in any batch."
     if self.training:
         return self.trained_on_batch(features, batch.category, tuple(batch.image.shape[-2:]))
-    found = self.judged(features, batch)
-    maps = found["levels"].mean(1)
-    parts = torch.stack([found["probability"], found["top_mean"]], 1)
+    layers = self.judged(features, batch)
+    maps = layers["levels"].mean(1)
+    parts = torch.stack([layers["probability"], layers["top_mean"]], 1)
     if self.p.image_score == "test set":
         low, high = (x.to(parts) for x in self.ranges(batch))
         parts = torch.stack([stretch(parts[:, i], low[:, i], high[:, i], smooth=1e-8) for i in range(2)], 1)
     score = (1 - self.p.map_share) * parts[:, 0] + self.p.map_share * parts[:, 1]
-    return Prediction(to_pixels(maps, maps.shape[-2:], self.p.sigma) if self.p.sigma > 0 else maps, score, found)
+    return Prediction(to_pixels(maps, maps.shape[-2:], self.p.sigma) if self.p.sigma > 0 else maps, score, layers)
 
 
 @patch
@@ -341,27 +349,27 @@ def trained_on_batch(self: BayesPFL, features: dict, categories: list, size: tup
     cls = features["cls"]
     second = self.p.second_stage
     with torch.set_grad_enabled(torch.is_grad_enabled() and not second):
-        found = self.sampled(self.training_noise(len(cls)), cls)
-        texts = self.texts(found, categories)
+        samples = self.sampled(self.training_noise(len(cls)), cls)
+        texts = self.texts(samples, categories)
     chosen = texts[:, [self.pair()]]
     layers = dict(image=self.image_logits(features, chosen))
     probability = layers["image"].softmax(1)[:, 1].mean(1)
     if second:
         return Prediction(cls.new_zeros(len(cls), *size), probability, layers)  # no loss reads a map
     layers |= dict(levels=self.levels(features, chosen, size), texts=texts)
-    for name, drawn in found.items():
-        gap = density_gap(drawn).mean(1)
-        logdet = drawn["logdet"].mean(1)
+    for name, of_flow in samples.items():
+        gap = density_gap(of_flow).mean(1)
+        logdet = of_flow["logdet"].mean(1)
         layers |= {f"gap_{name}": gap.expand(len(cls)), f"logdet_{name}": logdet.expand(len(cls))}
-    if self.p.weight_reconstruction and "context" in found:
-        layers["reconstruction"] = self.reconstruction(found["context"], cls)
+    if self.p.weight_reconstruction and "context" in samples:
+        layers["reconstruction"] = self.reconstruction(samples["context"], cls)
     return Prediction(layers["levels"].mean(1), probability, layers)
 
 
 @patch
-def reconstruction(self: BayesPFL, drawn: dict, cls: Tensor) -> Tensor:  # (B,)
+def reconstruction(self: BayesPFL, of_flow: dict, cls: Tensor) -> Tensor:  # (B,)
     "Squared error of the class token that a context sample is decoded to, summed over the dimensions."
-    return (self.flows.decoded("context", drawn["sample"]) - cls[:, None]).square().sum(-1).mean(1)
+    return (self.flows.decoded("context", of_flow["sample"]) - cls[:, None]).square().sum(-1).mean(1)
 
 
 # %% ../../nbs/methods/23_bayes_pfl.ipynb #3cd21ad6
@@ -369,35 +377,35 @@ def reconstruction(self: BayesPFL, drawn: dict, cls: Tensor) -> Tensor:  # (B,)
 def loss(self: BayesPFL, prediction: Prediction, batch: Batch) -> dict[str, Tensor]:
     "CE + focal + dice of every tap + 0.01 KL + orthogonality; CE alone in the second stage (code)."
     p = self.p
-    found = prediction.layers
+    layers = prediction.layers
     mask = batch.mask[:, 0]
-    truth = batch.anomalous.long()[:, None].expand(-1, found["image"].shape[-1])
-    ce = F.cross_entropy(found["image"], truth)
+    truth = batch.anomalous.long()[:, None].expand(-1, layers["image"].shape[-1])
+    ce = F.cross_entropy(layers["image"], truth)
     if p.second_stage:
         return dict(total=ce, ce=ce)
-    levels = found["levels"].unbind(1)
+    levels = layers["levels"].unbind(1)
     parts = dict(
         ce=ce,
         focal=sum(balanced_focal(m, mask, p.focal_gamma) for m in levels),
         dice=sum(batch_dice(m, mask) for m in levels),
-        orthogonal=sum(not_orthogonal(texts) for texts in found["texts"].unbind(2)),
+        orthogonal=sum(not_orthogonal(texts) for texts in layers["texts"].unbind(2)),
     )
     total = ce + parts["focal"] + parts["dice"] + p.weight_orthogonal * parts["orthogonal"]
-    kl = {name: self.kl(name, found) for name in ("context", *STATES) if f"gap_{name}" in found}
+    kl = {name: self.kl(name, layers) for name in ("context", *STATES) if f"gap_{name}" in layers}
     if kl:
         parts |= {f"kl_{name}": value for name, value in kl.items()}
         total = total + p.weight_kl * sum(kl.values())
-    if "reconstruction" in found:
-        parts["reconstruction"] = found["reconstruction"].mean()
+    if "reconstruction" in layers:
+        parts["reconstruction"] = layers["reconstruction"].mean()
         total = total + p.weight_reconstruction * parts["reconstruction"]
     return dict(total=total, **parts)
 
 
 @patch
-def kl(self: BayesPFL, name: str, found: dict) -> Tensor:  # scalar
+def kl(self: BayesPFL, name: str, layers: dict) -> Tensor:  # scalar
     "The estimate of a flow's KL; of the states the log-determinant is divided by the batch size (code)."
-    gap = found[f"gap_{name}"]
-    logdet = found[f"logdet_{name}"]
+    gap = layers[f"gap_{name}"]
+    logdet = layers[f"logdet_{name}"]
     divide = len(logdet) if name in STATES and self.p.state_logdet == "over batch" else 1
     return gap.mean() - logdet.mean() / divide
 
@@ -474,7 +482,7 @@ def own_names(
     path: str | Path,  # for the message
 ) -> dict:  # every module once, planes of the states without axes of length 1
     "Encoders and decoders that a file holds under several names must be the same everywhere."
-    found: dict = {}
+    unique: dict = {}
     for key, tensor in flat.items():
         flow, _, rest = key.removeprefix("MyModel.").partition(".")
         part = rest.split(".")[0]
@@ -483,13 +491,13 @@ def own_names(
             own = f"MyModel.{'context' if flow == 'PFL_context' else 'state'}_{rest}"
         if tensor.ndim == 4 and tensor.shape[0] == 1 and part in ("amor_u", "amor_w", "amor_b"):
             tensor = tensor[0].flatten(1) if part != "amor_b" else tensor.flatten()
-        if own in found and not torch.equal(found[own], tensor):
+        if own in unique and not torch.equal(unique[own], tensor):
             raise WeightsError(
                 f"{Path(path).name} does not fit bayes_pfl: {key} and {own} are one module in the "
                 "released code, and are not the same here"
             )
-        found.setdefault(own, tensor)
-    return found
+        unique.setdefault(own, tensor)
+    return unique
 
 
 def import_released(

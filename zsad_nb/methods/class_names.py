@@ -64,7 +64,7 @@ def check_names(
     categories: Iterable[str],  # names of classes
     published: Collection[str] = (),  # those whose sharing is the field's own
 ):
-    "Refuse a class whose name does not fit, tell of classes that the sentences cannot tell apart."
+    "Refuse a class whose name does not fit, warn of classes that the sentences cannot distinguish."
     categories = sorted(set(categories))
     for category in categories:
         sentences = method.class_sentences(method.p, category)

@@ -36,12 +36,12 @@ def stretch(
 
 # %% ../../nbs/methods/08_class_range.ipynb #a41c0006
 class ClassRange:
-    "Smallest and largest value over the test images of every class: measured when a class is first asked for, or told."
+    "Smallest and largest value over the test images of every class: measured when a class is first asked for, or set."
 
     def __init__(self, method: str):  # its name, for messages
         self.method = method
         self.tables: dict = {}
-        self.found: dict = {}
+        self.limits: dict = {}
         self.interpolation = "bicubic"
 
     def prepare(
@@ -51,7 +51,7 @@ class ClassRange:
     ):
         "Remember which images belong to which class, and forget all ranges."
         test = index[index["split"] == "test"]
-        self.found = {}
+        self.limits = {}
         self.tables = {}
         self.interpolation = interpolation
         for category, part in test.groupby("category", sort=True):
@@ -61,18 +61,18 @@ class ClassRange:
                 for path in paths
             ]
             self.tables[category] = pd.DataFrame(rows)
-            self.tables[category].attrs = {**index.attrs, "root": str(root_of(index))}  # read as the index says
+            self.tables[category].attrs = {**index.attrs, "root": str(root_of(index))}  # read with the index's settings
 
-    def tell(
+    def set_from(
         self,
         values: Tensor,  # (n,) or (n, K) of the test images
         categories: list,  # one an image
     ):
         "The ranges are those of these images."
-        self.found = {}
+        self.limits = {}
         for category in dict.fromkeys(categories):
             rows = [i for i, c in enumerate(categories) if c == category]
-            self.found[category] = values[rows].amin(0).cpu(), values[rows].amax(0).cpu()
+            self.limits[category] = values[rows].amin(0).cpu(), values[rows].amax(0).cpu()
 
     def __call__(
         self,
@@ -82,17 +82,17 @@ class ClassRange:
     ) -> tuple:  # smallest and largest, each (B,) or (B, K)
         "The range of every image's class."
         for category in dict.fromkeys(categories):
-            if category in self.found:
+            if category in self.limits:
                 continue
             if category not in self.tables:
                 raise ValueError(
-                    f"{self.method} stretches its score over the test images of a class, and was not told of class"
-                    f" {category!r}; call prepare(index) with an index of these images, as evaluate does, or use the"
-                    " default, which judges every image by itself"
+                    f"{self.method} stretches its score over the test images of a class, and has not seen those of"
+                    f" class {category!r}; call prepare(index) with an index of these images, as evaluate does, or use"
+                    " the default, which judges every image by itself"
                 )
             parts = [measure(batch) for batch in batches(self.tables[category], size, interpolation=self.interpolation)]
-            self.found[category] = torch.cat(parts).amin(0).cpu(), torch.cat(parts).amax(0).cpu()
-        low, high = zip(*(self.found[c] for c in categories))
+            self.limits[category] = torch.cat(parts).amin(0).cpu(), torch.cat(parts).amax(0).cpu()
+        low, high = zip(*(self.limits[c] for c in categories))
         return torch.stack(low), torch.stack(high)
 
 
@@ -126,7 +126,7 @@ class RangedMethod(Method):
 
     def set_test_images(self, batch: Batch) -> "RangedMethod":  # itself
         "Instead of an index: the test images of their classes are these, and no others."
-        self._ranges.tell(self.measure(batch), batch.category)
+        self._ranges.set_from(self.measure(batch), batch.category)
         return self
 
     @torch.no_grad()

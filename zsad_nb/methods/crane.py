@@ -209,12 +209,12 @@ def text_features(
     "T_n and T_a, with the image in the prompt where it belongs; static ones are kept in evaluation."
     p = self.p
     if not self.training:
-        found = self.prompts.features(cls) if p.context_test else self.prompts.features()[None]
+        text = self.prompts.features(cls) if p.context_test else self.prompts.features()[None]
     elif p.context_train == 1 or torch.rand(()) < p.context_train:
-        found = self.prompts(cls)
+        text = self.prompts(cls)
     else:
-        found = self.prompts()[None]
-    return F.normalize(found, dim=-1)
+        text = self.prompts()[None]
+    return F.normalize(text, dim=-1)
 
 
 @patch
@@ -228,12 +228,12 @@ def compare(self: Crane, features: dict, text: Tensor) -> dict:  # text (B or 1,
     "Logits (abnormal minus normal, over tau) by local feature (B, h, w), pooling weights (B, N), cosines (B, 2)."
     contrast = (text[:, 1] - text[:, 0]).unsqueeze(-1) / self.p.tau
     patches = self.patches(features)
-    found = {n: (features[f] @ contrast)[..., 0].unflatten(1, self.grid_of(n)) for n, f in self.local.items()}
+    layers = {n: (features[f] @ contrast)[..., 0].unflatten(1, self.grid_of(n)) for n, f in self.local.items()}
     weights = pooling_weights(
         (patches @ contrast)[..., 0], "class"
     )  # the mean of the logits: cosines are linear in the patches
     phi = image_feature(pool(patches, weights, "class"), features["cls"], self.p.cls_weight)
-    return dict(found, weights=weights, image=(phi.unsqueeze(1) @ text.transpose(1, 2)).squeeze(1))
+    return dict(layers, weights=weights, image=(phi.unsqueeze(1) @ text.transpose(1, 2)).squeeze(1))
 
 
 @patch
@@ -247,8 +247,8 @@ def forward(self: Crane, features: dict, batch: Batch) -> Prediction:
     "Mean of the upsampled logits or probabilities, smoothed in evaluation only; score of the pooled image feature."
     p = self.p
     size = tuple(batch.image.shape[-2:])
-    found = self.compare(features, self.text_features(features["cls"]))
-    maps = [found[n] for n in self.local]
+    layers = self.compare(features, self.text_features(features["cls"]))
+    maps = [layers[n] for n in self.local]
     if p.soft_mean:
         pixels = sum(to_pixels(m.sigmoid(), size) for m in maps) / len(maps)
     else:
@@ -257,7 +257,7 @@ def forward(self: Crane, features: dict, batch: Batch) -> Prediction:
         ).sigmoid()  # a softmax over two classes is a sigmoid of their difference
     if not self.training and p.sigma > 0:
         pixels = to_pixels(pixels, size, p.sigma)
-    return Prediction(pixels, (found["image"] / p.tau).softmax(-1)[:, 1], found)
+    return Prediction(pixels, (layers["image"] / p.tau).softmax(-1)[:, 1], layers)
 
 
 @patch
@@ -266,18 +266,18 @@ def loss(self: Crane, prediction: Prediction, batch: Batch) -> dict[str, Tensor]
     p = self.p
     size = tuple(batch.mask.shape[-2:])
     mask = batch.mask[:, 0]
-    found = prediction.layers
+    layers = prediction.layers
 
     def up(m):
         return (
             F.interpolate(m[:, None], size, mode="nearest")[:, 0] if p.upsampling == "nearest" else to_pixels(m, size)
         )
 
-    maps = [up(found[n].sigmoid()) for n in self.local]
+    maps = [up(layers[n].sigmoid()) for n in self.local]
     parts = dict(
         focal=sum(focal(m, mask) for m in maps),
         dice=sum(dice(m, mask) for m in maps),
-        ce=F.cross_entropy(found["image"] / p.tau_train, batch.anomalous.long()),
+        ce=F.cross_entropy(layers["image"] / p.tau_train, batch.anomalous.long()),
     )
     return dict(
         total=p.weight_focal * parts["focal"] + p.weight_dice * parts["dice"] + p.weight_ce * parts["ce"], **parts
@@ -358,8 +358,8 @@ class CranePlus(Crane):
 
     def encode(self, batch: Batch) -> dict[str, Tensor]:
         "Everything visual, of both towers."
-        found, seen = self.both_paths(batch.image, value_taps=(self.clip.depth,), value_from=self.p.value_from)
-        return dict(found, d_attn=self.d_attention(batch.image, seen))
+        features, seen = self.both_paths(batch.image, value_taps=(self.clip.depth,), value_from=self.p.value_from)
+        return dict(features, d_attn=self.d_attention(batch.image, seen))
 
     def encode_key(self) -> dict | None:
         "As of any method; None where the features depend on batch mates."

@@ -24,6 +24,7 @@ from typing import Any
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..backbones.weights import WeightsError, released_state
@@ -88,30 +89,10 @@ class TypeMethod(Method):
         "The types at the start; called once the text tower is there."
         p = self.p
         if p.types is None or isinstance(p.types, str):
-            found = type_words(p.types or "synthetic-target")
+            types = type_words(p.types or "synthetic-target")
         else:
-            found = dict(zip(*check_types(p.types, p.words)))
-        self._take(found, quiet=p.types is None)
-
-    def _take(self, found: dict, quiet: bool = False):
-        names, words = check_types(found, found.values())
-        self.p = replace(self.p, types=names, words=words)
-        self._kinds = None
-        if self.text.lookup is None or (quiet and self.p.unknown_words == "warn"):
-            return  # a whole table knows every word
-        unread = {w: [part for part in w.split() if self.text.unknown([part])] for w in words}
-        unknown = {w: parts for w, parts in unread.items() if parts}
-        if not unknown:
-            return
-        said = (
-            f"the text tower {self.text.row.name} has never read"
-            f" {', '.join(dict.fromkeys(repr(part) for lost in unknown.values() for part in lost))}: it reads every"
-            f" such word alike, so {', '.join(map(repr, unknown))} cannot be told from any other unknown defect; use"
-            " words it knows, or another CLIP"
-        )
-        if self.p.unknown_words == "error":
-            raise ValueError(said)
-        warnings.warn(said, stacklevel=3)
+            types = dict(zip(*check_types(p.types, p.words)))
+        self._take(types, quiet=p.types is None)
 
     def set_types(
         self,
@@ -135,18 +116,7 @@ class TypeMethod(Method):
         own = index_types(index, use, unknown=unknown) if self.p.types_from == "index" else None
         if own:
             self._take(own)
-        number = {w: i for i, w in enumerate(self.p.words, 1)} | {t: i for i, t in enumerate(self.p.types, 1)}
-        numbers = {d: i for i, d in enumerate(defect_names(index))}
-        kinds = {}
-        lost = set()
-        for category, defect, name in set(zip(index["category"], index["defect"], names)):
-            if name == GOOD:
-                continue
-            kind = number.get(name, number.get(plain(defect)))
-            if kind is None:
-                lost.add((category, defect))
-            else:
-                kinds[category, numbers[defect]] = kind
+        kinds, lost = self._numbered(index, names)
         if training and lost:
             count = sum(pair in lost for pair in zip(index["category"], index["defect"]))
             raise ValueError(
@@ -156,23 +126,6 @@ class TypeMethod(Method):
             )
         self._kinds = kinds
         return super().prepare(index, training)
-
-    def kinds(self, batch: Batch) -> Tensor:  # (B,) 0 for an image without defect, else the number of its type from 1
-        "The types of a batch's images."
-        if self._kinds is None:
-            raise ValueError(
-                f"{self.name} learns which defect is where and does not know how this index numbers them; call"
-                " method.prepare(index, training=True) with the index first"
-            )
-        rows = zip(batch.category, batch.defect.tolist(), batch.anomalous.tolist())
-        try:
-            found = [self._kinds[c, d] if bad else 0 for c, d, bad in rows]
-        except KeyError as error:
-            raise ValueError(
-                f"an image of category {error.args[0][0]} has a defect whose type is not known; call"
-                " method.prepare(index, training=True) with this very index"
-            ) from None
-        return torch.tensor(found, device=batch.image.device)
 
     def type_maps(
         self,
@@ -188,6 +141,73 @@ class TypeMethod(Method):
         raise NotImplementedError
 
 
+# %% ../../nbs/methods/12_dapo.ipynb #8bec2ab2
+@patch
+def _take(self: TypeMethod, types: dict, quiet: bool = False):
+    names, words = check_types(types, types.values())
+    self.p = replace(self.p, types=names, words=words)
+    self._kinds = None
+    if self.text.lookup is None or (quiet and self.p.unknown_words == "warn"):
+        return  # a whole table knows every word
+    unread = {w: [part for part in w.split() if self.text.unknown([part])] for w in words}
+    unknown = {w: parts for w, parts in unread.items() if parts}
+    if not unknown:
+        return
+    message = (
+        f"the text tower {self.text.row.name} has never read"
+        f" {', '.join(dict.fromkeys(repr(part) for lost in unknown.values() for part in lost))}: it reads every"
+        f" such word alike, so {', '.join(map(repr, unknown))} cannot be told from any other unknown defect; use"
+        " words it knows, or another CLIP"
+    )
+    if self.p.unknown_words == "error":
+        raise ValueError(message)
+    warnings.warn(message, stacklevel=3)
+
+
+@patch
+def _numbered(
+    self: TypeMethod,
+    index: pd.DataFrame,
+    names: list,  # of its rows' types, of `label_types`
+) -> tuple[dict, set]:  # (category, number of a defect in the index) -> number of its type; pairs without a type
+    "Which type every defect of an index is."
+    number = {w: i for i, w in enumerate(self.p.words, 1)} | {t: i for i, t in enumerate(self.p.types, 1)}
+    numbers = {d: i for i, d in enumerate(defect_names(index))}
+    kinds = {}
+    without = set()
+    for category, defect, name in set(zip(index["category"], index["defect"], names)):
+        if name == GOOD:
+            continue
+        kind = number.get(name, number.get(plain(defect)))
+        if kind is None:
+            without.add((category, defect))
+        else:
+            kinds[category, numbers[defect]] = kind
+    return kinds, without
+
+
+@patch
+def kinds(
+    self: TypeMethod, batch: Batch
+) -> Tensor:  # (B,) 0 for an image without defect, else the number of its type from 1
+    "The types of a batch's images."
+    if self._kinds is None:
+        raise ValueError(
+            f"{self.name} learns which defect is where and does not know how this index numbers them; call"
+            " method.prepare(index, training=True) with the index first"
+        )
+    rows = zip(batch.category, batch.defect.tolist(), batch.anomalous.tolist())
+    try:
+        numbers = [self._kinds[c, d] if bad else 0 for c, d, bad in rows]
+    except KeyError as error:
+        raise ValueError(
+            f"an image of category {error.args[0][0]} has a defect whose type is not known; call"
+            " method.prepare(index, training=True) with this very index"
+        ) from None
+    return torch.tensor(numbers, device=batch.image.device)
+
+
+# %% ../../nbs/methods/12_dapo.ipynb #5be33d77
 def chosen(
     x: Tensor,  # (B, 1 + K, ...)
     keep: Sequence[int] | None = None,  # numbers of types from 1; None: all
@@ -283,71 +303,86 @@ class DAPO(TypeMethod):
         "Nothing is frozen before the tokens join the input."
         return None
 
-    def look(
-        self,
-        image: Tensor,  # (B, 3, H, W) RGB in [0, 1]
-    ) -> (
-        dict
-    ):  # tap_T (B, 1 + K, h, w); image (B, 2): normal, abnormal; image_types (B, 1 + K): all of them cosines over tau
-        "Patches and class token against the states."
-        p = self.p
-        b = self.clip
-        z, abnormal = prototypes(self.prompts(p.words) if self.training else self.prompts.features(p.words))
-        seen = see_deep(b, image, self.image_tokens, p.alpha)
-        found = {
-            f"tap_{t}": type_logits(patches, self.adapters[f"tap_{t}"], z, seen.grid, p.tau)
-            for t, patches in zip(b.taps, seen.patches)
-        }
-        whole = F.normalize(seen.cls @ b.tower.proj, dim=-1)
-        return found | dict(image=whole @ torch.stack([z[0], abnormal]).T / p.tau, image_types=whole @ z.T / p.tau)
 
-    def type_maps(self, layers: dict, size: tuple, keep: Sequence[int] | None = None) -> Tensor:  # (B, 1 + K, H, W)
-        "Softmax of every tap, their sum, then pixels: enlarging is linear (section 6)."
-        maps = enlarge(sum(chosen(v, keep).softmax(1) for k, v in layers.items() if k.startswith("tap_")), size)
-        return to_pixels(maps, size, self.p.sigma) if self.p.sigma > 0 and not self.training else maps
+# %% ../../nbs/methods/12_dapo.ipynb #8975b962
+@patch
+def look(
+    self: DAPO,
+    image: Tensor,  # (B, 3, H, W) RGB in [0, 1]
+) -> (
+    dict
+):  # tap_T (B, 1 + K, h, w); image (B, 2): normal, abnormal; image_types (B, 1 + K): all of them cosines over tau
+    "Patches and class token against the states."
+    p = self.p
+    b = self.clip
+    z, abnormal = prototypes(self.prompts(p.words) if self.training else self.prompts.features(p.words))
+    seen = see_deep(b, image, self.image_tokens, p.alpha)
+    layers = {
+        f"tap_{t}": type_logits(patches, self.adapters[f"tap_{t}"], z, seen.grid, p.tau)
+        for t, patches in zip(b.taps, seen.patches)
+    }
+    whole = F.normalize(seen.cls @ b.tower.proj, dim=-1)
+    return layers | dict(image=whole @ torch.stack([z[0], abnormal]).T / p.tau, image_types=whole @ z.T / p.tau)
 
-    def type_scores(self, layers: dict, maps: Tensor, keep: Sequence[int] | None = None) -> Tensor:  # (B, K)
-        "Probabilities of the class token over {normal, types} (section 6), or the top pixels of the types' maps (ours)."
-        if self.p.type_from == "image":
-            return chosen(layers["image_types"], keep).softmax(-1)[:, 1:]
-        return top_share_mean(maps[:, 1:].flatten(0, 1), self.p.top_share).unflatten(0, (len(maps), -1))
 
-    def forward(self, features: None, batch: Batch) -> Prediction:
-        "Maps at the batch's size and scores; the maps of all types in evaluation mode only."
-        layers = self.seen(batch.image)
-        size = tuple(batch.image.shape[-2:])
-        taps = len(self.clip.taps)
-        score = layers["image"].softmax(-1)[:, 1]
-        if self.training:
-            normal = enlarge(sum(v.softmax(1)[:, :1] for k, v in layers.items() if k.startswith("tap_")), size)[:, 0]
-            return Prediction(taps - normal, score, layers)
-        maps = self.type_maps(layers, size)
-        return Prediction(
-            maps[:, 1:].sum(1), score, {**layers, "normal": maps[:, 0]}, maps[:, 1:], self.type_scores(layers, maps)
-        )
+# %% ../../nbs/methods/12_dapo.ipynb #526eb944
+@patch
+def type_maps(self: DAPO, layers: dict, size: tuple, keep: Sequence[int] | None = None) -> Tensor:  # (B, 1 + K, H, W)
+    "Softmax of every tap, their sum, then pixels: enlarging is linear (section 6)."
+    maps = enlarge(sum(chosen(v, keep).softmax(1) for k, v in layers.items() if k.startswith("tap_")), size)
+    return to_pixels(maps, size, self.p.sigma) if self.p.sigma > 0 and not self.training else maps
 
-    def loss(self, prediction: Prediction, batch: Batch) -> dict[str, Tensor]:
-        "Focal over the types and two dice losses, summed over the taps; binary cross-entropy of the image (section 5)."
-        p = self.p
-        layers = prediction.layers
-        mask = batch.mask[:, 0]
-        kind = self.kinds(batch)
-        parts: dict = dict(focal=0.0, dice_normal=0.0, dice_abnormal=0.0)
-        for name in self.adapters:
-            true, normal = true_and_normal(layers[name], kind, mask)
-            parts["focal"] = parts["focal"] + focal_types(true, layers[name].shape[1])
-            parts["dice_normal"] = parts["dice_normal"] + dice(normal, ~mask)
-            parts["dice_abnormal"] = parts["dice_abnormal"] + dice(1 - normal, mask)
-        parts["image"] = F.cross_entropy(layers["image"], batch.anomalous.long())
-        return dict(
-            total=p.weight_local * (parts["focal"] + parts["dice_normal"] + parts["dice_abnormal"])
-            + p.weight_global * parts["image"],
-            **parts,
-        )
 
-    def param_groups(self) -> list[dict]:
-        "Everything learned at one rate (code)."
-        return [dict(params=list(self.learned().values()), lr=self.p.lr)]
+@patch
+def type_scores(self: DAPO, layers: dict, maps: Tensor, keep: Sequence[int] | None = None) -> Tensor:  # (B, K)
+    "Probabilities of the class token over {normal, types} (section 6), or the top pixels of the types' maps (ours)."
+    if self.p.type_from == "image":
+        return chosen(layers["image_types"], keep).softmax(-1)[:, 1:]
+    return top_share_mean(maps[:, 1:].flatten(0, 1), self.p.top_share).unflatten(0, (len(maps), -1))
+
+
+@patch
+def forward(self: DAPO, features: None, batch: Batch) -> Prediction:
+    "Maps at the batch's size and scores; the maps of all types in evaluation mode only."
+    layers = self.seen(batch.image)
+    size = tuple(batch.image.shape[-2:])
+    taps = len(self.clip.taps)
+    score = layers["image"].softmax(-1)[:, 1]
+    if self.training:
+        normal = enlarge(sum(v.softmax(1)[:, :1] for k, v in layers.items() if k.startswith("tap_")), size)[:, 0]
+        return Prediction(taps - normal, score, layers)
+    maps = self.type_maps(layers, size)
+    return Prediction(
+        maps[:, 1:].sum(1), score, {**layers, "normal": maps[:, 0]}, maps[:, 1:], self.type_scores(layers, maps)
+    )
+
+
+# %% ../../nbs/methods/12_dapo.ipynb #8ee3e4bd
+@patch
+def loss(self: DAPO, prediction: Prediction, batch: Batch) -> dict[str, Tensor]:
+    "Focal over the types and two dice losses, summed over the taps; binary cross-entropy of the image (section 5)."
+    p = self.p
+    layers = prediction.layers
+    mask = batch.mask[:, 0]
+    kind = self.kinds(batch)
+    parts: dict = dict(focal=0.0, dice_normal=0.0, dice_abnormal=0.0)
+    for name in self.adapters:
+        true, normal = true_and_normal(layers[name], kind, mask)
+        parts["focal"] = parts["focal"] + focal_types(true, layers[name].shape[1])
+        parts["dice_normal"] = parts["dice_normal"] + dice(normal, ~mask)
+        parts["dice_abnormal"] = parts["dice_abnormal"] + dice(1 - normal, mask)
+    parts["image"] = F.cross_entropy(layers["image"], batch.anomalous.long())
+    return dict(
+        total=p.weight_local * (parts["focal"] + parts["dice_normal"] + parts["dice_abnormal"])
+        + p.weight_global * parts["image"],
+        **parts,
+    )
+
+
+@patch
+def param_groups(self: DAPO) -> list[dict]:
+    "Everything learned at one rate (code)."
+    return [dict(params=list(self.learned().values()), lr=self.p.lr)]
 
 
 # %% ../../nbs/methods/12_dapo.ipynb #ab009ad7
@@ -383,8 +418,8 @@ def import_released(
             f"{Path(path).name} does not fit dapo: missing {', '.join(missing[:4])} (found:"
             f" {', '.join(sorted(flat)[:4]) or 'no tensors'})"
         )
-    found = {ours: flat.pop(theirs) for ours, theirs in names.items()}
-    deep = [found.pop(k) for k in list(found) if k.startswith("prompts.deep.")]
+    tensors = {ours: flat.pop(theirs) for ours, theirs in names.items()}
+    deep = [tensors.pop(k) for k in list(tensors) if k.startswith("prompts.deep.")]
     if deep:
         shapes = {tuple(t.shape) for t in deep}
         if len(shapes) > 1:
@@ -392,6 +427,6 @@ def import_released(
                 f"{Path(path).name} does not fit dapo: its deep text tokens have the shapes {sorted(shapes)}; they must"
                 " be alike"
             )
-        found["prompts.deep"] = torch.stack(deep)
-    load_tensors(method, {**found, **{f"{k} (released name)": v for k, v in flat.items()}}, Path(path).name)
+        tensors["prompts.deep"] = torch.stack(deep)
+    load_tensors(method, {**tensors, **{f"{k} (released name)": v for k, v in flat.items()}}, Path(path).name)
     return method

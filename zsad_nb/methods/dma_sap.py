@@ -211,28 +211,50 @@ class DMASAP(Method):
         self.dual_blocks = refined_blocks(p, self.clip)
         joint_dim = self.clip.tower.proj.shape[1]
         self.prompts = object_prompts(self.text, p)
-        if p.dma:
-            own = replace(p, centre=p.dino == "tiny-dino") if p.centre is None else p
-            self.fuse = nn.ModuleList(DMA(self.dino.width, self.clip.width, joint_dim, own) for _ in self.pairs)
-        else:
-            self.fuse = nn.ModuleList(nn.Linear(self.dino.width, self.clip.width) for _ in self.pairs)
-            for q in self.fuse.parameters():
-                nn.init.zeros_(q)
-                q.requires_grad_(not p.dino_frozen)
+        self.fuse = self._fusion_of_depths(joint_dim)
         self.fused_grid = self.grid if p.dma and p.dma_upsample == "attention" else self.dino_grid
         if p.fusion == "hierarchical":
-            if len(p.levels) != len(self.pairs):
-                raise ValueError(
-                    f"levels={p.levels} for {len(self.pairs)} depths {self.clip.taps}; give one weight a depth"
-                )
-            self.levels = LevelFusion(p.levels)
+            self.levels = self._weights_of_depths()
         if p.pooling == "sap":
-            if p.sap_maps == "probabilities" and p.sap_weights == "class":
-                raise ValueError(
-                    "sap_maps='probabilities' belongs to a softmax over positions: use sap_weights='spatial', or"
-                    " sap_maps='logits'"
-                )
-            self.sap = SAP(joint_dim, p)
+            self.sap = self._attention_pooling(joint_dim)
+
+
+# %% ../../nbs/methods/09_dma_sap.ipynb #385bf98d
+@patch
+def _fusion_of_depths(
+    self: DMASAP,
+    joint_dim: int,  # width of CLIP's joint space
+) -> nn.ModuleList:  # a module a pair of taps
+    "DMA; without it a projection of DINO's patches that starts at zero."
+    p = self.p
+    if p.dma:
+        own = replace(p, centre=p.dino == "tiny-dino") if p.centre is None else p
+        return nn.ModuleList(DMA(self.dino.width, self.clip.width, joint_dim, own) for _ in self.pairs)
+    projections = nn.ModuleList(nn.Linear(self.dino.width, self.clip.width) for _ in self.pairs)
+    for q in projections.parameters():
+        nn.init.zeros_(q)
+        q.requires_grad_(not p.dino_frozen)
+    return projections
+
+
+@patch
+def _weights_of_depths(self: DMASAP) -> LevelFusion:
+    "Alpha, beta and gamma."
+    levels = self.p.levels
+    if len(levels) != len(self.pairs):
+        raise ValueError(f"levels={levels} for {len(self.pairs)} depths {self.clip.taps}; give one weight a depth")
+    return LevelFusion(levels)
+
+
+@patch
+def _attention_pooling(self: DMASAP, joint_dim: int) -> SAP:
+    "SAP over what its parameters choose."
+    if self.p.sap_maps == "probabilities" and self.p.sap_weights == "class":
+        raise ValueError(
+            "sap_maps='probabilities' belongs to a softmax over positions: use sap_weights='spatial', or"
+            " sap_maps='logits'"
+        )
+    return SAP(joint_dim, self.p)
 
 
 # %% ../../nbs/methods/09_dma_sap.ipynb #8cd89380
@@ -247,15 +269,15 @@ def encode(self: DMASAP, batch: Batch) -> dict[str, Tensor]:
         clip, batch.image, (*taps, clip.depth), self.dual_blocks, p.attention, taps if p.dma else (), p.value_from
     )
     clip_side = [seen.values[t] for t in taps] if p.dma else [t[:, 1:] for t in seen.plain[:-1]]
-    found = dict(cls=F.normalize(joint(clip, seen.cls), dim=-1))
+    features = dict(cls=F.normalize(joint(clip, seen.cls), dim=-1))
     if p.self_map:
         patches = joint(clip, seen.layers[-1][:, 1:])
-        found["self"] = F.normalize(patches, dim=-1)
+        features["self"] = F.normalize(patches, dim=-1)
         if p.sap_input == "tokens":
-            found["self_length"] = patches.norm(dim=-1, keepdim=True)
+            features["self_length"] = patches.norm(dim=-1, keepdim=True)
     for i, (mine, other) in enumerate(zip(clip_side, self.dino(batch.image, depths, norm=p.dino_norm).patches)):
-        found |= {f"clip_{i}": mine, f"dino_{i}": other}
-    return found
+        features |= {f"clip_{i}": mine, f"dino_{i}": other}
+    return features
 
 
 # %% ../../nbs/methods/09_dma_sap.ipynb #0bf230d6
@@ -302,9 +324,9 @@ def compare(self: DMASAP, features: dict, text: Tensor) -> dict:  # text: (2, C)
     contrast = (text[1] - text[0]) / p.tau
     fused = self.fused_tokens(features, text)
     local = [F.normalize(fused, dim=-1)]  # each (B, N, C)
-    found = dict(fusion=(local[0] @ contrast).unflatten(1, self.fused_grid))
+    layers = dict(fusion=(local[0] @ contrast).unflatten(1, self.fused_grid))
     if p.self_map:
-        found["self"] = (features["self"] @ contrast).unflatten(1, self.grid)
+        layers["self"] = (features["self"] @ contrast).unflatten(1, self.grid)
         local.append(
             features["self"]
             if self.grid == self.fused_grid
@@ -322,7 +344,7 @@ def compare(self: DMASAP, features: dict, text: Tensor) -> dict:  # text: (2, C)
         patches = torch.stack(local if p.sap_input == "unit" else self._tokens(fused, features)).mean(0)  # P of SAP
         pooled = self.sap(patches, maps) if p.pooling == "sap" else pool(patches, weights, p.sap_weights)
         phi = image_feature(pooled, features["cls"], p.cls_weight)
-    return dict(found, weights=weights.unflatten(1, self.fused_grid), image=phi @ text.T)
+    return dict(layers, weights=weights.unflatten(1, self.fused_grid), image=phi @ text.T)
 
 
 @patch
@@ -345,8 +367,8 @@ def forward(self: DMASAP, features: dict, batch: Batch) -> Prediction:
     "Mean of the upsampled logits, softmax, abnormal channel; smoothed in evaluation mode only."
     p = self.p
     size = tuple(batch.image.shape[-2:])
-    found = self.compare(features, self.text_features())
-    maps = [found[k] for k in ("fusion", "self") if k in found]
+    layers = self.compare(features, self.text_features())
+    maps = [layers[k] for k in ("fusion", "self") if k in layers]
     if p.soft_mean:
         pixels = sum(to_pixels(m.sigmoid(), size) for m in maps) / len(maps)
     else:
@@ -355,7 +377,7 @@ def forward(self: DMASAP, features: dict, batch: Batch) -> Prediction:
         ).sigmoid()  # a softmax over two classes is a sigmoid of their difference
     if not self.training and p.sigma > 0:
         pixels = to_pixels(pixels, size, p.sigma)
-    return Prediction(pixels, (found["image"] / p.tau).softmax(-1)[:, 1], found)
+    return Prediction(pixels, (layers["image"] / p.tau).softmax(-1)[:, 1], layers)
 
 
 @patch
@@ -364,13 +386,13 @@ def loss(self: DMASAP, prediction: Prediction, batch: Batch) -> dict[str, Tensor
     p = self.p
     size = tuple(batch.mask.shape[-2:])
     mask = batch.mask[:, 0]
-    found = prediction.layers
+    layers = prediction.layers
     up = (
         (lambda m: F.interpolate(m[:, None], size, mode="nearest")[:, 0])
         if p.upsampling == "nearest"
         else (lambda m: to_pixels(m, size))
     )
-    maps = [up(found[k]) for k in ("fusion", "self") if k in found]
+    maps = [up(layers[k]) for k in ("fusion", "self") if k in layers]
     maps = (
         [m.sigmoid() for m in maps]
         if p.loss_maps == "each"
@@ -379,7 +401,7 @@ def loss(self: DMASAP, prediction: Prediction, batch: Batch) -> dict[str, Tensor
     parts = dict(
         focal=sum(focal(m, mask) for m in maps),
         dice=sum(dice(m, mask) for m in maps),
-        ce=F.cross_entropy(found["image"] / p.tau_train, batch.anomalous.long()),
+        ce=F.cross_entropy(layers["image"] / p.tau_train, batch.anomalous.long()),
     )
     return dict(
         total=p.weight_focal * parts["focal"] + p.weight_dice * parts["dice"] + p.weight_ce * parts["ce"], **parts

@@ -279,7 +279,7 @@ def lowered(self: Method) -> contextlib.AbstractContextManager:
 @fast_products()
 @torch.inference_mode()
 def predict(self: Method, batch: Batch, cache: FeatureCache | None = None) -> Prediction:  # on the method's device
-    "Prediction of one batch in evaluation mode; but for rounding, it does not depend on the batch's size or company."
+    "Prediction of one batch in evaluation mode; but for rounding, it does not depend on the rest of the batch."
     was = self.training
     batch = batch.to(self.device)
     self.eval()
@@ -292,7 +292,7 @@ def predict(self: Method, batch: Batch, cache: FeatureCache | None = None) -> Pr
 # %% ../../nbs/methods/05_method.ipynb #f3f279a0
 @patch(cls_method=True)
 def spell(cls: Method, p: Any) -> Callable:  # name -> words
-    "How a set of parameters writes a class's name, as its `names` says."
+    "How a set of parameters writes a class's name, by its `names`."
     return spelling(p.names, cls.released_name)
 
 
@@ -313,7 +313,7 @@ def depends_on_others(
     cls: Method,
     parameters: dict,  # that differ from the defaults
 ) -> bool:
-    "Does a prediction then depend on the images before or beside it? The object's `transductive` says the same."
+    "Does a prediction then depend on the images before or beside it? An object's own answer is `transductive`."
     return cls.transductive is True
 
 

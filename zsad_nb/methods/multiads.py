@@ -64,7 +64,7 @@ def type_states(
     word: str,  # a type's word
     patterns: int = 6,  # how many of the patterns
 ) -> tuple:  # with {} for the object
-    "What a sentence can say of an object with this defect (ours)."
+    "Phrases for an object with this defect (ours)."
     return tuple(s.format(word) for s in TYPE_STATES[:patterns])
 
 
@@ -91,14 +91,14 @@ def read_phrases(
         raise ValueError(
             f"{where} holds a {type(phrases).__name__}; write a dict: a type's word, or normal, and its list of phrases"
         )
-    found = {}
+    phrases = {}
     for word, own in phrases.items():
         if not isinstance(own, (list, tuple)) or not own:
             raise ValueError(
                 f'{where}, {word!r}: {own!r} is no list of phrases; write at least one, such as ["{{}} with a scratch"]'
             )
-        found[plain(word)] = tuple(check_template(phrase, f"{where}, {word!r}") for phrase in own)
-    return found
+        phrases[plain(word)] = tuple(check_template(phrase, f"{where}, {word!r}") for phrase in own)
+    return phrases
 
 
 # %% ../../nbs/methods/13_multiads.ipynb #b222b4e2
@@ -106,7 +106,7 @@ def states_of(
     word: str,  # a type's word, or "" for the normal state
     p: Any,  # parameters with `phrases` and `patterns`
 ) -> tuple:  # phrases with {} for the object
-    "What is said of an object in this state."
+    "The phrases for an object in this state."
     own = (read_phrases(p.phrases) or {}).get(word or "normal")
     if own is not None:
         return own
@@ -297,7 +297,7 @@ def states(
     self: MultiADS,
     word: str,  # a type's word, or "" for the normal state
 ) -> tuple:  # phrases with {} for the object
-    "What is said of an object in this state."
+    "The phrases for an object in this state."
     return states_of(word, self.p)
 
 

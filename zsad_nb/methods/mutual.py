@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor
 
 from ..backbones.features import FeatureCache
@@ -127,7 +128,6 @@ class Mutual(Method):
         self._banks: dict = {}
         self._cache: FeatureCache | None = None
 
-    # ---- the test set
     def prepare(self, index: pd.DataFrame, training: bool = False) -> "Mutual":
         "Which images belong to which category; only the rows of the test split, and nothing of their labels."
         if training:
@@ -145,18 +145,7 @@ class Mutual(Method):
                     f"category {category} has one test image, {paths[0]}: mutual compares test images with each other"
                     " and needs at least two; leave the category out or add images"
                 )
-            chosen = (
-                torch.randperm(len(paths), generator=torch.Generator().manual_seed(self.p.seed))[: self.p.references]
-                .sort()
-                .values
-            )
-            rows = [
-                dict(
-                    dataset="", category=category, split="test", image=paths[i], mask="", anomalous=False, defect="good"
-                )
-                for i in chosen.tolist()
-            ]  # placeholders: no label is kept
-            tables[category] = pd.DataFrame(rows)
+            tables[category] = self._references(category, paths)
             tables[category].attrs = {**index.attrs, "root": str(root_of(index))}
         self._tables = tables
         self._banks = {}
@@ -167,55 +156,80 @@ class Mutual(Method):
         self._cache = cache
         return super().features(batch, cache)
 
-    def encode(self, batch: Batch) -> dict[str, Tensor]:
-        "Patches (B, N, D) of every tap."
-        seen = self.backbone(batch.image, norm=self.p.norm)
-        return {f"tap_{t}": x for t, x in zip(seen.taps, seen.patches)}
 
-    def levels(self, features: dict) -> list[Tensor]:  # (B, N, D) each, of length 1
-        "Every tap in every neighbourhood."
-        return [
-            neighbourhood(features[f"tap_{t}"], self.grid, s) for t in self.backbone.taps for s in self.p.neighbourhoods
+# %% ../../nbs/methods/15_mutual.ipynb #f115af59
+@patch
+def _references(
+    self: Mutual,
+    category: str,
+    paths: list[str],  # of its test images, sorted
+) -> pd.DataFrame:  # rows of an Index, with placeholders where a label would be
+    "A random selection of a category's images: the same for every image that is compared with it."
+    order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(self.p.seed))
+    chosen = order[: self.p.references].sort().values.tolist()
+    unlabelled = dict(mask="", anomalous=False, defect="good")
+    return pd.DataFrame(
+        [dict(dataset="", category=category, split="test", image=paths[i], **unlabelled) for i in chosen]
+    )
+
+
+@patch
+def encode(self: Mutual, batch: Batch) -> dict[str, Tensor]:
+    "Patches (B, N, D) of every tap."
+    seen = self.backbone(batch.image, norm=self.p.norm)
+    return {f"tap_{t}": x for t, x in zip(seen.taps, seen.patches)}
+
+
+@patch
+def levels(self: Mutual, features: dict) -> list[Tensor]:  # (B, N, D) each, of length 1
+    "Every tap in every neighbourhood."
+    return [
+        neighbourhood(features[f"tap_{t}"], self.grid, s) for t in self.backbone.taps for s in self.p.neighbourhoods
+    ]
+
+
+@patch
+@torch.inference_mode()
+def bank(self: Mutual, category: str, size: tuple) -> tuple:  # paths, list of (R, N, D)
+    "Features of a category's references, read when first asked for."
+    if self._tables is None:
+        raise ValueError(
+            "mutual compares test images with each other and has not seen them; call prepare(index) first, as"
+            " evaluate does"
+        )
+    if category not in self._tables:
+        raise ValueError(
+            f"category {category} is not in the index given to prepare, which has {', '.join(self._tables)};"
+            " prepare with an index of the images to be judged"
+        )
+    key = category, tuple(size), self.device
+    if key not in self._banks:
+        table = self._tables[category]
+        parts = [
+            self.levels(super(Mutual, self).features(b.to(self.device), self._cache))
+            for b in batches_for(self, table, size, self.p.batch_size)
         ]
+        while len(self._banks) >= self.p.categories:
+            del self._banks[next(iter(self._banks))]  # the oldest goes
+        self._banks[key] = list(table["image"]), [torch.cat(level) for level in zip(*parts)]
+    return self._banks[key]
 
-    @torch.inference_mode()
-    def bank(self, category: str, size: tuple) -> tuple:  # paths, list of (R, N, D)
-        "Features of a category's references, read when first asked for."
-        if self._tables is None:
-            raise ValueError(
-                "mutual compares test images with each other and was not told of them; call prepare(index) first, as"
-                " evaluate does"
-            )
-        if category not in self._tables:
-            raise ValueError(
-                f"category {category} is not in the index given to prepare, which has {', '.join(self._tables)};"
-                " prepare with an index of the images to be judged"
-            )
-        key = category, tuple(size), self.device
-        if key not in self._banks:
-            table = self._tables[category]
-            parts = [
-                self.levels(super(Mutual, self).features(b.to(self.device), self._cache))
-                for b in batches_for(self, table, size, self.p.batch_size)
-            ]
-            while len(self._banks) >= self.p.categories:
-                del self._banks[next(iter(self._banks))]  # the oldest goes
-            self._banks[key] = list(table["image"]), [torch.cat(level) for level in zip(*parts)]
-        return self._banks[key]
 
-    def forward(self, features: dict, batch: Batch) -> Prediction:
-        "Mean distance over taps and neighbourhoods, upsampled and smoothed."
-        size = tuple(batch.image.shape[-2:])
-        levels = self.levels(features)
-        rows: list = [None] * len(batch)
-        for category in dict.fromkeys(batch.category):  # category by category: its bank is read once
-            paths, banks = self.bank(category, size)
-            for i in (i for i, c in enumerate(batch.category) if c == category):
-                others = [k for k, path in enumerate(paths) if path != batch.path[i]]  # not itself
-                rows[i] = sum(
-                    mutual_distance(level[i], bank if len(others) == len(paths) else bank[others], self.p.share)
-                    for level, bank in zip(levels, banks)
-                ) / len(levels)
-        grid = torch.stack(rows).unflatten(1, self.grid)
-        pixels = to_pixels(grid, size, self.p.sigma)
-        return Prediction(pixels, top_share_mean(pixels, self.p.top_share), {"distance": grid})
+# %% ../../nbs/methods/15_mutual.ipynb #b980eca2
+@patch
+def forward(self: Mutual, features: dict, batch: Batch) -> Prediction:
+    "Mean distance over taps and neighbourhoods, upsampled and smoothed."
+    size = tuple(batch.image.shape[-2:])
+    levels = self.levels(features)
+    rows: list = [None] * len(batch)
+    for category in dict.fromkeys(batch.category):  # category by category: its bank is read once
+        paths, banks = self.bank(category, size)
+        for i in (i for i, c in enumerate(batch.category) if c == category):
+            others = [k for k, path in enumerate(paths) if path != batch.path[i]]  # not itself
+            rows[i] = sum(
+                mutual_distance(level[i], bank if len(others) == len(paths) else bank[others], self.p.share)
+                for level, bank in zip(levels, banks)
+            ) / len(levels)
+    grid = torch.stack(rows).unflatten(1, self.grid)
+    pixels = to_pixels(grid, size, self.p.sigma)
+    return Prediction(pixels, top_share_mean(pixels, self.p.top_share), {"distance": grid})

@@ -101,7 +101,7 @@ def linear_layer_names(
 def import_linear_layers(
     method: Any,  # created with the checkpoint's tower and taps
     path: str | Path,  # a released .pth, or the same names in safetensors
-    trained_on: Sequence[str] | str = (),  # "dataset/category" of the images it was trained on: no file says so
+    trained_on: Sequence[str] | str = (),  # "dataset/category" of the images it was trained on: no file states them
 ):  # the same method, with the checkpoint's linear layers
     "Load a checkpoint of APRIL-GAN's or MultiADS's authors; every key that does not fit is named."
     fit_released(method, released_state(path)[0], linear_layer_names(method), path)

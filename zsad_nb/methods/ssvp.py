@@ -218,11 +218,11 @@ class SSVP(Method):
 def encode(self: SSVP, batch: Batch) -> dict[str, Tensor]:
     "Both towers: normed patches of every level (B, N, D), CLIP's image embedding (B, C), DINO's class token."
     seen = self.clip(batch.image, norm=True)
-    found = {f"clip_{i}": t for i, t in enumerate(seen.patches)} | dict(clip_global=seen.cls @ self.clip.tower.proj)
+    features = {f"clip_{i}": t for i, t in enumerate(seen.patches)} | dict(clip_global=seen.cls @ self.clip.tower.proj)
     if self.dino is None:
-        return found
+        return features
     other = self.dino(batch.image, norm=True)
-    return found | {f"dino_{i}": t for i, t in enumerate(other.patches)} | dict(dino_global=other.cls)
+    return features | {f"dino_{i}": t for i, t in enumerate(other.patches)} | dict(dino_global=other.cls)
 
 
 # %% ../../nbs/methods/10_ssvp.ipynb #62cbfc59
@@ -243,7 +243,7 @@ def prompt_features(
     names = ["object"] * len(categories) if self.p.class_agnostic else categories
     if torch.is_grad_enabled():
         return self.prompts(names)
-    return torch.cat([self.prompts.features([n]) for n in names])  # a name at a time: the same numbers in any company
+    return torch.cat([self.prompts.features([n]) for n in names])  # a name at a time: the same numbers in any batch
 
 
 @patch
@@ -262,8 +262,8 @@ def condition(
     local = [t.to(features["clip_0"]) for t in local]
     seen = seen.to(features["clip_global"])
     init = self.prompt_features(categories)
-    final, drawn = (init, {}) if self.vcpg is None else self.vcpg(init, seen)
-    return local, seen, init, final, drawn
+    final, latents = (init, {}) if self.vcpg is None else self.vcpg(init, seen)
+    return local, seen, init, final, latents
 
 
 # %% ../../nbs/methods/10_ssvp.ipynb #ecdf36df
@@ -271,14 +271,14 @@ def condition(
 def forward(self: SSVP, features: dict, batch: Batch) -> Prediction:
     "Map and score (Alg. 1); the map is smoothed in evaluation mode only, the score is taken before."
     size = tuple(batch.image.shape[-2:])
-    local, seen, init, final, drawn = self.condition(features, batch.category)
-    found = self.vtam(local, seen, final, self.grid, size)
-    raw = found["map"]
-    score = found.pop("score")
+    local, seen, init, final, latents = self.condition(features, batch.category)
+    layers = self.vtam(local, seen, final, self.grid, size)
+    raw = layers["map"]
+    score = layers.pop("score")
     return Prediction(
         raw if self.training or self.p.sigma == 0 else to_pixels(raw, size, self.p.sigma),
         score,
-        dict(found, seen=seen, init=init, final=final, **drawn),
+        dict(layers, seen=seen, init=init, final=final, **latents),
     )
 
 
@@ -286,14 +286,14 @@ def forward(self: SSVP, features: dict, batch: Batch) -> Prediction:
 def loss(self: SSVP, prediction: Prediction, batch: Batch) -> dict[str, Tensor]:
     "L_seg + L_class + lambda_1 L_VAE + lambda_2 L_reg (Eqs 9, 12, 20-22)."
     p = self.p
-    found = prediction.layers
+    layers = prediction.layers
     mask = batch.mask[:, 0]
     parts = {}
     if p.seg_on != "levels":
-        parts["focal_map"] = focal(found["map"], mask, p.focal_gamma)
+        parts["focal_map"] = focal(layers["map"], mask, p.focal_gamma)
     if p.seg_on != "map":
         parts["focal_levels"] = focal(
-            found["experts"], mask[:, None].expand_as(found["experts"]), p.focal_gamma
+            layers["experts"], mask[:, None].expand_as(layers["experts"]), p.focal_gamma
         )  # mean over the levels
     if p.image_loss == "paper":
         parts["cls"] = image_bce(prediction.score, batch.anomalous)
@@ -303,8 +303,8 @@ def loss(self: SSVP, prediction: Prediction, batch: Batch) -> dict[str, Tensor]:
         )
     total = sum(value for name, value in parts.items() if name != "cls") + p.weight_class * parts["cls"]
     if self.vcpg is not None:
-        parts["reconstruction"], parts["kl"] = self.vcpg.vae.loss(found["seen"], found)
-        parts["margin"] = stay_close(found["final"], found["init"], p.xi)
+        parts["reconstruction"], parts["kl"] = self.vcpg.vae.loss(layers["seen"], layers)
+        parts["margin"] = stay_close(layers["final"], layers["init"], p.xi)
         total = (
             total + p.weight_vae * (parts["reconstruction"] + p.beta * parts["kl"]) + p.weight_margin * parts["margin"]
         )
@@ -398,8 +398,8 @@ def static_text(
             for _ in range(method.p.prompts)
         ]
 
-    known = {c: torch.stack(states("object" if method.p.class_agnostic else c)) for c in dict.fromkeys(categories)}
-    return torch.stack([known[c] for c in categories])
+    vectors = {c: torch.stack(states("object" if method.p.class_agnostic else c)) for c in dict.fromkeys(categories)}
+    return torch.stack([vectors[c] for c in categories])
 
 
 @torch.no_grad()
@@ -415,7 +415,7 @@ def alignment(
     was = method.training
     cosines = []
     distances = []
-    known: dict = {}
+    static_texts: dict = {}
     method.eval()
     try:
         for batch in batches_for(
@@ -423,10 +423,10 @@ def alignment(
         ):
             batch = batch.to(method.device)
             local, _, _, final, _ = method.condition(method.encode(batch), batch.category)
-            for c in set(batch.category) - set(known):
-                known[c] = static_text(method, [c], static)[0]
+            for c in set(batch.category) - set(static_texts):
+                static_texts[c] = static_text(method, [c], static)[0]
             cosines += [tir_fg(level, final.chunk(2, 1)[1], batch.mask, method.grid, cover) for level in local]
-            distances.append(scd(final, torch.stack([known[c] for c in batch.category])))
+            distances.append(scd(final, torch.stack([static_texts[c] for c in batch.category])))
     finally:
         method.train(was)
     normal, abnormal = torch.cat(distances).chunk(2, 1)

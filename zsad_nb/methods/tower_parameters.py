@@ -40,7 +40,7 @@ class BackboneParameters(ParameterSet, frozen="tower"):
         None,
         "as the table",
         "how the image tower's positions are resized: bilinear, bicubic (antialiased) or "
-        "bicubic_plain (not); None: as the backbone table says",
+        "bicubic_plain (not); None: the backbone table's",
         ("bilinear", "bicubic", "bicubic_plain"),
     )
 

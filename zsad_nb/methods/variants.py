@@ -34,7 +34,7 @@ class Variant(dict):
             return self.effect or "not measured"
         return f"{', '.join(f'{what} up to {value:g}' for what, value in self.effect.items())} (the method's notebook)"
 
-    def says(self) -> str:
+    def as_text(self) -> str:
         "The changes in words, those of the training behind those of the parameters."
         changes = [f"{k}={value!r}" for k, value in self.items()]
         changes += [f"recipe {k}={value!r}" for k, value in self.recipe.items()]
@@ -45,16 +45,16 @@ class AllVariants:
     "What `Method.variants` is: a class's readings, and the rows of its ablations and studies that change anything."
 
     def __get__(self, method, cls) -> dict[str, Variant]:  # name -> what to give `create`
-        found = dict(cls.readings)
+        sets = dict(cls.readings)
         for table, rows in cls.tables().items():
             for name, changes in rows.items():
-                if not changes or changes in found.values():
+                if not changes or changes in sets.values():
                     continue  # the method itself, or a set that has a name
-                unique = name if found.get(name, changes) == changes else f"{table}: {name}"
+                unique = name if sets.get(name, changes) == changes else f"{table}: {name}"
                 where = f"not measured here; the notebook experiments/ablation trains the table {table!r}"
                 row = Variant(f"A row of the table {table!r}.", effect=where, **changes)
-                found.setdefault(unique, changes if isinstance(changes, Variant) else row)
-        return found
+                sets.setdefault(unique, changes if isinstance(changes, Variant) else row)
+        return sets
 
 
 def variants_of(
@@ -65,7 +65,11 @@ def variants_of(
     def row(name, variant):
         marked = "yes" if cls.depends_on_others(variant) else ""
         return dict(
-            variant=name, changes=variant.says(), transductive=marked, what=variant.note, effect=variant.by_how_much()
+            variant=name,
+            changes=variant.as_text(),
+            transductive=marked,
+            what=variant.note,
+            effect=variant.by_how_much(),
         )
 
     rows = [row(name, variant) for name, variant in cls.variants.items()]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..backbones.towers import Features, create_backbone
@@ -102,78 +103,94 @@ class VisualAD(Method):
         "Nothing is frozen before the tokens join the input."
         return None
 
-    def final_norm(self, x: Tensor) -> Tensor:
-        "The backbone's last LayerNorm, with trained weights while training (and at evaluation where asked for)."
-        own = self.p.ln_post == "trained" or (self.p.ln_post == "base" and self.training)
-        b = self.backbone.norm
-        return F.layer_norm(
-            x, b.normalized_shape, self.norm_weight if own else b.weight, self.norm_bias if own else b.bias, b.eps
-        )
 
-    def tap_maps(
-        self,
-        image: Tensor,  # (B, 3, H, W) RGB in [0, 1]
-    ) -> tuple:  # {tap: (B, h, w)}, corrected tokens of the last tap (B, 2, D)
-        "Contrast maps of every tap on the patch grid (section 3)."
-        b = self.backbone
-        seen = b(image, taps=b.taps + (b.depth,), extra=self.tokens)
-        final = self.final_norm(seen.prefix[-1][:, :2])
-        maps = {}
-        corrected = final
-        for tap, patches in zip((f"tap_{t}" for t in b.taps), seen.patches):
-            patches = self.final_norm(patches)
-            corrected = self.sca[tap](final, patches, seen.grid) if self.p.sca else final
-            maps[tap] = token_contrast(self.saf[tap](patches) if self.p.saf else patches, corrected, seen.grid)
-        return maps, corrected
+# %% ../../nbs/methods/11_visualad.ipynb #c7fc9af0
+@patch
+def final_norm(self: VisualAD, x: Tensor) -> Tensor:
+    "The backbone's last LayerNorm, with trained weights while training (and at evaluation where asked for)."
+    own = self.p.ln_post == "trained" or (self.p.ln_post == "base" and self.training)
+    b = self.backbone.norm
+    return F.layer_norm(
+        x, b.normalized_shape, self.norm_weight if own else b.weight, self.norm_bias if own else b.bias, b.eps
+    )
 
-    def look(self, image: Tensor) -> dict[str, Tensor]:
-        "Maps of every tap, and the corrected tokens."
-        maps, tokens = self.tap_maps(image)
-        return {**maps, "tokens": tokens}
 
-    def forward(self, features: Features | None, batch: Batch) -> Prediction:
-        "Map at the batch's size, score and per-tap maps; smoothed in evaluation mode only, as in the code."
-        layers = self.seen(batch.image)
-        maps = [m for k, m in layers.items() if k != "tokens"]
-        weights = self.p.tap_weights or (1.0,) * len(maps)
-        summed = sum(w * m for w, m in zip(weights, maps))
-        pixels = to_pixels(summed, tuple(batch.image.shape[-2:]), 0 if self.training else self.p.sigma)
-        return Prediction(pixels, top_share_mean(pixels, self.p.top_share), layers)
+@patch
+def tap_maps(
+    self: VisualAD,
+    image: Tensor,  # (B, 3, H, W) RGB in [0, 1]
+) -> tuple:  # {tap: (B, h, w)}, corrected tokens of the last tap (B, 2, D)
+    "Contrast maps of every tap on the patch grid (section 3)."
+    b = self.backbone
+    seen = b(image, taps=b.taps + (b.depth,), extra=self.tokens)
+    final = self.final_norm(seen.prefix[-1][:, :2])
+    maps = {}
+    corrected = final
+    for tap, patches in zip((f"tap_{t}" for t in b.taps), seen.patches):
+        patches = self.final_norm(patches)
+        corrected = self.sca[tap](final, patches, seen.grid) if self.p.sca else final
+        maps[tap] = token_contrast(self.saf[tap](patches) if self.p.saf else patches, corrected, seen.grid)
+    return maps, corrected
 
-    def loss(self, prediction: Prediction, batch: Batch) -> dict[str, Tensor]:
-        "cls + ctr + seg on unsmoothed maps; seg sums focal and dice over the taps (section 3.5, code)."
-        p = self.p
-        size = tuple(batch.mask.shape[-2:])
-        mask = batch.mask[:, 0]
-        taps = {k: to_pixels(m, size) for k, m in prediction.layers.items() if k.startswith("tap_")}
-        weights = p.tap_weights or (1.0,) * len(taps)
-        raw = sum(w * m for w, m in zip(weights, taps.values()))
-        anomaly, normal = prediction.layers["tokens"].unbind(1)
-        parts = dict(
-            cls=image_bce(top_share_mean(raw, p.top_share), batch.anomalous),
-            ctr=angle_margin(anomaly, normal, p.margin),
-            focal=sum(focal(m.sigmoid(), mask) for m in taps.values()),
-            dice=sum(dice(m.sigmoid(), mask) for m in taps.values()),
-        )
-        return dict(
-            total=p.weight_cls * parts["cls"]
-            + p.weight_ctr * parts["ctr"]
-            + p.weight_seg * (parts["focal"] + parts["dice"]),
-            **parts,
-        )
 
-    def param_groups(self) -> list[dict]:
-        "Tokens at lr_tokens, everything else at lr (code)."
-        return [
-            dict(params=[self.tokens], lr=self.p.lr_tokens),
-            dict(params=[q for n, q in self.learned().items() if n != "tokens"], lr=self.p.lr),
-        ]
+@patch
+def look(self: VisualAD, image: Tensor) -> dict[str, Tensor]:
+    "Maps of every tap, and the corrected tokens."
+    maps, tokens = self.tap_maps(image)
+    return {**maps, "tokens": tokens}
 
-    def clip_gradients(self):
-        "Each token separately to norm `clip`; nothing else is clipped (code)."
-        if self.tokens.grad is not None:
-            norms = self.tokens.grad.norm(dim=1, keepdim=True)
-            self.tokens.grad.mul_((self.p.clip / (norms + 1e-6)).clamp(max=1))
+
+@patch
+def forward(self: VisualAD, features: Features | None, batch: Batch) -> Prediction:
+    "Map at the batch's size, score and per-tap maps; smoothed in evaluation mode only, as in the code."
+    layers = self.seen(batch.image)
+    maps = [m for k, m in layers.items() if k != "tokens"]
+    weights = self.p.tap_weights or (1.0,) * len(maps)
+    summed = sum(w * m for w, m in zip(weights, maps))
+    pixels = to_pixels(summed, tuple(batch.image.shape[-2:]), 0 if self.training else self.p.sigma)
+    return Prediction(pixels, top_share_mean(pixels, self.p.top_share), layers)
+
+
+# %% ../../nbs/methods/11_visualad.ipynb #6fe5f219
+@patch
+def loss(self: VisualAD, prediction: Prediction, batch: Batch) -> dict[str, Tensor]:
+    "cls + ctr + seg on unsmoothed maps; seg sums focal and dice over the taps (section 3.5, code)."
+    p = self.p
+    size = tuple(batch.mask.shape[-2:])
+    mask = batch.mask[:, 0]
+    taps = {k: to_pixels(m, size) for k, m in prediction.layers.items() if k.startswith("tap_")}
+    weights = p.tap_weights or (1.0,) * len(taps)
+    raw = sum(w * m for w, m in zip(weights, taps.values()))
+    anomaly, normal = prediction.layers["tokens"].unbind(1)
+    parts = dict(
+        cls=image_bce(top_share_mean(raw, p.top_share), batch.anomalous),
+        ctr=angle_margin(anomaly, normal, p.margin),
+        focal=sum(focal(m.sigmoid(), mask) for m in taps.values()),
+        dice=sum(dice(m.sigmoid(), mask) for m in taps.values()),
+    )
+    return dict(
+        total=p.weight_cls * parts["cls"]
+        + p.weight_ctr * parts["ctr"]
+        + p.weight_seg * (parts["focal"] + parts["dice"]),
+        **parts,
+    )
+
+
+@patch
+def param_groups(self: VisualAD) -> list[dict]:
+    "Tokens at lr_tokens, everything else at lr (code)."
+    return [
+        dict(params=[self.tokens], lr=self.p.lr_tokens),
+        dict(params=[q for n, q in self.learned().items() if n != "tokens"], lr=self.p.lr),
+    ]
+
+
+@patch
+def clip_gradients(self: VisualAD):
+    "Each token separately to norm `clip`; nothing else is clipped (code)."
+    if self.tokens.grad is not None:
+        norms = self.tokens.grad.norm(dim=1, keepdim=True)
+        self.tokens.grad.mul_((self.p.clip / (norms + 1e-6)).clamp(max=1))
 
 
 # %% ../../nbs/methods/11_visualad.ipynb #1f4b98aa

@@ -192,7 +192,7 @@ class WinCLIP(Method):
         p = self.p
         self.clip, self.text = clip_towers(p)
         self.grid = (self.clip.size // self.clip.patch,) * 2
-        self._said: dict = {}
+        self._texts: dict = {}
         for s in p.scales:
             window_patches(self.grid, s)  # a scale that does not fit is refused here
         self._reserve(p.shots)
@@ -208,7 +208,7 @@ class WinCLIP(Method):
         self.p = replace(self.p, shots=len(images))
         self._reserve(len(images))
         if len(images):
-            seen = [self.see(i[None]) for i in images.to(self.device)]  # one by one: the same in any company
+            seen = [self.see(i[None]) for i in images.to(self.device)]  # one by one: the same in any batch
             for name, kept in self.references().items():
                 kept.copy_(F.normalize(torch.cat([s[name] for s in seen]).flatten(0, 1), dim=-1))
         return self
@@ -287,14 +287,14 @@ def text_features(
     "Mean of every state in every template, made once per class name (section 4.1)."
     spell = self.spell(self.p)
     names = ["object" if self.p.class_agnostic else spell(c) for c in categories]
-    for n in set(names) - self._said.keys():
-        self._said[n] = torch.stack(
+    for n in set(names) - self._texts.keys():
+        self._texts[n] = torch.stack(
             [
                 ensemble(self.text, n, WINCLIP_STATES[s], TEMPLATES[self.p.templates], False, spell)
                 for s in ("normal", "abnormal")
             ]
         )
-    return torch.stack([self._said[n] for n in names]).to(self.clip.tower.proj)
+    return torch.stack([self._texts[n] for n in names]).to(self.clip.tower.proj)
 
 
 @patch
@@ -338,13 +338,13 @@ def reference_map(self: WinCLIP, features: dict) -> Tensor:  # (B, h, w)
 def forward(self: WinCLIP, features: dict, batch: Batch) -> Prediction:
     "Map without a blur, and score; with references both are means of the two kinds of evidence."
     p = self.p
-    found = self.zero_shot(features, batch.category)
-    grid = found["grid"]
-    score = found["image"]
+    layers = self.zero_shot(features, batch.category)
+    grid = layers["grid"]
+    score = layers["image"]
     if p.shots:
-        found["reference"] = self.reference_map(features)
-        grid = (grid + found["reference"]) / 2
-        score = (score + found["reference"].flatten(1).amax(1)) / 2
+        layers["reference"] = self.reference_map(features)
+        grid = (grid + layers["reference"]) / 2
+        score = (score + layers["reference"].flatten(1).amax(1)) / 2
     if p.score == "map":
         score = to_pixels(grid, p.score_size).flatten(1).amax(1)
-    return Prediction(to_pixels(grid, tuple(batch.image.shape[-2:])), score, found)
+    return Prediction(to_pixels(grid, tuple(batch.image.shape[-2:])), score, layers)

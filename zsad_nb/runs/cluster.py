@@ -15,7 +15,7 @@ import socket
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def blind(
 
 # %% ../../nbs/runs/05_cluster.ipynb #c6ee31ef
 def _leave_answer(ticket: Path, content: bytes):
-    "Write a ticket's answer, readable by this user alone, unless nobody waits for it any more."
+    "Write a ticket's answer, readable by this user alone, unless no client waits for it any more."
     part = Path(f"{ticket}.part")
     with contextlib.suppress(FileNotFoundError):
         with open(part, "wb", opener=lambda path, flags: open_unfollowed(path, flags, 0o600)) as file:
@@ -69,8 +69,8 @@ def _leave_answer(ticket: Path, content: bytes):
         os.replace(part, f"{ticket}.answer")
 
 
-def _is_unwanted(worker, key: Hashable, begun: Path) -> bool:
-    "Does nobody wait for this task any more?"
+def _is_unwanted(worker, key: str, begun: Path) -> bool:
+    "Is no client waiting for this task any more?"
     task = worker.state.tasks.get(key)
     return (
         task is None
@@ -145,8 +145,8 @@ class DaskExecutor:
         self,
         client: Any,  # distributed.Client
         folder: str | Path,  # that all machines see under this path
-        cores: int | None = None,  # threads of each run; default: what the environment of the workers says
-        gpus: list | None = None,  # ids, by the number that is a worker's name; default: what their environment says
+        cores: int | None = None,  # threads of each run; default: that of the workers' environment
+        gpus: list | None = None,  # ids, by the number that is a worker's name; default: those of their environment
     ):
         self.client = client
         self.gpus = [str(gpu) for gpu in gpus or []]
@@ -208,7 +208,7 @@ class DaskExecutor:
         "Raise where the scheduler is gone for good."
         if self.client.status in ("closing", "closed"):
             raise Unusable(
-                f"the scheduler at {self.address} is gone. What was done is kept, what was under way is not believed;"
+                f"the scheduler at {self.address} is gone. What was done is kept, what was under way does not count;"
                 " start the scheduler and the same sweep again, it goes on from there"
             )
 
@@ -227,7 +227,7 @@ class DaskExecutor:
         return self._news if self._news != before else ""
 
     def shutdown(self):
-        "Nobody waits any more: what is running is ended, kernels included."
+        "No client waits any more: what is running is ended, kernels included."
         if self.client.status == "running":
             with contextlib.suppress(Exception):
                 self.client.cancel([task for task in self._handed.values() if not task.done()], force=True)

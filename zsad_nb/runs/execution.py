@@ -58,7 +58,7 @@ def hardware() -> dict:
 
 
 # %% ../../nbs/runs/06_execution.ipynb #85f4b8d7
-REPORT = "kernel.json"  # what the kernel says of itself
+REPORT = "kernel.json"  # the kernel's own report
 _LONGEST_SOCKET = 80  # characters of a folder; the path of a socket has 107 at most on Linux
 
 
@@ -187,7 +187,7 @@ def _kernel_record(
     report: dict,  # of the kernel; {} where there is none
     code: dict,  # of this process
 ) -> dict:
-    "What run.json says of the process that executed the notebook."
+    "The entry of run.json about the process that executed the notebook."
     if not report:
         return {}
     if report["source"] != code["source"]:  # the package was edited since this process began

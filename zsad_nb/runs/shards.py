@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,22 @@ def evaluate_shard(
 
 
 # %% ../../nbs/runs/12_shards.ipynb #6d26a62e
+def _predict_options(
+    method: Method,
+    size: int | None,
+    batch_size: int,
+    workers: int,
+    cache: FeatureCache | str | Path | None,
+) -> dict:  # of `predict_images`
+    "How every shard predicts."
+    return dict(
+        size=size or next(iter(method.backbones().values())).size,
+        batch_size=batch_size,
+        workers=workers,
+        cache=FeatureCache(cache) if isinstance(cache, (str, Path)) else cache,
+    )
+
+
 def _leave_common(
     folder: str,
     common: dict,  # what every shard needs
@@ -212,19 +229,14 @@ def evaluate_shards(
     seen = seen_in_training(method, test, allow_seen)
     method.prepare(test)
     parts = split(test, shards, batch_size, whole=method.transductive)
-    options = dict(
-        size=size or next(iter(method.backbones().values())).size,
-        batch_size=batch_size,
-        workers=workers,
-        cache=FeatureCache(cache) if isinstance(cache, (str, Path)) else cache,
-    )
+    options: dict = dict(size=size, batch_size=batch_size, workers=workers, cache=cache)
     common = dict(
         method=None if checkpoint else method,
         checkpoint=checkpoint,
         changes=changes or {},
         device=method.device.type,
         test=test,
-        options=options,
+        options=_predict_options(method, **options),
         limits=tuple(limits),
         spill=spill,
         threads=cores or torch.get_num_threads(),
@@ -233,12 +245,10 @@ def evaluate_shards(
         Path(folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".shards-", dir=folder, ignore_cleanup_errors=True) as place:
         _leave_common(place, common, method.name)
+        processes = (processes or len(parts)) if client in (None, "local") else 1
         with tqdm(total=len(test), desc=label, disable=not progress, unit="image") as bar:
-            if executor is not None:
+            own = open_executor(place, client, processes, cores, gpus) if executor is None else nullcontext(executor)
+            with own as executor:
                 rows = _run_shards(executor, place, parts, retries, bar)
-            else:
-                seats = (processes or len(parts)) if client in (None, "local") else 1
-                with open_executor(place, client, seats, cores, gpus) as executor:
-                    rows = _run_shards(executor, place, parts, retries, bar)
         merged = _merge(place, rows, sorted(set(test["category"])), limits, spill)
     return put_together(test, merged, seen)

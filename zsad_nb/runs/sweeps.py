@@ -228,7 +228,7 @@ class _Loop:
         self.taken += 1
 
     def stop(self):
-        "The sweep was stopped: nothing that was under way is believed."
+        "The sweep was stopped: nothing that was under way counts."
         for task in self.tasks:
             if task.status == "running":
                 task.status = "interrupted"
@@ -257,7 +257,7 @@ def _table(tasks: list[Task], root: Path) -> pd.DataFrame:
 
 
 def _say_plan(tasks: list[Task], progress: Progress):
-    "What a dry run says."
+    "The report of a dry run."
     for task in tasks:
         what = "done" if task.status == "done" else "to run"
         note = f"  ({task.note})" if task.note else ""
@@ -288,7 +288,7 @@ def sweep(
     tls: dict | None = None,  # ca, cert and key of a tls:// scheduler, likewise
     retries: int = 1,  # further tries when a kernel or a worker died
     timeout: float | None = None,  # seconds a cell may take
-    dry_run: bool = False,  # say what would be run; start and write nothing
+    dry_run: bool = False,  # print what would be run; start and write nothing
     stream: TextIO | None = None,  # progress goes here; default: stderr
 ) -> Sweep:
     "Run what has no valid result yet; go on past what fails."

@@ -10,7 +10,7 @@ __all__ = [
     "GRADED_AREAS",
     "GRADED_STANDS_OUT",
     "STAMP",
-    "VERSION",
+    "IMAGES_VERSION",
     "Sample",
     "render",
     "render_batch",
@@ -153,7 +153,7 @@ def render_batch(
 
 # %% ../../nbs/synthetic/19_benchmark.ipynb #b46371e7
 STAMP = "synthetic.json"
-VERSION = 2  # of the rendered images behind version 1 of the benchmark
+IMAGES_VERSION = 2  # of the renderers: raised when the pixels of a set change; another one writes the set again
 
 
 class Job(NamedTuple):
@@ -288,7 +288,7 @@ def synthetic_index(
         defective=defective,
         train_normal=train_normal,
         seed=seed,
-        version=VERSION,
+        version=IMAGES_VERSION,
     )
     if version > 1:
         config |= dict(benchmark=version, strength=strength or "")

@@ -200,10 +200,7 @@ def fit(
     _check_training(method, index, recipe)
     check_devices(method, devices, recipe.batch_size)
     lowered(precision, method.device)
-    if watch is not None and (devices > 1 or resume is not None):
-        raise ValueError(
-            "watch looks at the method after every epoch in this process: it goes with devices=1 and without resume"
-        )
+    _check_watch(watch, devices, resume)
     method.prepare(index, training=True)
     if isinstance(cache, (str, Path)):
         cache = FeatureCache(cache)
@@ -222,6 +219,21 @@ def fit(
         resume=resume,
         watch=watch,
     )
+    history = _train(method, arguments)
+    _drop_state(history, keep_state)
+    history.attrs["reading"] = dataclasses.asdict(reading_of(index))
+    _warn_of_skipped(history, precision)
+    return history
+
+
+def _train(
+    method: Method,
+    arguments: dict,  # of `train_here`
+) -> pd.DataFrame:  # the table of `fit`
+    "Train in this process or in several; then the method states what it was trained on and how."
+    index = arguments["index"]
+    recipe = arguments["recipe"]
+    devices = arguments["devices"]
     several = devices > 1 and not inside(devices)
     trained_on = sorted({*method.trained_on, *(index["dataset"] + "/" + index["category"])})
     try:
@@ -234,17 +246,20 @@ def fit(
         raise
     if several:
         method.eval()
-        if cache is not None:
-            for name in ("hits", "misses"):
-                cache.counts[name] += sum(e[name] for e in history.attrs["epochs"])
+        _count_of_others(arguments["cache"], history)
     if not history["skipped"].all():
         method.trained_on = trained_on
-        size = size or next(iter(method.backbones().values())).size
-        method.fitted = dict(dataclasses.asdict(recipe), size=size, precision=precision)
-    _drop_state(history, keep_state)
-    history.attrs["reading"] = dataclasses.asdict(reading_of(index))
-    _warn_of_skipped(history, precision)
+        size = arguments["size"] or next(iter(method.backbones().values())).size
+        method.fitted = dict(dataclasses.asdict(recipe), size=size, precision=arguments["precision"])
     return history
+
+
+def _count_of_others(cache: FeatureCache | None, history: pd.DataFrame):
+    "Add the hits and misses of the processes that trained to this process's cache."
+    if cache is None:
+        return
+    for name in ("hits", "misses"):
+        cache.counts[name] += sum(epoch[name] for epoch in history.attrs["epochs"])
 
 
 def _drop_state(history: pd.DataFrame, keep: bool):
@@ -265,6 +280,14 @@ def _add_what_is_left(error: BaseException, done: int, epochs: int):
         error.args = (f"{error}; {left}",)
     else:
         error.add_note(left)
+
+
+def _check_watch(watch: Callable | None, devices: int, resume: str | Path | None):
+    "What `watch` cannot be combined with."
+    if watch is not None and (devices > 1 or resume is not None):
+        raise ValueError(
+            "watch looks at the method after every epoch in this process: it goes with devices=1 and without resume"
+        )
 
 
 def _check_training(method: Method, index: pd.DataFrame, recipe: Recipe):
@@ -555,7 +578,7 @@ def _forward(self: _Loop, features, batch):
 
 @patch
 def _watched(self: _Loop) -> bool:
-    "Does the caller's `watch` end the training? Random numbers that it used are given back."
+    "Does the caller's `watch` end the training? The state of the random numbers is as before."
     if self.watch is None:
         return False
     state = random_state(self.device)

@@ -98,7 +98,7 @@ def set_random_state(tensors: dict, about: dict, device: torch.device):
 
 # %% ../../nbs/training/02_resume.ipynb #e4b7ac17
 def training_key(
-    method: Method,  # as it is before the first step, told of the index
+    method: Method,  # as it is before the first step, prepared with the index
     index: pd.DataFrame,
     recipe: Any,  # a Recipe
     cache: FeatureCache | None,
@@ -136,15 +136,15 @@ def training_key(
 
 def differences(a: dict, b: dict, prefix: str = "") -> list[str]:
     "In what two keys differ, for people."
-    found = []
+    lines = []
     for name in sorted({*a, *b}):
         if a.get(name) == b.get(name):
             continue
         if isinstance(a.get(name), dict) and isinstance(b.get(name), dict):
-            found += differences(a[name], b[name], f"{prefix}{name}.")
+            lines += differences(a[name], b[name], f"{prefix}{name}.")
         else:
-            found.append(f"{prefix}{name}: {a.get(name)}, here {b.get(name)}")
-    return found
+            lines.append(f"{prefix}{name}: {a.get(name)}, here {b.get(name)}")
+    return lines
 
 
 # %% ../../nbs/training/02_resume.ipynb #f25a714f
