@@ -153,6 +153,48 @@ def test_length_of_functions_and_classes(limit, kinds):
     assert not longer, f"longer than {limit} lines: {longer}"
 
 
+def exported(tree: ast.Module) -> set[str]:
+    "Names in a module's `__all__`."
+    lists = [
+        node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    ]
+    return set(ast.literal_eval(lists[0])) if lists else set()
+
+
+def public_functions(tree: ast.Module) -> dict[str, list[ast.arg]]:
+    "name -> parameters of every exported function, and of every public method of an exported class (without self)."
+    names = exported(tree)
+    found = {}
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name in names:
+            found |= {f"{node.name}.{f.name}": f for f in node.body if isinstance(f, ast.FunctionDef)}
+        elif isinstance(node, ast.FunctionDef) and any(ast.unparse(d).startswith("patch") for d in node.decorator_list):
+            owner = ast.unparse(node.args.args[0].annotation)
+            found |= {f"{owner}.{node.name}": node} if owner in names else {}
+        elif isinstance(node, ast.FunctionDef) and node.name in names:
+            found[node.name] = node
+    out = {}
+    for name, function in found.items():
+        *owner, own = name.split(".")
+        if own.startswith("_") and own not in ("__init__", "__call__"):
+            continue
+        static = any(ast.unparse(d) == "staticmethod" for d in function.decorator_list)
+        places = [*function.args.posonlyargs, *function.args.args][1 if owner and not static else 0 :]
+        out[name] = [*places, *function.args.kwonlyargs]
+    return out
+
+
+def test_public_parameters_have_hints():
+    bare = [
+        f"{module}.{name}({parameter.arg})"
+        for module, path in modules().items()
+        for name, parameters in public_functions(ast.parse(path.read_text(encoding="utf-8"))).items()
+        for parameter in parameters
+        if parameter.annotation is None
+    ]
+    assert not bare, f"{len(bare)} parameters without a hint: {', '.join(bare[:10])}"
+
+
 def main():
     arrows = Counter()
     count = Counter()

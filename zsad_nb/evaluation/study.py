@@ -78,10 +78,7 @@ def study(
     views: dict = {}
     images: dict = {}
     for name, changes in variants.items():
-        training = {
-            **getattr(changes, "recipe", {}),
-            **(recipe or {}),
-        }  # a variant's own, but for what was asked of all
+        training = {**getattr(changes, "recipe", {}), **(recipe or {})}  # the variant's, but for what was asked of all
         own_key = dict(key, **common.variant_key(name, changes, training))
         for seed in tqdm(seeds, desc=name, disable=not progress):
             kept = shown if seed == seeds[0] else None
