@@ -48,11 +48,13 @@ $(VENV)/.everything: $(VENV)/.ready
 demo: env
 	@zsad demo
 
+# tests/system/test_printed_commands.py executes these
+EXECUTED_BY_PYTEST = '^([_.]|(ablation|benchmark|defect_types|evaluate|qualitative|train)\.ipynb$$)'
 test: everything
 	ruff check
 	ruff format --check
 	mypy
-	OMP_NUM_THREADS=1 nbdev_test --path nbs --n_workers 2
+	OMP_NUM_THREADS=1 nbdev_test --path nbs --n_workers 2 --skip_file_re $(EXECUTED_BY_PYTEST)
 	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile
 	zsad demo --out runs/demo
 

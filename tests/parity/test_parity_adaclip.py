@@ -211,6 +211,7 @@ def numbers(case) -> dict:
     return found
 
 
+@pytest.mark.slow
 def test_adaclip_every_stored_number(case, stored_groups):
     def tolerance(key):
         t = case.limits
@@ -255,6 +256,7 @@ def test_adaclip_own_groups_are_those_of_the_release(case):
     assert case.difference(score, case.tensors["out.image_score"]) < case.limits["scores"]
 
 
+@pytest.mark.slow
 def test_adaclip_what_was_set_matters(case, stored_groups):
     "Or the check above would show nothing."
     batch = batch_of(case)

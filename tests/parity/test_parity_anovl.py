@@ -153,6 +153,7 @@ def numbers(case) -> dict:
     }  # of some images the fixture keeps the bias alone
 
 
+@pytest.mark.slow
 def test_anovl_every_stored_number(case):
     def tolerance(key):
         t = case.limits
@@ -193,6 +194,7 @@ def test_anovl_every_stored_number(case):
     )
 
 
+@pytest.mark.slow
 def test_anovl_only_the_release_remembers(case):
     "One optimiser a class: the first image of a class is what it is alone, the second is not; by default no image knows another."
     assert not build(case).transductive and build(case, release_compat=True).transductive
@@ -206,6 +208,7 @@ def test_anovl_only_the_release_remembers(case):
             assert bool(far) == (moved and i in later), (compat, i)
 
 
+@pytest.mark.slow
 def test_anovl_the_same_image_the_same_result(case):
     "Seeded draws by default; the release draws from whatever state there is."
     batch = batch_of(case)
@@ -218,6 +221,7 @@ def test_anovl_the_same_image_the_same_result(case):
         assert torch.equal(*seen) == (not compat)
 
 
+@pytest.mark.slow
 def test_anovl_what_was_set_matters(case):
     "Or the check above would show nothing."
     limits = case.limits

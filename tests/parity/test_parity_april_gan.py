@@ -134,6 +134,7 @@ def numbers(case) -> dict:
     return found
 
 
+@pytest.mark.slow
 def test_april_gan_every_stored_number(case):
     def tolerance(key):
         t = case.limits
@@ -176,6 +177,7 @@ def test_april_gan_every_stored_number(case):
     )
 
 
+@pytest.mark.slow
 def test_april_gan_the_name_is_written_as_the_data_set_spells_it(case, tmp_path):
     "The 35 sentences are not stored: their arithmetic is checked with sentences of our own, in a file, read one by one."
     frames = [f"sentence {i} about a {{}}." for i in range(case.cfg["n_templates_released"])]
@@ -204,6 +206,7 @@ def test_april_gan_the_name_is_written_as_the_data_set_spells_it(case, tmp_path)
         assert near > far, (key, near, far)
 
 
+@pytest.mark.slow
 def test_april_gan_what_was_set_matters(case):
     "Or the check above would show nothing."
     batch = batch_of(case)

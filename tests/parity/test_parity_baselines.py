@@ -193,6 +193,7 @@ def test_winclip_every_stored_number(winclip_case):
     assert said == meta["scalars"]["prompts_first_last"]
 
 
+@pytest.mark.slow
 def test_winclip_what_was_set_matters(winclip_case):
     "Or the check above would show nothing."
     tensors, meta, batch, build, references = winclip_case
@@ -332,6 +333,7 @@ def anomalyclip_numbers(case) -> dict:
     return found
 
 
+@pytest.mark.slow
 def test_anomalyclip_every_stored_number(anomalyclip_case):
     tensors, meta, *_ = anomalyclip_case
     t = suggested(meta)
@@ -553,6 +555,7 @@ def crane_numbers(case, which) -> dict:
     return {f"{which}.{k}": v for k, v in found.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["base", "plus"])
 def test_crane_every_stored_number(crane_case, which):
     tensors, meta, *_ = crane_case
@@ -623,6 +626,7 @@ def test_crane_default_is_the_repaired_variant(crane_case):
         )
 
 
+@pytest.mark.slow
 def test_crane_what_was_set_matters(crane_case):
     tensors, meta, batch, build = crane_case
     blocks = len(meta["cfg"]["dual_path_blocks_1based"])

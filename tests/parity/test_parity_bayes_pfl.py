@@ -292,6 +292,7 @@ def numbers(case) -> dict:
     return found | {f"quick.{k}": v for k, v in more.items()}
 
 
+@pytest.mark.slow
 def test_bayes_pfl_every_stored_number(case):
     def tolerance(key):
         t = case.limits
@@ -318,6 +319,7 @@ def test_bayes_pfl_every_stored_number(case):
     case.compare(numbers(case), tolerance)
 
 
+@pytest.mark.slow
 def test_bayes_pfl_scalars(case):
     scalars = case.meta["scalars"]
     limits = case.limits
@@ -339,6 +341,7 @@ def test_bayes_pfl_scalars(case):
         ), name
 
 
+@pytest.mark.slow
 def test_bayes_pfl_what_was_set_matters(case):
     "Or the check above would show nothing."
     batch = batch_of(case, "test")
@@ -386,6 +389,7 @@ def test_bayes_pfl_what_was_set_matters(case):
         )
 
 
+@pytest.mark.slow
 def test_bayes_pfl_default_looks_at_one_image(case):
     "The release to the letter is a variant with a mark, and its noise depends on who came first."
     table = describe("bayes_pfl").variants.set_index("variant")

@@ -445,6 +445,7 @@ def test_method_as_crane_plus(crane, as_crane, project_first):
     )
 
 
+@pytest.mark.slow
 def test_method_as_crane_plus_notices(crane, as_crane):
     "Everything that was set to get there matters."
     tensors, meta, cfg, clip, _, _, tolerance = crane

@@ -110,6 +110,7 @@ def test_pixel_metrics(data, name, part):
         close(got["pixel_aupro_200"], values["aupro_200thr@0.3"][variant], tolerance, f"{name} aupro_200 {variant}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CLASSES)
 def test_streamed_and_spilled_are_the_same_numbers(data, name):
     maps, masks, _, _, has_mask = data(name)

@@ -177,6 +177,7 @@ def training_quick(case):
         return training(case, quick_gelu=True)
 
 
+@pytest.mark.slow
 def test_multiads_every_stored_number(case):
     def tolerance(key):
         t = case.limits
@@ -210,6 +211,7 @@ def test_multiads_every_stored_number(case):
         ), name
 
 
+@pytest.mark.slow
 def test_multiads_what_was_set_matters(case):
     "Or the check above would show nothing."
     batch = target_batch(case)

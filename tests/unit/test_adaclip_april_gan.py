@@ -106,6 +106,7 @@ def model(request):
     return request.param()
 
 
+@pytest.mark.slow
 def test_batch_mates_do_not_matter(model, batch):
     together = model.predict(batch)
     for i in range(len(batch)):
@@ -170,6 +171,7 @@ def test_any_grid(name, side):
     assert losses["total"].isfinite()
 
 
+@pytest.mark.slow
 def test_save_and_load(model, batch, tmp_path):
     model.trained_on = ["mvtec/bottle"]
     path = save(model, tmp_path / "model.safetensors")
@@ -184,6 +186,7 @@ def test_save_and_load(model, batch, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_same_again(model, batch):
     "Predictions do not depend on the state of the random numbers."
     first = model.predict(batch)
@@ -193,6 +196,7 @@ def test_the_same_again(model, batch):
     assert torch.equal(first.map, again.map) and torch.equal(first.score, again.score)
 
 
+@pytest.mark.slow
 def test_cached_features_say_the_same(model, batch, tmp_path):
     cache = FeatureCache(tmp_path)
     fresh = model.predict(batch)
@@ -216,6 +220,7 @@ def test_encode_reads_nothing_learned(model, batch):
     assert all(torch.equal(v, before[k]) for k, v in other.encode(batch).items())
 
 
+@pytest.mark.slow
 def test_encode_key():
     "Features of two settings may be shared exactly when their keys are equal."
 
@@ -376,6 +381,7 @@ def adaclip_by_hand(model, batch):
     return torch.stack(maps), torch.stack(scores), torch.stack(logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clusters", [20, 2])
 def test_adaclip_by_hand(batch, clusters):
     "Everything from pixels to map and score, in loops; 16 patches for 20 groups, and the 10 most abnormal in 2 groups."
@@ -414,6 +420,7 @@ def maps_of(model, prediction, size):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, changes, rows",
     [("adaclip", {}, True), ("adaclip", dict(dice_over="image"), False), ("april_gan", {}, False)],
@@ -479,6 +486,7 @@ def test_text_features(batch):
     assert first == [48], "screw was known"
 
 
+@pytest.mark.slow
 def test_training_after_predicting(batch):
     "What was kept while predicting serves a training step."
     for name in BOTH:
@@ -556,6 +564,7 @@ def test_saturated_candidates():
 # ---------------------------------------------------------------------------------------------------------------- APRIL-GAN by hand
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("shots", [0, 2])
 def test_april_gan_by_hand(batch, shots):
@@ -588,6 +597,7 @@ def test_april_gan_by_hand(batch, shots):
         assert far(found.map[i], total) < SAME and far(found.score[i], score) < SAME
 
 
+@pytest.mark.slow
 def test_references(batch, tmp_path):
     model = few_shot()
     zero = shaken("april_gan").predict(batch)
@@ -638,6 +648,7 @@ ADACLIP = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, changes, gone",
     [
@@ -683,6 +694,7 @@ def test_the_score_teaches_the_patches(batch):
         ), fusion
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BOTH)
 def test_one_step_lowers_the_loss(name, batch):
     model = small(name).train()
@@ -734,6 +746,7 @@ def test_full_size_counts():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BOTH)
 def test_fit_and_evaluate(name, tmp_path):
     "A short training through the trainer: the loss falls, the same seed gives the same numbers, and the rows trained on are known."
@@ -778,6 +791,7 @@ def test_another_device(name, batch):
 # --------------------------------------------------------------------------------------------------- options that act, and what is refused
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, changes",
     [
@@ -874,6 +888,7 @@ def test_lists_from_json(batch):
 # -------------------------------------------------------------------------------------------------------- the released few-shot score
 
 
+@pytest.mark.slow
 def test_the_released_few_shot_score_needs_the_test_set(tmp_path):
     "Stretched over a class's test images: the same for every batch size, and refused where nobody said which images these are."
     index = synthetic_index(tmp_path, "target", SIZE, normal=2, defective=2)

@@ -131,6 +131,7 @@ def model(request, folder):
     return built.prepare(folder)
 
 
+@pytest.mark.slow
 def test_batch_mates_do_not_matter(model, everything):
     "Alone, among others, among strangers, in another order."
     some = everything[[0, 4, 7, 10]]
@@ -157,6 +158,7 @@ def test_blank_images(model, value):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(64, 64), (50, 81), (81, 50)])
 def test_shapes(model, shape):
     given = batch_of(torch.rand(3, 3, *shape), ["stripes"] * 3)
@@ -171,6 +173,7 @@ def test_shapes(model, shape):
     assert not prediction.map.requires_grad and (prediction.map >= 0).all()
 
 
+@pytest.mark.slow
 def test_nothing_is_learned(model, everything, folder, tmp_path):
     "No parameters of its own, so nothing saved; a loaded one says the same."
     some = everything[[0, 4]]
@@ -193,6 +196,7 @@ def test_nothing_is_learned(model, everything, folder, tmp_path):
         model.loss(found, some)
 
 
+@pytest.mark.slow
 def test_cached_features_say_the_same(model, everything, tmp_path):
     cache = FeatureCache(tmp_path)
     some = everything[[0, 4, 7]]
@@ -202,6 +206,7 @@ def test_cached_features_say_the_same(model, everything, tmp_path):
     assert torch.equal(kept.map, fresh.map) and torch.equal(kept.score, fresh.score) and cache.hits >= 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["anovl", "mutual"])
 def test_described(name, folder, everything):
     table = describe(name)
@@ -215,6 +220,7 @@ def test_described(name, folder, everything):
         small(name, seeds=1)
 
 
+@pytest.mark.slow
 def test_encode_key(folder):
     "Features of two settings may be shared exactly when their keys are equal."
 
@@ -246,6 +252,7 @@ def test_encode_key(folder):
             assert key(name, **changes) == own, (name, changes)
 
 
+@pytest.mark.slow
 def test_evaluate(folder):
     "Through the evaluation, at two batch sizes."
     for name in ("anovl", "mutual"):
@@ -340,6 +347,7 @@ def test_kinds():
     ) == ("object", "texture", "texture", "object")
 
 
+@pytest.mark.slow
 def test_textures_get_other_sentences(batch):
     "A texture's and an object's sentences differ, for the same image and the same name."
     ours, none, all_ = (
@@ -351,6 +359,7 @@ def test_textures_get_other_sentences(batch):
         assert (far(a.map[i], c.map[i]) > SAME) == (not texture), i
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_text_features_by_hand(batch):
     "Rows of length 1; the mean of the raw embeddings, normalised; read once a class."
@@ -411,6 +420,7 @@ def test_score_by_hand(batch):
 # ----------------------------------------------------------------------------------------------------------------- AnoVL: adaptation
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_training_free_map_by_hand(batch):
     "Refined path through all blocks, raw cosines, 3x3 mean with a repeated border, corners aligned."
@@ -560,6 +570,7 @@ def test_the_global_seed_does_not_matter(batch):
     assert torch.equal(*maps) and far(small("anovl", augment=False, seed=1).predict(batch).map, maps[0]) > 1e-7
 
 
+@pytest.mark.slow
 def test_release_compat(batch):
     "The optimiser of a class is carried, the noise unseeded: order and history matter; prepare forgets."
     batch = batch_of(batch.image, ["screw"] * 4)
@@ -601,6 +612,7 @@ def test_release_compat(batch):
     assert far(first[:3], fresh[:3]) < SAME and far(first[3], fresh[3]) > 1e-4, "one optimiser a class"
 
 
+@pytest.mark.slow
 def test_options_act(batch):
     reference = small("anovl").predict(batch)
     for changes in (
@@ -644,6 +656,7 @@ def test_squares():
     assert squares(image[..., :8], 2)[1] == [(0, 0), (0, 4)] and squares(image[..., :4], 2)[1] == [(0, 0), (0, 0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wide", [True, False])
 def test_two_crops(wide):
     "Without an adapter a crop is an image of its own; the stitched map is theirs, and their mean where they overlap; the score their mean, or the larger."
@@ -861,6 +874,7 @@ def test_it_says_that_it_is_transductive(folder, everything):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tall", [False, True])
 def test_the_visa_procedure_through_evaluate(tmp_path, tall):
     "Images read as they lie, shorter side resized to the tower's, two squares; a square image is told."

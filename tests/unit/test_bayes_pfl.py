@@ -393,6 +393,7 @@ def test_the_second_stage_moves_the_image_part_alone(batch):
     )
 
 
+@pytest.mark.slow
 def test_fit_both_stages(drawn, tmp_path):
     "The same numbers twice; the second stage leaves every map as it was; a third of the epochs, rounded up."
     found = []
@@ -477,6 +478,7 @@ def test_an_epoch_is_chosen_by_other_images(drawn):
         fit(small(), drawn[0], watch=BestEpoch(judge), resume="somewhere", progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 def test_stages_go_on_where_they_were_stopped(drawn, tmp_path):
     "Killed in the second stage: the first is not trained again, and the result is the same to the last bit."
@@ -568,6 +570,7 @@ def test_checkpoints_of_the_method_before_are_refused(tmp_path):
         load(tmp_path / "old.safetensors")
 
 
+@pytest.mark.slow
 def test_encode_is_frozen_and_cached(batch, tmp_path):
     model = shaken()
     cache = FeatureCache(tmp_path / "cache")
@@ -621,6 +624,7 @@ def test_wrong_parameters(changes, message):
         small(**changes)
 
 
+@pytest.mark.slow
 def test_described(batch):
     table = describe("bayes_pfl")
     assert table["source"].ne("").all() and table["help"].ne("").all() and table["parameter"].is_unique

@@ -152,6 +152,7 @@ STATES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_the_same_bits_in_every_state(dtype, index, tmp_path):
     "Empty, full, and every way in which a kill, an eviction, a disk or a person may leave it."
@@ -172,6 +173,7 @@ def test_the_same_bits_in_every_state(dtype, index, tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ssvp", "anomalyclip", "crane", "multiads", "adaclip", "april_gan", "bayes_pfl"])
 def test_every_method_that_keeps_features(name, index, tmp_path):
     first = train(name, index, tmp_path)
@@ -346,6 +348,7 @@ def test_a_disk_that_refuses_costs_one_warning(number, tmp_path, monkeypatch):
     assert all(torch.equal(f["cls"], batch.image.mean((2, 3))) for f in found) and (cache.hits, cache.misses) == (0, 6)
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written(index, tmp_path, permissions_hold):
     "Read-only: what is there is used, what is not costs time; the training has the same bits."
     first = train("dma_sap", index, tmp_path / "cache")

@@ -536,6 +536,7 @@ def no_room(saved, tmp_path_factory) -> tuple:
     return folder, out.splitlines()
 
 
+@pytest.mark.slow
 def test_no_room_leaves_the_old_file_or_nothing(saved, no_room):
     folder, messages = no_room
     assert len(messages) == 2 and "no error" not in messages
@@ -549,6 +550,7 @@ def test_no_room_says_which_file_and_what_to_do(no_room):
         assert f"{name}.safetensors was not written" in message and "Free some space" in message, message
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGKILL exists on POSIX only")
 def test_killed_while_writing(method, saved, tmp_path):
     "SIGKILL half-way through two saves: under the final names are the complete old file, and nothing; the next saves work."

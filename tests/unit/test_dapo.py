@@ -720,6 +720,7 @@ def test_released_layout(batch, tmp_path):
 # -------------------------------------------------------------------------------------------------------------------------------- training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name,rate", [("dapo", 3.0), ("multiads", 3.0)])
 def test_training_learns_types(name, rate, drawn, tmp_path):
     "A few steps on eight images: the loss falls, the result repeats, evaluation runs."
@@ -741,6 +742,7 @@ def test_training_learns_types(name, rate, drawn, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_types_are_learnable():
     "Two kinds of spot, one dark, one bright, on noise: after a short training the largest type inside the mask is the right one."
     g = torch.Generator().manual_seed(0)

@@ -132,6 +132,7 @@ def test_default_depths():
     }
 
 
+@pytest.mark.slow
 def test_full_size_counts():
     "The paper's 436 M: CLIP ViT-L/14@336 with its text tower and 8.4 M new; DINO left out. Nothing is allocated."
     counts = {}
@@ -473,6 +474,7 @@ def test_encode_is_the_frozen_part(batch, model):
     ).abs().max() < 1e-5 and summed.keys() == features.keys()
 
 
+@pytest.mark.slow
 def test_encode_key(model):
     "Features of two settings may be shared exactly when their keys are equal."
 
@@ -530,6 +532,7 @@ def test_level_weights(batch):
         LevelFusion()([torch.zeros(1, 2, 3)] * 2)
 
 
+@pytest.mark.slow
 def test_every_option_acts(batch):
     "Each option changes the prediction of the same learned values, or the loss where it belongs to training."
     base = shaken()

@@ -107,6 +107,7 @@ class InMemory(FeatureCache):
         return {n: torch.stack([r[n] for r in rows]) for n in rows[0]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dma_sap", "ssvp"])
 def test_a_second_epoch_runs_no_backbone(name, index, tmp_path):
     plain, seen, _ = train(name, index, None)
@@ -269,6 +270,7 @@ MANY = """
 """
 
 
+@pytest.mark.slow
 def test_two_processes_in_one_folder(tmp_path):
     one = FeatureCache(tmp_path / "one")
     one(KEY, batch_of(images(1)), Toy())
@@ -285,6 +287,7 @@ def test_two_processes_in_one_folder(tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_killed_while_writing(tmp_path):
     "What was written before is kept, what was being written is not there, and its rest is swept away later."
     child = run(

@@ -120,6 +120,7 @@ def test_ordinary_names_stay():
         assert safe_name(text) == text
 
 
+@pytest.mark.slow
 @given(st.lists(anything, max_size=4))
 @settings(max_examples=300)
 def test_nothing_is_written_outside(tmp_path_factory, parts):
@@ -206,6 +207,7 @@ def test_a_cell_runs_nowhere_and_comes_back(text):
     assert spreadsheet_text(cell) == text
 
 
+@pytest.mark.slow
 @given(
     st.lists(
         st.tuples(printable, printable, st.floats(allow_infinity=False), st.integers(-(2**62), 2**62), st.booleans()),

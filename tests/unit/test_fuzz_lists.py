@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import pandas as pd
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -57,6 +58,7 @@ def indices(draw) -> pd.DataFrame:
     return make_index(rows, tempfile.gettempdir())
 
 
+@pytest.mark.slow
 @given(indices())
 def test_an_index_comes_back_from_csv(index):
     with tempfile.TemporaryDirectory() as folder:

@@ -184,6 +184,7 @@ MODEL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", MODEL)
 def test_a_graph_that_asks_for_more_than_tensors(members, tmp_path, marker, what):
     path = written(tmp_path / "head.pt2", edited(members, "models/model.json", MODEL[what](marker)))
@@ -395,6 +396,7 @@ def copied(made: Path, target: Path) -> Path:
     return target
 
 
+@pytest.mark.slow
 def test_every_file_is_held_against_the_description(made, tmp_path):
     about = read_description(made)
     assert {k: file_hash(made / k) for k in ("encode.pt2", "head.pt2")} == about["hashes"]
@@ -409,6 +411,7 @@ def test_every_file_is_held_against_the_description(made, tmp_path):
         load_exported(folder, "torch")
 
 
+@pytest.mark.slow
 def test_an_export_without_hashes_is_read_with_a_warning(made, tmp_path):
     folder = copied(made, tmp_path / "copy")
     about = json.loads((folder / "export.json").read_text())

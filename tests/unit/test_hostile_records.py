@@ -211,6 +211,7 @@ def runs(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "valid"),
     [("run.json", ANOTHER), ("result.json", OTHER), ("plan.json", dict(runs=["odd", "good", "later"]))],

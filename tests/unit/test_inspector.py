@@ -216,6 +216,7 @@ print("peak", code, before, peak())
 """
 
 
+@pytest.mark.slow
 def test_a_huge_photograph_in_little_memory(tmp_path):
     "12,000 x 9,000 among the others, on the command line: exit code 1, picture and map at the stated limit, boxes in its own pixels, hardly more than its decoded size in memory."
     as_it_comes(tmp_path / "in", huge=True, locked=False)  # a new process of root's may read everything
@@ -564,6 +565,7 @@ def test_what_is_done_is_not_done_again(inspector, tmp_path):
     assert len(look(inspector, tmp_path / "in", out=tmp_path / "out")) == 9 and Counted.seen == 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change", ["bytes", "method", "threshold", "category", "max_side", "picture", "row", "table", "size"]
 )
@@ -668,6 +670,7 @@ def sealed_csv(rows: list) -> str:
     return text.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["sqlite", "csv"])
 def test_a_killed_run_goes_on(tmp_path, form):
     "SIGKILL in the middle: whole rows are kept and not computed again; the end is that of a run that was never disturbed, byte for byte. The same where an earlier version was killed, whose journal was a CSV."
@@ -821,6 +824,7 @@ def test_somebody_elses_table_is_not_overwritten(inspector, tmp_path):
     assert (tmp_path / "out" / "results.other.csv").read_text() == "my,own\n1,2\n"
 
 
+@pytest.mark.slow
 def test_maps_are_not_held(inspector, tmp_path, monkeypatch):
     "Sixty images, at most two maps at their size at any time; a batch of the method's own at most."
     pictures(tmp_path / "in", 10)
@@ -939,6 +943,7 @@ def test_another_product_is_pointed_out(inspector, good, tmp_path):
             look(Inspector(inspector.method, inspector.calibration, category="screw"), good)
 
 
+@pytest.mark.slow
 def test_comparable_scores(method, tmp_path):
     index = synthetic_index(tmp_path / "set", "target", 64, normal=0, defective=1, train_normal=21)
     index = index[index["category"].isin(["leather", "gear"])].pipe(
@@ -976,6 +981,7 @@ def test_comparable_scores(method, tmp_path):
 # ------------------------------------------------------------------------------------------------------------ where a method is kept
 
 
+@pytest.mark.slow
 def test_from_a_checkpoint_a_run_a_name_a_method(tmp_path):
     trained = create("visualad", weights="random:0", image_size=64)
     path = save(trained, tmp_path / "runs" / "train" / "abc" / "checkpoint.safetensors")

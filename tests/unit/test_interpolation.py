@@ -187,6 +187,7 @@ def spied(model, door) -> list:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("door", ["types", "fit", "bench"])
 def test_what_reaches_the_towers(index, door, monkeypatch):
     monkeypatch.setattr(bench, "matmul_rate", lambda *_: 1.0)

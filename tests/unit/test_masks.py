@@ -269,6 +269,7 @@ def test_the_threshold_reaches_evaluation_and_crops(tmp_path):
         cut_crops(index, tmp_path / "out", 16)
 
 
+@pytest.mark.slow
 def test_real_masks_mark_what_they_marked(shared):
     "Above 0, as before: NEU-Seg's labels of 1 to 3, DeepPCB's boxes, CrackForest's lines."
     for name in ("neu_seg", "deeppcb", "crackforest"):

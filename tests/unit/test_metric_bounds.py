@@ -87,6 +87,7 @@ def test_shards_are_fractions_and_equal_one_pass(first, second):
     }
 
 
+@pytest.mark.slow
 @given(scored(), st.sampled_from([8, 12, 22]))
 def test_binned_metrics_and_their_bounds_are_fractions(given_maps, bits):
     if bits == 22 and given_maps[0].size > 4:
@@ -123,6 +124,7 @@ def test_image_metrics_are_fractions_and_scikit_learns(rows):
         )
 
 
+@pytest.mark.slow
 @given(
     st.integers(1, 4).flatmap(
         lambda types: st.tuples(

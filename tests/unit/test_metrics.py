@@ -108,6 +108,7 @@ def sample(kind, seed, n=7, h=19, w=23):
 KINDS = ["continuous", "levels", "two", "saturated", "negative", "mostly", "tiny"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(3))
 def test_pixel_metrics_against_references(kind, seed):
@@ -151,6 +152,7 @@ def test_image_metrics_against_sklearn(levels):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_pass_equals_batches_shards_and_disk_exactly(kind, tmp_path, monkeypatch):
     maps, masks = sample(kind, 5, n=12)
@@ -353,6 +355,7 @@ def spill_files(folder):
     return os.listdir(folder) + [h for h in held if h.startswith(str(folder))]
 
 
+@pytest.mark.slow
 def test_temporary_files_are_always_removed(tmp_path):
     maps, masks = sample("continuous", 7)
     options = dict(spill=tmp_path, memory_limit=0, block=50)
@@ -397,6 +400,7 @@ def test_full_disk_by_error_code(tmp_path, monkeypatch):
         m.compute()  # half a batch was written: no number rather than a wrong one
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX resource limits")
 def test_full_disk_for_real_and_killed_process(tmp_path):
     code = textwrap.dedent(f"""
@@ -417,6 +421,7 @@ def test_full_disk_for_real_and_killed_process(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_memory_stays_bounded():
     "2,000 maps of 128 x 128 (131 MB of scores), 16 MB kept: the peak grows by less than 60 MB"
     code = textwrap.dedent(f"""
@@ -500,6 +505,7 @@ def test_mean_over_classes():
 # ---- counted in bins
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["smooth", "quantised", "negative", "constant", "tiny"])
 @pytest.mark.parametrize("bits", [10, 22])
 def test_binned_metrics_stay_within_their_bounds(kind, bits):
@@ -530,6 +536,7 @@ def test_binned_metrics_stay_within_their_bounds(kind, bits):
         assert parts[0].compute()[name] == pytest.approx(found[name], abs=1e-12)
 
 
+@pytest.mark.slow
 def test_evaluation_in_bins_says_how_far_it_is_off(tmp_path):
     from zsad_nb.evaluation.evaluate import evaluate
     from zsad_nb.methods.base import create

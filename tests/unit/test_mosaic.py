@@ -306,6 +306,7 @@ RELEASED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RELEASED)
 def test_training_with_the_mosaics_of_the_release(tmp_path, name):
     "On a tree in MVTec AD's layout some images are mosaics; on the same images under another data set's name none is."

@@ -164,6 +164,7 @@ def test_slices(step):
     heap.close()
 
 
+@pytest.mark.slow
 def test_memory_is_bounded(tmp_path):
     "Twelve million scores with room for half a million: four times the images, the same peak."
     limit = 2**21
@@ -299,6 +300,7 @@ def test_images_that_cannot_count(target):
     ]
 
 
+@pytest.mark.slow
 def test_batch_size_and_order_do_not_matter(target):
     model = create("dapo", clip_weights="random:0", image_size=SIZE, prompts=2)
     few = target[target["category"].isin(sorted(target["category"].unique())[:2])]
@@ -350,6 +352,7 @@ def test_two_data_sets_at_once(target, tmp_path):
 # ------------------------------------------------------------------------------------------------------------------------------- figures
 
 
+@pytest.mark.slow
 def test_figures(target, tmp_path):
     few = target[target["category"] == sorted(target["category"].unique())[0]]
     model = Oracle()

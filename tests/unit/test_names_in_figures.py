@@ -173,6 +173,7 @@ def every_figure(names):
     yield "overview", methods_figure(numbers, own=few[:1], remark=few[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [NAMES[:6], [NAMES[10], NAMES[13], NAMES[15], NAMES[16], "a\x00b", "caf\udce9"]])
 def test_names_are_text_in_every_figure(names):
     with warnings.catch_warnings():
@@ -185,6 +186,7 @@ def test_names_are_text_in_every_figure(names):
             assert seen(names[0]).split()[0] in found, function
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", ["bars", "types"])
 def test_pdf_and_svg_hold_the_names(tmp_path, function):
     names = [r"$\foo$", "a<b>&", "a_b^c", "#%~{}", "\\"]
@@ -194,6 +196,7 @@ def test_pdf_and_svg_hold_the_names(tmp_path, function):
     assert "$\\foo$" in (tmp_path / "f.svg").read_text() and (tmp_path / "f.pdf").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_one_warning_a_call():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -311,6 +314,7 @@ def method():
     return create("self_distance", weights="random:0", image_size=32, tap=1)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:no font", "ignore:constrained_layout not applied")
 def test_every_class_has_a_file_of_its_own_in_the_folder(tmp_path, method):
     folder = tmp_path / "in" / "figures"
@@ -350,6 +354,7 @@ def test_types_and_products_of_any_name(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["../../esc", "a/b", "/abs", "..", "ok"])
 def test_levels_of_bars_stay_in_the_folder(tmp_path, level):
     files = render_bars(numbers_of(["a", "b"]), tmp_path / "in" / "bars", levels={level: ["image_auroc"]})

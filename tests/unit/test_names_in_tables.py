@@ -192,6 +192,7 @@ def test_categories_come_back_from_every_file_of_an_evaluation(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_names_come_back_from_runs_and_their_collections(tmp_path):
     leave(tmp_path / "runs" / "one", evaluation(NAMES))
     runs = read_runs(tmp_path / "runs")
@@ -554,6 +555,7 @@ any_rows = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(any_rows)
 def test_any_text_comes_back_from_a_journal(tmp_path_factory, rows):
     path = tmp_path_factory.getbasetemp() / "any.sqlite"
@@ -784,6 +786,7 @@ def test_latex_of_a_name(text, escaped):
     assert tex(text) == escaped
 
 
+@pytest.mark.slow
 @given(st.text(max_size=20))
 def test_any_text_is_inert_in_html(text):
     page = Page(f'<p title="{html_text(text)}">{html_text(text)}</p>')

@@ -92,6 +92,7 @@ def put(state: dict, path: Path) -> str:
 # ---------------------------------------------------------------------------------------------------------------------- the tower
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gelu", [True, False], ids=["quick", "exact"])
 @pytest.mark.parametrize(
     "shape", [dict(), dict(text_layers=3, width=128), dict(mlp_ratio=2.0)], ids=["small", "two heads", "narrow mlp"]
@@ -116,6 +117,7 @@ def test_equals_open_clip(tmp_path, gelu, shape):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, expected, gelu",
     [("clip-vitb32", (512, 12, 77, 512), "QuickGELU"), ("clip-vitb16-plus-240", (640, 12, 77, 640), "GELU")],
@@ -413,6 +415,7 @@ def test_random_table_knows_the_ensembles(text, states, templates):
             assert text.unknown(sentences(name, s, templates)) == []
 
 
+@pytest.mark.slow
 def test_words_without_a_network(tmp_path):
     "Tokens, tower and prompts on a machine that reaches nothing."
     code = """
@@ -897,6 +900,7 @@ def test_import_onto_another_tower(text):
     assert torch.equal(import_prompts(other, state, verify=False).context[1].data, state["ctx_neg"][0, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.parametrize("name", ["mvtec_default", "mvtec_woDattn", "visa_default", "visa_woDattn"])
 def test_real_checkpoints(shared, name):
@@ -1174,6 +1178,7 @@ def test_winclip_ensemble(parity_fixture, tmp_path):
 # ------------------------------------------------------------------------------------------------------------- what the embedded pair knows
 
 
+@pytest.mark.slow
 def test_the_embedded_pair_tells_damaged_from_flawless():
     "Two sentences, nothing trained, the images of its model card, which says 94.1 (with many sentences)."
     tower = create_backbone("tiny-clip")

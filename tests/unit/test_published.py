@@ -90,6 +90,7 @@ def value(paper, table, dataset, method, metric, category="mean", variant=""):
     return rows["value"].iloc[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("heading", "metrics"),
     [
@@ -108,6 +109,7 @@ def test_every_cell_of_the_dma_sap_tables(specs, heading, metrics):
     assert compared == 8 * 6 * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("heading", "metrics"),
     [

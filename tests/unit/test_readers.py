@@ -892,6 +892,7 @@ def test_order_is_the_same_on_every_machine(tmp_path):
 # ---- the real files ----
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.parametrize(
     "name, size, kinds",

@@ -605,6 +605,7 @@ def index(tmp_path_factory) -> pd.DataFrame:
     return part
 
 
+@pytest.mark.slow
 def test_training_repeats_and_learns(index, tmp_path):
     recipe = recipe_of("ssvp", epochs=6, batch_size=4, lr_scale=10.0)
     found = []
@@ -702,6 +703,7 @@ def test_taps():
         small(clip_taps=(3, 5))
 
 
+@pytest.mark.slow
 def test_full_size():
     "The paper's towers, counted without memory: grids of 37 x 37, taps to the letter, 43,070,407 learned numbers."
     with torch.device("meta"):
@@ -750,6 +752,7 @@ def test_the_papers_ablations():
             assert found[a][0] != found[b][0] and not torch.allclose(found[a][1], found[b][1], atol=1e-4), (a, b)
 
 
+@pytest.mark.slow
 def test_studies_are_data():
     assert (
         SWEEPS["gamma"] == (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -867,6 +870,7 @@ def test_the_target_of_the_vae_is_detached():
         assert through.abs().max() > 0
 
 
+@pytest.mark.slow
 def test_alignment(index):
     method = small()
     init = alignment(method, index, "init")

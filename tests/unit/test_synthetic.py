@@ -42,6 +42,7 @@ def here() -> dict[str, str]:
     return digests()
 
 
+@pytest.mark.slow
 def test_same_bytes_as_committed(here):
     """After an intended change of the images: python tests/unit/test_synthetic.py --write, and raise IMAGES_VERSION in the
     notebook of synthetic.benchmark."""
@@ -50,6 +51,7 @@ def test_same_bytes_as_committed(here):
     assert not wrong, f"{len(wrong)} of {len(wanted)} images differ from {HASHES.name}, first {wrong[:5]}"
 
 
+@pytest.mark.slow
 def test_same_bytes_with_other_simd(here):
     "Other vector units, other loops, same bytes"
     from numpy._core._multiarray_umath import __cpu_dispatch__, __cpu_features__
@@ -100,6 +102,7 @@ def test_sets_are_disjoint():
     assert len(defects("auxiliary")) >= 8 and len(set(defects("target")) - set(defects("auxiliary"))) >= 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", SETS)
 def test_masks_are_exact(which):
     "Outside the mask the pair is equal, inside it differs; never empty, never huge, on the object, clearly visible"
@@ -118,6 +121,7 @@ def test_masks_are_exact(which):
     assert 0.01 < np.mean(areas) < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wood", "gear", "brick", "nut", "board"])
 def test_every_size_shows_the_same_scene(name):
     "Averaged down, the sizes agree; the defect covers the same part"
@@ -140,6 +144,7 @@ def test_normal_images_vary():
         assert np.abs(a - b).mean() > 5, name
 
 
+@pytest.mark.slow
 def test_captions():
     texts = {render(n, s, 32, d).caption for n in CATEGORIES for s in range(3) for d in (None, "stain")}
     assert all(t.startswith("a photo of a") and "  " not in t and "None" not in t for t in texts)
@@ -168,6 +173,7 @@ def test_errors():
         categories("test")
 
 
+@pytest.mark.slow
 def test_index_on_disk(tmp_path):
     root = tmp_path / "set"
     index = synthetic_index(root, "target", size=64, normal=2, defective=13, train_normal=1)

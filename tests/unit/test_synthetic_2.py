@@ -87,6 +87,7 @@ def test_the_size_does_not_matter():
         assert abs(small.mean() - large.mean()) < 0.02
 
 
+@pytest.mark.slow
 def test_pairs_on_disk(tmp_path):
     index = synthetic_index(tmp_path, "target", 32, normal=12, defective=12, version=2)
     assert set(index["dataset"]) == {"synthetic-2-target"} and set(index["category"]) == set(

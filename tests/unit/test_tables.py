@@ -254,6 +254,7 @@ def test_the_mean_row_is_a_mean_over_data_sets_seed_by_seed(sweep):
     assert cell["std"] == pytest.approx(wide.loc[[0, 1]].mean(axis=1).std(ddof=1), abs=1e-9)
 
 
+@pytest.mark.slow
 def test_missing_runs_are_a_dash_and_a_line(sweep):
     table = results_table(read_runs(sweep), ["image_auroc", "pixel_ap"], methods=["winclip", "ssvp", "dma_sap"])
     assert (
@@ -308,6 +309,7 @@ def test_bold_is_the_best_zero_shot_value(sweep):
             assert re.fullmatch(r"\*\*\d\d\.\d ± \d\.\d \(\d+\.\d\)\*\*", line.split("|")[4].strip())
 
 
+@pytest.mark.slow
 def test_bold_only_where_the_best_is_told_apart(tmp_path):
     "The same means: once all methods agree on every image, once they differ more than their means do, once nothing is known of single images."
 
@@ -343,6 +345,7 @@ def test_bold_only_where_the_best_is_told_apart(tmp_path):
     assert "**8" not in apart.markdown() and r"\textbf" not in apart.latex() and "<b>" not in apart._repr_html_()
 
 
+@pytest.mark.slow
 def test_pixel_metrics_are_told_apart_from_their_digests(tmp_path):
     "The same pixels: a difference that is the exact metrics' alone; one image more in one run: no pair."
     from zsad_nb.evaluation.pixel_digests import pixel_digest, save_digests
@@ -366,6 +369,7 @@ def test_pixel_metrics_are_told_apart_from_their_digests(tmp_path):
     assert not results_table(read_runs(tmp_path), ["pixel_auroc"]).numbers["best"].any()
 
 
+@pytest.mark.slow
 def test_two_trainings_of_a_method_are_two_columns(tmp_path):
     "BTAD after VisA and after MVTec AD: both are shown, named by what they were trained on; what differs from the row or the published number is marked in every format."
     leave(tmp_path / "a", "crane", "btad", values=(0.9, 0.9), trained_on=["mvtec"])
@@ -462,6 +466,7 @@ def test_ties_are_never_bold_nor_is_one_method(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------------- published
 
 
+@pytest.mark.slow
 def test_published_beside_ours(sweep):
     table = results_table(
         read_runs(sweep), "image_auroc", published="dma_sap", methods=["winclip", "visualad", "dma_sap"]
@@ -537,6 +542,7 @@ def well_formed(text):
     assert text.isascii(), {c for c in text if not c.isascii()}
 
 
+@pytest.mark.slow
 def test_latex(sweep, tmp_path):
     runs = read_runs(sweep)
     for options in (
@@ -559,6 +565,7 @@ def test_latex(sweep, tmp_path):
     assert tex("–±†‡§−") == r"--$\pm$\textsuperscript{$\dagger$}\textsuperscript{$\ddagger$}\textsuperscript{\S}$-$"
 
 
+@pytest.mark.slow
 def test_the_same_numbers_in_all_languages(sweep, tmp_path):
     table = results_table(read_runs(sweep), published=True)
     numbers = [re.findall(r"\d+\.\d", c.plain) for line in table.cells for c in line]
@@ -593,6 +600,7 @@ def test_names_cannot_break_the_page():
     assert "&lt;c&gt;" in table._repr_html_() and r"r\|s" in table.markdown() and "1 &lt; 2" in table._repr_html_()
 
 
+@pytest.mark.slow
 def test_collected_runs_with_lists_and_without_marks(sweep):
     "Tables of other readers: `seen` as the run's list, no column transductive."
     runs = read_runs(sweep)
@@ -645,6 +653,7 @@ def test_bars_are_the_papers_mean_row(paper):
     assert [c[0].get_facecolor() for c in bars] == bar_colours(6)
 
 
+@pytest.mark.slow
 def test_text_of_the_bars_does_not_overlap(paper):
     "At the width of a column every number is readable: no two labels touch, none leaves the figure."
     for metrics in (("image_auroc", "image_ap", "image_f1max"), ("pixel_auroc", "pixel_aupro_200", "pixel_f1max")):
@@ -664,6 +673,7 @@ def test_text_of_the_bars_does_not_overlap(paper):
         )
 
 
+@pytest.mark.slow
 def test_files_of_the_bars(paper, tmp_path):
     files = render_bars(paper, tmp_path)
     assert [p.name for p in files] == ["bars_image.pdf", "bars_image.png", "bars_pixel.pdf", "bars_pixel.png"]
@@ -675,6 +685,7 @@ def test_files_of_the_bars(paper, tmp_path):
         assert image.width == pytest.approx(COLUMN * 400, abs=2)
 
 
+@pytest.mark.slow
 def test_bars_of_one_set_and_refusals(sweep, tmp_path):
     runs = read_runs(sweep)
     assert len(render_bars(runs, tmp_path, data="btad", methods=["visualad", "dma_sap"], published=True)) == 4
@@ -716,6 +727,7 @@ def notebook(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_the_notebook_with_its_defaults(notebook):
     out, result = notebook()
     assert (
@@ -732,6 +744,7 @@ def test_the_notebook_with_its_defaults(notebook):
     well_formed((out / "data_pixel.tex").read_text())
 
 
+@pytest.mark.slow
 def test_the_notebook_on_runs(notebook, sweep):
     (sweep / "dma_sap-visa-2").mkdir()
     (sweep / "dma_sap-visa-2" / "result.json").write_text("{")

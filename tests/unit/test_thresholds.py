@@ -151,6 +151,7 @@ def good(tmp_path_factory) -> pd.DataFrame:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["score", "peak"])
 @pytest.mark.parametrize(("rate", "sure"), [(0.05, None), (0.1, None), (0.05, 0.9)])
 def test_the_rate_holds_on_held_out_images(good, what, rate, sure):

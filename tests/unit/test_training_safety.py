@@ -190,6 +190,7 @@ def test_steps_that_were_left_out_are_counted(index, fresh, monkeypatch):
 # -------------------------------------------------------------------------------------------------------------------- weights stay numbers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value,at", [(NAN, 1), (INF, 4)])
 def test_weights_that_are_no_numbers_end_the_training(value, at, index, fresh, monkeypatch, tmp_path):
     "In the first epoch the method is as before; in the third it holds the second's weights, and says so."
@@ -280,6 +281,7 @@ def whole(index, fresh):
     return columns(run(method, index)), weights(method)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [1, 2, 3])
 def test_the_same_call_goes_on(after, index, fresh, whole, tmp_path):
     "With the same bits, whatever the generators did meanwhile; the state goes when the training ends well."
@@ -298,6 +300,7 @@ def test_the_same_call_goes_on(after, index, fresh, whole, tmp_path):
     assert method.trained_on == ["toy/wood"]
 
 
+@pytest.mark.slow
 def test_the_generators_go_on_too(index, fresh, tmp_path):
     "What is drawn after the training is what would have been drawn."
 
@@ -310,6 +313,7 @@ def test_the_generators_go_on_too(index, fresh, tmp_path):
     assert drawn_after(resume=tmp_path) == want
 
 
+@pytest.mark.slow
 def test_a_kept_state_is_a_finished_training(index, fresh, whole, tmp_path, monkeypatch):
     run(fresh(), index, resume=tmp_path, keep_state=True)
     monkeypatch.setattr(training._Loop, "_step", None)
@@ -330,6 +334,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [*CHANGES, "start", "image", "code", "threads"])
 def test_another_training_starts_from_its_beginning(change, index, fresh, tmp_path, monkeypatch):
     "The state of the one is named and left alone, and says nothing to the other."
@@ -356,6 +361,7 @@ def test_another_training_starts_from_its_beginning(change, index, fresh, tmp_pa
     assert len(list((tmp_path / "state").iterdir())) == 1, "its own is gone, the other's is still there"
 
 
+@pytest.mark.slow
 def test_moved_images_are_the_same_images(index, fresh, whole, tmp_path):
     killed(fresh(), index, 1, resume=tmp_path / "state")
     assert run(fresh(), bright_squares(tmp_path / "moved", 4), resume=tmp_path / "state").attrs["resumed"] == 1
@@ -407,6 +413,7 @@ def a_folder(f):
     f.mkdir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [cut, nothing, noise, foreign, a_bit, a_word, without_numbers, a_link, a_folder])
 def test_a_damaged_state_is_named_and_ignored(damage, index, fresh, whole, tmp_path):
     killed(fresh(), index, 1, resume=tmp_path / "state")

@@ -76,6 +76,7 @@ def asked(monkeypatch):
 # ------------------------------------------------------------------------------------------------------------------------------ sliders
 
 
+@pytest.mark.slow
 def test_the_first_picture_is_the_method_s(explorer):
     store = explorer.store
     row = explorer.row
@@ -271,6 +272,7 @@ def test_the_method_runs_once_an_image(explorer, asked):
     assert first <= 1 and len(asked) == first  # patches come from the tower alone
 
 
+@pytest.mark.slow
 def test_types_of_a_pixel(room, index):
     torch.manual_seed(0)
     explorer = HeatmapExplorer(
@@ -297,6 +299,7 @@ def test_types_of_a_pixel(room, index):
     assert f"most likely {explorer.store.types[explorer.store.rows['kind'][explorer.row]]}" in words(explorer.verdict)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, parts",
     [
@@ -556,6 +559,7 @@ def test_maps_that_are_not_there_yet(index, tmp_path, asked):
     assert "are not computed" in words(shown.message)
 
 
+@pytest.mark.slow
 def test_ten_thousand_rows_cost_one_page(tmp_path):
     index = many_images(tmp_path / "images", 10_000, SIZE, 8)
     store = make_store(visualad(), index, tmp_path / "maps", SIZE)

@@ -366,6 +366,7 @@ def index_of(categories, dataset="own"):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", READ_NAMES)
 def test_names_of_one_thing_get_one_prediction(methods, name):
     method = methods[name]
@@ -374,6 +375,7 @@ def test_names_of_one_thing_get_one_prediction(methods, name):
     assert not torch.equal(found.score[0], found.score[3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", READ_NAMES)
 def test_raw_names(name, tmp_path):
     "As spelt; kept in the checkpoint; another method than the one of words."
@@ -414,6 +416,7 @@ TOLD = {
 }  # classes that a release calls the same
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RELEASED)
 def test_released_names(name):
     "The default of a method with a released spelling: the table shows it, the check sees it, the prediction is made with it."
@@ -537,6 +540,7 @@ def test_inspected_folders_are_checked(methods, tmp_path):
         Inspector(methods["winclip"], category="very long " * 20).predict(tmp_path / "bottle-001" / "a.png")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", ["{}", "{0}", "100%", "<end_of_text>", "%s"])
 def test_words_of_types_are_not_interpreted(word):
     "A defect's folder may be called anything; what a sentence cannot hold is an error."

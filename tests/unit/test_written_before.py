@@ -41,6 +41,7 @@ def of_this_processor(header: dict) -> dict:
     return {**header, "backbones": backbones}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRITTEN)
 def test_a_checkpoint_of_before_loads_and_answers_the_same(name, tmp_path):
     before = WRITTEN[name]
