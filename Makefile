@@ -48,18 +48,18 @@ $(VENV)/.everything: $(VENV)/.ready
 demo: env
 	@zsad demo
 
-# tests/system/test_printed_commands.py executes these
-EXECUTED_BY_PYTEST = '^([_.]|(ablation|benchmark|defect_types|evaluate|qualitative|train)\.ipynb$$)'
+# tests/system/test_printed_commands.py and test_tutorials.py execute these
+EXECUTED_BY_PYTEST = '^([_.]|(ablation|benchmark|defect_types|evaluate|qualitative|train|explore_heatmaps|inside_dma_sap|inside_ssvp|which_defect)\.ipynb$$)'
 test: everything
 	ruff check
 	ruff format --check
 	mypy
 	OMP_NUM_THREADS=1 nbdev_test --path nbs --n_workers 2 --skip_file_re $(EXECUTED_BY_PYTEST)
-	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --no-loadscope-reorder
 	zsad demo --out runs/demo
 
 quick: env
-	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile -m quick
+	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --no-loadscope-reorder -m quick
 
 real: env
 	@mkdir -p runs/real

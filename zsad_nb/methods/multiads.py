@@ -91,14 +91,14 @@ def read_phrases(
         raise ValueError(
             f"{where} holds a {type(phrases).__name__}; write a dict: a type's word, or normal, and its list of phrases"
         )
-    phrases = {}
+    checked = {}
     for word, own in phrases.items():
         if not isinstance(own, (list, tuple)) or not own:
             raise ValueError(
                 f'{where}, {word!r}: {own!r} is no list of phrases; write at least one, such as ["{{}} with a scratch"]'
             )
-        phrases[plain(word)] = tuple(check_template(phrase, f"{where}, {word!r}") for phrase in own)
-    return phrases
+        checked[plain(word)] = tuple(check_template(phrase, f"{where}, {word!r}") for phrase in own)
+    return checked
 
 
 # %% ../../nbs/methods/13_multiads.ipynb #b222b4e2
