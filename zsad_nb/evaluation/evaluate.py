@@ -12,6 +12,7 @@ __all__ = [
     "predictions",
     "TakesMaps",
     "predict_images",
+    "scene_of",
     "put_together",
     "seen_in_training",
     "evaluate",
@@ -51,7 +52,8 @@ class Evaluation:
 
     # one row a category and a last row "mean": normal, anomalous (counts), then the metrics, fractions of 1
     per_class: pd.DataFrame
-    # position in the index, image, category, anomalous, defect, score, pixel_ap, map_low, map_high
+    # position in the index, image, category, anomalous, defect, score, pixel_ap, map_low, map_high; scene, where several
+    # images show the same one
     per_image: pd.DataFrame
     reasons: pd.DataFrame  # category, metric, reason: every number that is missing or not exact
     seen: list[str]  # "dataset/category" of this index whose data set was trained on: not zero-shot
@@ -189,6 +191,13 @@ def predict_images(
     return rows
 
 
+def scene_of(dataset: str, category: str, image: str) -> str:
+    "Version 2 of the synthetic benchmark shows a scene flawless and defective, under one number; elsewhere every image is a scene of its own."
+    if dataset.startswith("synthetic-2-"):
+        return f"{category}/{image.rsplit('/', 1)[-1]}"
+    return f"{category}/{image}"
+
+
 def put_together(
     test: pd.DataFrame,  # of `target_set`
     results: dict[str, tuple[list[dict], Metrics]],  # category -> rows of `predict_images`, metrics of all their pixels
@@ -200,6 +209,10 @@ def put_together(
     reasons = []
     digests = []
     columns = ["image", "category", "anomalous", "defect"]
+    scenes = [scene_of(*row) for row in zip(test["dataset"], test["category"], test["image"])]
+    if len(set(scenes)) < len(scenes):  # images of a scene are resampled together
+        test = test.assign(scene=scenes)
+        columns.append("scene")
     for category, (rows, pixel) in results.items():
         rows = pd.DataFrame(rows).merge(
             test[test["category"] == category].reset_index(names="position")[["position", *columns]],
