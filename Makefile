@@ -83,7 +83,7 @@ benchmark: export OMP_NUM_THREADS = 1
 benchmark: env
 	@mkdir -p runs/benchmark
 	papermill nbs/experiments/benchmark.ipynb runs/benchmark/benchmark.ipynb --cwd . --no-progress-bar --log-output \
-	  -y "methods: [$(BENCHMARK_METHODS)]" -y "seeds: [0, 1, 2]" -y "further_strengths: [weak, strong]" -p scenes 300 -p auxiliary 15 -p size 192 -p epochs 0 -p untrained True \
+	  -y "methods: [$(BENCHMARK_METHODS)]" -y "seeds: [0, 1, 2]" -y "further_strengths: [weak, strong]" -p scenes 300 -p auxiliary 15 -p size 192 -p epochs 0 -p untrained True -p cache "$(CURDIR)/runs/features" \
 	  -y "lr_scale: {adaclip: 0.1}" -y "options: {written_words: {method: winclip, scales: []}}" -p output "$(CURDIR)/runs/benchmark"
 
 # Two threads beside anything else on the machine are many times slower than one.
