@@ -782,7 +782,7 @@ def test_the_notebooks_leave_what_the_figures_need(tmp_path):
         **small,
         method="dapo",
         peer="self_distance",
-        categories=["gear", "pill"],
+        categories=["nut", "fan"],
         options=dict(clip_weights="random:0"),
     )
     done = build(

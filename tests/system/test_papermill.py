@@ -66,7 +66,7 @@ def test_evaluate_writes_tables_and_figures(trained, tmp_path):
     run("evaluate", tmp_path, checkpoint=str(trained / "checkpoint.safetensors"), images=2, output=str(tmp_path))
     metrics = pd.read_csv(tmp_path / "metrics.csv", index_col=0)
     scores = pd.read_csv(tmp_path / "scores.csv")
-    assert list(metrics.index)[-1] == "mean" and len(metrics) == 9 and len(scores) == 8 * 4
+    assert list(metrics.index)[-1] == "mean" and len(metrics) == 13 and len(scores) == 12 * 4
     for column in (
         "image_auroc",
         "image_ap",
