@@ -184,6 +184,38 @@ CASES = {
         {},
         True,
     ),
+    "mvtec_ad_2": (
+        "mvtec_ad_2",
+        {
+            **{
+                f"vial/{path}.png": I
+                for path in (
+                    "train/good/000_regular",
+                    "validation/good/000_regular",
+                    "test_public/good/000_overexposed",
+                    "test_public/bad/000_regular",
+                    "test_public/bad/001_shift_1",
+                    "test_private/000_regular",
+                    "test_private_mixed/000_mixed",
+                    "test_private_mixed/001_mixed",
+                )
+            },
+            "vial/test_public/ground_truth/bad/001_shift_1_mask.png": M,
+        },
+        {
+            "vial/train/good/000_regular.png": ("vial", "train", "good", ""),
+            "vial/test_public/good/000_overexposed.png": ("vial", "test", "good", ""),
+            "vial/test_public/bad/000_regular.png": ("vial", "test", "bad", ""),
+            "vial/test_public/bad/001_shift_1.png": (
+                "vial",
+                "test",
+                "bad",
+                "vial/test_public/ground_truth/bad/001_shift_1_mask.png",
+            ),
+        },
+        dict(valid="skip"),
+        True,
+    ),
     "visa": ("visa", VISA | {"split_csv/1cls.csv": VISA_CSV}, VISA_WANT, {}, True),
     "visa, defects named": (
         "visa",
@@ -577,6 +609,7 @@ LEFT_OUT = {
     "brain_ad": dict(apart=3),
     "his": dict(apart=1),
     "mvtec_loco": dict(apart=1),
+    "mvtec_ad_2": dict(apart=3),
     "crackforest": dict(apart=1, masks=1),
     **{
         case: dict(masks=1)

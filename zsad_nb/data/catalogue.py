@@ -33,6 +33,7 @@ from zsad_nb.data.sets import (
     read_ksdd,
     read_ksdd2,
     read_mad,
+    read_mvtec_ad_2,
     read_mvtec_loco,
     read_real_iad,
     read_rsdd,
@@ -76,7 +77,7 @@ READERS = {
         "MVTec LOCO AD",
         tuple("breakfast_box juice_bottle pushpins screw_bag splicing_connectors".split()),
         ((575, 993),),
-        note="a mask is a folder of images, united; sPRO's saturation values are not used",
+        note="a mask is a folder of images, united; defects_config.json gives sPRO's saturation",
         licence=_NC,
         aliases=("loco", "mvtec loco"),
         signs=(
@@ -85,6 +86,16 @@ READERS = {
             ("test/logical_anomalies",),
             ("test/structural_anomalies",),
         ),
+    ),
+    "mvtec_ad_2": Reader(
+        read_mvtec_ad_2,
+        "MVTec AD 2",
+        tuple("can fabric fruit_jelly rice sheet_metal vial wallplugs walnuts".split()),
+        ((379, 705),),
+        note="option part: 'private' and 'private_mixed' have no labels here, the benchmark server has them",
+        licence=_NC,
+        aliases=("mvtec ad2", "mad2"),
+        signs=(("*/test_public",), ("test_public",), ("*/test_private",), ("test_private",)),
     ),
     "visa": Reader(
         read_visa,

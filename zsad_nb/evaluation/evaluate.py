@@ -34,6 +34,7 @@ from ..core.names import shown
 from ..core.settings import usual_defaults
 from ..core.tables import write_table
 from ..data.images import Batch
+from ..data.index import require_labels
 from ..data.method_images import batches_for
 from ..data.reading import read_as, reading_of, takes_reading
 from .binned import BinnedPixelMetrics
@@ -119,6 +120,7 @@ def target_set(index: pd.DataFrame) -> pd.DataFrame:
     'The rows with split "test", if they can be evaluated.'
     test = index[index["split"] == "test"]
     if len(test) == 0:
+        require_labels(index, "no metric can be computed")
         raise ValueError(
             f"the index has no rows with split 'test' (splits: {sorted(index['split'].unique())}); nothing to evaluate"
         )

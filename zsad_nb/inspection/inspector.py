@@ -26,6 +26,7 @@ import zsad_nb
 from ..core.locks import lock
 from ..core.tables import require_pyarrow
 from ..data.images import Batch
+from ..data.index import require_labels
 from ..data.reading import Reading, reading_of
 from ..data.stored import BadImage
 from .loading import Loaded, Loader, ahead
@@ -152,6 +153,7 @@ def _require_labels(index, defective: bool):
     "An index states which of its images are defective."
     if not isinstance(index, pd.DataFrame):
         return
+    require_labels(index, "no threshold can be made of them")
     wrong = index["anomalous"].astype(bool).ne(defective)
     if wrong.any():
         raise ValueError(
