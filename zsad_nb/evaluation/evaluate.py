@@ -37,6 +37,7 @@ from ..data.images import Batch
 from ..data.index import require_labels
 from ..data.method_images import batches_for
 from ..data.reading import read_as, reading_of, takes_reading
+from ..data.saturation import Channels
 from .binned import BinnedPixelMetrics
 from .metrics import Metrics, PixelMetrics, image_metrics, mean_over_classes
 from .pixel_digests import PixelDigest, pixel_digest, save_digests
@@ -155,7 +156,7 @@ def predictions(
 class TakesMaps(Protocol):
     "`PixelMetrics`, or whatever else looks at maps batch by batch."
 
-    def update(self, maps: np.ndarray, masks: np.ndarray, has_mask: np.ndarray): ...
+    def update(self, maps: np.ndarray, masks: np.ndarray, has_mask: np.ndarray, channels: list | None = None): ...
 
 
 def predict_images(
@@ -172,11 +173,13 @@ def predict_images(
     "One row an image. The maps go into the pixel metrics and are not kept."
     rows = []
     batches = batches_for(method, part, size, batch_size, workers=workers, defects=defects)
+    channels = Channels(part, (size, size) if isinstance(size, int) else size)
     for batch, prediction in predictions(method, batches, cache, bar):
         prediction = prediction.cpu()
         maps = prediction.map.numpy()
         masks = batch.mask[:, 0].numpy()
-        pixels.update(maps, masks, batch.has_mask.numpy())
+        defects_of = [channels.of(path) for path in batch.path] if channels.known else None
+        pixels.update(maps, masks, batch.has_mask.numpy(), defects_of)
         for i, (heat, mask) in enumerate(zip(maps, masks)):
             rows.append(
                 dict(
