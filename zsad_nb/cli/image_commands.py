@@ -20,7 +20,10 @@ from .signals import importing
 def check_data_set(
     root: str,  # the data set's folder
     *,
-    dataset: str | None = None,  # its layout: mvtec, visa, ... (default: guessed from the folder)
+    # its layout: mvtec, visa, ... (default: guessed from the folder); coco, csv or meta: root is a file that lists it
+    dataset: str | None = None,
+    # of the layout's reader, such as -o part private, or -o normal_dir good -o mask_dir masks
+    option: Annotated[Sequence[tuple[str, str]], Option("-o")] = (),
     no_masks: bool = False,  # the copy has no masks: read it without (masks=False)
     bits: int | None = None,  # depth of images with more than 8 bits, such as 12 (default: that of their type)
     white: float | None = None,  # white of floating-point images, such as 255 (default: 1)
@@ -35,12 +38,15 @@ def check_data_set(
         import pandas as pd
 
         from zsad_nb.core.names import shown
+        from zsad_nb.core.plain_yaml import typed_value
         from zsad_nb.data.images import check
-        from zsad_nb.data.readers import detect, read
+        from zsad_nb.data.readers import detect
         from zsad_nb.data.reading import read_as
+        from zsad_nb.synthetic.datasets import load_dataset
 
     layout = dataset or detect(root)
-    index = read(layout, root, **({"masks": False} if no_masks else {}))
+    options: dict = {name: typed_value(value) for name, value in option}
+    index = load_dataset(layout, root, **options, **({"masks": False} if no_masks else {}))
     index = read_as(
         index,
         bits=bits,

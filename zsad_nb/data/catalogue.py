@@ -13,7 +13,7 @@ from functools import partial
 
 import pandas as pd
 
-from .folder import read_folder
+from .folder import read_anomalib, read_folder
 from .layouts import read_mvtec
 from zsad_nb.data.medical import (
     read_bmad,
@@ -311,6 +311,11 @@ READERS = {
         "anything in MVTec layout",
         note="options: dataset, category",
         signs=(("test/good",), ("*/test/good",), ("*/test/*",)),
+    ),
+    "anomalib": Reader(
+        read_anomalib,
+        "anomalib's Folder",
+        note="options: normal_dir, abnormal_dir, normal_test_dir, mask_dir, extensions, normal_split_ratio",
     ),
     "folder": Reader(read_folder, "a plain folder or a CSV", note="options: dataset, category"),
 }
