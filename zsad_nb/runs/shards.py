@@ -6,6 +6,7 @@
 __all__ = ["split", "evaluate_shard", "evaluate_shards"]
 
 # %% ../../nbs/runs/12_shards.ipynb #f9b8b6bc
+import math
 import os
 import pickle
 import sys
@@ -29,6 +30,7 @@ from ..data.reading import read_as, takes_reading
 from zsad_nb.evaluation.evaluate import (
     Evaluation,
     by_category,
+    map_files,
     predict_images,
     put_together,
     seen_in_training,
@@ -217,6 +219,9 @@ def evaluate_shards(
     cache: FeatureCache | str | Path | None = None,
     allow_seen: tuple | str = (),  # as of `evaluate`
     changes: dict | None = None,  # of the checkpoint's parameters
+    maps: str = "",  # as of `evaluate`, as are the next two; on a cluster a folder that all machines see
+    map_threshold: float | None = None,
+    map_folder: str | Path | None = None,
     **reading,  # as of `evaluate`
 ) -> Evaluation:  # equal to that of `evaluate`
     "`evaluate` over several processes or machines; transductive methods are divided between categories only."
@@ -236,7 +241,11 @@ def evaluate_shards(
         changes=changes or {},
         device=method.device.type,
         test=test,
-        options=_predict_options(method, **options),
+        options=_predict_options(method, **options)
+        | dict(
+            maps=map_files(maps, map_threshold, map_folder, test),
+            map_threshold=math.inf if map_threshold is None else map_threshold,
+        ),
         limits=tuple(limits),
         spill=spill,
         threads=cores or torch.get_num_threads(),
