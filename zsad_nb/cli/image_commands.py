@@ -146,7 +146,7 @@ def predict_images(
     min_area: int = 0,  # smaller regions are left out, pixels
     pictures: Literal["all", "defective", "none"] = "all",  # overlays to write
     # maps at the images' own size, into OUT/maps: TIFF of float16 or float32, or NumPy's .npy
-    maps: Literal["float16", "float32", "npy"] | None = None,
+    maps: Literal["", "float16", "float32", "npy"] = "",
     marks: bool = False,  # what is above the pixel threshold, into OUT/marks: PNG of 0 and 255
     coco: bool = False,  # regions as COCO annotations with their scores, into OUT/annotations.json; with --marks
     format: Literal["csv", "parquet"] = "csv",  # of the table
@@ -177,7 +177,7 @@ def predict_images(
         inspector.use(thresholds)
     elif threshold is not None or pixel_threshold is not None:
         inspector.use_values(threshold, pixel_threshold)
-    table = inspector.predict(images, out, pictures, format, maps=maps or "", marks=marks)
+    table = inspector.predict(images, out, pictures, format, maps=maps, marks=marks)
     decided = inspector.calibration is not None and bool(inspector.calibration.image)
     _print_images(table, decided, Path(out) / f"results.{format}", pictures)
     if maps or marks:
@@ -200,7 +200,7 @@ def submit_maps(
     released: Annotated[str | None, Option(metavar="METHOD=FILE")] = None,
     parameter: Annotated[Sequence[tuple[str, str]], Option("-p")] = (),  # a parameter of the method
     classes: list[str] | None = None,  # only these (default: all that are there; the server takes no fewer than eight)
-    rate: float = 0.01,  # share of good images that may show a marked spot: thresholds from validation/good
+    rate: float = 0.01,  # share of good images that may show a marked spot: thresholds from train/good, validation/good
     pixel_threshold: float | None = None,  # instead: a heatmap value from elsewhere, for all classes
     min_area: int = 0,  # smaller regions are not marked, pixels
     batch: int = 8,  # images at a time: speed and memory

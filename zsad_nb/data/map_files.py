@@ -59,7 +59,7 @@ def write_map(
     import tifffile  # costs a third of a second, and few calls need it
 
     top = float(np.abs(heat).max(initial=0))
-    if kind == "float16" and top > np.finfo(np.float16).max:
+    if kind == "float16" and top > float(np.finfo(np.float16).max):
         raise ValueError(f"the map for {shown(str(path))} reaches {top:g}, more than float16 holds; use float32")
     pixels = heat.astype(kind)
     return write_atomically(path, lambda temporary: tifffile.imwrite(temporary, pixels, compression="zlib"))

@@ -143,15 +143,15 @@ def _same_settings(folder: Path, settings: dict) -> None:
 
 
 def _threshold(inspector: Inspector, root: Path, category: str, how: dict) -> float:
-    "The pixel threshold of one class, from its validation images."
+    "The pixel threshold of one class, from its normal images outside of the test parts."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what lies beside them
         index = read_mvtec_ad_2(root, "public", masks=False, valid="train")
-    part = index[(index["category"] == category) & index["image"].str.contains("(?:^|/)validation/")]
+    part = index[(index["category"] == category) & (index["split"] == "train")]
     if not len(part):
         raise ValueError(
-            f"{category} has no images in validation/good to make its threshold from; restore them, or state one:"
-            " --pixel-threshold"
+            f"{category} has no images in train/good and validation/good to make its threshold from; restore them, or"
+            " state one: --pixel-threshold"
         )
     part.attrs = dict(index.attrs)
     threshold = inspector.calibrate(part, progress=False, **how).of("pixel", category)
@@ -192,7 +192,7 @@ def write_submission(
     inspector: Inspector,
     folder: str | Path,  # the submission; is created; what is complete is not made again
     classes: tuple[str, ...] = (),  # only these; default: all that are there
-    pixel_threshold: float | None = None,  # of all classes; default: made from each class's validation images
+    pixel_threshold: float | None = None,  # of all classes; default: made from each class's own normal images
     progress: bool = True,
     **how,  # rate, sure, pixel_rate: of the thresholds, see `Inspector.calibrate`
 ) -> pd.DataFrame:  # of `check_submission`
