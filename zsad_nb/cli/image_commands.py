@@ -87,6 +87,32 @@ def _calibrate(inspector, normals: list[str], defective: list[str] | None, out: 
     print(f"{thresholds}\nkept in {thresholds.save(out / 'thresholds.json')}\n")
 
 
+def _require_possible(model, released, coco: bool, marks: bool):
+    "Refuse two methods, and annotations of nothing."
+    if model is not None and released is not None:
+        raise ValueError("give one of --model and --released: each is a method")
+    if coco and not marks:
+        raise ValueError("--coco makes annotations of what is marked: add --marks")
+
+
+def _use(inspector, thresholds: str | None, threshold: float | None, pixel_threshold: float | None):
+    "Decide by thresholds of an earlier call, or by numbers from elsewhere."
+    if thresholds is not None:
+        inspector.use(thresholds)
+    elif threshold is not None or pixel_threshold is not None:
+        inspector.use_values(threshold, pixel_threshold)
+
+
+def _print_maps(out: Path, written: bool, coco: bool):
+    "Where the maps are; the annotations are made here, of what was marked."
+    if written:
+        print(f"maps      {out / 'maps.json'}")
+    if coco:
+        from zsad_nb.inspection.annotations import results_as_coco
+
+        print(f"coco      {results_as_coco(out)}")
+
+
 def _print_images(table, decided: bool, results: Path, pictures: str):
     "What became of the images, for a person."
     errors = table[table["decision"] == "error"]
@@ -157,14 +183,10 @@ def predict_images(
     rates = dict(rate=rate, sure=sure, pixel_rate=pixel_rate, miss=miss, false_alarm=false_alarm, share=share)
     rates = {name: value for name, value in rates.items() if value is not None}
     _require_consistent(normals, thresholds, threshold, bool(defective or comparable), rates)
-    if model is not None and released is not None:
-        raise ValueError("give one of --model and --released: each is a method")
-    if coco and not marks:
-        raise ValueError("--coco makes annotations of what is marked: add --marks")
+    _require_possible(model, released, coco, marks)
     model = "self_distance" if model is None and released is None else model
     with importing():
         from zsad_nb.core.plain_yaml import typed_value
-        from zsad_nb.inspection.annotations import results_as_coco
         from zsad_nb.inspection.inspector import Inspector
         from zsad_nb.inspection.verdicts import exit_code
 
@@ -173,17 +195,12 @@ def predict_images(
     inspector = Inspector.load(model, released=released, device=device, category=category, **options)
     if normals is not None:
         _calibrate(inspector, normals, defective, Path(out), comparable=comparable, **rates)
-    elif thresholds is not None:
-        inspector.use(thresholds)
-    elif threshold is not None or pixel_threshold is not None:
-        inspector.use_values(threshold, pixel_threshold)
+    else:
+        _use(inspector, thresholds, threshold, pixel_threshold)
     table = inspector.predict(images, out, pictures, format, maps=maps, marks=marks)
     decided = inspector.calibration is not None and bool(inspector.calibration.image)
     _print_images(table, decided, Path(out) / f"results.{format}", pictures)
-    if maps or marks:
-        print(f"maps      {Path(out) / 'maps.json'}")
-    if coco:
-        print(f"coco      {results_as_coco(out)}")
+    _print_maps(Path(out), bool(maps or marks), coco)
     return exit_code(table)
 
 

@@ -273,7 +273,7 @@ def coco_content(
 
 def write_coco(
     index: pd.DataFrame,  # an Index with masks
-    path: str | os.PathLike,  # the JSON file to write
+    path: str | Path,  # the JSON file to write
 ) -> Path:  # the path
     "An Index as COCO's JSON; file names are relative to the Index's root."
     require_labels(index, "COCO would call them normal")
@@ -285,7 +285,8 @@ def write_coco(
             " normal; leave their rows out, or draw masks"
         )
     names = sorted({defect or "defect" for defect in index["defect"][index["anomalous"]]})
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     for number, row in enumerate(index.itertuples(index=False), 1):
         width, height = upright_size(root / row.image)
         images.append(

@@ -81,7 +81,10 @@ def read_map(
             return np.load(path, allow_pickle=False)
         import tifffile
 
-        return tifffile.imread(path)
+        pixels = tifffile.imread(path)
+        if not pixels.size:  # a damaged file has no page, which is no error there
+            raise ValueError("it holds no pixels")
+        return pixels
     except FileNotFoundError:
         raise
     except Exception as error:  # tifffile, zlib and NumPy each have errors of their own

@@ -6,7 +6,6 @@
 __all__ = ["CONFIG", "Saturation", "read_saturation", "Channel", "Channels"]
 
 # %% ../../nbs/data/24_saturation.ipynb #ff0d6858
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,7 +57,7 @@ def _saturation(entry: object, where: str) -> tuple[int, Saturation]:
 
 
 def read_saturation(
-    path: str | os.PathLike,  # a defects_config.json
+    path: str | Path,  # a defects_config.json
 ) -> dict[int, Saturation]:  # value in the masks -> kind of defect
     "The defects of one class."
     entries = read_json(path)

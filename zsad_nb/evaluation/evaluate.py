@@ -14,7 +14,7 @@ __all__ = [
     "predict_images",
     "put_together",
     "seen_in_training",
-    "map_files",
+    "map_options",
     "evaluate",
     "cases",
 ]
@@ -289,21 +289,21 @@ def seen_in_training(
     return seen
 
 
-def map_files(
+def map_options(
     maps: str,  # as of `evaluate`
     map_threshold: float | None,
     map_folder: str | Path | None,
     test: pd.DataFrame,  # of `target_set`: every image has its name before the first one is written, in all shards alike
-) -> MapFolder | None:  # None: none are wanted
+) -> dict:  # of `predict_images`
     "Where an evaluation's maps go."
     if not maps and map_threshold is None:
-        return None
+        return {}
     if map_folder is None:
         raise ValueError("maps and map_threshold ask for files: give map_folder=FOLDER")
-    folder = MapFolder(map_folder, maps, map_threshold is not None)
+    folder = MapFolder(Path(map_folder).absolute(), maps, map_threshold is not None)
     for category, image in zip(test["category"], test["image"]):
         folder.name((category, image), image)
-    return folder
+    return dict(maps=folder, map_threshold=math.inf if map_threshold is None else map_threshold)
 
 
 @takes_reading
@@ -339,15 +339,14 @@ def evaluate(
     seen = seen_in_training(method, test, allow_seen)
     if isinstance(cache, (str, Path)):
         cache = FeatureCache(cache)
-    kept = map_files(maps, map_threshold, map_folder, test)
-    threshold = math.inf if map_threshold is None else map_threshold
+    files = map_options(maps, map_threshold, map_folder, test)
     method.prepare(test)
     results = {}
     with tqdm(total=len(test), desc=label, disable=not progress, unit="image") as bar:
         for category, part in by_category(test):
             with PixelMetrics(limits, spill=spill) if exact else BinnedPixelMetrics(limits) as pixels:
                 results[category] = (
-                    predict_images(method, part, pixels, size, batch_size, workers, cache, None, bar, kept, threshold),
+                    predict_images(method, part, pixels, size, batch_size, workers, cache, bar=bar, **files),
                     pixels.compute(),
                 )
     return put_together(test, results, seen)

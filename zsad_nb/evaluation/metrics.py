@@ -298,8 +298,7 @@ class PixelMetrics:
         maps: Any,  # (B, H, W) anomaly maps, array or tensor, finite
         masks: Any,  # (B, H, W) bool or 0/1, True is anomalous
         has_mask: Any = None,  # (B,) bool, False leaves the image out; None: all have a mask
-        # (B,) lists of (mask, saturation area), one a defect, for sPRO; None: the set states no saturation
-        channels: Any = None,
+        channels: Any = None,  # (B,) lists of (mask, saturation area), one a defect, for sPRO; None: not stated
     ) -> "PixelMetrics":  # itself
         "Add a batch; a batch with an error in it changes nothing"
         maps, masks, has_mask, low, high = self._checked(maps, masks, has_mask)

@@ -6,6 +6,7 @@
 __all__ = ["LISTS", "load_dataset"]
 
 # %% ../../nbs/synthetic/20_datasets.ipynb #3ef2dc8e
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -18,7 +19,7 @@ from .benchmark import synthetic_index
 from .versions import SYNTHETIC_SETS
 
 # %% ../../nbs/synthetic/20_datasets.ipynb #7e466a61
-LISTS = dict(coco=read_coco, csv=read_csv, meta=read_meta)  # data sets that are a file
+LISTS: dict[str, Callable[..., pd.DataFrame]] = dict(coco=read_coco, csv=read_csv, meta=read_meta)  # sets in a file
 
 
 def load_dataset(
