@@ -87,12 +87,13 @@ def _calibrate(inspector, normals: list[str], defective: list[str] | None, out: 
     print(f"{thresholds}\nkept in {thresholds.save(out / 'thresholds.json')}\n")
 
 
-def _require_possible(model, released, coco: bool, marks: bool):
-    "Refuse two methods, and annotations of nothing."
+def _possible(model: str | None, released: str | None, coco: bool, marks: bool) -> str | None:
+    "The method that is meant; two of them are refused, and annotations of nothing."
     if model is not None and released is not None:
         raise ValueError("give one of --model and --released: each is a method")
     if coco and not marks:
         raise ValueError("--coco makes annotations of what is marked: add --marks")
+    return "self_distance" if model is None and released is None else model
 
 
 def _use(inspector, thresholds: str | None, threshold: float | None, pixel_threshold: float | None):
@@ -171,8 +172,7 @@ def predict_images(
     max_side: int = 2048,  # longer side of heatmaps and pictures of larger photographs
     min_area: int = 0,  # smaller regions are left out, pixels
     pictures: Literal["all", "defective", "none"] = "all",  # overlays to write
-    # maps at the images' own size, into OUT/maps: TIFF of float16 or float32, or NumPy's .npy
-    maps: Literal["", "float16", "float32", "npy"] = "",
+    maps: Literal["", "float16", "float32", "npy"] = "",  # maps at the images' own size, into OUT/maps (TIFF, or .npy)
     marks: bool = False,  # what is above the pixel threshold, into OUT/marks: PNG of 0 and 255
     coco: bool = False,  # regions as COCO annotations with their scores, into OUT/annotations.json; with --marks
     format: Literal["csv", "parquet"] = "csv",  # of the table
@@ -183,8 +183,7 @@ def predict_images(
     rates = dict(rate=rate, sure=sure, pixel_rate=pixel_rate, miss=miss, false_alarm=false_alarm, share=share)
     rates = {name: value for name, value in rates.items() if value is not None}
     _require_consistent(normals, thresholds, threshold, bool(defective or comparable), rates)
-    _require_possible(model, released, coco, marks)
-    model = "self_distance" if model is None and released is None else model
+    model = _possible(model, released, coco, marks)
     with importing():
         from zsad_nb.core.plain_yaml import typed_value
         from zsad_nb.inspection.inspector import Inspector
