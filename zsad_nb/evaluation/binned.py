@@ -84,6 +84,7 @@ def update(
     maps: Any,  # (B, H, W) anomaly maps, array or tensor on any device, finite
     masks: Any,  # (B, H, W) bool or 0/1, True is anomalous
     has_mask: Any = None,  # (B,) bool, False leaves the image out; None: all have a mask
+    channels: Any = None,  # as of PixelMetrics; bins do not tell which defect a pixel belongs to, so there is no sPRO
 ) -> "BinnedPixelMetrics":  # itself
     "Add a batch; a batch with an error in it changes nothing"
     here = (

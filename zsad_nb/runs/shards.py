@@ -29,6 +29,7 @@ from ..data.reading import read_as, takes_reading
 from zsad_nb.evaluation.evaluate import (
     Evaluation,
     by_category,
+    map_options,
     predict_images,
     put_together,
     seen_in_training,
@@ -217,6 +218,9 @@ def evaluate_shards(
     cache: FeatureCache | str | Path | None = None,
     allow_seen: tuple | str = (),  # as of `evaluate`
     changes: dict | None = None,  # of the checkpoint's parameters
+    maps: str = "",  # as of `evaluate`, as are the next two; on a cluster a folder that all machines see
+    map_threshold: float | None = None,
+    map_folder: str | Path | None = None,
     **reading,  # as of `evaluate`
 ) -> Evaluation:  # equal to that of `evaluate`
     "`evaluate` over several processes or machines; transductive methods are divided between categories only."
@@ -229,20 +233,19 @@ def evaluate_shards(
     seen = seen_in_training(method, test, allow_seen)
     method.prepare(test)
     parts = split(test, shards, batch_size, whole=method.transductive)
-    options: dict = dict(size=size, batch_size=batch_size, workers=workers, cache=cache)
     common = dict(
         method=None if checkpoint else method,
         checkpoint=checkpoint,
         changes=changes or {},
         device=method.device.type,
         test=test,
-        options=_predict_options(method, **options),
+        options=_predict_options(method, size, batch_size, workers, cache)
+        | map_options(maps, map_threshold, map_folder, test),
         limits=tuple(limits),
         spill=spill,
         threads=cores or torch.get_num_threads(),
     )
-    if folder is not None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
+    Path(folder or tempfile.gettempdir()).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".shards-", dir=folder, ignore_cleanup_errors=True) as place:
         _leave_common(place, common, method.name)
         processes = (processes or len(parts)) if client in (None, "local") else 1
