@@ -96,7 +96,7 @@ class KeptMaps:
     def __init__(self):
         self.maps, self.masks = [], []
 
-    def update(self, maps: np.ndarray, masks: np.ndarray, has_mask: np.ndarray) -> None:
+    def update(self, maps: np.ndarray, masks: np.ndarray, has_mask: np.ndarray, channels: list | None = None) -> None:
         "One batch, (B, H, W) each"
         if not has_mask.all():
             raise ValueError(
