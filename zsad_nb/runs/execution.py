@@ -115,7 +115,7 @@ class _Kernel:
                 return command, {**options, "cwd": kernel.cwd, "stdout": kernel.log, "stderr": kernel.log}
 
             async def _async_launch_kernel(self, command, **options):
-                process = kernel._copy(Path(sockets) / REPORT, self.connection_file, options)
+                process = kernel._copy(Path(sockets) / REPORT, command, options)
                 if process is None:
                     return await super()._async_launch_kernel(command, **options)
                 provisioner = self.provisioner
@@ -133,14 +133,15 @@ class _Kernel:
 
         return Manager
 
-    def _copy(self, report: Path, connection_file: str, options: dict) -> Copy | None:
+    def _copy(self, report: Path, command: list[str], options: dict) -> Copy | None:
         "A kernel that has its imports behind it, where there can be one."
         if self.modules is None or self.log is None:
             return None
         with open(os.devnull, "rb") as nothing:
             files = [nothing.fileno(), self.log.fileno(), self.log.fileno()]
             environment = options.get("env") or dict(os.environ)
-            process = kernel_copy(self.modules, report, connection_file, files, environment, self.cwd)
+            arguments = command[command.index(str(report)) + 1 :]
+            process = kernel_copy(self.modules, report, arguments, files, environment, self.cwd)
         self.is_fresh = process is None
         return process
 

@@ -131,10 +131,10 @@ def serve():
 
 def kernel_in_copy(
     report: str,  # as of `kernel_command`
-    connection_file: str,
+    arguments: list[str],  # of the kernel
 ):
     "Be a kernel in a process that has imported it already."
-    sys.argv = ["-c", "-f", connection_file]
+    sys.argv = ["-c", *arguments]
     _report(Path(report))
     from ipykernel.kernelapp import IPKernelApp
 

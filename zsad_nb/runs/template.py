@@ -481,11 +481,11 @@ def _become(job: dict):
     "Do what a copy was made for."
     global _twin
     if job["kind"] == "kernel":
-        kernel_in_copy(job["report"], job["connection_file"])
+        kernel_in_copy(job["report"], job["arguments"])
         return
     _twin = _Twin()
     if _twin.job is not None:
-        kernel_in_copy(_twin.job["report"], _twin.job["connection_file"])
+        kernel_in_copy(_twin.job["report"], _twin.job["arguments"])
         return
     os.environ["ZSAD_PARENT"] = str(os.getppid())
     sys.path.insert(0, "")
@@ -496,13 +496,13 @@ def _become(job: dict):
 def kernel_copy(
     modules: tuple[str, ...],  # of `modules_for`
     report: str | Path,  # as of `kernel_command`
-    connection_file: str,
+    arguments: list[str],  # of the kernel
     files: list[int],  # standard input, output and error output
     environment: dict,
     cwd: str | Path,
 ) -> Copy | None:  # None: start a new process
     "A kernel without imports to wait for: our twin, else a copy of a template of this process."
-    job = dict(kind="kernel", report=str(report), connection_file=connection_file)
+    job = dict(kind="kernel", report=str(report), arguments=arguments)
     if _twin is not None:
         return _twin.become(job, files, environment, cwd)
     return templates.copy(modules, job, files, environment, cwd)
