@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fastcore.basics import patch
 from filelock import lock_descriptor
 
 import zsad_nb
@@ -214,41 +215,6 @@ class DaskExecutor:
         self._handed[ticket.name] = task
         return Ticket(self, ticket, task)
 
-    def begun(self) -> set[str]:
-        "Tickets that were taken, as of a second ago."
-        if time.monotonic() - self._asked <= 1:
-            return self._begun
-        self._asked = time.monotonic()
-        with contextlib.suppress(OSError):
-            names = [name for name in os.listdir(self.place) if "." in name and not name.endswith(".part")]
-            self._begun = {name.partition(".")[0] for name in names}
-        if self.client.status == "running":
-            with contextlib.suppress(Exception):
-                self._seats = self.client.sync(self.client.scheduler.ncores, workers=None, callback_timeout=5)
-        return self._begun
-
-    def alive(self):
-        "Raise where the scheduler is gone for good."
-        if self.client.status in ("closing", "closed"):
-            raise Unusable(
-                f"the scheduler at {self.address} is gone. What was done is kept, what was under way does not count;"
-                " start the scheduler and the same sweep again, it goes on from there"
-            )
-
-    def check(self) -> str:
-        "What is new about the cluster, in one line."
-        self.alive()
-        self.begun()
-        before = self._news
-        if self.client.status != "running":
-            self._news = f"the scheduler at {self.address} does not answer; trying to reach it again"
-        elif not self._seats:
-            self._news = f"no worker is connected to the scheduler at {self.address}; waiting for one"
-        else:
-            workers = f"{_plural(len(self._seats), 'worker')} on {_where(list(self._seats))}"
-            self._news = f"{workers}, {_plural(self.seats, 'run')} at a time{self._link}"
-        return self._news if self._news != before else ""
-
     def shutdown(self):
         "No client waits any more: what is running is ended, kernels included."
         if self.client.status == "running":
@@ -256,6 +222,47 @@ class DaskExecutor:
                 self.client.cancel([task for task in self._handed.values() if not task.done()], force=True)
         self._held.close()  # first: Windows removes no file that is open
         shutil.rmtree(self.place, ignore_errors=True)
+
+
+@patch
+def begun(self: DaskExecutor) -> set[str]:
+    "Tickets that were taken, as of a second ago."
+    if time.monotonic() - self._asked <= 1:
+        return self._begun
+    self._asked = time.monotonic()
+    with contextlib.suppress(OSError):
+        names = [name for name in os.listdir(self.place) if "." in name and not name.endswith(".part")]
+        self._begun = {name.partition(".")[0] for name in names}
+    if self.client.status == "running":
+        with contextlib.suppress(Exception):
+            self._seats = self.client.sync(self.client.scheduler.ncores, workers=None, callback_timeout=5)
+    return self._begun
+
+
+@patch
+def alive(self: DaskExecutor):
+    "Raise where the scheduler is gone for good."
+    if self.client.status in ("closing", "closed"):
+        raise Unusable(
+            f"the scheduler at {self.address} is gone. What was done is kept, what was under way does not count;"
+            " start the scheduler and the same sweep again, it goes on from there"
+        )
+
+
+@patch
+def check(self: DaskExecutor) -> str:
+    "What is new about the cluster, in one line."
+    self.alive()
+    self.begun()
+    before = self._news
+    if self.client.status != "running":
+        self._news = f"the scheduler at {self.address} does not answer; trying to reach it again"
+    elif not self._seats:
+        self._news = f"no worker is connected to the scheduler at {self.address}; waiting for one"
+    else:
+        workers = f"{_plural(len(self._seats), 'worker')} on {_where(list(self._seats))}"
+        self._news = f"{workers}, {_plural(self.seats, 'run')} at a time{self._link}"
+    return self._news if self._news != before else ""
 
 
 class Ticket:

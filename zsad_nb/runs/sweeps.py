@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import pandas as pd
+from fastcore.basics import patch
 
 from ..core.files import inside, write_json
 from ..core.locks import Busy
@@ -268,85 +269,97 @@ class _Loop:
     def _make_ready(self, task: Task):
         heapq.heappush(self.ready, (self.place[task.spec.hash], task))
 
-    def _look(self):
-        "What has begun, and what has ended."
-        still = []
-        for task in self.under_way:
-            if task.status == "queued" and task.future.running():
-                task.status = "running"
-                task.begun = time.monotonic()
-            if not task.future.done():
-                still.append(task)
-                continue
-            _settle(task, self.retries, self.progress)
-            if task.is_open:
-                self._make_ready(task)  # once more
-            else:
-                self._ended(task)
-        self.under_way = still
 
-    def _ended(self, task: Task):
-        "What waited for a task may begin, or never will."
-        waiting = [task]
-        while waiting:
-            earlier = waiting.pop()
-            for next_one in self.later.get(earlier.spec.hash, []):
-                if not next_one.is_open:
-                    continue
-                if earlier.status == "done":
-                    self.missing[next_one.spec.hash] -= 1
-                    if not self.missing[next_one.spec.hash]:
-                        self._make_ready(next_one)
-                else:
-                    self._skip(next_one)
-                    waiting.append(next_one)
-
-    def _skip(self, task: Task):
-        before = {name: self.by_hash[spec.hash] for name, spec in task.spec.after.items()}
-        reasons = [
-            f"{name} ({earlier.spec.hash}) {earlier.status}: {earlier.error}"
-            for name, earlier in before.items()
-            if earlier.status in ("failed", "skipped")
-        ]
-        task.status = "skipped"
-        task.error = f"it comes after {'; '.join(reasons)}"
-        self.progress.event(task)
-
-    def _start_ready(self):
-        "Hand to the executor what it takes now."
-        early = []
-        while self.ready and len(self.under_way) < self.slots:
-            place, task = heapq.heappop(self.ready)
-            if time.monotonic() < task.not_before:
-                early.append((place, task))
-            else:
-                self._start(task)
-        for waits in early:
-            heapq.heappush(self.ready, waits)
-
-    def _start(self, task: Task):
-        task.begun = time.monotonic()
-        task.attempts += 1
-        task.status = "running"  # where the executor cannot go on, this one was being started
-        fresh = self.fresh_kernels or task.attempts > 1  # what died is not tried again in the same way
-        call = (attempt, task.spec, str(self.root), self.timeout, task.attempts, fresh)
-        if fresh or not hasattr(self.executor, "submit_ready"):
-            task.future = self.executor.submit(*call)
+@patch
+def _look(self: _Loop):
+    "What has begun, and what has ended."
+    still = []
+    for task in self.under_way:
+        if task.status == "queued" and task.future.running():
+            task.status = "running"
+            task.begun = time.monotonic()
+        if not task.future.done():
+            still.append(task)
+            continue
+        _settle(task, self.retries, self.progress)
+        if task.is_open:
+            self._make_ready(task)  # once more
         else:
-            task.future = self.executor.submit_ready(modules_for(task.spec.source), *call)
-        task.status = "queued"
-        self.under_way.append(task)
-        if hasattr(task.future, "add_done_callback"):
-            task.future.add_done_callback(lambda future: self.news.set())
+            self._ended(task)
+    self.under_way = still
 
-    def stop(self):
-        "The sweep was stopped: nothing that was under way counts."
-        for task in self.tasks:
-            if task.status == "running":
-                task.status = "interrupted"
-                task.error = "the sweep was stopped"
-            elif task.status == "queued":
-                task.status = "waiting"
+
+@patch
+def _ended(self: _Loop, task: Task):
+    "What waited for a task may begin, or never will."
+    waiting = [task]
+    while waiting:
+        earlier = waiting.pop()
+        for next_one in self.later.get(earlier.spec.hash, []):
+            if not next_one.is_open:
+                continue
+            if earlier.status == "done":
+                self.missing[next_one.spec.hash] -= 1
+                if not self.missing[next_one.spec.hash]:
+                    self._make_ready(next_one)
+            else:
+                self._skip(next_one)
+                waiting.append(next_one)
+
+
+@patch
+def _skip(self: _Loop, task: Task):
+    before = {name: self.by_hash[spec.hash] for name, spec in task.spec.after.items()}
+    reasons = [
+        f"{name} ({earlier.spec.hash}) {earlier.status}: {earlier.error}"
+        for name, earlier in before.items()
+        if earlier.status in ("failed", "skipped")
+    ]
+    task.status = "skipped"
+    task.error = f"it comes after {'; '.join(reasons)}"
+    self.progress.event(task)
+
+
+@patch
+def _start_ready(self: _Loop):
+    "Hand to the executor what it takes now."
+    early = []
+    while self.ready and len(self.under_way) < self.slots:
+        place, task = heapq.heappop(self.ready)
+        if time.monotonic() < task.not_before:
+            early.append((place, task))
+        else:
+            self._start(task)
+    for waits in early:
+        heapq.heappush(self.ready, waits)
+
+
+@patch
+def _start(self: _Loop, task: Task):
+    task.begun = time.monotonic()
+    task.attempts += 1
+    task.status = "running"  # where the executor cannot go on, this one was being started
+    fresh = self.fresh_kernels or task.attempts > 1  # what died is not tried again in the same way
+    call = (attempt, task.spec, str(self.root), self.timeout, task.attempts, fresh)
+    if fresh or not hasattr(self.executor, "submit_ready"):
+        task.future = self.executor.submit(*call)
+    else:
+        task.future = self.executor.submit_ready(modules_for(task.spec.source), *call)
+    task.status = "queued"
+    self.under_way.append(task)
+    if hasattr(task.future, "add_done_callback"):
+        task.future.add_done_callback(lambda future: self.news.set())
+
+
+@patch
+def stop(self: _Loop):
+    "The sweep was stopped: nothing that was under way counts."
+    for task in self.tasks:
+        if task.status == "running":
+            task.status = "interrupted"
+            task.error = "the sweep was stopped"
+        elif task.status == "queued":
+            task.status = "waiting"
 
 
 # %% ../../nbs/runs/11_sweeps.ipynb #72cbee33
