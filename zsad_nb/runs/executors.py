@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ..core.machine import usable_cores
 from .kernel import end_tree, own_python
-from .template import CALLER, Copy, Templates
+from .template import CALLER, Copy, Templates, stand_alone
 
 
 # %% ../../nbs/runs/04_executors.ipynb #d20a1b13
@@ -123,6 +123,7 @@ def _end_with(parent: int):
 def _child():
     "Execute the call on standard input and leave the answer on standard output."
     parent = int(os.environ.pop("ZSAD_PARENT"))
+    stand_alone()
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints does not get between the answer
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()

@@ -19,6 +19,7 @@ __all__ = [
     "Template",
     "Templates",
     "serve",
+    "stand_alone",
     "kernel_copy",
 ]
 
@@ -200,7 +201,7 @@ class Template:
         return answer.get("refused")
 
     def close(self):
-        "Let it end; what was copied from it ends, too."
+        "Let it end, once what was copied from it has ended."
         self.control.close()
         if self.owner == os.getpid():
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -333,16 +334,19 @@ class _Server:
     def run(self) -> Callable | None:  # what a copy does; None in the template itself, at its end
         "Until nobody wants a copy any more."
         last = time.monotonic()
-        while os.getppid() == self.parent:
-            ready, _, _ = select.select([self.control, self.awake], [], [], 1.0)
+        is_wanted = True
+        while os.getppid() == self.parent and (is_wanted or self.channels):
+            listening = [self.control, self.awake] if is_wanted else [self.awake]
+            ready, _, _ = select.select(listening, [], [], 1.0)
             if self.awake in ready:
                 with contextlib.suppress(BlockingIOError):
                     os.read(self.awake, 4096)
             self._reap()
             if self.control in ready:
                 request, files, _, _ = socket.recv_fds(self.control, 100_000, 8)
-                if not request:
-                    break
+                if not request:  # what runs already is left to come to its end
+                    is_wanted = False
+                    continue
                 job = self._serve(json.loads(request), list(files))
                 if job is not None:
                     return job
@@ -419,6 +423,8 @@ def _settle_in(job: dict):
     os.chdir(job["cwd"])
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()  # Python's own generator does so by itself
+    if "torch" in sys.modules:
+        sys.modules["torch"].default_generator.seed()  # that of a GPU has a fixed one, and is not touched
 
 
 def serve():
@@ -475,6 +481,13 @@ class _Twin:
 
 
 _twin: _Twin | None = None  # of a copy that may have a notebook executed
+_alone = False
+
+
+def stand_alone():
+    "This process makes one call and ends: without a twin its kernel is a new process, for a template would not pay."
+    global _alone
+    _alone = True
 
 
 def _become(job: dict):
@@ -505,4 +518,6 @@ def kernel_copy(
     job = dict(kind="kernel", report=str(report), arguments=arguments)
     if _twin is not None:
         return _twin.become(job, files, environment, cwd)
+    if _alone:
+        return None
     return templates.copy(modules, job, files, environment, cwd)
