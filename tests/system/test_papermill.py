@@ -63,7 +63,14 @@ def test_same_seed_same_checkpoint(trained, tmp_path):
 
 
 def test_evaluate_writes_tables_and_figures(trained, tmp_path):
-    run("evaluate", tmp_path, checkpoint=str(trained / "checkpoint.safetensors"), images=2, output=str(tmp_path))
+    run(
+        "evaluate",
+        tmp_path,
+        checkpoint=str(trained / "checkpoint.safetensors"),
+        images=2,
+        figures=True,
+        output=str(tmp_path),
+    )
     metrics = pd.read_csv(tmp_path / "metrics.csv", index_col=0)
     scores = pd.read_csv(tmp_path / "scores.csv")
     assert list(metrics.index)[-1] == "mean" and len(metrics) == 13 and len(scores) == 12 * 4

@@ -4,7 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    "MEAN",
     "Evaluation",
     "require_categories",
     "target_set",
@@ -44,14 +43,12 @@ from ..data.reading import read_as, reading_of, takes_reading
 from ..data.saturation import Channels
 from ..data.stored import upright_size
 from .binned import BinnedPixelMetrics
-from .metrics import Metrics, PixelMetrics, image_metrics, mean_over_classes
+from .metrics import MEAN, Metrics, PixelMetrics, image_metrics, mean_over_classes
 from .pixel_digests import PixelDigest, pixel_digest, save_digests
 from ..methods.base import Method, Prediction
 
+
 # %% ../../nbs/evaluation/06_evaluate.ipynb #1fe33d6e
-MEAN = "mean"  # name of the row below the classes
-
-
 @dataclass
 class Evaluation:
     "Metrics per class and mean, scores per image, and why a number is missing."

@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    "MEAN",
     "ROUNDING",
     "fraction",
     "Metrics",
@@ -33,6 +34,7 @@ from .aupro_200 import SPRO_LIMITS, VARIANTS_200, aupro_200, saturated_weights, 
 from .rank_counts import RankCounts
 
 # %% ../../nbs/evaluation/03_metrics.ipynb #c2a81d07
+MEAN = "mean"  # name of the row below the classes
 ROUNDING = 1e-9  # ours: sums over 10^10 pixels in float64 stay below it
 
 

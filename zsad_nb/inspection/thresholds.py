@@ -39,10 +39,9 @@ from fastcore.basics import patch
 from scipy.stats import beta, betabinom, binom
 
 import zsad_nb
-from ..backbones.features import key_hash
 from ..core.files import write_json
 from ..core.names import shown
-from ..core.records import misfit, read_record
+from ..core.records import key_hash, misfit, read_record
 from ..methods.base import Method
 
 
