@@ -84,7 +84,7 @@ def clip_towers(
 def _require_joint(name: str, tower: nn.Module):  # of open_clip, on any device
     "Refuse a CLIP whose class token and patches do not go into the joint space by one matrix."
     trunk = getattr(tower, "trunk", tower)
-    pool = getattr(trunk, "pool_type", None) or getattr(trunk, "global_pool", "")
+    pool = str(getattr(trunk, "pool_type", None) or getattr(trunk, "global_pool", ""))
     if pool == "tok":
         return
     pooled = {"token": "its class token goes through a layer with a bias", "map": "it pools by attention"}
