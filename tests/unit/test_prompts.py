@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from zsad_nb.backbones import text as module
 from zsad_nb.backbones.ensembles import (
     ADACLIP_STATES,
     ADACLIP_TEMPLATES,
@@ -164,7 +163,7 @@ def test_names_without_a_text_tower():
 def test_pretrained_reads_the_image_tower_s_file(tmp_path, monkeypatch):
     path = put(clip().state_dict(), tmp_path / "open_clip_model.safetensors")
     asked = []
-    monkeypatch.setattr(module, "_pretrained_file", lambda row: asked.append(row) or path)
+    monkeypatch.setattr("zsad_nb.backbones.table._pretrained_file", lambda row, revision: asked.append(row) or path)
     with pytest.raises(WeightsError, match=r"text tower of clip-vitb32: .*missing transformer\.resblocks\.2"):
         create_text("clip-vitb32")
     assert asked == [BACKBONES["clip-vitb32"]]

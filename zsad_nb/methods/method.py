@@ -24,7 +24,8 @@ from ..backbones.engines import Engine
 from ..backbones.ensembles import spelling
 from ..backbones.features import FeatureCache, one_by_one
 from ..backbones.products import fast_products
-from ..backbones.towers import BACKBONES, Features, Frozen
+from ..backbones.table import BACKBONES
+from ..backbones.towers import Features, Frozen
 from ..core.parameters import ParameterSet
 from ..core.settings import usual_defaults
 from ..data.images import Batch
