@@ -35,6 +35,7 @@ from zsad_nb.backbones.weights import (
     fitted,
     flat_state,
     hub_file,
+    import_timm,
     import_vision_libraries,
     read_state,
     vit_shapes,
@@ -310,7 +311,7 @@ def trained_with_quick_gelu(
 
 
 def _tower(row: BackboneRow, state: dict | None, quick_gelu: bool | None, seed: int) -> nn.Module:
-    import_vision_libraries()
+    import_timm() if row.library == "timm" else import_vision_libraries()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if row.library == "open_clip":
@@ -320,7 +321,7 @@ def _tower(row: BackboneRow, state: dict | None, quick_gelu: bool | None, seed: 
 
 def _plain_vit(row: BackboneRow, state: dict | None) -> nn.Module:
     "A timm ViT whose sizes come from the row or the state dict."
-    timm, _ = import_vision_libraries()
+    timm = import_timm()
     shapes = row.arch or (None if state is None else vit_shapes(state))
     if shapes is None:
         raise WeightsError(f"backbone {row.name!r} reads its sizes from a state dict: pass weights=PATH")
@@ -330,7 +331,7 @@ def _plain_vit(row: BackboneRow, state: dict | None) -> nn.Module:
 
 def _timm_tower(row: BackboneRow, state: dict | None) -> nn.Module:
     "An architecture that timm knows by name."
-    timm, _ = import_vision_libraries()
+    timm = import_timm()
     is_dinov3 = "dinov3" in row.model
     options = {} if is_dinov3 else dict(dynamic_img_size=True)
     tower = timm.create_model(row.model, pretrained=False, num_classes=0, **options)

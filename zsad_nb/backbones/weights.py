@@ -9,6 +9,7 @@ __all__ = [
     "WRAPPERS",
     "SHELLS",
     "PREFIXES",
+    "import_timm",
     "import_vision_libraries",
     "WeightsError",
     "listed",
@@ -30,6 +31,7 @@ __all__ = [
 # %% ../../nbs/backbones/02_weights.ipynb #67ae5618
 import contextlib
 import hashlib
+import importlib
 import os
 import sys
 import urllib.error
@@ -58,20 +60,30 @@ def _environment_kept():
             os.environ.update(before)
 
 
+def import_timm() -> ModuleType:
+    "Import timm; where torchvision's C++ operators are missing, declare their schemas first."
+    if "timm" not in sys.modules:
+        with _environment_kept(), _compiler_later():
+            _import_torchvision()
+            import timm  # noqa: F401
+    return sys.modules["timm"]
+
+
 def import_vision_libraries() -> tuple[ModuleType, ModuleType]:  # timm, open_clip
-    "Import timm and open_clip; where torchvision's C++ operators are missing, declare their schemas first."
-    if "timm" in sys.modules and "open_clip" in sys.modules:
-        return sys.modules["timm"], sys.modules["open_clip"]
-    with _environment_kept():
-        return _import_vision_libraries()
+    "Import timm and open_clip, as `import_timm` does."
+    timm = import_timm()
+    if "open_clip" not in sys.modules:
+        with _environment_kept():
+            import open_clip  # noqa: F401
+    return timm, sys.modules["open_clip"]
 
 
 _schemas: torch.library.Library | None = None  # declared schemas are there as long as it is
 
 
-def _import_vision_libraries():
+def _import_torchvision():
     try:
-        import torchvision  # noqa: F401
+        import torchvision
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise
@@ -81,10 +93,46 @@ def _import_vision_libraries():
             _schemas.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
             del sys.modules[name]
-    import open_clip
-    import timm
+        import torchvision  # noqa: F401
 
-    return timm, open_clip
+
+# %% ../../nbs/backbones/02_weights.ipynb #761cfae1
+class _Later(ModuleType):
+    "`torch._dynamo.utils` until somebody needs it: one function that imports the module when called; anything else does at once."
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):  # `inspect` asks every module for its file
+            raise AttributeError(name)
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+@contextlib.contextmanager
+def _compiler_later():
+    "Import what asks for PyTorch's compiler without importing the compiler."
+    eager, lazy = torch.compiler.disable, getattr(torch, "_disable_dynamo", None)
+    if "torch._dynamo" in sys.modules or lazy is None:
+        yield
+        return
+    stand_in = _Later("torch._dynamo.utils")
+
+    def is_compile_supported(device_type: str) -> bool:
+        return stand_in.__getattr__("is_compile_supported")(device_type)
+
+    stand_in.__dict__["is_compile_supported"] = is_compile_supported
+    sys.modules["torch._dynamo.utils"] = stand_in
+
+    def disable(fn=None, recursive=True, *, reason=None):
+        return lazy(fn, recursive)
+
+    torch.compiler.disable = disable
+    try:
+        yield
+    finally:
+        torch.compiler.disable = eager
+        if sys.modules.get("torch._dynamo.utils") is stand_in:
+            del sys.modules["torch._dynamo.utils"]
 
 
 # %% ../../nbs/backbones/02_weights.ipynb #78dbb92e
