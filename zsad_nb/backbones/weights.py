@@ -31,7 +31,6 @@ __all__ = [
 # %% ../../nbs/backbones/02_weights.ipynb #67ae5618
 import contextlib
 import hashlib
-import importlib
 import os
 import sys
 import urllib.error
@@ -44,6 +43,8 @@ from types import ModuleType
 
 import torch
 from safetensors.torch import load_file
+
+from ..core.later import imported_later
 
 
 # %% ../../nbs/backbones/02_weights.ipynb #53dd8724
@@ -97,17 +98,6 @@ def _import_torchvision():
 
 
 # %% ../../nbs/backbones/02_weights.ipynb #761cfae1
-class _Later(ModuleType):
-    "`torch._dynamo.utils` until somebody needs it: one function that imports the module when called; anything else does at once."
-
-    def __getattr__(self, name: str):
-        if name.startswith("__"):  # `inspect` asks every module for its file
-            raise AttributeError(name)
-        if sys.modules.get(self.__name__) is self:
-            del sys.modules[self.__name__]
-        return getattr(importlib.import_module(self.__name__), name)
-
-
 @contextlib.contextmanager
 def _compiler_later():
     "Import what asks for PyTorch's compiler without importing the compiler."
@@ -115,24 +105,16 @@ def _compiler_later():
     if "torch._dynamo" in sys.modules or lazy is None:
         yield
         return
-    stand_in = _Later("torch._dynamo.utils")
-
-    def is_compile_supported(device_type: str) -> bool:
-        return stand_in.__getattr__("is_compile_supported")(device_type)
-
-    stand_in.__dict__["is_compile_supported"] = is_compile_supported
-    sys.modules["torch._dynamo.utils"] = stand_in
 
     def disable(fn=None, recursive=True, *, reason=None):
         return lazy(fn, recursive)
 
     torch.compiler.disable = disable
     try:
-        yield
+        with imported_later("torch._dynamo.utils", "is_compile_supported"):
+            yield
     finally:
         torch.compiler.disable = eager
-        if sys.modules.get("torch._dynamo.utils") is stand_in:
-            del sys.modules["torch._dynamo.utils"]
 
 
 # %% ../../nbs/backbones/02_weights.ipynb #78dbb92e
