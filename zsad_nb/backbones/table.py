@@ -36,6 +36,7 @@ from zsad_nb.backbones.weights import (
     flat_state,
     hub_commit,
     hub_file,
+    import_timm,
     import_vision_libraries,
     read_state,
     split_revision,
@@ -227,7 +228,7 @@ def _nearest(word: str, known: Iterable[str]) -> str:  # for a message
 
 
 def _timm_row(rest: str) -> BackboneRow:  # NAME or NAME.TAG
-    timm, _ = import_vision_libraries()
+    timm = import_timm()
     arch, _, tag = rest.partition(".")
     if arch not in timm.list_models():
         raise ValueError(f"timm {timm.__version__} has no model {arch!r}; {_nearest(arch, timm.list_models())}")

@@ -39,6 +39,7 @@ from zsad_nb.backbones.weights import (
     WeightsError,
     clip_shapes,
     fitted,
+    import_timm,
     import_vision_libraries,
     vit_shapes,
     weights_hash,
@@ -412,7 +413,7 @@ def trained_with_quick_gelu(
 
 
 def _tower(row: BackboneRow, state: dict | None, quick_gelu: bool | None, seed: int) -> nn.Module:
-    import_vision_libraries()
+    import_timm() if row.library == "timm" else import_vision_libraries()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if row.library == "open_clip":
@@ -422,7 +423,7 @@ def _tower(row: BackboneRow, state: dict | None, quick_gelu: bool | None, seed: 
 
 def _plain_vit(row: BackboneRow, state: dict | None) -> nn.Module:
     "A timm ViT whose sizes come from the row or the state dict."
-    timm, _ = import_vision_libraries()
+    timm = import_timm()
     shapes = row.arch or (None if state is None else vit_shapes(state))
     if shapes is None:
         raise WeightsError(f"backbone {row.name!r} reads its sizes from a state dict: pass weights=PATH")
@@ -432,7 +433,7 @@ def _plain_vit(row: BackboneRow, state: dict | None) -> nn.Module:
 
 def _timm_tower(row: BackboneRow, state: dict | None) -> nn.Module:
     "An architecture that timm knows by name."
-    timm, _ = import_vision_libraries()
+    timm = import_timm()
     arch = row.model.partition(".")[0]
     fixed = "dinov3" in arch or arch.startswith("beit")
     options = {} if fixed else dict(dynamic_img_size=True)
@@ -506,7 +507,7 @@ def _with_any_size(trunk: nn.Module) -> nn.Module:
     rope = getattr(trunk, "rope", None)
     if rope is None:
         return trunk
-    timm, _ = import_vision_libraries()
+    timm = import_timm()
     arch = trunk.default_cfg["architecture"]
     trunk.rope = timm.create_model(arch, pretrained=False, num_classes=0, depth=1, dynamic_img_size=True).rope
     return trunk

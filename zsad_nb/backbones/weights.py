@@ -9,6 +9,7 @@ __all__ = [
     "WRAPPERS",
     "SHELLS",
     "PREFIXES",
+    "import_timm",
     "import_vision_libraries",
     "WeightsError",
     "listed",
@@ -48,6 +49,8 @@ from types import ModuleType
 import torch
 from safetensors.torch import load_file
 
+from ..core.later import imported_later
+
 
 # %% ../../nbs/backbones/02_weights.ipynb #53dd8724
 @contextlib.contextmanager
@@ -63,20 +66,30 @@ def _environment_kept():
             os.environ.update(before)
 
 
+def import_timm() -> ModuleType:
+    "Import timm; where torchvision's C++ operators are missing, declare their schemas first."
+    if "timm" not in sys.modules:
+        with _environment_kept(), _compiler_later():
+            _import_torchvision()
+            import timm  # noqa: F401
+    return sys.modules["timm"]
+
+
 def import_vision_libraries() -> tuple[ModuleType, ModuleType]:  # timm, open_clip
-    "Import timm and open_clip; where torchvision's C++ operators are missing, declare their schemas first."
-    if "timm" in sys.modules and "open_clip" in sys.modules:
-        return sys.modules["timm"], sys.modules["open_clip"]
-    with _environment_kept():
-        return _import_vision_libraries()
+    "Import timm and open_clip, as `import_timm` does."
+    timm = import_timm()
+    if "open_clip" not in sys.modules:
+        with _environment_kept():
+            import open_clip  # noqa: F401
+    return timm, sys.modules["open_clip"]
 
 
 _schemas: torch.library.Library | None = None  # declared schemas are there as long as it is
 
 
-def _import_vision_libraries():
+def _import_torchvision():
     try:
-        import torchvision  # noqa: F401
+        import torchvision
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise
@@ -86,10 +99,27 @@ def _import_vision_libraries():
             _schemas.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
             del sys.modules[name]
-    import open_clip
-    import timm
+        import torchvision  # noqa: F401
 
-    return timm, open_clip
+
+# %% ../../nbs/backbones/02_weights.ipynb #761cfae1
+@contextlib.contextmanager
+def _compiler_later():
+    "Import what asks for PyTorch's compiler without importing the compiler."
+    eager, lazy = torch.compiler.disable, getattr(torch, "_disable_dynamo", None)
+    if "torch._dynamo" in sys.modules or lazy is None:
+        yield
+        return
+
+    def disable(fn=None, recursive=True, *, reason=None):
+        return lazy(fn, recursive)
+
+    torch.compiler.disable = disable
+    try:
+        with imported_later("torch._dynamo.utils", "is_compile_supported"):
+            yield
+    finally:
+        torch.compiler.disable = eager
 
 
 # %% ../../nbs/backbones/02_weights.ipynb #78dbb92e

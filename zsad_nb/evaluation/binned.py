@@ -110,12 +110,7 @@ def update(
         regions += n
     if sum(map(len, self._waiting)) >= 2**23:
         self._count()
-    self.images += len(maps)
-    self.excluded += int((~has_mask).sum())
-    self.regions += regions
-    self._low = min(self._low, low)
-    self._high = max(self._high, high)
-    return self
+    return self._counted(has_mask, regions, low, high)
 
 
 @patch

@@ -320,7 +320,11 @@ class PixelMetrics:
             raise  # half a batch was counted: unusable, rather than silently wrong
         self._anomalous += keys
         self._saturated += saturated
-        self.images += len(maps)
+        return self._counted(has_mask, regions, low, high)
+
+    def _counted(self, has_mask: np.ndarray, regions: int, low: float, high: float) -> "PixelMetrics":  # itself
+        "Count the images of a batch whose pixels were added, its regions and its range."
+        self.images += len(has_mask)
         self.excluded += int((~has_mask).sum())
         self.regions += regions
         self._low = min(self._low, low)

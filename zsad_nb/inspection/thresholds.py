@@ -36,7 +36,6 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from fastcore.basics import patch
-from scipy.stats import beta, betabinom, binom
 
 import zsad_nb
 from ..core.files import write_json
@@ -56,6 +55,8 @@ def needed(
     sure: float | None = None,  # share of calibrations in which it must be kept; None: on average
 ) -> int:  # images
     "How many normal images a rate needs at least."
+    from scipy.stats import binom  # its import takes a second, which only thresholds need to pay
+
     _check_share("rate", rate)
     if sure is None:
         return math.ceil(1 / Fraction(str(rate))) - 1  # the decimal as typed: 0.07 is 7/100
@@ -72,6 +73,8 @@ def rank(
     sure: float | None = None,  # as in `needed`
 ) -> int:  # k: the threshold is the k-th smallest score
     "The rank whose score keeps the rate, or an error that says how many images would."
+    from scipy.stats import binom
+
     least = needed(rate, sure)
     if n < least:
         here = ""
@@ -94,12 +97,16 @@ def realised(
     level: float = 0.95,  # share of calibrations the interval covers
 ) -> tuple:  # mean, low, high
     "The rate that a threshold at rank k will have: mean and equal-tailed interval of Beta(n + 1 - k, k)."
+    from scipy.stats import beta
+
     return (n + 1 - k) / (n + 1), *map(float, beta.ppf([(1 - level) / 2, (1 + level) / 2], n + 1 - k, k))
 
 
 # %% ../../nbs/inspection/02_thresholds.ipynb #c85a0e45
 def clopper_pearson(count: int, n: int, level: float = 0.95) -> tuple:  # low, high
     "Exact interval of a rate of which `count` in `n` were seen."
+    from scipy.stats import beta
+
     if not 0 <= count <= n or n < 1:
         raise ValueError(f"{count} of {n} is no rate")
     tail = (1 - level) / 2
@@ -164,6 +171,8 @@ class Threshold:
         # most) and plausible
     ) -> dict:
         "Hold the threshold against other normal images."
+        from scipy.stats import betabinom
+
         scores = _numbers(scores)
         n = len(scores)
         alarms = int(self(scores).sum())
