@@ -110,7 +110,8 @@ def update(
         regions += n
     if sum(map(len, self._waiting)) >= 2**23:
         self._count()
-    return self._counted(has_mask, regions, low, high)
+    self._counted(has_mask, regions, low, high)
+    return self
 
 
 @patch

@@ -320,15 +320,7 @@ class PixelMetrics:
             raise  # half a batch was counted: unusable, rather than silently wrong
         self._anomalous += keys
         self._saturated += saturated
-        return self._counted(has_mask, regions, low, high)
-
-    def _counted(self, has_mask: np.ndarray, regions: int, low: float, high: float) -> "PixelMetrics":  # itself
-        "Count the images of a batch whose pixels were added, its regions and its range."
-        self.images += len(has_mask)
-        self.excluded += int((~has_mask).sum())
-        self.regions += regions
-        self._low = min(self._low, low)
-        self._high = max(self._high, high)
+        self._counted(has_mask, regions, low, high)
         return self
 
     def merge(self, other: "PixelMetrics") -> "PixelMetrics":
@@ -412,6 +404,16 @@ def _checked(self: PixelMetrics, maps, masks, has_mask) -> tuple:
         elif masks[i].any():
             raise ValueError(f"{where} has has_mask False but its mask has anomalous pixels")
     return maps, masks.astype(bool, copy=False), has_mask, low, high
+
+
+@patch
+def _counted(self: PixelMetrics, has_mask: np.ndarray, regions: int, low: float, high: float) -> None:
+    "Count the images of a batch whose pixels were added, its regions and its range."
+    self.images += len(has_mask)
+    self.excluded += int((~has_mask).sum())
+    self.regions += regions
+    self._low = min(self._low, low)
+    self._high = max(self._high, high)
 
 
 # %% ../../nbs/evaluation/03_metrics.ipynb #e5984832

@@ -35,6 +35,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import scipy  # its parts are imported when they are used; scipy.stats takes a second
 from fastcore.basics import patch
 
 import zsad_nb
@@ -55,14 +56,12 @@ def needed(
     sure: float | None = None,  # share of calibrations in which it must be kept; None: on average
 ) -> int:  # images
     "How many normal images a rate needs at least."
-    from scipy.stats import binom  # its import takes a second, which only thresholds need to pay
-
     _check_share("rate", rate)
     if sure is None:
         return math.ceil(1 / Fraction(str(rate))) - 1  # the decimal as typed: 0.07 is 7/100
     _check_share("sure", sure)
     n = max(1, math.floor(math.log1p(-sure) / math.log1p(-rate)) - 1)
-    while binom.ppf(sure, n, 1 - rate) + 1 > n:
+    while scipy.stats.binom.ppf(sure, n, 1 - rate) + 1 > n:
         n += 1
     return n
 
@@ -73,8 +72,6 @@ def rank(
     sure: float | None = None,  # as in `needed`
 ) -> int:  # k: the threshold is the k-th smallest score
     "The rank whose score keeps the rate, or an error that says how many images would."
-    from scipy.stats import binom
-
     least = needed(rate, sure)
     if n < least:
         here = ""
@@ -88,7 +85,7 @@ def rank(
         )
     if sure is None:
         return math.ceil((n + 1) * (1 - Fraction(str(rate))))
-    return int(binom.ppf(sure, n, 1 - rate)) + 1
+    return int(scipy.stats.binom.ppf(sure, n, 1 - rate)) + 1
 
 
 def realised(
@@ -97,21 +94,17 @@ def realised(
     level: float = 0.95,  # share of calibrations the interval covers
 ) -> tuple:  # mean, low, high
     "The rate that a threshold at rank k will have: mean and equal-tailed interval of Beta(n + 1 - k, k)."
-    from scipy.stats import beta
-
-    return (n + 1 - k) / (n + 1), *map(float, beta.ppf([(1 - level) / 2, (1 + level) / 2], n + 1 - k, k))
+    return (n + 1 - k) / (n + 1), *map(float, scipy.stats.beta.ppf([(1 - level) / 2, (1 + level) / 2], n + 1 - k, k))
 
 
 # %% ../../nbs/inspection/02_thresholds.ipynb #c85a0e45
 def clopper_pearson(count: int, n: int, level: float = 0.95) -> tuple:  # low, high
     "Exact interval of a rate of which `count` in `n` were seen."
-    from scipy.stats import beta
-
     if not 0 <= count <= n or n < 1:
         raise ValueError(f"{count} of {n} is no rate")
     tail = (1 - level) / 2
-    low = float(beta.ppf(tail, count, n - count + 1)) if count else 0.0
-    high = float(beta.ppf(1 - tail, count + 1, n - count)) if count < n else 1.0
+    low = float(scipy.stats.beta.ppf(tail, count, n - count + 1)) if count else 0.0
+    high = float(scipy.stats.beta.ppf(1 - tail, count + 1, n - count)) if count < n else 1.0
     return low, high
 
 
@@ -171,8 +164,6 @@ class Threshold:
         # most) and plausible
     ) -> dict:
         "Hold the threshold against other normal images."
-        from scipy.stats import betabinom
-
         scores = _numbers(scores)
         n = len(scores)
         alarms = int(self(scores).sum())
@@ -182,7 +173,7 @@ class Threshold:
             return result
         a = self.facts["images"] + 1 - self.facts["rank"]
         b = self.facts["rank"]
-        expected = tuple(int(betabinom.ppf(q, n, a, b)) for q in ((1 - level) / 2, (1 + level) / 2))
+        expected = tuple(int(scipy.stats.betabinom.ppf(q, n, a, b)) for q in ((1 - level) / 2, (1 + level) / 2))
         return dict(result, expected=expected, plausible=expected[0] <= alarms <= expected[1])
 
 
