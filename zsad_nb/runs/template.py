@@ -40,6 +40,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from .kernel import end_tree, kernel_in_copy, own_template, source_state
 
 # %% ../../nbs/runs/03_template.ipynb #8142114f
@@ -336,7 +338,7 @@ class _Server:
         last = time.monotonic()
         is_wanted = True
         while os.getppid() == self.parent and (is_wanted or self.channels):
-            listening = [self.control, self.awake] if is_wanted else [self.awake]
+            listening: list = [self.control, self.awake] if is_wanted else [self.awake]
             ready, _, _ = select.select(listening, [], [], 1.0)
             if self.awake in ready:
                 with contextlib.suppress(BlockingIOError):
@@ -365,14 +367,6 @@ class _Server:
             if done:
                 with self.channels.pop(pid) as channel, contextlib.suppress(OSError):
                     channel.send(json.dumps(dict(ended=os.waitstatus_to_exitcode(status))).encode())
-
-    def _refusal(self, job: dict) -> str:
-        if self.problem:
-            return self.problem
-        if (source_state(), _installed()) != self.state:
-            return STALE
-        name = _shadowed(job["cwd"])
-        return f"{name} in {job['cwd']} has the name of a module that is imported already" if name else ""
 
     def _serve(self, job: dict, files: list[int]) -> Callable | None:
         "Make a copy, or say why not; what the copy does."
@@ -411,6 +405,16 @@ class _Server:
         channel.send(json.dumps(dict(pid=os.getpid())).encode())
         channel.close()
         return lambda: _become(job)
+
+
+@patch
+def _refusal(self: _Server, job: dict) -> str:
+    if self.problem:
+        return self.problem
+    if (source_state(), _installed()) != self.state:
+        return STALE
+    name = _shadowed(job["cwd"])
+    return f"{name} in {job['cwd']} has the name of a module that is imported already" if name else ""
 
 
 def _settle_in(job: dict):
