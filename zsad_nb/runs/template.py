@@ -37,6 +37,7 @@ import sys
 import sysconfig
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -285,7 +286,9 @@ def _preload(modules: tuple[str, ...]):
     os.environ["MPLBACKEND"] = backend or "module://matplotlib_inline.backend_inline"  # set by a kernel as it starts
     for module in modules:
         name, _, function = module.partition(":")
-        imported = importlib.import_module(name)
+        # a kernel from nothing does not import what its caller needs, so it lacks the filters that this adds
+        with warnings.catch_warnings() if module in CALLER else contextlib.nullcontext():
+            imported = importlib.import_module(name)
         if function:
             getattr(imported, function)()
     if not backend:
