@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -63,7 +63,7 @@ class Tally:
         self.running: dict[int, Task] = {}
         self.open: Counter = Counter()  # notebook -> tasks that have not ended
         self.done: Counter = Counter()  # notebook -> tasks whose time is known
-        self.seconds: Counter = Counter()  # notebook -> the sum of their times
+        self.seconds: defaultdict = defaultdict(float)  # notebook -> the sum of their times
         for task in tasks:
             self.add(task)
             task.tally = self

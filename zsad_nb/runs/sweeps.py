@@ -93,7 +93,7 @@ def _with_dependencies(specs: list[Spec]) -> list[Spec]:  # first what comes fir
 
 def _varying(specs: list[Spec]) -> set[tuple]:  # (notebook, parameter)
     "In which parameters runs of the same notebook differ."
-    given: dict[Path, set[str]] = {}  # what no run states is the same in all
+    given: dict[str | Path, set[str]] = {}  # what no run states is the same in all
     for spec in specs:
         given.setdefault(spec.notebook, set()).update(spec.parameters)
     values: dict[tuple, set] = {}

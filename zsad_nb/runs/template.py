@@ -37,8 +37,11 @@ import sys
 import sysconfig
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+
+from fastcore.basics import patch
 
 from .kernel import end_tree, kernel_in_copy, own_template, source_state
 
@@ -283,7 +286,9 @@ def _preload(modules: tuple[str, ...]):
     os.environ["MPLBACKEND"] = backend or "module://matplotlib_inline.backend_inline"  # set by a kernel as it starts
     for module in modules:
         name, _, function = module.partition(":")
-        imported = importlib.import_module(name)
+        # a kernel from nothing does not import what its caller needs, so it lacks the filters that this adds
+        with warnings.catch_warnings() if module in CALLER else contextlib.nullcontext():
+            imported = importlib.import_module(name)
         if function:
             getattr(imported, function)()
     if not backend:
@@ -336,7 +341,7 @@ class _Server:
         last = time.monotonic()
         is_wanted = True
         while os.getppid() == self.parent and (is_wanted or self.channels):
-            listening = [self.control, self.awake] if is_wanted else [self.awake]
+            listening: list = [self.control, self.awake] if is_wanted else [self.awake]
             ready, _, _ = select.select(listening, [], [], 1.0)
             if self.awake in ready:
                 with contextlib.suppress(BlockingIOError):
@@ -365,14 +370,6 @@ class _Server:
             if done:
                 with self.channels.pop(pid) as channel, contextlib.suppress(OSError):
                     channel.send(json.dumps(dict(ended=os.waitstatus_to_exitcode(status))).encode())
-
-    def _refusal(self, job: dict) -> str:
-        if self.problem:
-            return self.problem
-        if (source_state(), _installed()) != self.state:
-            return STALE
-        name = _shadowed(job["cwd"])
-        return f"{name} in {job['cwd']} has the name of a module that is imported already" if name else ""
 
     def _serve(self, job: dict, files: list[int]) -> Callable | None:
         "Make a copy, or say why not; what the copy does."
@@ -411,6 +408,16 @@ class _Server:
         channel.send(json.dumps(dict(pid=os.getpid())).encode())
         channel.close()
         return lambda: _become(job)
+
+
+@patch
+def _refusal(self: _Server, job: dict) -> str:
+    if self.problem:
+        return self.problem
+    if (source_state(), _installed()) != self.state:
+        return STALE
+    name = _shadowed(job["cwd"])
+    return f"{name} in {job['cwd']} has the name of a module that is imported already" if name else ""
 
 
 def _settle_in(job: dict):
