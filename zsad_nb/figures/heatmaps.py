@@ -26,9 +26,9 @@ TITLES = ("image", "mask", "heatmap", "overlay, mask outlined")
 GAP = 0.05  # between two pictures, in widths of one
 
 
-def _write(axes: Axes, x: float, y: float, text: str, kind: str, **options):
-    "A text beside a picture, as large as matplotlib's titles or labels."
-    axes.text(x, y, letters(text, lines=True), fontsize=matplotlib.rcParams[f"axes.{kind}size"], **options)
+def _write(axes: Axes, x: float, y: float, text: str, size: float | str, **options):
+    "A text beside a picture."
+    axes.text(x, y, letters(text, lines=True), fontsize=size, **options)
 
 
 def _row(axes: Axes, number: int, pictures: tuple, scale: tuple, left: str) -> AxesImage:
@@ -46,10 +46,19 @@ def _row(axes: Axes, number: int, pictures: tuple, scale: tuple, left: str) -> A
     artist = axes.imshow(heat, cmap=HEAT, vmin=low, vmax=high, extent=places[2])
     axes.imshow(overlay(image, heat, low, high), extent=places[3])
     outline_mask(axes, mask, extent=places[3])
-    _write(axes, -GAP, top - height / 2, left, "label", ha="right", va="center", linespacing=1.4)
+    _write(
+        axes,
+        -GAP,
+        top - height / 2,
+        left,
+        matplotlib.rcParams["axes.labelsize"],
+        ha="right",
+        va="center",
+        linespacing=1.4,
+    )
     if number == 0:
         for title, place in zip(TITLES, places):
-            _write(axes, place[0] + 0.5, GAP, title, "title", ha="center", va="bottom")
+            _write(axes, place[0] + 0.5, GAP, title, matplotlib.rcParams["axes.titlesize"], ha="center", va="bottom")
     axes.set(xlim=(0, places[3][1]), ylim=(top - height, 0))
     return artist
 

@@ -323,8 +323,8 @@ def outline_mask(
 ):
     "The border of a mask, where there is one."
     if mask.any() and not mask.all():
-        where = {} if extent is None else dict(extent=extent, origin="upper")
-        axis.contour(mask, levels=[0.5], colors=[OUTLINE], linewidths=width, **where)
+        origin = None if extent is None else "upper"
+        axis.contour(mask, levels=[0.5], colors=[OUTLINE], linewidths=width, extent=extent, origin=origin)
 
 
 def overlay(

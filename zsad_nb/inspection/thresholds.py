@@ -35,7 +35,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import scipy  # its parts are imported when they are used; scipy.stats takes a second
+import scipy  # .stats is imported when it is used
 from fastcore.basics import patch
 
 import zsad_nb
@@ -160,7 +160,7 @@ class Threshold:
         self,
         scores: npt.ArrayLike,  # of normal images that had no part in the threshold
         level: float = 0.95,
-        # alarms, images, rate, low, high (Clopper-Pearson); for a threshold from normal images also expected (fewest,
+        # alarms, images, rate, low, high (Clopper-Pearson); from normal images also expected (fewest,
         # most) and plausible
     ) -> dict:
         "Hold the threshold against other normal images."
