@@ -25,7 +25,7 @@ from zsad_nb.data import images as reading
 from zsad_nb.data.index import make_index
 from zsad_nb.data.stored import BadImage
 from zsad_nb.methods.base import create, load
-from zsad_nb.synthetic.benchmark import synthetic_index
+from zsad_nb.synthetic.datasets import load_dataset
 from zsad_nb.training import devices
 from zsad_nb.training.devices import SameRandomNumbers, Shares, share
 from zsad_nb.training.fit import fit, recipe_of, train_here
@@ -231,7 +231,9 @@ def test_an_error_in_one_process_is_the_error(index, tmp_path):
         fit(made("visualad"), broken, short("visualad"), progress=False, devices=2)
     assert "of 2, counted from 0" in caught.value.__notes__[0] and "Traceback" in caught.value.__notes__[0]
     assert not [
-        p for p in psutil.Process().children(recursive=True) if "zsad_nb.training.devices" in " ".join(p.cmdline())
+        p
+        for p in psutil.Process().children(recursive=True)
+        if p.status() != psutil.STATUS_ZOMBIE and "zsad_nb.training.devices" in " ".join(p.cmdline())
     ], "the other process was stopped"
 
 
@@ -549,7 +551,8 @@ def test_train_notebook_on_two_devices(tmp_path):
     )
     seed_everything(0)
     alone = create("dma_sap", image_size=SIZE, **options)
-    index = synthetic_index(tmp_path / "data" / "synthetic-auxiliary", "auxiliary", SIZE, normal=1, defective=1)
+    name = "synthetic-2-auxiliary"
+    index = load_dataset(name, tmp_path / "data" / name, size=SIZE, normal=1, defective=1)
     history = fit(
         alone,
         index,
