@@ -357,6 +357,13 @@ def forward(self: DAPO, features: None, batch: Batch) -> Prediction:
     )
 
 
+@patch
+def patch_map(self: DAPO, prediction: Prediction, grid: tuple[int, int]) -> Tensor:  # (B, h, w)
+    "Over the taps, what the softmax leaves to the types; before it is enlarged."
+    logits = [m for name, m in prediction.layers.items() if name.startswith("tap_")]
+    return sum(1 - m.softmax(1)[:, 0] for m in logits)
+
+
 # %% ../../nbs/methods/12_dapo.ipynb #8ee3e4bd
 @patch
 def loss(self: DAPO, prediction: Prediction, batch: Batch) -> dict[str, Tensor]:
