@@ -261,6 +261,7 @@ class DAPO(TypeMethod):
     "Hybrid prompts, deep tokens in both towers, one adapter a tap (Nazer et al., arXiv 2512.09446)."
 
     name = "dapo"
+    evidence_shares = False  # its learned tokens join every block: what is compared is the plain image
     encodes = False
     Parameters = DAPOParameters
     compat: dict = dict(causal=False, true_end=False)

@@ -7,6 +7,7 @@ __all__ = [
     "HELD_OUT",
     "TENSORS",
     "split_held_out",
+    "kept_out",
     "measure",
     "references_of",
     "remembering",
@@ -52,7 +53,7 @@ from ..data.method_images import batches_for
 from .base import Method, reference_images
 from .checkpoint_files import checkpoint_content, checkpoint_tensors, tensor_digest
 
-# %% ../../nbs/methods/24_evidence.ipynb #ef7844c0
+# %% ../../nbs/methods/24_evidence.ipynb #c8e4948f
 HELD_OUT = 0.1  # share of the normal images that `fit` keeps for measuring, where evidence is asked for
 
 
@@ -79,6 +80,28 @@ def split_held_out(
     for part in parts:
         part.attrs = dict(index.attrs)
     return parts
+
+
+def kept_out(
+    method: Method,
+    index: pd.DataFrame,  # an Index to train on
+    held_out: float | pd.DataFrame | None = None,  # a share, or an Index; None: HELD_OUT where evidence is asked for
+) -> tuple[pd.DataFrame, pd.DataFrame | None]:  # to train on; to measure on, None: nothing is measured
+    "What `fit` trains on and what it measures on afterwards."
+    if isinstance(held_out, pd.DataFrame):
+        paths = set(held_out["dataset"] + "/" + held_out["image"])
+        both = [name for name in index["dataset"] + "/" + index["image"] if name in paths]
+        if both:
+            raise ValueError(
+                f"{len(both)} images are to be trained on and held out at once (such as {both[0]}): on what it was"
+                " trained on a method's map is flatter than elsewhere; take them out of one of the two"
+            )
+        return index, held_out
+    if held_out is None:
+        if method.evidence == "method":
+            return index, None
+        held_out = HELD_OUT
+    return split_held_out(index, held_out)
 
 
 @usual_defaults()
