@@ -53,7 +53,7 @@ class Auxiliary:
         "Read back; anything else than what was written raises."
         wrong = [name for name in ("tower", "tap", "grid", "images", "moments", "spreads") if name not in facts]
         wrong += [n for n in ("tap", "images") if n not in wrong and not (type(facts[n]) is int and facts[n] > 0)]
-        grid, moments, spreads = (facts.get(name) for name in ("grid", "moments", "spreads"))
+        grid, moments, spreads = (facts.get(name) or {} for name in ("grid", "moments", "spreads"))
         if not (isinstance(grid, list) and len(grid) == 2 and all(type(n) is int and n > 0 for n in grid)):
             wrong.append("grid")
         if not (isinstance(moments, dict) and set(moments) == set(MEASURED)):

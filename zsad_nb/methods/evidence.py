@@ -9,6 +9,7 @@ __all__ = [
     "split_held_out",
     "kept_out",
     "measure",
+    "see_references",
     "references_of",
     "remembering",
     "choose_references",
@@ -150,7 +151,7 @@ def _first_size(method: Method) -> int:
     return next(iter(method.backbones().values())).size
 
 
-# %% ../../nbs/methods/24_evidence.ipynb #ad313686
+# %% ../../nbs/methods/24_evidence.ipynb #6dd69bc3
 def _pixels_hash(image: Tensor) -> str:
     "Of an image as the method gets it."
     return hashlib.sha256(np.ascontiguousarray(image.cpu().numpy()).tobytes()).hexdigest()[:20]
@@ -189,18 +190,16 @@ def _as_batches(method: Method, images: Any, category: str, size: int | None, ba
 @usual_defaults()
 @fast_products()
 @torch.inference_mode()
-def references_of(
+def see_references(
     method: Method,
     images: pd.DataFrame | Batch | Tensor,  # an Index (its good rows), a Batch, or (k, 3, H, W) RGB in [0, 1]
     category: str = "",  # of a tensor's images; "": any
     copies: str = "none",  # none, mirrored, turned or all: positions in which a part may lie
-    dtype: torch.dtype = torch.float32,  # of the rows; torch.float16 halves the memory, and moves distances below 0.001
-    most: int = MOST,  # images of a category whose rows are all kept; of more, a coreset of that size
     size: int | None = None,  # pixels of an Index's images; default: the size of the method's first backbone
     batch_size: int = 8,
     workers: int = 2,
-) -> dict[str, References]:  # category -> memory
-    "Remember good images, product by product; a method that judges by the same images must have seen them."
+) -> dict[str, list[Seen]]:  # category -> what the method says of each image
+    "Good images as a method sees them, product by product."
     turned_copies(torch.zeros(1, 3, 2, 2), copies)  # a word that does not exist is refused before anything is computed
     was = method.training
     method.eval()
@@ -212,6 +211,20 @@ def references_of(
         method.train(was)
     if not found:
         raise ValueError("no reference image was given: give at least one good image")
+    return found
+
+
+def references_of(
+    method: Method,
+    images: pd.DataFrame | Batch | Tensor,  # as of `see_references`
+    category: str = "",  # of a tensor's images; "": any
+    copies: str = "none",  # none, mirrored, turned or all: positions in which a part may lie
+    dtype: torch.dtype = torch.float32,  # of the rows; torch.float16 halves the memory, and moves distances below 0.001
+    most: int = MOST,  # images of a category whose rows are all kept; of more, a coreset of that size
+    **how,  # of `see_references`: size, batch_size, workers
+) -> dict[str, References]:  # category -> memory
+    "Remember good images, product by product."
+    found = see_references(method, images, category, copies, **how)
     about = method.evidence_identity() | dict(copies=copies)
     return {name: remember(seen, dtype, most, about) for name, seen in sorted(found.items())}
 
@@ -283,7 +296,7 @@ def judged_references(
     return pd.DataFrame(rows).sort_values("score", ascending=False, ignore_index=True)
 
 
-# %% ../../nbs/methods/24_evidence.ipynb #54e9811d
+# %% ../../nbs/methods/24_evidence.ipynb #a4250839
 TENSORS = ("rows", "owner", "between", "Z", "S_m", "S_k", "S_1")
 
 
@@ -293,7 +306,7 @@ def save_references(
 ) -> Path:
     "Write memories; whole or not at all."
     memories = {"": memories} if isinstance(memories, References) else memories
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     entries = []
     for number, (category, memory) in enumerate(sorted(memories.items())):
         parts = dict(rows=memory.rows, owner=memory.owner, between=memory.between, **memory.sources)
@@ -339,8 +352,9 @@ def load_references(
         raise WeightsError(
             f"{path.name} is damaged or was changed ({str(error)[:200]}); make it again from the good images"
         ) from error
-    for memory in found.values() if method is not None else ():
-        method._require_own(memory)
+    if method is not None:
+        for memory in found.values():
+            method._require_own(memory)
     return found
 
 

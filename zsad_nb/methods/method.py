@@ -485,7 +485,7 @@ def _judged(self: Method, batch: Batch, cache: FeatureCache | None = None) -> Pr
     "The prediction by evidence; the layers keep the method's own, and the calibrated sources."
     judge = self.judge()
     own, Z, patches = self.compared(batch, cache)
-    pixels, score, calibrated = judge(Z, patches, batch.category, tuple(batch.image.shape[-2:]))
+    pixels, score, calibrated = judge(Z, patches, batch.category, (batch.image.shape[-2], batch.image.shape[-1]))
     layers = own.layers | {f"evidence_{name}": z for name, z in calibrated.items()}
     return dataclasses.replace(own, map=pixels, score=score, layers=layers)
 
