@@ -60,7 +60,15 @@ def check_data_set(
 
 
 # %% ../../nbs/cli/06_image_commands.ipynb #268777ef
-def _require_consistent(normals, thresholds, threshold, labelled: bool, rates: dict):
+def _require_evidence(evidence: str, references: list[str] | None, copies: str):
+    "Refuse what says nothing."
+    if references is None and (evidence == "memory" or copies != "none"):
+        raise ValueError("--evidence memory and --copies are about good images: add --references FOLDER")
+    if references is not None and evidence == "method":
+        raise ValueError("--evidence method is the method alone: leave --references out, or use --evidence self")
+
+
+def _require_consistent(normals, thresholds, threshold, labelled: bool, rates: dict, references=None):
     "Refuse options that contradict each other."
     sources = dict(normals=normals, thresholds=thresholds, threshold=threshold)
     several = [name for name, value in sources.items() if value is not None]
@@ -70,9 +78,21 @@ def _require_consistent(normals, thresholds, threshold, labelled: bool, rates: d
         return
     if labelled:
         raise ValueError("--defective and --comparable go with --normals: thresholds are made from good images")
+    if rates and references is not None and not several:
+        return
     if rates:
         flags = " --".join(name.replace("_", "-") for name in rates)
         raise ValueError(f"--{flags}: thresholds are made from good images; add --normals FOLDER")
+
+
+def _remember(inspector, references: list[str], evidence: str, copies: str):
+    "Compare with good images from now on, and say with which."
+    if evidence == "memory":
+        inspector.method.evidence = "memory"
+    inspector.remember(references[0] if len(references) == 1 else references, copies)
+    memories = inspector.method.memories
+    counts = ", ".join(f"{len(m)} of {name}" if len(memories) > 1 else str(len(m)) for name, m in memories.items())
+    print(f"compared with {counts} good image{'s' if counts != '1' else ''}")
 
 
 def _calibrate(inspector, normals: list[str], defective: list[str] | None, out: Path, **how):
@@ -119,6 +139,14 @@ def predict_images(
     # names its tower's weights
     released: Annotated[str | None, Option(metavar="METHOD=FILE")] = None,
     parameter: Annotated[Sequence[tuple[str, str]], Option("-p")] = (),  # a parameter of the method
+    # whose word counts: the method's, its own image's too (self), or that of good images alone (memory); default: method,
+    # with --references self
+    evidence: Literal["", "method", "self", "memory"] = "",
+    # good images of the product, one or more, or a file of `save_references`: images are compared with them, and with
+    # --rate they make the threshold, each judged by the others
+    references: list[str] | None = None,
+    # positions of a part that are remembered besides the photographed one
+    copies: Literal["none", "mirrored", "turned", "all"] = "none",
     normals: list[str] | None = None,  # images assumed normal: thresholds at --rate are made from them
     # false-alarm rate: share of good images that may be called defective (default: 0.01)
     rate: float | None = None,
@@ -146,7 +174,8 @@ def predict_images(
     "look at your own images: score, decision, heatmap, regions, defect type"
     rates = dict(rate=rate, sure=sure, pixel_rate=pixel_rate, miss=miss, false_alarm=false_alarm, share=share)
     rates = {name: value for name, value in rates.items() if value is not None}
-    _require_consistent(normals, thresholds, threshold, bool(defective or comparable), rates)
+    _require_consistent(normals, thresholds, threshold, bool(defective or comparable), rates, references)
+    _require_evidence(evidence, references, copies)
     if model is not None and released is not None:
         raise ValueError("give one of --model and --released: each is a method")
     model = "self_distance" if model is None and released is None else model
@@ -157,9 +186,16 @@ def predict_images(
 
     options: dict = {name: typed_value(value) for name, value in parameter}
     options |= dict(bits=bits, white=white, max_side=max_side, min_area=min_area, batch_size=batch)
+    if evidence in ("method", "self"):
+        options["evidence"] = evidence
     inspector = Inspector.load(model, released=released, device=device, category=category, **options)
+    if references is not None:
+        _remember(inspector, references, evidence, copies)
     if normals is not None:
         _calibrate(inspector, normals, defective, Path(out), comparable=comparable, **rates)
+    elif references is not None and rates:
+        made = inspector.calibrate_on_references(comparable=comparable, **rates)
+        print(f"{made}\nkept in {made.save(Path(out) / 'thresholds.json')}\n")
     elif thresholds is not None:
         inspector.use(thresholds)
     elif threshold is not None or pixel_threshold is not None:

@@ -14,6 +14,7 @@ __all__ = [
     "References",
     "Seen",
     "remember",
+    "judged_without_itself",
     "scores_without_itself",
     "odd_ones",
 ]
@@ -207,13 +208,13 @@ FEWEST = 4  # references, for one of them to be odd
 ODD = 6.0  # robust deviations from the median of the others (ours)
 
 
-def scores_without_itself(
+def judged_without_itself(
     references: References,  # two or more
     size: int | tuple[int, int],  # (H, W) of the maps
     floor: float | None = None,  # of the spread of Z
     rule: str = "references",  # a name of RULES
-) -> Tensor:  # (k,) float64
-    "The score of every reference against all the others, which also calibrate it."
+) -> tuple[Tensor, Tensor]:  # score, largest pixel of the map; (k,) float64 each
+    "Every reference against all the others, which also calibrate it."
     if len(references) < 2:
         raise ValueError("one reference image has no other to be compared with: give at least two")
     found = []
@@ -223,8 +224,20 @@ def scores_without_itself(
         here = {name: values[i] for name, values in references.sources.items()}
         here["R"] = references.between[i][left].amin(0)
         z = {name: moments[name](here[name]).unflatten(0, references.grid)[None] for name in RULES[rule].sources}
-        found.append(fused(RULES[rule], z, size, SIGMA, TOP_SHARE)[1][0].double())
-    return torch.stack(found)
+        pixels, score = fused(RULES[rule], z, size, SIGMA, TOP_SHARE)
+        found.append(torch.stack([score[0], pixels.amax()]).double())
+    both = torch.stack(found)
+    return both[:, 0], both[:, 1]
+
+
+def scores_without_itself(
+    references: References,  # as of `judged_without_itself`
+    size: int | tuple[int, int],
+    floor: float | None = None,
+    rule: str = "references",
+) -> Tensor:  # (k,) float64
+    "The scores alone."
+    return judged_without_itself(references, size, floor, rule)[0]
 
 
 def odd_ones(

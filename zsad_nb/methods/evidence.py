@@ -11,6 +11,7 @@ __all__ = [
     "measure",
     "see_references",
     "references_of",
+    "memories_of",
     "remembering",
     "choose_references",
     "judged_references",
@@ -18,7 +19,7 @@ __all__ = [
     "load_references",
 ]
 
-# %% ../../nbs/methods/24_evidence.ipynb #8ddf7bd4
+# %% ../../nbs/methods/24_evidence.ipynb #0e0f7d92
 import contextlib
 import hashlib
 import json
@@ -42,9 +43,9 @@ from zsad_nb.components.references import (
     MOST,
     References,
     Seen,
+    judged_without_itself,
     odd_ones,
     remember,
-    scores_without_itself,
     turned_copies,
 )
 from ..core.files import to_json, write_atomically
@@ -151,7 +152,7 @@ def _first_size(method: Method) -> int:
     return next(iter(method.backbones().values())).size
 
 
-# %% ../../nbs/methods/24_evidence.ipynb #6dd69bc3
+# %% ../../nbs/methods/24_evidence.ipynb #6abde2e6
 def _pixels_hash(image: Tensor) -> str:
     "Of an image as the method gets it."
     return hashlib.sha256(np.ascontiguousarray(image.cpu().numpy()).tobytes()).hexdigest()[:20]
@@ -224,7 +225,17 @@ def references_of(
     **how,  # of `see_references`: size, batch_size, workers
 ) -> dict[str, References]:  # category -> memory
     "Remember good images, product by product."
-    found = see_references(method, images, category, copies, **how)
+    return memories_of(method, see_references(method, images, category, copies, **how), copies, dtype, most)
+
+
+def memories_of(
+    method: Method,
+    found: dict[str, list[Seen]],  # of `see_references`
+    copies: str = "none",
+    dtype: torch.dtype = torch.float32,
+    most: int = MOST,
+) -> dict[str, References]:  # category -> memory
+    "Memories of images that a method has seen."
     about = method.evidence_identity() | dict(copies=copies)
     return {name: remember(seen, dtype, most, about) for name, seen in sorted(found.items())}
 
@@ -274,25 +285,26 @@ def choose_references(
     return chosen
 
 
-# %% ../../nbs/methods/24_evidence.ipynb #93ae3034
+# %% ../../nbs/methods/24_evidence.ipynb #8a27cd72
 def judged_references(
     method: Method,  # that has seen them
     memories: References | dict[str, References] | None = None,  # default: those in use
     size: int | None = None,  # pixels of the maps; default: the size of the method's first backbone
-) -> pd.DataFrame:  # category, image, score, odd: a row a reference, the most suspicious first
-    "The score of every reference without itself, and which stand out."
+) -> pd.DataFrame:  # category, image, score, peak (largest pixel of its map), odd; the most suspicious first
+    "Every reference without itself, and which stand out; one alone has no score."
     memories = {"": memories} if isinstance(memories, References) else memories or method.memories
     floor = method.auxiliary.floor if method.auxiliary is not None and method.param_groups() else None
     rows = []
     for category, memory in memories.items():
         if len(memory) < 2:
-            rows.append(dict(category=category, image=memory.names[0], score=float("nan"), odd=False))
+            nothing = float("nan")
+            rows.append(dict(category=category, image=memory.names[0], score=nothing, peak=nothing, odd=False))
             continue
         rule = "memory" if method.evidence == "memory" else "references"
-        scores = scores_without_itself(memory, size or _first_size(method), floor, rule)
+        scores, peaks = judged_without_itself(memory, size or _first_size(method), floor, rule)
         odd = set(odd_ones(scores))
-        for i, (name, score) in enumerate(zip(memory.names, scores.tolist())):
-            rows.append(dict(category=category, image=name, score=score, odd=i in odd))
+        for i, (name, score, peak) in enumerate(zip(memory.names, scores.tolist(), peaks.tolist())):
+            rows.append(dict(category=category, image=name, score=score, peak=peak, odd=i in odd))
     return pd.DataFrame(rows).sort_values("score", ascending=False, ignore_index=True)
 
 
