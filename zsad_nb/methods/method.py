@@ -28,6 +28,7 @@ from ..backbones.features import FeatureCache, one_by_one
 from ..backbones.one_block import overhear
 from ..backbones.products import fast_products
 from ..backbones.towers import BACKBONES, Backbone, Features, Frozen
+from ..components.evidence import weighted_sum
 from ..components.judging import Auxiliary, Judge
 from ..components.maps import to_pixels
 from ..components.references import References
@@ -486,6 +487,7 @@ def _judged(self: Method, batch: Batch, cache: FeatureCache | None = None) -> Pr
     judge = self.judge()
     own, Z, patches = self.compared(batch, cache)
     pixels, score, calibrated = judge(Z, patches, batch.category, (batch.image.shape[-2], batch.image.shape[-1]))
+    calibrated |= dict(sum=weighted_sum(judge.rule.map, calibrated))
     layers = own.layers | {f"evidence_{name}": z for name, z in calibrated.items()}
     return dataclasses.replace(own, map=pixels, score=score, layers=layers)
 
