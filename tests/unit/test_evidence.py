@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 
@@ -16,9 +17,12 @@ from zsad_nb.components.evidence import RULES, Moments, distance_to_rows, fused,
 from zsad_nb.components.judging import Auxiliary
 from zsad_nb.components.references import Seen, odd_ones, remember, scores_without_itself
 from zsad_nb.data.images import Batch
+from zsad_nb.evaluation.evaluate import evaluate
+from zsad_nb.inspection.inspector import Inspector
 from zsad_nb.inspection.thresholds import identity
 from zsad_nb.methods.base import MODULES, Method, Prediction, create, load, read_header, save
 from zsad_nb.methods.evidence import (
+    choose_references,
     kept_out,
     load_references,
     measure,
@@ -27,7 +31,7 @@ from zsad_nb.methods.evidence import (
     save_references,
     split_held_out,
 )
-from zsad_nb.synthetic.benchmark import synthetic_index
+from zsad_nb.synthetic.benchmark import render, synthetic_index
 from zsad_nb.training.fit import fit, recipe_of
 
 SIZE = 96
@@ -380,3 +384,105 @@ def test_a_threshold_from_scores_without_itself_keeps_its_rate(k):
             total += 1
     spread = (rate * (1 - rate) / 30) ** 0.5  # thresholds, not images, are what varies
     assert abs(alarms / total - rate) <= 3 * spread
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    "Good and dented biscuits as files."
+    folder = tmp_path_factory.mktemp("parts")
+    for kind, defect, seeds in (("good", None, range(100, 106)), ("ok", None, range(2)), ("bad", "dent", range(2))):
+        (folder / kind).mkdir()
+        for seed in seeds:
+            Image.fromarray(render("biscuit", seed, SIZE, defect).image).save(folder / kind / f"{seed}.png")
+    return folder
+
+
+def test_an_inspector_compares_with_good_images(parts):
+    method = create("self_distance", image_size=SIZE)
+    plain = Inspector(method)
+    few = Inspector(method, references=parts / "good")
+    assert method.evidence == "method"  # the caller's stays as it was
+    assert few.identity != plain.identity
+    made = few.calibrate_on_references(rate=0.2)
+    assert made.image[""].facts["images"] == 6
+    assert "judged by the others" in made.notes[0]
+    table = few.predict([parts / "bad", parts / "ok"], progress=False)
+    bad = table["path"].str.contains("bad")
+    assert table["score"][bad].min() > table["score"][~bad].max()
+    with pytest.raises(ValueError, match="too few"):
+        few.calibrate_on_references(rate=0.01)
+    with pytest.raises(ValueError, match="no good images are remembered"):
+        plain.calibrate_on_references()
+
+
+def test_thresholds_of_other_references_are_refused(parts):
+    method = create("self_distance", image_size=SIZE)
+    made = Inspector(method, references=parts / "good").calibrate_on_references(rate=0.2)
+    with pytest.raises(ValueError):
+        Inspector(method, made)
+    with pytest.raises(ValueError):
+        Inspector(method, made, references=parts / "ok")
+    assert Inspector(method, made, references=parts / "good").calibration is made
+
+
+def test_a_defective_image_among_the_good_is_named(parts):
+    mixed = [*sorted((parts / "good").iterdir()), parts / "bad" / "0.png"]
+    with pytest.warns(UserWarning, match=r"1 of 7 good images stand out .*bad/0.png"):
+        Inspector(create("self_distance", image_size=SIZE), references=mixed)
+
+
+def test_an_inspector_takes_a_file_of_references(parts, tmp_path):
+    method = create("self_distance", image_size=SIZE)
+    first = Inspector(method, references=parts / "good")
+    file = save_references(first.method.memories, tmp_path / "good.safetensors")
+    second = Inspector(method, references=file)
+    assert second.identity == first.identity
+    assert second.predict(parts / "bad" / "0.png").score == first.predict(parts / "bad" / "0.png").score
+
+
+def test_a_good_image_that_cannot_be_read_is_left_out_with_a_word(parts, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    method = create("self_distance", image_size=SIZE)
+    with pytest.warns(UserWarning, match="1 of 3 good images could not be used"):
+        Inspector(method, references=[*sorted((parts / "ok").iterdir()), tmp_path / "broken.png"])
+    with pytest.raises(ValueError):
+        Inspector(method, references=tmp_path / "broken.png")
+
+
+def test_evaluate_refuses_references_that_are_tested(tmp_path):
+    index = synthetic_index(tmp_path, "target", SIZE, 2, 2, train_normal=2)
+    index = index[index.category == "wood"].reset_index(drop=True)
+    method = create("self_distance", image_size=SIZE)
+    own = evaluate(method, index, progress=False)
+    few = evaluate(method, index, references=choose_references(index, 2), progress=False)
+    assert method.evidence == "method"
+    assert not own.per_image["score"].equals(few.per_image["score"])
+    shards = method.use_evidence("self", references_of(method, choose_references(index, 2)))
+    again = evaluate(shards, index, batch_size=1, progress=False)
+    np.testing.assert_allclose(again.per_image["score"], few.per_image["score"], rtol=1e-5)
+    with pytest.raises(ValueError, match="reference images are tested, too"):
+        evaluate(method, index, references=index[index.split == "test"], progress=False)
+
+
+def test_the_upload_page_remembers_what_is_good(parts):
+    pytest.importorskip("ipywidgets")
+    from zsad_nb.explore.upload import Upload
+
+    page = Upload(create("self_distance", image_size=SIZE))
+    for name in ("100.png", "101.png"):
+        page.zone.name, page.zone.data = name, (parts / "good" / name).read_bytes()
+        page.open_file(name, page.zone.data)
+        page.remember_this()
+    assert "2 good images" in page.kept.value
+    assert page.inspector.method.evidence == "self"
+    page.forget_good()
+    assert page.inspector.method.evidence == "method"
+    assert "none so far" in page.kept.value
+
+
+@pytest.mark.parametrize("size", [1, 6, 16, 40])
+def test_more_images_than_are_kept_whole_leave_a_coreset(size):
+    memory = remember([seen(i) for i in range(6)], most=size)
+    assert len(memory.rows) == min(6, size) * 64
+    assert len(memory) == 6
+    assert all(np.isfinite([m.mean, m.std]).all() for m in memory.moments().values())

@@ -85,6 +85,27 @@ def _require_consistent(normals, thresholds, threshold, labelled: bool, rates: d
         raise ValueError(f"--{flags}: thresholds are made from good images; add --normals FOLDER")
 
 
+def _inspector(model, released, device: str, parameter, evidence: str, options: dict):
+    "The inspector that was asked for."
+    if model is not None and released is not None:
+        raise ValueError("give one of --model and --released: each is a method")
+    with importing():
+        from zsad_nb.core.plain_yaml import typed_value
+        from zsad_nb.inspection.inspector import Inspector
+
+    options = {name: typed_value(value) for name, value in parameter} | options
+    if evidence in ("method", "self"):
+        options["evidence"] = evidence
+    model = "self_distance" if model is None and released is None else model
+    return Inspector.load(model, released=released, device=device, **options)
+
+
+def _calibrate_on_references(inspector, out: Path, **how):
+    "Thresholds from the good images, each judged by the others; kept beside the results, and printed."
+    thresholds = inspector.calibrate_on_references(**how)
+    print(f"{thresholds}\nkept in {thresholds.save(out / 'thresholds.json')}\n")
+
+
 def _remember(inspector, references: list[str], evidence: str, copies: str):
     "Compare with good images from now on, and say with which."
     if evidence == "memory":
@@ -112,7 +133,9 @@ def _print_images(table, decided: bool, results: Path, pictures: str):
     if decided:
         print(f"{summary['defective']} defective, {summary['normal']} normal")
     else:
-        print("no threshold: scores only (--normals FOLDER makes one from good images)")
+        print(
+            "no threshold: scores only (--normals FOLDER, or --references FOLDER --rate 0.05, makes one from good images)"
+        )
     print(
         f"{summary['images']} images, {summary['errors']} without a result, {summary['duplicates']} copies of others,"
         f" {summary['known_before']} known before"
@@ -176,31 +199,21 @@ def predict_images(
     rates = {name: value for name, value in rates.items() if value is not None}
     _require_consistent(normals, thresholds, threshold, bool(defective or comparable), rates, references)
     _require_evidence(evidence, references, copies)
-    if model is not None and released is not None:
-        raise ValueError("give one of --model and --released: each is a method")
-    model = "self_distance" if model is None and released is None else model
-    with importing():
-        from zsad_nb.core.plain_yaml import typed_value
-        from zsad_nb.inspection.inspector import Inspector
-        from zsad_nb.inspection.verdicts import exit_code
-
-    options: dict = {name: typed_value(value) for name, value in parameter}
-    options |= dict(bits=bits, white=white, max_side=max_side, min_area=min_area, batch_size=batch)
-    if evidence in ("method", "self"):
-        options["evidence"] = evidence
-    inspector = Inspector.load(model, released=released, device=device, category=category, **options)
+    options = dict(bits=bits, white=white, max_side=max_side, min_area=min_area, batch_size=batch, category=category)
+    inspector = _inspector(model, released, device, parameter, evidence, options)
     if references is not None:
         _remember(inspector, references, evidence, copies)
     if normals is not None:
         _calibrate(inspector, normals, defective, Path(out), comparable=comparable, **rates)
     elif references is not None and rates:
-        made = inspector.calibrate_on_references(comparable=comparable, **rates)
-        print(f"{made}\nkept in {made.save(Path(out) / 'thresholds.json')}\n")
+        _calibrate_on_references(inspector, Path(out), comparable=comparable, **rates)
     elif thresholds is not None:
         inspector.use(thresholds)
     elif threshold is not None or pixel_threshold is not None:
         inspector.use_values(threshold, pixel_threshold)
     table = inspector.predict(images, out, pictures, format)
+    from zsad_nb.inspection.verdicts import exit_code
+
     decided = inspector.calibration is not None and bool(inspector.calibration.image)
     _print_images(table, decided, Path(out) / f"results.{format}", pictures)
     return exit_code(table)

@@ -440,8 +440,7 @@ def identity(
     frozen = {role: [b.row.name, b.hash, b.size, list(b.taps)] for role, b in towers.items()}
     if method.interpolation != "bicubic":
         more = dict(more, interpolation=method.interpolation)
-    if method.evidence != "method":
-        more = dict(more, evidence=method.evidence_key())
+    more = {**more, **method.evidence_key()}
     key = json.dumps(
         dict(
             method=method.name,

@@ -393,13 +393,16 @@ def evidence_identity(self: Method) -> dict:
 
 @patch
 def evidence_key(self: Method) -> dict:
-    "What a prediction by evidence depends on besides the method: for whatever keeps predictions."
+    "What a prediction by evidence depends on besides the method, for whatever keeps predictions; {} for the method's."
+    if self.evidence == "method":
+        return {}
     memories = {
         category: [sorted(memory.hashes), memory.about.get("copies", ""), str(memory.rows.dtype), len(memory.rows)]
         for category, memory in sorted(self.memories.items())
     }
     known = None if self.auxiliary is None else self.auxiliary.as_json()
-    return dict(evidence=self.evidence, compared=self.compared_tower()[::2], auxiliary=known, memories=memories)
+    by = dict(evidence=self.evidence, compared=self.compared_tower()[::2], auxiliary=known, memories=memories)
+    return dict(evidence=by)
 
 
 def _image_towers(method: Method) -> dict[str, Backbone]:
