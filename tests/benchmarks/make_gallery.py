@@ -92,7 +92,7 @@ ROWS = {  # notebook -> what you learn; where the picture is from: the number of
     "experiments/evidence": (
         "from no good image to sixteen: method, its own image and good images, alone and by the rule; needs the images"
         " and the weights",
-        ("../nbs/components/14_evidence", 0),
+        ("components/14_evidence", 0),
     ),
     "experiments/neu_seg": (
         "which defect is it, on real steel; needs the images and the weights",

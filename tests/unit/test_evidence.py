@@ -425,9 +425,10 @@ def test_thresholds_of_other_references_are_refused(parts):
     assert Inspector(method, made, references=parts / "good").calibration is made
 
 
-def test_a_defective_image_among_the_good_is_named(parts):
-    mixed = [*sorted((parts / "good").iterdir()), parts / "bad" / "0.png"]
-    with pytest.warns(UserWarning, match=r"1 of 7 good images stand out .*bad/0.png"):
+def test_an_image_that_is_no_good_one_is_named(parts, tmp_path):
+    Image.fromarray(render("gear", 0, SIZE).image).save(tmp_path / "gear.png")  # of another product
+    mixed = [*sorted((parts / "good").iterdir()), tmp_path / "gear.png"]
+    with pytest.warns(UserWarning, match=r"1 of 7 good images stand out .*gear.png"):
         Inspector(create("self_distance", image_size=SIZE), references=mixed)
 
 
