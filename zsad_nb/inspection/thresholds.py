@@ -439,8 +439,8 @@ def identity(
         )
     frozen = {role: [b.row.name, b.hash, b.size, list(b.taps)] for role, b in towers.items()}
     if method.interpolation != "bicubic":
-        more = dict(more, interpolation=method.interpolation)
-    more = {**more, **method.evidence_key()}
+        more["interpolation"] = method.interpolation
+    more |= method.evidence_key()
     key = json.dumps(
         dict(
             method=method.name,
