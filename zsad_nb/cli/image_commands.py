@@ -122,8 +122,12 @@ def _calibrate(inspector, normals: list[str], defective: list[str] | None, out: 
     print(f"{thresholds}\nkept in {thresholds.save(out / 'thresholds.json')}\n")
 
 
-def _print_images(table, decided: bool, results: Path, pictures: str):
+def _print_images(inspector, table, out: str, format: str, pictures: str) -> int:  # the exit status
     "What became of the images, for a person."
+    from zsad_nb.inspection.verdicts import exit_code
+
+    decided = inspector.calibration is not None and bool(inspector.calibration.image)
+    results = Path(out) / f"results.{format}"
     errors = table[table["decision"] == "error"]
     for row in errors.head(20).itertuples():
         print(f"{row.path}: {row.error}", file=sys.stderr)
@@ -147,6 +151,7 @@ def _print_images(table, decided: bool, results: Path, pictures: str):
         print(f"before    {summary['moved']} (rows of other settings)")
     if pictures != "none":
         print(f"pictures  {results.parent / 'pictures'}")
+    return exit_code(table)
 
 
 # %% ../../nbs/cli/06_image_commands.ipynb #4c2bd8fd
@@ -162,13 +167,10 @@ def predict_images(
     # names its tower's weights
     released: Annotated[str | None, Option(metavar="METHOD=FILE")] = None,
     parameter: Annotated[Sequence[tuple[str, str]], Option("-p")] = (),  # a parameter of the method
-    # whose word counts: the method's, its own image's too (self), or that of good images alone (memory); default: method,
-    # with --references self
+    # whose word counts: the method's, its own image's too (self), or good images' alone; default with --references: self
     evidence: Literal["", "method", "self", "memory"] = "",
-    # good images of the product, one or more, or a file of `save_references`: images are compared with them, and with
-    # --rate they make the threshold, each judged by the others
+    # good images, or a file of them, that images are compared with; with --rate they make the threshold, too
     references: list[str] | None = None,
-    # positions of a part that are remembered besides the photographed one
     copies: Literal["none", "mirrored", "turned", "all"] = "none",
     normals: list[str] | None = None,  # images assumed normal: thresholds at --rate are made from them
     # false-alarm rate: share of good images that may be called defective (default: 0.01)
@@ -211,9 +213,4 @@ def predict_images(
         inspector.use(thresholds)
     elif threshold is not None or pixel_threshold is not None:
         inspector.use_values(threshold, pixel_threshold)
-    table = inspector.predict(images, out, pictures, format)
-    from zsad_nb.inspection.verdicts import exit_code
-
-    decided = inspector.calibration is not None and bool(inspector.calibration.image)
-    _print_images(table, decided, Path(out) / f"results.{format}", pictures)
-    return exit_code(table)
+    return _print_images(inspector, inspector.predict(images, out, pictures, format), out, format, pictures)
