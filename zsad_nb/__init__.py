@@ -77,4 +77,5 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    "The front door alone: what `zsad.<TAB>` offers is meant to be used. Rooms are found by importing them."
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -107,7 +107,7 @@ def looked(sharp, types=False):
 class Folder:
     "Runs as the notebooks leave them, with invented numbers."
 
-    def __init__(self, root: Path, data="synthetic-target", train="synthetic-auxiliary", size=64):
+    def __init__(self, root: Path, data="synthetic-2-target", train="synthetic-2-auxiliary", size=64):
         self.root = root
         self.data = data
         self.train = train
@@ -550,7 +550,7 @@ def test_sweeps_make_what_the_plan_needs():
         return s.values["method"], s.values["sweep"] or s.values["table"]
 
     assert {kind(s) for s in specs if s.notebook.stem == "ablation"} == {(m, t) for m, t, _ in STUDIES}
-    views = [s for s in specs if s.notebook.stem == "qualitative" and s.values["data"] == "synthetic-target"]
+    views = [s for s in specs if s.notebook.stem == "qualitative" and s.values["data"] == "synthetic-2-target"]
     assert {*SYSTEMS, "crane_plus", "winclip", "self_distance"} <= {s.values["method"] for s in views} and all(
         s.values["peer"] == "" for s in views
     )
@@ -719,7 +719,7 @@ def test_the_index_says_what_made_what(drawn, whole, tmp_path):
     assert (
         "[ablation](../nbs/experiments/ablation.ipynb)" in row
         and "size 64" in row
-        and "synthetic-target" in row
+        and "synthetic-2-target" in row
         and len(hashes) == 1
         and hashes.pop() in row
     )
@@ -782,7 +782,7 @@ def test_the_notebooks_leave_what_the_figures_need(tmp_path):
         **small,
         method="dapo",
         peer="self_distance",
-        categories=["gear", "pill"],
+        categories=["nut", "fan"],
         options=dict(clip_weights="random:0"),
     )
     done = build(

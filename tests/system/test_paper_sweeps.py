@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
+from zsad_nb.backbones.table import backbone_row
 from zsad_nb.evaluation.published import NOTHING, protocol_set, published
 from zsad_nb.figures.paper_plan import MEDICAL, TABLE_METHODS, TABLE_SETS
 from zsad_nb.methods.base import MODULES, method_class
@@ -121,3 +122,17 @@ def test_papers_sweeps_shorten_nothing(specs):
                     (s.values["method"], s.values["train_data"]), 0
                 )
             )
+
+
+def test_towers_by_their_own_names():
+    "Every name of that sweep is one of a library's own that can serve, at 37 x 37 patches like the papers' towers."
+    specs = expand(SWEEPS / "towers.yaml", dict(DATA="folder", WEIGHTS="random:0"))
+    by_stem: dict = {}
+    for spec in specs:
+        by_stem.setdefault((spec.notebook.stem, spec.values["method"]), []).append(spec.values)
+    for values in by_stem["train", "visualad"] + by_stem["evaluate", "self_distance"]:
+        row = backbone_row(values["backbone"])
+        assert values["size"] == 37 * row.patch and values["weights"] == "random:0"
+    second = [backbone_row(values["dino"]).name for values in by_stem["train", "ssvp"]]
+    assert len(second) == len(set(second)) == 8 and {"mae-vitl16", "dinov2-vitl14", "dinov3-vits16"} <= set(second)
+    assert len(by_stem["train", "visualad"]) == len({v["backbone"] for v in by_stem["train", "visualad"]}) == 8

@@ -36,9 +36,9 @@ def test_train_leaves_a_checkpoint_and_its_history(trained):
     result = json.loads((trained / "result.json").read_text())
     history = pd.read_csv(trained / "history.csv")
     assert (
-        result["seed"] == 3 and result["steps"] == len(history) == 2 * 10
-    )  # nineteen categories, two normal and two defective images each, batch 8
-    assert len(result["trained_on"]) == 19 and all(c.startswith("synthetic-auxiliary/") for c in result["trained_on"])
+        result["seed"] == 3 and result["steps"] == len(history) == 2 * 8
+    )  # fifteen categories, two normal and two defective images each, batch 8
+    assert len(result["trained_on"]) == 15 and all(c.startswith("synthetic-2-auxiliary/") for c in result["trained_on"])
     with safe_open(trained / "checkpoint.safetensors", "pt") as file:
         assert "tokens" in file.keys()
 
@@ -63,10 +63,17 @@ def test_same_seed_same_checkpoint(trained, tmp_path):
 
 
 def test_evaluate_writes_tables_and_figures(trained, tmp_path):
-    run("evaluate", tmp_path, checkpoint=str(trained / "checkpoint.safetensors"), images=2, output=str(tmp_path))
+    run(
+        "evaluate",
+        tmp_path,
+        checkpoint=str(trained / "checkpoint.safetensors"),
+        images=2,
+        figures=True,
+        output=str(tmp_path),
+    )
     metrics = pd.read_csv(tmp_path / "metrics.csv", index_col=0)
     scores = pd.read_csv(tmp_path / "scores.csv")
-    assert list(metrics.index)[-1] == "mean" and len(metrics) == 9 and len(scores) == 8 * 4
+    assert list(metrics.index)[-1] == "mean" and len(metrics) == 13 and len(scores) == 12 * 4
     for column in (
         "image_auroc",
         "image_ap",
@@ -82,7 +89,7 @@ def test_evaluate_writes_tables_and_figures(trained, tmp_path):
     figures = {p.stem for p in (tmp_path / "figures").glob("*.png")}
     assert figures == {"overview"} | set(metrics.index[:-1])
     result = json.loads((tmp_path / "result.json").read_text())
-    assert result["seen"] == [] and len(result["trained_on"]) == 19
+    assert result["seen"] == [] and len(result["trained_on"]) == 15
     assert (
         result["size"],
         result["seed"],
@@ -107,7 +114,7 @@ def test_a_released_file_must_say_what_it_was_trained_on(tmp_path):
 def test_what_was_trained_on_is_marked(trained, tmp_path):
     seen = dict(
         checkpoint=str(trained / "checkpoint.safetensors"),
-        data="synthetic-auxiliary",
+        data="synthetic-2-auxiliary",
         images=1,
         size=64,
         output=str(tmp_path),
@@ -115,8 +122,8 @@ def test_what_was_trained_on_is_marked(trained, tmp_path):
     with pytest.raises(Exception, match="would not be zero-shot; evaluate on another data set, or pass allow_seen"):
         run("evaluate", tmp_path, **seen)
     assert not (tmp_path / "result.json").exists()
-    run("evaluate", tmp_path, **seen, allow_seen=["synthetic-auxiliary"])
-    assert len(json.loads((tmp_path / "result.json").read_text())["seen"]) == 19
+    run("evaluate", tmp_path, **seen, allow_seen=["synthetic-2-auxiliary"])
+    assert len(json.loads((tmp_path / "result.json").read_text())["seen"]) == 15
 
 
 def test_a_failing_notebook_fails_and_leaves_no_result(tmp_path):

@@ -640,7 +640,7 @@ def test_train_and_evaluate_leave_what_tables_need(tmp_path):
     result = result_of(tested.folder(tmp_path / "runs")).result
     record = result_of(tested.folder(tmp_path / "runs")).record
     assert (
-        len(result["trained_on"]) == 19
+        len(result["trained_on"]) == 15
         and result["transductive"] is False
         and result["backbones"] == dict(backbone="tiny-dino")
         and result["versions"]["torch"]
@@ -648,12 +648,12 @@ def test_train_and_evaluate_leave_what_tables_need(tmp_path):
     assert (
         record["fingerprint"] == result["fingerprint"]
         and record["weights"] == result["frozen"]
-        and record["data"] == "synthetic-target"
+        and record["data"] == "synthetic-2-target"
     )
     table = collect(tmp_path / "runs")
     assert (
         table.category.tolist()[-1] == "mean"
-        and len(table) == 9
+        and len(table) == 13
         and table.method.unique().tolist() == ["visualad"]
         and table.seed.unique().tolist() == [5]
     )
@@ -663,7 +663,7 @@ def test_train_and_evaluate_leave_what_tables_need(tmp_path):
         and not table.seen.any()
     )
     assert (
-        table.trained_on.unique().tolist() == ["synthetic-auxiliary"]
+        table.trained_on.unique().tolist() == ["synthetic-2-auxiliary"]
         and table.image_auroc.between(0, 1).all()
         and table["size"].unique().tolist() == [64]
     )

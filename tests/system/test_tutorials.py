@@ -60,7 +60,7 @@ def test_runs_in_small(name, tmp_path):
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_what_trains_is_marked_slow(name):
-    "nbdev_test runs the rest on every change."
+    "Whoever runs `nbdev_test` on such a notebook gets what comes before the training, in seconds; the tests above run it whole."
     cells = [source(c) for c in code(json.loads((TUTORIALS / f"{name}.ipynb").read_text()))]
     first = next(i for i, c in enumerate(cells) if "fit(model" in c)
     assert all(c.startswith("#| slow\n") for c in cells[first:]) and not any(

@@ -741,7 +741,7 @@ def test_half_a_torchvision():
     "Beside another torch, torchvision's operators do not load: the same fault made here on purpose, cured, and cured again."
     said = python(
         """
-        import torch
+        import sys, torch
         def missing(path): raise OSError("no such operators")
         torch.ops.load_library = missing
         try: import torchvision
@@ -749,6 +749,10 @@ def test_half_a_torchvision():
         from zsad_nb.backbones.weights import import_vision_libraries
         first, second = import_vision_libraries(), import_vision_libraries()
         assert first[0] is second[0] and first[1] is second[1]
+        assert "torch._dynamo" not in sys.modules, "nothing is compiled here"
+        asks = sys.modules["torchvision.ops.roi_align"].is_compile_supported
+        assert asks("cpu") in (True, False) and "torch._dynamo" in sys.modules, "but it is there for whoever asks"
+        assert torch.compiler.disable.__module__ == "torch.compiler" and asks("cpu") is torch._dynamo.utils.is_compile_supported("cpu")
         import torchvision.transforms
         print("cured:", first[0].create_model("vit_tiny_patch16_224", depth=1)(torch.zeros(1, 3, 224, 224)).shape, first[1].__name__)
         """,

@@ -38,6 +38,13 @@ def test_names_are_listed_and_typed():
         assert name in line.replace(",", " ").split(), f"{name} is unknown to type checkers"
 
 
+def test_completion_offers_the_front_door_alone():
+    "Neither rooms, imported here already, nor what the module itself needs."
+    importlib.import_module("zsad_nb.core.names")
+    assert [name for name in dir(zsad) if not name.startswith("_")] == sorted(zsad.__all__)
+    assert {"__version__", "__doc__", "__path__"} <= set(dir(zsad)), "tools ask for these"
+
+
 def test_a_wrong_name_says_which_there_are():
     with pytest.raises(AttributeError, match="no attribute 'creat'; its names are create, describe"):
         zsad.creat  # noqa: B018

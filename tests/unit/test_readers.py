@@ -184,6 +184,66 @@ CASES = {
         {},
         True,
     ),
+    "mvtec_ad_2": (
+        "mvtec_ad_2",
+        {
+            **{
+                f"vial/{path}.png": I
+                for path in (
+                    "train/good/000_regular",
+                    "validation/good/000_regular",
+                    "test_public/good/000_overexposed",
+                    "test_public/bad/000_regular",
+                    "test_public/bad/001_shift_1",
+                    "test_private/000_regular",
+                    "test_private_mixed/000_mixed",
+                    "test_private_mixed/001_mixed",
+                )
+            },
+            "vial/test_public/ground_truth/bad/001_shift_1_mask.png": M,
+        },
+        {
+            "vial/train/good/000_regular.png": ("vial", "train", "good", ""),
+            "vial/test_public/good/000_overexposed.png": ("vial", "test", "good", ""),
+            "vial/test_public/bad/000_regular.png": ("vial", "test", "bad", ""),
+            "vial/test_public/bad/001_shift_1.png": (
+                "vial",
+                "test",
+                "bad",
+                "vial/test_public/ground_truth/bad/001_shift_1_mask.png",
+            ),
+        },
+        dict(valid="skip"),
+        True,
+    ),
+    "anomalib": (
+        "anomalib",
+        {
+            **{f"good/{n}.png": I for n in ("0", "1", "a/2")},
+            "held/9.png": I,
+            "held/8.jpg": I,
+            **{f"crack/{n}.png": I for n in ("0", "1")},
+            "hole/deep/0.png": I,
+            "mask/crack/1_mask.png": M,
+            "mask/hole/deep/0.png": M,
+        },
+        {
+            **{f"good/{n}.png": ("line", "train", "good", "") for n in ("0", "1", "a/2")},
+            "held/9.png": ("line", "test", "good", ""),
+            "crack/0.png": ("line", "test", "crack", ""),
+            "crack/1.png": ("line", "test", "crack", "mask/crack/1_mask.png"),
+            "hole/deep/0.png": ("line", "test", "deep", "mask/hole/deep/0.png"),
+        },
+        dict(
+            normal_dir="good",
+            normal_test_dir=["held"],
+            abnormal_dir=["crack", "hole"],
+            mask_dir=["mask/crack", "mask/hole"],
+            extensions=["png"],
+            category="line",
+        ),
+        False,
+    ),
     "visa": ("visa", VISA | {"split_csv/1cls.csv": VISA_CSV}, VISA_WANT, {}, True),
     "visa, defects named": (
         "visa",
@@ -577,6 +637,8 @@ LEFT_OUT = {
     "brain_ad": dict(apart=3),
     "his": dict(apart=1),
     "mvtec_loco": dict(apart=1),
+    "mvtec_ad_2": dict(apart=3),
+    "anomalib": dict(elsewhere=1),
     "crackforest": dict(apart=1, masks=1),
     **{
         case: dict(masks=1)

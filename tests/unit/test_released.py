@@ -265,7 +265,7 @@ def test_qualitative_with_a_released_file(linear, tmp_path):
         size=SIDE,
         clip="tiny-clip",
         options=dict(clip_weights="random:0"),
-        categories=["gear"],
+        categories=["nut"],
         context=1,
         output=str(tmp_path),
     )

@@ -25,7 +25,6 @@ from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .features import key_hash
 from zsad_nb.backbones.graphs import (
     PACKAGES,
     EngineError,
@@ -40,6 +39,7 @@ from zsad_nb.backbones.graphs import (
 from .towers import Features
 from .weights import weights_hash
 from ..core.files import private_folder, read_json, write_json
+from ..core.records import key_hash
 
 # %% ../../nbs/backbones/14_engines.ipynb #07248ebe
 # largest relative error of an output at export (ours): above it something is wrong, not just rounded

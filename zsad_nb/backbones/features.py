@@ -10,7 +10,6 @@ __all__ = [
     "HALF_WRITTEN",
     "image_keys",
     "tensor_hash",
-    "key_hash",
     "one_by_one",
     "entry_hash",
     "narrow",
@@ -41,6 +40,7 @@ from torch import Tensor
 
 from ..core.files import read_json, write_atomically, write_json
 from ..core.names import shown
+from ..core.records import key_hash
 from ..core.settings import code_hash, rounding
 
 
@@ -63,13 +63,6 @@ def tensor_hash(
         digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
         digest.update(t.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def key_hash(
-    key: dict,  # JSON-able
-) -> str:  # 16 hexadecimal digits
-    "Hash of everything besides the image that features depend on; the order of the names does not matter."
-    return hashlib.sha256(json.dumps(key, sort_keys=True, default=list).encode()).hexdigest()[:16]
 
 
 # %% ../../nbs/backbones/09_features.ipynb #d8fd2a5a

@@ -13,6 +13,7 @@ __all__ = [
     "vocabulary",
     "TextTower",
     "text_shapes",
+    "require_clip_text",
     "create_text",
     "rewrite",
 ]
@@ -26,15 +27,9 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .attention import own_attention
-from .table import BACKBONES, BackboneRow
-from zsad_nb.backbones.towers import (
-    Frozen,
-    _load,
-    _pretrained_file,
-    random_seed,
-    trained_with_quick_gelu,
-)
-from .weights import WeightsError, _require, flat_state, import_vision_libraries, read_state
+from .table import BACKBONES, BackboneRow, backbone_row, random_seed, read_weights
+from .towers import Frozen, _load, trained_with_quick_gelu
+from .weights import WeightsError, _require, import_vision_libraries
 from .words import rewrite
 from ..core.settings import usual_defaults
 
@@ -258,17 +253,7 @@ def text_shapes(
 
 
 def _text_sizes(row: BackboneRow, state: dict | None) -> dict:  # as `text_shapes`
-    "Sizes of a row's text tower: from open_clip's list, the row itself, or a state dict."
-    if row.model:
-        conf = import_vision_libraries()[1].get_model_config(row.model)
-        text = conf["text_cfg"]
-        return dict(
-            context=text["context_length"],
-            width=text["width"],
-            layers=text["layers"],
-            heads=text["heads"],
-            embed_dim=conf["embed_dim"],
-        )
+    "Sizes of a text tower without a name: from the row itself, or a state dict."
     if row.arch:
         return dict(row.arch["text"], embed_dim=row.arch["embed_dim"])
     if state is not None:
@@ -306,33 +291,67 @@ def _check_ids(ids: Tensor, name: str):
 _BESIDES = ("logit_scale", "logit_bias", "input_resolution", "context_length", "vocab_size", "attn_mask")
 
 
+def require_clip_text(row: BackboneRow):
+    "Refuse a text tower that does not read CLIP's byte pairs up to an end of text: every prompt here is made of them."
+    conf = import_vision_libraries()[1].get_model_config(row.model) if row.model else None
+    if conf is None:
+        return
+    text = conf["text_cfg"]
+    lacks = ""
+    if text.get("hf_model_name"):
+        lacks = f"is {text['hf_model_name']}, which needs another library (transformers)"
+    elif text.get("hf_tokenizer_name"):
+        lacks = f"reads the words of {text['hf_tokenizer_name']}, not CLIP's byte pairs"
+    elif text.get("embed_cls") or text.get("pool_type", "argmax") != "argmax":
+        lacks = "does not read a sentence at its end of text"
+    elif text.get("no_causal_mask") or text.get("proj_bias") or text.get("vocab_size", TOKENS) != TOKENS:
+        lacks = "has no causal mask, or no plain matrix into the joint space"
+    if lacks:
+        raise ValueError(
+            f"the text tower of {row.name} {lacks}; for words use another CLIP, such as open_clip:ViT-B-16/metaclip_400m"
+            f" (as backbone= or dino=, without words, {row.name} serves)"
+        )
+
+
+def _empty_text(row: BackboneRow, state: dict | None, quick_gelu: bool, tokens: int) -> nn.Module:
+    "A text tower without weights: as open_clip lists it, or by its sizes."
+    _, open_clip = import_vision_libraries()
+    from open_clip.transformer import QuickGELU, TextTransformer
+
+    if row.model:
+        conf = open_clip.get_model_config(row.model)
+        return open_clip.model._build_text_tower(
+            conf["embed_dim"], dict(conf["text_cfg"], vocab_size=tokens), quick_gelu
+        )
+    sizes = _text_sizes(row, state)
+    return TextTransformer(
+        context_length=sizes["context"],
+        vocab_size=tokens,
+        width=sizes["width"],
+        heads=sizes["heads"],
+        layers=sizes["layers"],
+        mlp_ratio=sizes.get("mlp_ratio", 4.0),
+        output_dim=sizes["embed_dim"],
+        act_layer=QuickGELU if quick_gelu else nn.GELU,
+    )
+
+
 def _text_tower(
     row: BackboneRow, state: dict | None, quick_gelu: bool, seed: int, token_ids: Tensor | None
 ) -> nn.Module:
-    import_vision_libraries()
-    from open_clip.transformer import QuickGELU, TextTransformer
-
-    sizes = _text_sizes(row, state)
     token_ids = _reduced_ids(row, state, token_ids)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tower = TextTransformer(
-            context_length=sizes["context"],
-            vocab_size=TOKENS if token_ids is None else len(token_ids),
-            width=sizes["width"],
-            heads=sizes["heads"],
-            layers=sizes["layers"],
-            mlp_ratio=sizes.get("mlp_ratio", 4.0),
-            output_dim=sizes["embed_dim"],
-            act_layer=QuickGELU if quick_gelu else nn.GELU,
-        )
+        tower = _empty_text(row, state, quick_gelu, TOKENS if token_ids is None else len(token_ids))
     own_attention(tower)
     if token_ids is not None:
         tower.register_buffer("token_ids", token_ids.clone())
     if state is not None:
         if "token_ids" in state and state["token_ids"].is_floating_point():
             raise WeightsError(f"token_ids of {row.name} are {state['token_ids'].dtype}, expected int64")
-        own = {k: v for k, v in state.items() if not k.startswith("visual.") and k not in _BESIDES}
+        inside = any(k.startswith("text.") for k in state)  # open_clip's, where the image tower is timm's
+        text = {k.removeprefix("text."): v for k, v in state.items() if k.startswith("text.") or not inside}
+        own = {k: v for k, v in text.items() if not k.startswith("visual.") and k not in _BESIDES}
         _load(tower, own, f"the text tower of {row.name}")
     if token_ids is not None:
         _check_ids(tower.token_ids, row.name)
@@ -341,7 +360,7 @@ def _text_tower(
 
 @usual_defaults(gradients=True, blocks=True)
 def create_text(
-    name: str,  # an open_clip name of BACKBONES
+    name: str,  # a CLIP of BACKBONES, or open_clip:NAME/TAG
     weights: str = "pretrained",  # "pretrained", a local file, or "random:SEED"
     # activation; None: the one its weights were trained with (the generic "clip": OpenAI's)
     quick_gelu: bool | None = None,
@@ -350,18 +369,20 @@ def create_text(
 ) -> TextTower:  # frozen, in evaluation mode, on the CPU
     "Build the text tower that belongs to an image tower and load its weights."
     clips = [n for n, row in BACKBONES.items() if row.library == "open_clip"]
-    if name not in clips:
-        raise ValueError(f"{name!r} has no text tower; those that have one: {', '.join(clips)}")
-    row = BACKBONES[name]
+    row = backbone_row(name) if name in BACKBONES or name.startswith("open_clip:") else None
+    if row is None or row.library != "open_clip":
+        raise ValueError(f"{name!r} has no text tower; those that have one: {', '.join(clips)}, and open_clip:NAME/TAG")
+    require_clip_text(row)
     weights = str(weights)
     seed = random_seed(weights)
-    state = None
+    state, commit = None, None
     if seed is None:
         if token_ids is not None:
             raise ValueError("token_ids belong to random weights: a file brings its own")
-        state = flat_state(read_state(_pretrained_file(row) if weights == "pretrained" else weights))
+        state, commit = read_weights(row, weights)
     if quick_gelu is None:
         quick_gelu = trained_with_quick_gelu(row)
     text = TextTower(row, _text_tower(row, state, quick_gelu, seed or 0, token_ids))
     text.weights = weights
+    text.commit = commit
     return text

@@ -10,16 +10,15 @@ __all__ = [
     "Backbone",
     "ClipBackbone",
     "TimmBackbone",
+    "BeitBackbone",
     "trained_with_quick_gelu",
     "create_backbone",
-    "random_seed",
 ]
 
 # %% ../../nbs/backbones/05_towers.ipynb #f0a871c8
 import math
+import sys
 from dataclasses import dataclass, field, replace
-from importlib.resources import files
-from pathlib import Path
 from typing import Self
 
 import torch
@@ -28,15 +27,20 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .attention import own_attention
-from .table import BACKBONES, POSITION_RESIZE, BackboneRow
+from zsad_nb.backbones.table import (
+    POSITION_RESIZE,
+    BackboneRow,
+    backbone_row,
+    open_clip_tower,
+    random_seed,
+    read_weights,
+)
 from zsad_nb.backbones.weights import (
     WeightsError,
     clip_shapes,
     fitted,
-    flat_state,
-    hub_file,
+    import_timm,
     import_vision_libraries,
-    read_state,
     vit_shapes,
     weights_hash,
 )
@@ -50,7 +54,7 @@ class Features:
     "Patch tokens of one pass: one entry per tap, in the order asked for."
 
     patches: list[Tensor]  # per tap (B, N, D), final norm applied when asked for
-    cls: Tensor  # (B, D) class token after the last block and the final norm
+    cls: Tensor  # (B, D) class token after the last block and the final norm; without one: what the tower pools
     grid: tuple  # (h, w), N = h * w, row-major
     prefix: list[Tensor] = field(default_factory=list)  # per tap (B, K + P, D): extra tokens, then class and registers
     taps: tuple = ()  # 1-based block numbers
@@ -83,6 +87,9 @@ def resize_positions(
 class Frozen(nn.Module):
     "A tower that is never trained: no gradients to its weights, always in evaluation mode, identified by a hash."
 
+    row: BackboneRow
+    commit: str | None = None  # of the hub's repository; None: from elsewhere
+
     def train(self, mode: bool = True) -> Self:
         return super().train(False)
 
@@ -92,6 +99,11 @@ class Frozen(nn.Module):
         if not hasattr(self, "_hash"):
             self._hash = weights_hash(self.tower.state_dict())
         return self._hash
+
+    @property
+    def identity(self) -> str:
+        "Name, hash and, where the hub gave the weights, its commit: what a run records."
+        return f"{self.row.name} {self.hash}" + ("" if self.commit is None else f" {self.row.hub}@{self.commit}")
 
 
 class Backbone(Frozen):
@@ -121,6 +133,17 @@ class Backbone(Frozen):
     def quick_gelu(self) -> bool | None:  # None: the tower has no such switch
         "Whether a CLIP tower runs QuickGELU, x sigmoid(1.702 x), instead of the exact GELU."
         return None
+
+    @property
+    def has_class_token(self) -> bool:
+        "Whether the image has a token of its own among the prefix tokens; SigLIP and AIMv2 have none."
+        return True
+
+    def _patch_norm(self, x):
+        return x
+
+    def _image_token(self, last):  # (B, P+N, D) after the last block, without extra tokens
+        return self.norm(last[:, 0])
 
     def settings(self) -> dict:
         "What its features depend on besides weights, size and taps."
@@ -158,7 +181,7 @@ def embed(
     "Patch tokens with positions, behind extra and prefix tokens; order [extra, class, registers, patches]."
     x = self._conv(self.tower)(self.prepare(image))
     grid = tuple(x.shape[-2:])
-    x = x.flatten(2).transpose(1, 2)
+    x = self._patch_norm(x.flatten(2).transpose(1, 2))
     prefix, prefix_pos, patch_pos = self._positions(grid)
     if patch_pos is not None:
         x = x + patch_pos
@@ -205,7 +228,7 @@ def forward(
     split = last.shape[1] - math.prod(grid)  # where the patches begin
     return Features(
         patches=[t[:, split:] for t in kept],
-        cls=self.norm(last[:, 0 if extra is None else len(extra)]),
+        cls=self._image_token(last[:, 0 if extra is None else len(extra) :]),
         grid=grid,
         prefix=[t[:, :split] for t in kept],
         taps=taps,
@@ -256,7 +279,7 @@ class ClipBackbone(Backbone):
 
 # %% ../../nbs/backbones/05_towers.ipynb #c14c5f13
 class TimmBackbone(Backbone):
-    "timm's VisionTransformer and Eva (DINOv3)."
+    "timm's VisionTransformer (with its distilled variant) and Eva (EVA-02, PE, DINOv3)."
 
     def _conv(self, tower):
         return tower.patch_embed.proj
@@ -267,50 +290,130 @@ class TimmBackbone(Backbone):
     def _pre_norm(self, x):
         return self.tower.norm_pre(x)
 
+    def _patch_norm(self, x):
+        return self.tower.patch_embed.norm(x)
+
     @property
     def norm(self) -> nn.Module:
-        return self.tower.norm
+        tower = self.tower
+        return tower.fc_norm if isinstance(tower.norm, nn.Identity) else tower.norm
 
     @property
     def prefix_count(self) -> int:
         return self.tower.num_prefix_tokens
 
-    def _positions(self, grid):
-        tower = self.tower
-        prefix = torch.cat([t[0] for t in (tower.cls_token, tower.reg_token) if t is not None])
-        if tower.pos_embed is None:
-            return prefix, None, None
-        table = tower.pos_embed[0]
-        if tower.no_embed_class:
-            return prefix, None, resize_positions(table, grid, self.row.positions)
-        return prefix, table[: len(prefix)], resize_positions(table[len(prefix) :], grid, self.row.positions)
+    @property
+    def has_class_token(self) -> bool:
+        return self.tower.cls_token is not None
 
-    def _context(self, tokens, grid):
-        if getattr(self.tower, "rope", None) is None:
-            return None
-        rope = self.tower.rope.get_embed(shape=grid)  # (N, 2 * head width): sines, then cosines
-        still = tokens.shape[1] - math.prod(grid) - self.prefix_count
-        identity = torch.cat(
-            [torch.zeros_like(rope[:1, : rope.shape[1] // 2]), torch.ones_like(rope[:1, rope.shape[1] // 2 :])], 1
-        )
-        return torch.cat([identity.expand(still, -1), rope])
+    def _image_token(self, last):
+        if self.has_class_token:
+            return self.norm(last[:, 0])
+        tokens = self.norm(last[:, self.prefix_count :])
+        pool = getattr(self.tower, "attn_pool", None)
+        return tokens.mean(1) if pool is None else pool(tokens)
 
     def _call(self, block, tokens, context):
-        return block(tokens) if context is None else block(tokens, rope=context)
+        return block(tokens) if context is None else block(tokens, rope=context[block])
+
+
+@patch
+def _positions(self: TimmBackbone, grid):
+    tower = self.tower
+    tokens = (getattr(tower, name, None) for name in ("cls_token", "dist_token", "reg_token"))
+    prefix = torch.cat(
+        [t[0] for t in tokens if t is not None] or [tower.patch_embed.proj.weight.new_zeros(0, self.width)]
+    )
+    if tower.pos_embed is None:
+        return prefix, None, None
+    table = tower.pos_embed[0]
+    if getattr(tower, "no_embed_class", False) or not len(prefix):
+        return prefix, None, resize_positions(table, grid, self.row.positions)
+    return prefix, table[: len(prefix)], resize_positions(table[len(prefix) :], grid, self.row.positions)
+
+
+@patch
+def _context(self: TimmBackbone, tokens, grid):  # block -> its rotation; None: no block has one
+    if getattr(self.tower, "rope", None) is None:
+        return None
+    rope = self.tower.rope.get_embed(shape=grid)  # ([blocks, heads,] N, 2 * head width): sines, then cosines
+    half = rope.shape[-1] // 2
+    still = tokens.shape[1] - math.prod(grid) - self.prefix_count
+    identity = torch.cat([torch.zeros_like(rope[..., :1, :half]), torch.ones_like(rope[..., :1, half:])], -1)
+    rope = torch.cat([identity.expand(*rope.shape[:-2], still, -1), rope], -2)
+    blocks = list(self._blocks(self.tower))
+    return dict(zip(blocks, rope if getattr(self.tower, "rope_mixed", False) else [rope] * len(blocks)))
+
+
+# %% ../../nbs/backbones/05_towers.ipynb #e3499ba7
+def _no_bias() -> int:
+    return 0
+
+
+class BeitBackbone(TimmBackbone):
+    "timm's Beit (BEiT, BEiT v2)."
+
+    def __init__(self, row: BackboneRow, tower: nn.Module, size: int | None = None, taps: tuple | None = None):
+        super().__init__(row, tower, size, taps)
+        self._tables: dict = {}  # grid -> table of every block, resized
+        for block in tower.blocks:
+            if block.attn.relative_position_bias_table is not None:
+                block.attn._get_rel_pos_bias = _no_bias  # what `_call` hands over is the whole bias
+
+    def _pre_norm(self, x):
+        return x
+
+    def _call(self, block, tokens, context):
+        table, index = context[block]
+        return block(tokens, shared_rel_pos_bias=table[index].permute(2, 0, 1)[None])
+
+
+@patch
+def _resized(self: BeitBackbone, grid: tuple) -> list[Tensor]:  # ((2h-1)(2w-1) + 3, heads) a block
+    "The tables of every block for another grid, as timm resizes them."
+    if grid not in self._tables:
+        from timm.layers import resize_rel_pos_bias_table
+
+        shared = self.tower.rel_pos_bias
+        owners = [shared or block.attn for block in self.tower.blocks]
+        rows = (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
+        self._tables[grid] = [
+            resize_rel_pos_bias_table(
+                owner.relative_position_bias_table,
+                new_window_size=grid,
+                new_bias_shape=(rows, owner.relative_position_bias_table.shape[1]),
+                old_window_size=owner.window_size,
+            )
+            for owner in owners
+        ]
+    return self._tables[grid]
+
+
+@patch
+def _context(self: BeitBackbone, tokens, grid):  # block -> its table, and the row that every pair of tokens reads
+    from timm.models.beit import gen_relative_position_index
+
+    extra = tokens.shape[1] - math.prod(grid) - 1
+    order = torch.tensor([0] * extra + list(range(math.prod(grid) + 1)), device=tokens.device)
+    index = gen_relative_position_index(grid, device=tokens.device)[order][:, order]
+    tables = [table.to(tokens.device) for table in self._resized(grid)]
+    return {block: (table, index) for block, table in zip(self.tower.blocks, tables)}
 
 
 # %% ../../nbs/backbones/05_towers.ipynb #48b16e45
 def trained_with_quick_gelu(
     row: BackboneRow,  # of a CLIP
 ) -> bool:
-    "The activation that a CLIP's weights were trained with: as open_clip lists its architecture, else OpenAI's."
+    "The activation that a CLIP's weights were trained with: as open_clip lists them, or its architecture; else OpenAI's."
     if not row.model:
         return True
+    if row.quick_gelu is not None:
+        return row.quick_gelu
     return import_vision_libraries()[1].get_model_config(row.model).get("quick_gelu", False)
 
 
 def _tower(row: BackboneRow, state: dict | None, quick_gelu: bool | None, seed: int) -> nn.Module:
-    import_vision_libraries()
+    import_timm() if row.library == "timm" else import_vision_libraries()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if row.library == "open_clip":
@@ -320,7 +423,7 @@ def _tower(row: BackboneRow, state: dict | None, quick_gelu: bool | None, seed: 
 
 def _plain_vit(row: BackboneRow, state: dict | None) -> nn.Module:
     "A timm ViT whose sizes come from the row or the state dict."
-    timm, _ = import_vision_libraries()
+    timm = import_timm()
     shapes = row.arch or (None if state is None else vit_shapes(state))
     if shapes is None:
         raise WeightsError(f"backbone {row.name!r} reads its sizes from a state dict: pass weights=PATH")
@@ -330,12 +433,16 @@ def _plain_vit(row: BackboneRow, state: dict | None) -> nn.Module:
 
 def _timm_tower(row: BackboneRow, state: dict | None) -> nn.Module:
     "An architecture that timm knows by name."
-    timm, _ = import_vision_libraries()
-    is_dinov3 = "dinov3" in row.model
-    options = {} if is_dinov3 else dict(dynamic_img_size=True)
-    tower = timm.create_model(row.model, pretrained=False, num_classes=0, **options)
-    if state is None:
-        return tower
+    timm = import_timm()
+    arch = row.model.partition(".")[0]
+    fixed = "dinov3" in arch or arch.startswith("beit")
+    options = {} if fixed else dict(dynamic_img_size=True)
+    tower = timm.create_model(arch, pretrained=False, num_classes=0, **options)
+    return tower if state is None else _load_timm(tower, state, row)
+
+
+def _load_timm(tower: nn.Module, state: dict, row: BackboneRow) -> nn.Module:
+    "A state dict under any names that timm knows of it, in an architecture of timm."
     expected = tower.patch_embed.proj.weight.shape
     shape = getattr(state.get("patch_embed.proj.weight"), "shape", None)
     if shape not in (None, expected):  # the filter below would resample patches of another size
@@ -345,7 +452,9 @@ def _timm_tower(row: BackboneRow, state: dict | None) -> nn.Module:
         )
     # timm's own loader is not strict without a classifier: it would leave what a file lacks at random. So its renaming
     # is used, and its loading is not.
-    module = timm.models.eva if is_dinov3 else timm.models.vision_transformer
+    module = sys.modules[type(tower).__module__]
+    if not hasattr(module, "checkpoint_filter_fn"):  # DeiT takes the plain transformer's
+        module = sys.modules["timm.models.vision_transformer"]
     try:
         state = module.checkpoint_filter_fn(dict(state), tower)
     except (RuntimeError, KeyError, AttributeError) as error:
@@ -354,20 +463,26 @@ def _timm_tower(row: BackboneRow, state: dict | None) -> nn.Module:
 
 
 def _clip_tower(row: BackboneRow, state: dict | None, quick_gelu: bool | None) -> nn.Module:
-    "open_clip's image tower."
+    "open_clip's image tower, or the timm transformer inside it."
     from open_clip.transformer import QuickGELU, VisionTransformer
 
-    sizes = _clip_sizes(row, state)
-    tower = VisionTransformer(
-        image_size=sizes["image_size"],
-        patch_size=sizes["patch"],
-        width=sizes["width"],
-        layers=sizes["layers"],
-        heads=sizes["heads"],
-        mlp_ratio=sizes["mlp_ratio"],
-        output_dim=sizes["embed_dim"],
-        act_layer=QuickGELU if quick_gelu else nn.GELU,
-    )
+    if row.model:
+        tower = open_clip_tower(row.model, bool(quick_gelu))
+    else:
+        sizes = _clip_sizes(row, state)
+        tower = VisionTransformer(
+            image_size=sizes["image_size"],
+            patch_size=sizes["patch"],
+            width=sizes["width"],
+            layers=sizes["layers"],
+            heads=sizes["heads"],
+            mlp_ratio=sizes["mlp_ratio"],
+            output_dim=sizes["embed_dim"],
+            act_layer=QuickGELU if quick_gelu else nn.GELU,
+        )
+    trunk = getattr(tower, "trunk", None)
+    if trunk is not None:
+        return _with_any_size(trunk) if state is None else _load_timm(_with_any_size(trunk), state, row)
     own_attention(tower)
     if state is None:
         return tower
@@ -382,21 +497,20 @@ def _clip_tower(row: BackboneRow, state: dict | None, quick_gelu: bool | None) -
 def _clip_sizes(row: BackboneRow, state: dict | None) -> dict:  # as `clip_shapes`
     if row.arch:
         return row.arch
-    if row.model:
-        conf = import_vision_libraries()[1].get_model_config(row.model)
-        vision = conf["vision_cfg"]
-        return dict(
-            image_size=vision["image_size"],
-            patch=vision["patch_size"],
-            width=vision["width"],
-            layers=vision["layers"],
-            heads=vision["width"] // vision.get("head_width", 64),
-            mlp_ratio=vision.get("mlp_ratio", 4.0),
-            embed_dim=conf["embed_dim"],
-        )
     if state is None:
         raise WeightsError(f"backbone {row.name!r} reads its sizes from a state dict: pass weights=PATH")
     return clip_shapes(state)
+
+
+def _with_any_size(trunk: nn.Module) -> nn.Module:
+    "A timm transformer that open_clip made for one size: rotations are computed for the grid asked for."
+    rope = getattr(trunk, "rope", None)
+    if rope is None:
+        return trunk
+    timm = import_timm()
+    arch = trunk.default_cfg["architecture"]
+    trunk.rope = timm.create_model(arch, pretrained=False, num_classes=0, depth=1, dynamic_img_size=True).rope
+    return trunk
 
 
 def _load(tower: nn.Module, state: dict, name: str) -> nn.Module:
@@ -409,7 +523,7 @@ def _load(tower: nn.Module, state: dict, name: str) -> nn.Module:
 
 @usual_defaults(gradients=True, blocks=True)
 def create_backbone(
-    name: str,  # a name of BACKBONES
+    name: str,  # of BACKBONES, or timm:NAME, timm:NAME.TAG, open_clip:NAME/TAG
     weights: str = "pretrained",  # "pretrained", a local file, or "random:SEED"
     size: int | None = None,  # working image size in pixels; default: the table's, or the state dict's own
     taps: tuple | None = None,  # 1-based blocks; default: the table's, or the quarter points of the depth
@@ -419,36 +533,28 @@ def create_backbone(
     interpolation: str = "bicubic",  # how images are brought to its size, one of INTERPOLATIONS
 ) -> Backbone:  # frozen, in evaluation mode, on the CPU
     "Build a backbone and load its weights."
-    if name not in BACKBONES:
-        raise ValueError(f"unknown backbone {name!r}; known: {', '.join(BACKBONES)}")
     require_interpolation(interpolation)
-    row = BACKBONES[name]
+    row = backbone_row(name)
     weights = str(weights)
     seed = random_seed(weights)
-    state = None
-    if seed is None:
-        state = flat_state(read_state(_pretrained_file(row) if weights == "pretrained" else weights))
+    state, commit = (None, None) if seed is not None else read_weights(row, weights)
     row = _with_settings(row, quick_gelu, position_resize)
     if row.library == "open_clip" and quick_gelu is None:
         quick_gelu = trained_with_quick_gelu(row)
     tower = _tower(row, state, quick_gelu, seed or 0)
     if size is None and row.size == 0:
         size = _native_size(tower, row)
-    kind = ClipBackbone if row.library == "open_clip" else TimmBackbone
-    backbone = kind(row, tower, size, taps)
+    backbone = _kind(tower)(row, tower, size, taps)
     backbone.weights = weights
+    backbone.commit = commit
     backbone.interpolation = interpolation
     return backbone
 
 
-def random_seed(weights: str) -> int | None:  # None: a file, or "pretrained"
-    "The seed of random weights, from random:SEED."
-    if not weights.startswith("random:"):
-        return None
-    seed = weights.removeprefix("random:")
-    if not seed.isdigit():
-        raise ValueError(f"weights={weights!r}: write random:SEED with a whole number, such as random:0")
-    return int(seed)
+def _kind(tower: nn.Module) -> type[Backbone]:
+    if hasattr(tower, "conv1"):
+        return ClipBackbone
+    return BeitBackbone if type(tower).__name__ == "Beit" else TimmBackbone
 
 
 def _with_settings(row: BackboneRow, quick_gelu: bool | None, position_resize: str | None) -> BackboneRow:
@@ -465,14 +571,6 @@ def _with_settings(row: BackboneRow, quick_gelu: bool | None, position_resize: s
             f"position_resize={position_resize!r}; use {', '.join(POSITION_RESIZE)}, or None for the table's"
         )
     return replace(row, positions=position_resize)
-
-
-def _pretrained_file(row: BackboneRow) -> Path:
-    if row.hub == "":
-        raise WeightsError(f"backbone {row.name!r} has no pretrained weights of its own: pass weights=PATH")
-    if "/" not in row.hub:
-        return Path(str(files("zsad_nb") / "assets" / row.hub))
-    return hub_file(row.hub, "open_clip_model.safetensors" if row.library == "open_clip" else "model.safetensors")
 
 
 def _native_size(tower: nn.Module, row: BackboneRow) -> int:

@@ -9,6 +9,7 @@ __all__ = [
     "WRAPPERS",
     "SHELLS",
     "PREFIXES",
+    "import_timm",
     "import_vision_libraries",
     "WeightsError",
     "listed",
@@ -21,6 +22,9 @@ __all__ = [
     "flat_state",
     "released_state",
     "fitted",
+    "NotThere",
+    "split_revision",
+    "hub_commit",
     "hub_file",
     "weights_hash",
     "clip_shapes",
@@ -29,8 +33,10 @@ __all__ = [
 
 # %% ../../nbs/backbones/02_weights.ipynb #67ae5618
 import contextlib
+import errno
 import hashlib
 import os
+import re
 import sys
 import urllib.error
 import urllib.request
@@ -42,6 +48,8 @@ from types import ModuleType
 
 import torch
 from safetensors.torch import load_file
+
+from ..core.later import imported_later
 
 
 # %% ../../nbs/backbones/02_weights.ipynb #53dd8724
@@ -58,20 +66,30 @@ def _environment_kept():
             os.environ.update(before)
 
 
+def import_timm() -> ModuleType:
+    "Import timm; where torchvision's C++ operators are missing, declare their schemas first."
+    if "timm" not in sys.modules:
+        with _environment_kept(), _compiler_later():
+            _import_torchvision()
+            import timm  # noqa: F401
+    return sys.modules["timm"]
+
+
 def import_vision_libraries() -> tuple[ModuleType, ModuleType]:  # timm, open_clip
-    "Import timm and open_clip; where torchvision's C++ operators are missing, declare their schemas first."
-    if "timm" in sys.modules and "open_clip" in sys.modules:
-        return sys.modules["timm"], sys.modules["open_clip"]
-    with _environment_kept():
-        return _import_vision_libraries()
+    "Import timm and open_clip, as `import_timm` does."
+    timm = import_timm()
+    if "open_clip" not in sys.modules:
+        with _environment_kept():
+            import open_clip  # noqa: F401
+    return timm, sys.modules["open_clip"]
 
 
 _schemas: torch.library.Library | None = None  # declared schemas are there as long as it is
 
 
-def _import_vision_libraries():
+def _import_torchvision():
     try:
-        import torchvision  # noqa: F401
+        import torchvision
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise
@@ -81,10 +99,27 @@ def _import_vision_libraries():
             _schemas.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
             del sys.modules[name]
-    import open_clip
-    import timm
+        import torchvision  # noqa: F401
 
-    return timm, open_clip
+
+# %% ../../nbs/backbones/02_weights.ipynb #761cfae1
+@contextlib.contextmanager
+def _compiler_later():
+    "Import what asks for PyTorch's compiler without importing the compiler."
+    eager, lazy = torch.compiler.disable, getattr(torch, "_disable_dynamo", None)
+    if "torch._dynamo" in sys.modules or lazy is None:
+        yield
+        return
+
+    def disable(fn=None, recursive=True, *, reason=None):
+        return lazy(fn, recursive)
+
+    torch.compiler.disable = disable
+    try:
+        with imported_later("torch._dynamo.utils", "is_compile_supported"):
+            yield
+    finally:
+        torch.compiler.disable = eager
 
 
 # %% ../../nbs/backbones/02_weights.ipynb #78dbb92e
@@ -345,15 +380,46 @@ def fitted(
 
 
 # %% ../../nbs/backbones/02_weights.ipynb #cdb407b8
+class NotThere(WeightsError):
+    "The hub was reached, and has no file of that name."
+
+
+def split_revision(
+    weights: str,  # pretrained, pretrained@REVISION, a file, or random:SEED
+) -> tuple[str, str | None]:  # without the revision; the revision
+    "What `weights` names, and which revision of it."
+    kind, at, revision = weights.partition("@")
+    if kind != "pretrained" or not at:
+        return weights, None
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", revision):
+        raise ValueError(
+            f"weights={weights!r}: write pretrained@REVISION with a commit, tag or branch of the hub's repository"
+        )
+    return kind, revision
+
+
+def hub_commit(
+    path: str | Path,  # as `hub_file` returns it
+) -> str | None:  # 40 hexadecimal digits; None: not a file of the hub's cache
+    "The commit that a file of the hub's cache belongs to."
+    parts = Path(path).parts
+    for folder, commit in zip(parts, parts[1:]):
+        if folder == "snapshots" and re.fullmatch("[0-9a-f]{40}", commit):
+            return commit
+    return None
+
+
 def hub_file(
     repo: str,  # repository on the hub, such as "timm/vit_large_patch14_clip_336.openai"
     file: str,  # file in it
     timeout: float = 2.0,  # seconds to wait for the hub before giving up
+    revision: str | None = None,  # commit, tag or branch; None: the newest
+    licence: str = "",  # of the weights, for the message of a gated repository
 ) -> Path:  # local path of the cached file
     "The local copy of a file of the hub, downloaded when needed; without a network it fails within seconds."
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
-    cached = try_to_load_from_cache(repo, file)
+    cached = try_to_load_from_cache(repo, file, revision=revision)
     if isinstance(cached, str):
         return Path(cached)
     help = (
@@ -368,11 +434,88 @@ def hub_file(
             urllib.request.urlopen(request, timeout=timeout).close()  # through proxies and mirrors as configured
         except urllib.error.HTTPError:
             pass  # the hub is there: it answered
-        return Path(hf_hub_download(repo, file))
+        path = Path(hf_hub_download(repo, file, revision=revision))
     except Exception as error:
+        raise _hub_error(error, repo, file, revision, licence, help) from error
+    _require_whole(path, f"{repo}/{file}")
+    return path
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _hub_error(
+    error: Exception, repo: str, file: str, revision: str | None, licence: str, help: str
+) -> WeightsError:  # to be raised
+    "What failed, by the first cause that says so."
+    from huggingface_hub import constants, errors, get_token
+
+    hub = constants.ENDPOINT
+    for cause in _causes(error):
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if isinstance(cause, errors.RemoteEntryNotFoundError):
+            return NotThere(f"{repo} on the hub at {hub} has no file {file}{_at(revision)}; pass weights=PATH")
+        if isinstance(cause, errors.RevisionNotFoundError):
+            return WeightsError(f"{repo} on the hub at {hub} has no revision {revision}; see {hub}/{repo}/commits/main")
+        is_gated = isinstance(cause, errors.GatedRepoError)
+        if (isinstance(cause, errors.RepositoryNotFoundError) and not is_gated) or status == 404:
+            return WeightsError(
+                f"the hub at {hub} has no repository {repo}, or keeps it private (then give a token: `hf auth login`);"
+                " pass weights=PATH, or another backbone"
+            )
+        if is_gated or status in (401, 403):
+            return WeightsError(_gated(f"{hub}/{repo}", licence, status, bool(get_token())))
+        if status is not None:
+            return WeightsError(f"the hub at {hub} answered {status} when asked for {repo}/{file}; repeat later")
+        if type(cause).__name__ in ("RemoteProtocolError", "ReadTimeout", "ReadError") or "Consistency" in str(cause):
+            return WeightsError(
+                f"the download of {repo}/{file} from {hub} broke off ({type(cause).__name__}); repeat: nothing half-done"
+                " is kept"
+            )
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            return WeightsError(
+                f"{repo}/{file} cannot be kept in {constants.HF_HUB_CACHE} ({os.strerror(cause.errno)}); free some"
+                " space, or set HF_HUB_CACHE to another folder"
+            )
+    return WeightsError(f"the hub at {hub} cannot be reached ({type(error).__name__}), and {help}")
+
+
+def _at(revision: str | None) -> str:
+    return f" at revision {revision}" if revision else ""
+
+
+def _gated(page: str, licence: str, status: int | None, has_token: bool) -> str:
+    "What to do about a repository that is given to some only."
+    whose = f"the licence ({licence})" if licence else "the licence"
+    if has_token:
+        return (
+            f"{page} is gated, and the account of your access token is not let in ({status}): sign in with that account,"
+            f" accept {whose} on that page, and repeat when access is granted; or pass weights=PATH"
+        )
+    return (
+        f"{page} is gated ({status}): sign in and accept {whose} on that page, then make an access token (settings,"
+        " Access Tokens) and give it to the hub's client: `hf auth login`, or the environment variable HF_TOKEN; or"
+        " pass weights=PATH"
+    )
+
+
+def _require_whole(path: Path, what: str):
+    "A file that was downloaded just now has the hash that the hub states, where it states one; otherwise it is deleted."
+    blob = path.resolve()  # named after what the hub states: of large files their SHA-256
+    if not re.fullmatch("[0-9a-f]{64}", blob.name):
+        return
+    with open(blob, "rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    if digest != blob.name:
+        path.unlink(missing_ok=True)
+        blob.unlink(missing_ok=True)
         raise WeightsError(
-            f"the hub cannot be reached or does not have it ({type(error).__name__}), and {help}"
-        ) from error
+            f"{what} was damaged on its way: its SHA-256 is {digest[:16]}..., the hub states {blob.name[:16]}...; it was"
+            " deleted again: repeat, or use another mirror (HF_ENDPOINT)"
+        )
 
 
 # %% ../../nbs/backbones/02_weights.ipynb #aebb1f9c

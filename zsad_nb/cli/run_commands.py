@@ -37,7 +37,9 @@ def run_notebook(
     texts = dict(parameter)
     require_known(texts, declared, f"parameter of {Path(spec.notebook).name}")
     values = {name: declared[name].parse(text) for name, text in texts.items()}
-    result = run(Spec(notebook, values, experiment or ""), root, timeout)
+    result = run(
+        Spec(notebook, values, experiment or ""), root, timeout, fresh_kernel=True
+    )  # one alone has no use for more
     if not result.ok:
         print(f"zsad run: {result.error}; see {result.folder / 'run.log'}", file=sys.stderr)
         return 1
@@ -70,6 +72,8 @@ def run_sweep(
     retries: int = 1,  # further tries when a kernel or a worker died
     root: str = "runs",  # results are in ROOT/experiment/hash
     timeout: float | None = None,  # seconds a cell may take
+    # start every kernel from nothing (default: on Linux a copy of a process that has imported the libraries)
+    fresh_kernels: bool = False,
 ) -> int:
     "every run of a YAML file that has no valid result yet"
     tls = {name: path for name, path in dict(ca=tls_ca, cert=tls_cert, key=tls_key).items() if path is not None}
@@ -90,6 +94,7 @@ def run_sweep(
         client=scheduler,
         retries=retries,
         timeout=timeout,
+        fresh_kernels=fresh_kernels,
         dry_run=dry_run,
         stream=sys.stdout if dry_run else None,
         tls=tls or None,

@@ -9,6 +9,8 @@ __all__ = [
     "table_text",
     "require_pyarrow",
     "write_table",
+    "numbers_of",
+    "read_cells",
     "read_table",
     "numbered_table",
 ]
@@ -230,12 +232,12 @@ def _number(text: str) -> float | int | bool | None:
     return float(text) if text else None
 
 
-def _numbers(
+def numbers_of(
     cells: list[str],  # of one column
     lines: list[int],  # where they stand
     column: str,
     where: str,  # the file's name
-) -> pd.Series:
+) -> list:
     "A column of numbers: integers or bools where all are, else floats with NaN where nothing stands."
     values = []
     for line, text in zip(lines, cells):
@@ -246,11 +248,16 @@ def _numbers(
                 f"{where}, line {line}: {column} is {shown(text)!r}, which is not a number; correct the cell"
             ) from None
     kinds = {type(value) for value in values}
-    if kinds == {bool}:
-        return pd.Series(values, dtype=bool)
-    if kinds == {int} and all(abs(value or 0) < 2**63 for value in values):
-        return pd.Series(values, dtype="int64")
-    return pd.Series([math.nan if value is None else float(value) for value in values], dtype=float)
+    if kinds == {bool} or (kinds == {int} and all(abs(value or 0) < 2**63 for value in values)):
+        return values
+    return [math.nan if value is None else float(value) for value in values]
+
+
+def _numbers(cells: list[str], lines: list[int], column: str, where: str) -> pd.Series:
+    "The same as a column of a table."
+    values = numbers_of(cells, lines, column, where)
+    kind = type(values[0]) if values else float
+    return pd.Series(values, dtype="int64" if kind is int else kind)
 
 
 # %% ../../nbs/core/03_tables.ipynb #8e9c1b26
@@ -264,6 +271,25 @@ def _table(
 ) -> tuple[pd.DataFrame, list[int]]:  # the table, the line each row ends in
     "The table of `read_table`, and the lines its rows end in."
     where = shown(str(path))
+    cells_of, lines = read_cells(path, separator, ours, spaces)
+    wanted = set(cells_of) - set(text) if numbers == "rest" else set(numbers)
+    columns = {}
+    for heading, cells in cells_of.items():
+        if heading in wanted:
+            columns[heading] = _numbers(cells, lines, heading, where)
+        else:
+            columns[heading] = pd.Series([spreadsheet_text(cell) for cell in cells] if ours else cells, dtype=str)
+    return pd.DataFrame(columns), lines
+
+
+def read_cells(
+    path: Path,  # a CSV
+    separator: str = ",",
+    ours: bool = True,  # as of `read_table`; the cells themselves are left as they stand
+    spaces: bool = False,  # as of `_parse`
+) -> tuple[dict[str, list[str]], list[int]]:  # heading -> cells; the line each row ends in
+    "The cells of a table as text, column by column."
+    where = shown(str(path))
     if path.is_dir():
         raise ValueError(f"{where} is a folder, not a table; name the file")
     headings, rows, lines = _parse(_decode(path.read_bytes(), where), separator, where, spaces)
@@ -276,15 +302,7 @@ def _table(
     for number, heading in enumerate(headings):
         if heading in headings[:number]:
             raise ValueError(f"{where}, line 1: the column {shown(heading)!r} occurs twice; rename one of them")
-    wanted = set(headings) - set(text) if numbers == "rest" else set(numbers)
-    columns = {}
-    for number, heading in enumerate(headings):
-        cells = [row[number] for row in rows]
-        if heading in wanted:
-            columns[heading] = _numbers(cells, lines, heading, where)
-        else:
-            columns[heading] = pd.Series([spreadsheet_text(cell) for cell in cells] if ours else cells, dtype=str)
-    return pd.DataFrame(columns), lines
+    return {heading: [row[number] for row in rows] for number, heading in enumerate(headings)}, lines
 
 
 def read_table(

@@ -13,7 +13,7 @@ from functools import partial
 
 import pandas as pd
 
-from .folder import read_folder
+from .folder import read_anomalib, read_folder
 from .layouts import read_mvtec
 from zsad_nb.data.medical import (
     read_bmad,
@@ -33,6 +33,7 @@ from zsad_nb.data.sets import (
     read_ksdd,
     read_ksdd2,
     read_mad,
+    read_mvtec_ad_2,
     read_mvtec_loco,
     read_real_iad,
     read_rsdd,
@@ -76,7 +77,7 @@ READERS = {
         "MVTec LOCO AD",
         tuple("breakfast_box juice_bottle pushpins screw_bag splicing_connectors".split()),
         ((575, 993),),
-        note="a mask is a folder of images, united; sPRO's saturation values are not used",
+        note="a mask is a folder of images, united; defects_config.json gives sPRO's saturation",
         licence=_NC,
         aliases=("loco", "mvtec loco"),
         signs=(
@@ -85,6 +86,16 @@ READERS = {
             ("test/logical_anomalies",),
             ("test/structural_anomalies",),
         ),
+    ),
+    "mvtec_ad_2": Reader(
+        read_mvtec_ad_2,
+        "MVTec AD 2",
+        tuple("can fabric fruit_jelly rice sheet_metal vial wallplugs walnuts".split()),
+        ((379, 705),),
+        note="option part: 'private' and 'private_mixed' have no labels here, the benchmark server has them",
+        licence=_NC,
+        aliases=("mvtec ad2", "mad2"),
+        signs=(("*/test_public",), ("test_public",), ("*/test_private",), ("test_private",)),
     ),
     "visa": Reader(
         read_visa,
@@ -300,6 +311,11 @@ READERS = {
         "anything in MVTec layout",
         note="options: dataset, category",
         signs=(("test/good",), ("*/test/good",), ("*/test/*",)),
+    ),
+    "anomalib": Reader(
+        read_anomalib,
+        "anomalib's Folder",
+        note="options: normal_dir, abnormal_dir, normal_test_dir, mask_dir, extensions, normal_split_ratio",
     ),
     "folder": Reader(read_folder, "a plain folder or a CSV", note="options: dataset, category"),
 }

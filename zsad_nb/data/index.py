@@ -6,11 +6,13 @@
 __all__ = [
     "COLUMNS",
     "SPLITS",
+    "UNLABELLED",
     "GOOD",
     "as_bool",
     "relative_path",
     "make_index",
     "root_of",
+    "require_labels",
     "concat_indices",
     "save_index",
     "require_columns",
@@ -40,6 +42,7 @@ from .listing import Record, is_image
 # %% ../../nbs/data/02_index.ipynb #9cb993df
 COLUMNS = ("dataset", "category", "split", "image", "mask", "anomalous", "defect")
 SPLITS = ("train", "test")
+UNLABELLED = "unlabelled"  # the split of images of which nobody here knows whether they are normal
 GOOD = "good"  # the field's name for "no defect"
 
 
@@ -133,6 +136,16 @@ def _text_of(value, name: str, where: str) -> str:
     return require_utf8(str(value), where)
 
 
+def _check_unlabelled(row: dict, where: str) -> dict:
+    "A row without a label states none: not anomalous, no defect, not even 'good', and no mask."
+    if row["anomalous"] or row["defect"] or row["mask"]:
+        raise ValueError(
+            f"{where}split is 'unlabelled', so anomalous must be False and defect and mask empty; give an image with a"
+            " label the split 'test'"
+        )
+    return row
+
+
 def _check_row(row: dict, place: str, root: str) -> dict:
     "One row as it must be, or a `ValueError` that names it."
     image = row.get("image")
@@ -146,9 +159,11 @@ def _check_row(row: dict, place: str, root: str) -> dict:
     for name in ("dataset", "category", "defect"):
         if "\0" in out[name]:
             raise ValueError(f"{where}{name} holds a NUL character; correct it")
-    if out["split"] not in SPLITS:
+    if out["split"] not in (*SPLITS, UNLABELLED):
         raise ValueError(f"{where}split is {shown(out['split'])!r}; it must be 'train' or 'test'")
     out["anomalous"] = as_bool(row["anomalous"], where)
+    if out["split"] == UNLABELLED:
+        return _check_unlabelled(out, where) | dict(image=relative_path(out["image"], root, where))
     if not out["anomalous"] and out["defect"] != GOOD:
         raise ValueError(f"{where}a normal image has the defect {shown(out['defect'])!r}; it must be 'good'")
     if out["anomalous"] and out["defect"] == GOOD:
@@ -232,6 +247,19 @@ def root_of(
             "this index has lost its root (a pandas operation dropped attrs); set index.attrs['root'] = FOLDER again"
         )
     return Path(root)
+
+
+def require_labels(
+    index: pd.DataFrame,  # an Index
+    purpose: str,  # what cannot be done without them, for the message
+) -> None:
+    "Refuse images without labels where labels are needed: their column `anomalous` says nothing."
+    without = index["image"][index["split"] == UNLABELLED]
+    if len(without):
+        raise ValueError(
+            f"{len(without)} of {len(index)} images have no label (first: {shown(without.iloc[0])}): {purpose}; look at"
+            " them with predict, or take the rows with index[index.split != 'unlabelled']"
+        )
 
 
 # %% ../../nbs/data/02_index.ipynb #3c8c9f7b

@@ -250,7 +250,7 @@ _WHAT = {  # reason -> one of them, several of them, what to do
     "notes": (
         "file of annotations beside its image",
         "files of annotations beside their images",
-        "draw masks from them: other annotations are not read",
+        'COCO\'s are read by load_dataset("coco", FILE); draw masks from others',
     ),
     "twin_name": (
         "file whose written name another one has",

@@ -16,7 +16,7 @@ import pandas as pd
 
 from ..core.files import to_json, write_atomically, write_json
 from ..core.names import same_name, shown
-from .index import COLUMNS, GOOD, SPLITS, as_bool, make_index, relative_path, root_of
+from .index import COLUMNS, GOOD, SPLITS, as_bool, make_index, relative_path, require_labels, root_of
 from .left_out import grouped, unused
 from .listing import Record, is_image
 
@@ -328,6 +328,7 @@ def write_meta(
     dataset_name: bool = False,  # add `dataset_name` to each record (Bayes-PFL, VCP-CLIP)
 ) -> Path:  # the path
     "Write an Index as meta.json, or as JSON lines when the path ends in .jsonl."
+    require_labels(index, "a meta.json has no place for them")
     root = root_of(index)
     path = root / "meta.json" if path is None else Path(path)
     lines_wanted = path.suffix == ".jsonl"

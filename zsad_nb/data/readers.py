@@ -153,8 +153,8 @@ def detect(
     generic = strength.pop("mvtec_like")
     best = [name for name in strength if strength[name] and strength[name] == max(strength.values())]
     named = _by_name(root)
-    if named == "mvtec" and strength["mvtec_loco"]:
-        named = "mvtec_loco"  # a folder of all of MVTec's sets
+    if named == "mvtec":  # a folder of all of MVTec's sets
+        named = next((other for other in ("mvtec_loco", "mvtec_ad_2") if strength[other]), named)
     if named and (strength.get(named) or (generic and named in _REBUILT)):
         return named
     if len(best) == 1:

@@ -4,8 +4,12 @@
 
 # %% auto #0
 __all__ = [
+    "AD_2",
+    "AD_2_PARTS",
     "read_visa",
     "read_mvtec_loco",
+    "read_mvtec_ad_2",
+    "lighting",
     "read_btad",
     "read_mad",
     "read_rsdd",
@@ -35,12 +39,13 @@ from zsad_nb.data.folders import (
     require_root,
     unwrap_folder,
 )
-from .index import GOOD, concat_indices, relative_path, require_columns
+from .index import GOOD, UNLABELLED, concat_indices, relative_path, require_columns
 from zsad_nb.data.layouts import (
     MVTEC,
     VALIDATION,
     finish_index,
     image_rows,
+    mask_files,
     mvtec_classes,
     mvtec_rows,
     paired,
@@ -152,6 +157,83 @@ def read_mvtec_loco(
                 rows += image_rows(files(kind), root, name, valid, defect)
     apart = {} if valid else {"validation": VALIDATION}
     return finish_index(rows, root, "mvtec_loco", expected, masks, apart, skip=skip)
+
+
+# %% ../../nbs/data/11_sets.ipynb #c286a9ba
+AD_2 = (
+    "<class>/train/good/*.png and <class>/test_public/{good,bad}/*.png with"
+    " <class>/test_public/ground_truth/bad/*_mask.png (MVTec AD 2)"
+)
+AD_2_PARTS = {"public": "test_public", "private": "test_private", "private_mixed": "test_private_mixed"}
+
+
+def _ad_2_public(folder: Path, root: Path, category: str, masks: bool) -> list[dict]:
+    "The rows of one class that have labels: train and the public test part."
+    rows = image_rows(files(folder / "train" / "good"), root, category, "train")
+    public = find_folder(folder, "test_public") or folder / "test_public"
+    truth = find_folder(public, *MASK_NAMES) if masks else None
+    for kind in folders(public, MASK_NAMES):
+        images = files(kind)
+        defect = GOOD if same_name(kind.name) in NORMAL_NAMES else kind.name
+        own = find_folder(truth, kind.name) if truth else None
+        rows += image_rows(images, root, category, "test", defect, paired(images, mask_files(own)))
+    return rows
+
+
+def _ad_2_private(folder: Path, root: Path, category: str, part: str) -> list[dict]:
+    "The rows of one class and part without labels."
+    images = files(find_folder(folder, AD_2_PARTS[part]) or folder / AD_2_PARTS[part])
+    return [row | dict(defect="") for row in image_rows(images, root, category, UNLABELLED)]
+
+
+def read_mvtec_ad_2(
+    root: str | os.PathLike,  # folder of the classes, or of one class
+    part: str = "public",  # "public": train and test_public; "private" or "private_mixed": images without labels
+    category: str | None = None,  # name of the class where the root is one class; default: the folder's
+    masks: bool = True,  # False: read without masks
+    # the validation/ images: "skip" them, or put them into "train" or "test"; default: skip them with a warning
+    valid: str | None = None,
+) -> pd.DataFrame:  # the Index
+    "MVTec AD 2: three test parts, of which one has labels."
+    require_valid(valid)
+    if part not in AD_2_PARTS:
+        raise ValueError(f"part={part!r}; it must be 'public', 'private' or 'private_mixed'")
+    root = require_root(root, AD_2)
+    whole = any(find_folder(root, name) for name in AD_2_PARTS.values())
+    if category and not whole:
+        raise ValueError(
+            f"category={category!r} names the class of a root that is one class, but {describe_folder(root)}"
+        )
+    classes = {category or root.absolute().name: root} if whole else {path.name: path for path in folders(root)}
+    rows = []
+    private = "no labels here: part='private' and 'private_mixed' take them"
+    apart = {"test_public": "part='public' takes them", "test_private": private, "test_private_mixed": private}
+    del apart[AD_2_PARTS[part]]
+    if part != "public":
+        apart |= {"train": apart["test_public"], "validation": apart["test_public"]}
+    elif not valid:
+        apart["validation"] = VALIDATION
+    skip = []
+    for name, folder in classes.items():
+        if part != "public":
+            rows += _ad_2_private(folder, root, name, part)
+            continue
+        rows += _ad_2_public(folder, root, name, masks)
+        validation = find_folder(folder, "validation")
+        if validation and valid == "skip":
+            skip.append(validation.relative_to(root).as_posix())
+        elif validation and valid:
+            rows += image_rows(files(validation / "good"), root, name, valid)
+    expected = AD_2 if part == "public" else f"<class>/{AD_2_PARTS[part]}/*.png (MVTec AD 2)"
+    return finish_index(rows, root, "mvtec_ad_2", expected, masks if part == "public" else None, apart, skip=skip)
+
+
+def lighting(
+    index: pd.DataFrame,  # an Index of MVTec AD 2
+) -> pd.Series:  # regular, overexposed, underexposed, shift_1, ..., mixed; "" where the name does not say
+    "The lighting of each image, from the end of its name."
+    ends = index["image"].str.extract(r"(?:^|/)\d+_(regular|overexposed|underexposed|shift_\d+|mixed)\.\w+$")[0]
+    return ends.fillna("").rename("lighting")
 
 
 # %% ../../nbs/data/11_sets.ipynb #691b7dd6

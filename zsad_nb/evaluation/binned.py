@@ -84,6 +84,7 @@ def update(
     maps: Any,  # (B, H, W) anomaly maps, array or tensor on any device, finite
     masks: Any,  # (B, H, W) bool or 0/1, True is anomalous
     has_mask: Any = None,  # (B,) bool, False leaves the image out; None: all have a mask
+    channels: Any = None,  # as of PixelMetrics; bins do not tell which defect a pixel belongs to, so there is no sPRO
 ) -> "BinnedPixelMetrics":  # itself
     "Add a batch; a batch with an error in it changes nothing"
     here = (
@@ -109,11 +110,7 @@ def update(
         regions += n
     if sum(map(len, self._waiting)) >= 2**23:
         self._count()
-    self.images += len(maps)
-    self.excluded += int((~has_mask).sum())
-    self.regions += regions
-    self._low = min(self._low, low)
-    self._high = max(self._high, high)
+    self._counted(has_mask, regions, low, high)
     return self
 
 

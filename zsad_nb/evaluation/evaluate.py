@@ -4,7 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    "MEAN",
     "Evaluation",
     "require_categories",
     "target_set",
@@ -12,13 +11,16 @@ __all__ = [
     "predictions",
     "TakesMaps",
     "predict_images",
+    "scene_of",
     "put_together",
     "seen_in_training",
+    "map_options",
     "evaluate",
     "cases",
 ]
 
 # %% ../../nbs/evaluation/06_evaluate.ipynb #25923364
+import math
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -35,25 +37,28 @@ from ..core.names import shown
 from ..core.settings import usual_defaults
 from ..core.tables import write_table
 from ..data.images import Batch
+from ..data.index import require_labels, root_of
+from ..data.map_files import MapFolder, at_size
 from ..data.method_images import batches_for
 from ..data.reading import read_as, reading_of, takes_reading
+from ..data.saturation import Channels
+from ..data.stored import upright_size
 from .binned import BinnedPixelMetrics
-from .metrics import Metrics, PixelMetrics, image_metrics, mean_over_classes
+from .metrics import MEAN, Metrics, PixelMetrics, image_metrics, mean_over_classes
 from .pixel_digests import PixelDigest, pixel_digest, save_digests
 from ..methods.base import Method, Prediction
 from ..methods.evidence import remembering
 
+
 # %% ../../nbs/evaluation/06_evaluate.ipynb #1fe33d6e
-MEAN = "mean"  # name of the row below the classes
-
-
 @dataclass
 class Evaluation:
     "Metrics per class and mean, scores per image, and why a number is missing."
 
     # one row a category and a last row "mean": normal, anomalous (counts), then the metrics, fractions of 1
     per_class: pd.DataFrame
-    # position in the index, image, category, anomalous, defect, score, pixel_ap, map_low, map_high
+    # position in the index, image, category, anomalous, defect, score, pixel_ap, map_low, map_high; scene, where several
+    # images show the same one
     per_image: pd.DataFrame
     reasons: pd.DataFrame  # category, metric, reason: every number that is missing or not exact
     seen: list[str]  # "dataset/category" of this index whose data set was trained on: not zero-shot
@@ -121,6 +126,7 @@ def target_set(index: pd.DataFrame) -> pd.DataFrame:
     'The rows with split "test", if they can be evaluated.'
     test = index[index["split"] == "test"]
     if len(test) == 0:
+        require_labels(index, "no metric can be computed")
         raise ValueError(
             f"the index has no rows with split 'test' (splits: {sorted(index['split'].unique())}); nothing to evaluate"
         )
@@ -155,7 +161,15 @@ def predictions(
 class TakesMaps(Protocol):
     "`PixelMetrics`, or whatever else looks at maps batch by batch."
 
-    def update(self, maps: np.ndarray, masks: np.ndarray, has_mask: np.ndarray): ...
+    def update(self, maps: np.ndarray, masks: np.ndarray, has_mask: np.ndarray, channels: list | None = None): ...
+
+
+def _write_maps(maps: MapFolder, threshold: float, batch: Batch, i: int, heat: np.ndarray, root: Path) -> None:
+    "The map files of one image of a batch, under the image's path in the index."
+    path = batch.path[i]
+    size = upright_size(root / path)
+    mask = at_size(heat, size) > threshold if maps.marks else None
+    maps.write(maps.name((batch.category[i], path), path), heat, size, mask)
 
 
 def predict_images(
@@ -168,16 +182,22 @@ def predict_images(
     cache: FeatureCache | None = None,  # as of `evaluate`
     defects: list[str] | None = None,  # as of `batches`
     bar: tqdm | None = None,
+    maps: MapFolder | None = None,  # where each map is written at its image's own size
+    map_threshold: float = math.inf,  # of thresholded maps
 ) -> list[dict]:  # image, score, map_low, map_high, pixel_ap, digest
-    "One row an image. The maps go into the pixel metrics and are not kept."
+    "One row an image. The maps go into the pixel metrics, and into files where that is asked for."
     rows = []
     batches = batches_for(method, part, size, batch_size, workers=workers, defects=defects)
+    channels = Channels(part, (size, size) if isinstance(size, int) else size)
     for batch, prediction in predictions(method, batches, cache, bar):
         prediction = prediction.cpu()
-        maps = prediction.map.numpy()
+        heats = prediction.map.numpy()
         masks = batch.mask[:, 0].numpy()
-        pixels.update(maps, masks, batch.has_mask.numpy())
-        for i, (heat, mask) in enumerate(zip(maps, masks)):
+        defects_of = [channels.of(path) for path in batch.path] if channels.known else None
+        pixels.update(heats, masks, batch.has_mask.numpy(), defects_of)
+        for i, (heat, mask) in enumerate(zip(heats, masks)):
+            if maps is not None:
+                _write_maps(maps, map_threshold, batch, i, heat, root_of(part))
             rows.append(
                 dict(
                     image=batch.path[i],
@@ -191,6 +211,13 @@ def predict_images(
     return rows
 
 
+def scene_of(dataset: str, category: str, image: str) -> str:
+    "Version 2 of the synthetic benchmark shows a scene flawless and defective, under one number; elsewhere every image is a scene of its own."
+    if dataset.startswith("synthetic-2-"):
+        return f"{category}/{image.rsplit('/', 1)[-1]}"
+    return f"{category}/{image}"
+
+
 def put_together(
     test: pd.DataFrame,  # of `target_set`
     results: dict[str, tuple[list[dict], Metrics]],  # category -> rows of `predict_images`, metrics of all their pixels
@@ -202,6 +229,10 @@ def put_together(
     reasons = []
     digests = []
     columns = ["image", "category", "anomalous", "defect"]
+    scenes = [scene_of(*row) for row in zip(test["dataset"], test["category"], test["image"])]
+    if len(set(scenes)) < len(scenes):  # images of a scene are resampled together
+        test = test.assign(scene=scenes)
+        columns.append("scene")
     for category, (rows, pixel) in results.items():
         rows = pd.DataFrame(rows).merge(
             test[test["category"] == category].reset_index(names="position")[["position", *columns]],
@@ -285,6 +316,23 @@ def _require_not_tested(references: pd.DataFrame | References | dict | None, tes
         )
 
 
+def map_options(
+    maps: str,  # as of `evaluate`
+    map_threshold: float | None,
+    map_folder: str | Path | None,
+    test: pd.DataFrame,  # of `target_set`: every image has its name before the first one is written, in all shards alike
+) -> dict:  # of `predict_images`
+    "Where an evaluation's maps go."
+    if not maps and map_threshold is None:
+        return {}
+    if map_folder is None:
+        raise ValueError("maps and map_threshold ask for files: give map_folder=FOLDER")
+    folder = MapFolder(Path(map_folder).absolute(), maps, map_threshold is not None)
+    for category, image in zip(test["category"], test["image"]):
+        folder.name((category, image), image)
+    return dict(maps=folder, map_threshold=math.inf if map_threshold is None else map_threshold)
+
+
 @takes_reading
 @usual_defaults()
 def evaluate(
@@ -307,6 +355,10 @@ def evaluate(
     # good images to judge with, none of them a test image: an Index (a memory a category), or memories of
     # `references_of`; None: what the method has
     references: pd.DataFrame | References | dict | None = None,
+    # maps at the images' own size into map_folder/maps: float16 or float32 (TIFF), or npy; "": none
+    maps: str = "",
+    map_threshold: float | None = None,  # what is above it into map_folder/marks, as PNG of 0 and 255; None: nothing
+    map_folder: str | Path | None = None,  # for both; is created
     # see `Reading`: bits, white, mask_threshold, mask_mismatch, mask_orientation; default: the index's
     **reading,
 ) -> Evaluation:
@@ -317,6 +369,7 @@ def evaluate(
     seen = seen_in_training(method, test, allow_seen)
     if isinstance(cache, (str, Path)):
         cache = FeatureCache(cache)
+    files = map_options(maps, map_threshold, map_folder, test)
     method.prepare(test)
     results = {}
     _require_not_tested(references, test)
@@ -324,7 +377,7 @@ def evaluate(
         for category, part in by_category(test):
             with PixelMetrics(limits, spill=spill) if exact else BinnedPixelMetrics(limits) as pixels:
                 results[category] = (
-                    predict_images(method, part, pixels, size, batch_size, workers, cache, bar=bar),
+                    predict_images(method, part, pixels, size, batch_size, workers, cache, bar=bar, **files),
                     pixels.compute(),
                 )
     return put_together(test, results, seen)

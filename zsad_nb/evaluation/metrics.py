@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    "MEAN",
     "ROUNDING",
     "fraction",
     "Metrics",
@@ -19,6 +20,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,11 @@ from fastcore.basics import patch
 from scipy import ndimage
 
 from ..core.files import write_atomically
-from .aupro_200 import VARIANTS_200, aupro_200, thresholds_200
+from .aupro_200 import SPRO_LIMITS, VARIANTS_200, aupro_200, saturated_weights, thresholds_200
 from .rank_counts import RankCounts
 
 # %% ../../nbs/evaluation/03_metrics.ipynb #c2a81d07
+MEAN = "mean"  # name of the row below the classes
 ROUNDING = 1e-9  # ours: sums over 10^10 pixels in float64 stay below it
 
 
@@ -208,6 +211,57 @@ def _pro_area(weight: np.ndarray, less: np.ndarray, ties: np.ndarray, n: int, li
     return float((weight * risen * ((right - left) / 2 + limit - right)).sum()) / limit
 
 
+@dataclass
+class _Saturated:
+    "Defects with a saturation area: the scores that can change their overlap, and by how much."
+
+    scores: list = field(default_factory=list)  # (n,) float32 a defect
+    weights: list = field(default_factory=list)  # (n,) float64 a defect
+    defects: int = 0
+    vanished: int = 0  # defects without a pixel at this size, which no map can find
+    stated: bool = False  # does the set state saturation areas?
+
+    @classmethod
+    def of(cls, maps: np.ndarray, has_mask: np.ndarray, channels) -> "_Saturated":
+        "The defects of a batch."
+        out = cls(stated=channels is not None)
+        for heat, used, defects in zip(maps, has_mask, channels or ()):
+            for mask, saturation in defects if used else ():
+                out.vanished += not mask.any()
+                if mask.any():
+                    scores, weights = saturated_weights(heat[mask], saturation)
+                    out.scores.append(scores)
+                    out.weights.append(weights)
+                    out.defects += 1
+        return out
+
+    def __iadd__(self, other: "_Saturated") -> "_Saturated":
+        self.scores += other.scores
+        self.weights += other.weights
+        self.defects += other.defects
+        self.vanished += other.vanished
+        self.stated |= other.stated
+        return self
+
+    def compute(self, normal: RankCounts) -> Metrics:
+        "The areas under the saturated overlap; the sums are those of the AUPRO."
+        if not self.stated:
+            return Metrics()
+        if not self.defects or not normal.total:
+            return _undefined(list(SPRO_LIMITS), _lacking(self.defects, normal.total, 0))
+        scores = np.concatenate(self.scores) + np.float32(0)  # -0 and 0 are one score
+        order = np.argsort(scores, kind="stable")
+        values, first = np.unique(scores[order], return_index=True)
+        weight = np.add.reduceat(np.concatenate(self.weights)[order], first) / self.defects
+        less, ties = normal.counts(values)
+        areas = {name: _pro_area(weight, less, ties, normal.total, limit) for name, limit in SPRO_LIMITS.items()}
+        total = self.defects + self.vanished
+        why = (
+            f"{self.vanished} of {total} defects have no pixel at this size and are left out; evaluate at a larger size"
+        )
+        return Metrics(areas, dict.fromkeys(SPRO_LIMITS, why) if self.vanished else {})
+
+
 # %% ../../nbs/evaluation/03_metrics.ipynb #4a405bd2
 class PixelMetrics:
     "Streaming pixel AUROC, AP, F1-max and AUPRO, exact in float32 scores, in bounded memory."
@@ -235,6 +289,7 @@ class PixelMetrics:
         self.variant_200 = variant_200
         self._normal = RankCounts(spill, memory_limit, block)
         self._anomalous: list = []
+        self._saturated = _Saturated()
         self.images = self.excluded = self.regions = 0  # images seen, images without mask, regions
         self._low = math.inf
         self._high = -math.inf
@@ -245,9 +300,11 @@ class PixelMetrics:
         maps: Any,  # (B, H, W) anomaly maps, array or tensor, finite
         masks: Any,  # (B, H, W) bool or 0/1, True is anomalous
         has_mask: Any = None,  # (B,) bool, False leaves the image out; None: all have a mask
+        channels: Any = None,  # (B,) lists of (mask, saturation area), one a defect, for sPRO; None: not stated
     ) -> "PixelMetrics":  # itself
         "Add a batch; a batch with an error in it changes nothing"
         maps, masks, has_mask, low, high = self._checked(maps, masks, has_mask)
+        saturated = _Saturated.of(maps, has_mask, channels)
         keys, regions = [], 0
         try:
             for m, k, used in zip(maps, masks, has_mask):
@@ -262,11 +319,8 @@ class PixelMetrics:
             self.close()
             raise  # half a batch was counted: unusable, rather than silently wrong
         self._anomalous += keys
-        self.images += len(maps)
-        self.excluded += int((~has_mask).sum())
-        self.regions += regions
-        self._low = min(self._low, low)
-        self._high = max(self._high, high)
+        self._saturated += saturated
+        self._counted(has_mask, regions, low, high)
         return self
 
     def merge(self, other: "PixelMetrics") -> "PixelMetrics":
@@ -281,6 +335,7 @@ class PixelMetrics:
             self.close()
             raise
         self._anomalous += other._anomalous
+        self._saturated += other._saturated
         self.images += other.images
         self.excluded += other.excluded
         self.regions += other.regions
@@ -291,7 +346,7 @@ class PixelMetrics:
     def close(self) -> None:
         "Free memory and disk; `with PixelMetrics() as m:` does it at the end"
         self._normal.close()
-        self._anomalous, self.closed = [], True
+        self._anomalous, self._saturated, self.closed = [], _Saturated(), True
 
     def __enter__(self) -> "PixelMetrics":
         return self
@@ -351,6 +406,16 @@ def _checked(self: PixelMetrics, maps, masks, has_mask) -> tuple:
     return maps, masks.astype(bool, copy=False), has_mask, low, high
 
 
+@patch
+def _counted(self: PixelMetrics, has_mask: np.ndarray, regions: int, low: float, high: float) -> None:
+    "Count the images of a batch whose pixels were added, its regions and its range."
+    self.images += len(has_mask)
+    self.excluded += int((~has_mask).sum())
+    self.regions += regions
+    self._low = min(self._low, low)
+    self._high = max(self._high, high)
+
+
 # %% ../../nbs/evaluation/03_metrics.ipynb #e5984832
 _SLICE = 2**14  # keys per slice: the part of a block that it spans fits the cache
 
@@ -379,7 +444,7 @@ def compute(
     n = self._normal.total
     keys.sort()
     if not len(keys) or not n:
-        return _undefined(names, _lacking(len(keys), n, self.excluded))
+        return self._with_saturated(_undefined(names, _lacking(len(keys), n, self.excluded)))
     ranks = _Ranks(len(keys), n)
     areas = dict.fromkeys(aupro, 0.0)
     grid = thresholds_200(self._low, self._high)
@@ -397,7 +462,14 @@ def compute(
     less, ties = self._normal.counts(grid)
     value, why = aupro_200((n - less - ties) / n, overlap[::-1].cumsum()[::-1][1:], self.variant_200)
     values = [ranks.auroc, ranks.ap, ranks.f1max, *areas.values(), value]
-    return Metrics(zip(names, values), {"pixel_aupro_200": why} if why else {})
+    return self._with_saturated(Metrics(zip(names, values), {"pixel_aupro_200": why} if why else {}))
+
+
+@patch
+def _with_saturated(self: PixelMetrics, metrics: Metrics) -> Metrics:
+    "sPRO beside the others, where the set states saturation areas."
+    more = self._saturated.compute(self._normal)
+    return Metrics({**metrics, **more}, {**metrics.reasons, **more.reasons})
 
 
 def pixel_metrics(
@@ -405,11 +477,12 @@ def pixel_metrics(
     masks: np.ndarray,  # (n, H, W) bool or 0/1
     has_mask: np.ndarray | None = None,  # (n,) bool, False leaves an anomalous image without a mask file out
     limits: tuple = (0.3,),  # FPR limits of the AUPRO
+    channels: list | None = None,  # (n,) lists of (mask, saturation area), one a defect, for sPRO
     **kwargs,  # other options of PixelMetrics
 ) -> Metrics:  # pixel_auroc, pixel_ap, pixel_f1max, pixel_aupro, pixel_aupro@L, pixel_aupro_200
     "All pixel metrics of maps that are at hand at once"
     with PixelMetrics(limits, **kwargs) as m:
-        return m.update(maps, masks, has_mask).compute()
+        return m.update(maps, masks, has_mask, channels).compute()
 
 
 # %% ../../nbs/evaluation/03_metrics.ipynb #9a81e061
@@ -463,7 +536,11 @@ def _state(file, path) -> tuple:  # header, where its data begin
     if not fine:
         raise ValueError(f"the header of {path} was changed after it was written; evaluate that shard again")
     at = file.tell()
-    expected = at + 8 * head["keys"] + 4 * sum(head["blocks"])
+    saturated = head.get("saturated", {"pixels": 0, "defects": 0, "vanished": 0, "stated": False})  # of older files
+    if not isinstance(saturated, dict) or not all(whole(saturated.get(k)) for k in ("pixels", "defects", "vanished")):
+        raise ValueError(f"the header of {path} was changed after it was written; evaluate that shard again")
+    head["saturated"] = saturated
+    expected = at + 8 * head["keys"] + 4 * sum(head["blocks"]) + 12 * saturated["pixels"]
     if size != expected:
         raise ValueError(
             f"{path} is cut short or too long: {size} bytes instead of {expected}; evaluate that shard again"
@@ -483,6 +560,10 @@ def save(self: PixelMetrics, path: str | Path) -> Path:
     if type(self) is not PixelMetrics:
         raise TypeError(f"{type(self).__name__} is not kept in a file; pickle it")
     keys = np.concatenate(self._anomalous or [np.empty(0, np.uint64)])
+    more = self._saturated
+    scores = np.concatenate([np.empty(0, np.float32), *more.scores])
+    weights = np.concatenate([np.empty(0), *more.weights])
+    counts = dict(pixels=len(scores), defects=more.defects, vanished=more.vanished, stated=more.stated)
     head = json.dumps(
         dict(
             limits=self.limits,
@@ -494,6 +575,7 @@ def save(self: PixelMetrics, path: str | Path) -> Path:
             high=_finite(self._high),
             keys=len(keys),
             blocks=[len(b) for b in self._normal],
+            **({"saturated": counts} if more.stated else {}),
         )
     ).encode()
     head += b" " * (-len(head) % 8)
@@ -503,6 +585,8 @@ def save(self: PixelMetrics, path: str | Path) -> Path:
             for part in (_MAGIC, len(head).to_bytes(8, "little"), head, keys.data):
                 f.write(part)
             self._normal.write(f)
+            f.write(scores.data)
+            f.write(weights.data)
 
     return write_atomically(path, write)
 
@@ -518,6 +602,11 @@ def load(
         head, at = _state(f, path)
         m = cls(tuple(head["limits"]), variant_200=head["variant_200"], **options)
         m._anomalous = [np.fromfile(f, np.uint64, head["keys"])] if head["keys"] else []
+        more = head["saturated"]
+        f.seek(at + 8 * head["keys"] + 4 * sum(head["blocks"]))
+        scores = np.fromfile(f, np.float32, more["pixels"])
+        weights = np.fromfile(f, np.float64, more["pixels"])
+    m._saturated = _Saturated([scores], [weights], more["defects"], more["vanished"], bool(more.get("stated")))
     m._normal.map(path, at + 8 * head["keys"], head["blocks"])
     m.images, m.excluded, m.regions = (head[k] for k in ("images", "excluded", "regions"))
     m._low = math.inf if head["low"] is None else head["low"]

@@ -88,16 +88,21 @@ def resamples(
     images: Sequence[str],  # names of its images, sorted
     anomalous: np.ndarray,  # (n,) bool
     count: int = RESAMPLES,
+    scenes: Sequence[str] | None = None,  # what each image shows: one scene is sampled as a whole; None: each its own
 ) -> np.ndarray:  # (count + 1, n) float64: how often each image is in it; the first row is the set as it is
-    "Weights of the images: n - 1 of the n normal ones, with replacement, and of the anomalous ones likewise."
+    "Weights of the images: n - 1 of the n normal scenes, with replacement, of the anomalous, and of those with both."
     names = "\0".join([category, *images]).encode("utf-8", "backslashreplace")
     rng = np.random.default_rng(np.frombuffer(hashlib.sha256(names).digest(), np.uint32))
-    weights = np.ones((count + 1, len(images)))
-    for kind in (False, True):
-        stratum = np.flatnonzero(anomalous == kind)
+    scene = np.arange(len(images)) if scenes is None else pd.factorize(np.asarray(scenes, dtype=object))[0]
+    has_anomalous = np.bincount(scene, anomalous) > 0
+    has_normal = np.bincount(scene, ~anomalous) > 0
+    kinds = np.where(has_anomalous & has_normal, 2, has_anomalous)  # of every scene
+    weights = np.ones((count + 1, len(kinds)))
+    for kind in (0, 1, 2):
+        stratum = np.flatnonzero(kinds == kind)
         if len(stratum):
             weights[1:, stratum] = rng.multinomial(len(stratum) - 1, np.full(len(stratum), 1 / len(stratum)), count)
-    return weights
+    return weights[:, scene]
 
 
 # %% ../../nbs/evaluation/08_paired.ipynb #d0c57c8c
@@ -189,7 +194,8 @@ def _image_values(
 
 
 def resampled_of(
-    images: pd.DataFrame,  # `Evaluation.per_image`, or scores.csv: category, image, anomalous, score
+    # `Evaluation.per_image`, or scores.csv: category, image, anomalous, score; scene, where images share one
+    images: pd.DataFrame,
     digests: Sequence[PixelDigest] = (),  # of the same rows; without them there are no pixel metrics
     count: int = RESAMPLES,
 ) -> Resampled:
@@ -201,7 +207,8 @@ def resampled_of(
     categories: list = []
     for category, part in rows.groupby("category", sort=True):
         anomalous = part["anomalous"].to_numpy(bool)
-        weights = resamples(category, part["image"].tolist(), anomalous, count)
+        scenes = part["scene"].tolist() if "scene" in part else None
+        weights = resamples(category, part["image"].tolist(), anomalous, count, scenes)
         metrics = _image_values(part["score"].to_numpy(float), anomalous, weights)
         if len(digests):
             metrics |= _pixel_values([digests[k] for k in part.index], weights)
@@ -209,7 +216,7 @@ def resampled_of(
         for name, value in metrics.items():
             values.setdefault(name, []).append(value)
     identity = (
-        rows[["category", "image", "anomalous"]]
+        rows[["category", "image", "anomalous", *(["scene"] if "scene" in rows else [])]]
         .to_csv(index=False, errors="backslashreplace")
         .encode("utf-8", "backslashreplace")
     )

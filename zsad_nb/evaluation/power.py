@@ -8,7 +8,6 @@ __all__ = [
     "standard_error",
     "paired_errors",
     "KeptMaps",
-    "scene_of",
     "image_contributions",
     "rank_correlation",
     "agreement",
@@ -23,7 +22,7 @@ import pandas as pd
 
 from ..backbones.features import FeatureCache
 from ..data.reading import read_as
-from .evaluate import by_category, predict_images, seen_in_training, target_set
+from .evaluate import by_category, predict_images, scene_of, seen_in_training, target_set
 from .published import reference
 from ..methods.base import Method
 
@@ -97,7 +96,7 @@ class KeptMaps:
     def __init__(self):
         self.maps, self.masks = [], []
 
-    def update(self, maps: np.ndarray, masks: np.ndarray, has_mask: np.ndarray) -> None:
+    def update(self, maps: np.ndarray, masks: np.ndarray, has_mask: np.ndarray, channels: list | None = None) -> None:
         "One batch, (B, H, W) each"
         if not has_mask.all():
             raise ValueError(
@@ -106,13 +105,6 @@ class KeptMaps:
             )
         self.maps.append(maps.astype(np.float32))
         self.masks.append(masks.astype(bool))
-
-
-def scene_of(dataset: str, category: str, image: str) -> str:
-    "Version 2 of the synthetic benchmark numbers its scenes; elsewhere every image is a scene of its own"
-    if dataset.startswith("synthetic-2-"):
-        return f"{category}/{image.rsplit('/', 1)[-1]}"
-    return f"{category}/{image}"
 
 
 def image_contributions(

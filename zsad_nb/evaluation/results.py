@@ -8,6 +8,7 @@ __all__ = ["RUN", "PLAN", "NOTEBOOKS", "RESULT", "Finished", "finished_runs", "r
 # %% ../../nbs/evaluation/15_results.ipynb #da048346
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,8 @@ import pandas as pd
 
 from ..core.names import shown
 from ..core.records import misfit, read_record, relative_path
-from ..core.tables import read_table
-from .evaluate import MEAN
-from .metrics import ROUNDING
+from ..core.tables import numbers_of, read_cells, spreadsheet_text
+from .metrics import MEAN, ROUNDING
 from .published import METRIC_NAMES, training_set
 
 # %% ../../nbs/evaluation/15_results.ipynb #a691682e
@@ -235,32 +235,36 @@ def finished_runs(
 # %% ../../nbs/evaluation/15_results.ipynb #034dd133
 def _rows(
     file: Path,  # metrics.csv
-) -> pd.DataFrame:  # category, counts, metrics as fractions of 1, whatever else there is as text
-    "What an evaluation wrote; ValueError says what is wrong with it."
+) -> dict[str, list]:  # category, counts, metrics as fractions of 1, whatever else there is as text
+    "What an evaluation wrote, column by column; ValueError says what is wrong with it."
     where = shown(str(file))
     try:
-        headings = read_table(file).columns
+        cells, lines = read_cells(file)
     except (ValueError, OSError) as error:
         raise ValueError(f"metrics.csv cannot be read ({str(error).replace(where, file.name)})") from None
-    counts = [c for c in headings if c in ("normal", "anomalous")]
-    fractions = [c for c in headings if c.startswith(("image_", "pixel_"))]
-    metrics = [c for c in fractions if c in METRIC_NAMES]
+    numbers = [c for c in cells if c in ("normal", "anomalous") or c.startswith(("image_", "pixel_"))]
+    metrics = [c for c in numbers if c in METRIC_NAMES]
+    table: dict[str, list] = {}
     try:
-        table = read_table(file, numbers=[*counts, *fractions])
+        for column, texts in cells.items():
+            is_number = column in numbers
+            table[column] = numbers_of(texts, lines, column, where) if is_number else list(map(spreadsheet_text, texts))
     except ValueError as error:
         raise ValueError(
             f"metrics.csv holds values that are no fractions of 1 ({str(error).replace(where, file.name)})"
         ) from None
-    if "category" not in table or not metrics or list(table["category"])[-1:] != [MEAN]:
+    names = table.get("category", [])
+    if not metrics or names[-1:] != [MEAN]:
         raise ValueError(
             f"metrics.csv needs a column category, columns of metrics and a last row {MEAN!r}; is it cut off?"
         )
-    if table["category"].duplicated().any():
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
         raise ValueError(
-            f"metrics.csv has the category {shown(table['category'][table['category'].duplicated()].iloc[0])!r} twice;"
+            f"metrics.csv has the category {shown(twice[0])!r} twice;"
             " give every category a name of its own and evaluate again"
         )
-    wrong = [m for m in metrics if not table[m].dropna().between(-ROUNDING, 1 + ROUNDING).all()]
+    wrong = [m for m in metrics if not all(v != v or -ROUNDING <= v <= 1 + ROUNDING for v in table[m])]
     if wrong:
         raise ValueError(f"metrics.csv holds values that are no fractions of 1 in {', '.join(wrong)}")
     return table
@@ -296,7 +300,7 @@ def _towers(
 
 def _metrics_of(
     run: Finished,
-) -> pd.DataFrame:  # of `_rows`, with a column seen
+) -> dict[str, list]:  # of `_rows`, with a column seen
     "Its metrics.csv, if it agrees with its result.json."
     file = run.folder / "metrics.csv"
     if not file.is_file():
@@ -305,12 +309,13 @@ def _metrics_of(
     if lost:
         raise ValueError(f"result.json has no {', '.join(lost)}")
     table = _rows(file)
-    metrics = [c for c in table.columns if c in METRIC_NAMES]
+    metrics = [c for c in table if c in METRIC_NAMES]
     stated = {m: run.result[m] for m in metrics if isinstance(run.result.get(m), float)}
-    differ = [m for m, value in stated.items() if abs(value - table[m].iloc[-1]) > ROUNDING]
+    differ = [m for m, value in stated.items() if abs(value - table[m][-1]) > ROUNDING]
     if differ:
         raise ValueError(f"result.json and metrics.csv disagree on the mean {differ[0]}: they are of different runs")
-    table[metrics] = table[metrics].clip(0, 1)
+    for m in metrics:
+        table[m] = [type(v)(0) if v < 0 else type(v)(1) if v > 1 else v for v in table[m]]
     seen = {name.rpartition("/")[2] for name in run.result.get("seen") or []}
     table["seen"] = [c in seen or (c == MEAN and bool(seen)) for c in table["category"]]
     return table
@@ -352,25 +357,48 @@ def _circumstances(
 
 def _evaluation(
     run: Finished,
-) -> pd.DataFrame | None:  # None for a run of another notebook
-    "Rows of one evaluation."
+) -> dict[str, list] | None:  # None for a run of another notebook
+    "Rows of one evaluation, column by column."
     if not run.is_evaluation:
         return None
     table = _metrics_of(run)
     identity = _identity(run)
     circumstances = _circumstances(run.record)
     facts = {**identity, **circumstances}
-    table = table.drop(columns=[c for c in table.columns if c in facts])
+    count = len(table["category"])
+    table = {column: values for column, values in table.items() if column not in facts}
     used = ("size", "batch", "epochs", "lr_scale", "names", "engine", "precision")
     settings = {**run.parameters, **{name: run.result[name] for name in used if run.result.get(name) is not None}}
     own = {
-        f"parameter.{name}" if name in table.columns else name: value
-        for name, value in settings.items()
-        if name not in facts
+        f"parameter.{name}" if name in table else name: value for name, value in settings.items() if name not in facts
     }
     columns = {**identity, **own, **circumstances}
-    values = pd.DataFrame({name: _plain(value) for name, value in columns.items()}, index=table.index)
-    return pd.concat([table, values], axis=1)
+    return {**table, **{name: [_plain(value)] * count for name, value in columns.items()}}
+
+
+def _shape(rows: dict[str, list]) -> tuple:
+    "Equal for evaluations whose columns have the same names and the same types."
+    kinds = []
+    for name, values in rows.items():
+        kind = type(values[0])
+        wide = kind is int and not all(abs(value) < 2**63 for value in values)
+        kinds.append((name, kind, values[0] if wide else None))
+    return tuple(kinds)
+
+
+def _one_table(parts: list[dict[str, list]]) -> pd.DataFrame:
+    "The rows of evaluations under each other. Those of one shape become a table at once: a table costs milliseconds."
+    alike: dict[tuple, list[int]] = {}
+    for number, rows in enumerate(parts):
+        alike.setdefault(_shape(rows), []).append(number)
+    tables = []
+    order: list[tuple[int, int]] = []
+    for numbers in alike.values():
+        columns = {name: [v for number in numbers for v in parts[number][name]] for name in parts[numbers[0]]}
+        tables.append(pd.DataFrame(columns))
+        order += [(number, row) for number in numbers for row in range(len(parts[number]["category"]))]
+    whole = pd.concat(tables, ignore_index=True)
+    return whole.iloc[sorted(range(len(order)), key=order.__getitem__)].reset_index(drop=True)
 
 
 def read_runs(
@@ -398,7 +426,7 @@ def evaluations(
             parts.append(rows)
     front = ["method", "data", "seed", "category"]
     if parts:
-        table = pd.concat(parts, ignore_index=True)
+        table = _one_table(parts)
     else:
         table = pd.DataFrame(columns=[*front, "seen", "transductive", "checkpoint", "hash", "path"])
     table = table[[*front, *[c for c in table.columns if c not in front]]]

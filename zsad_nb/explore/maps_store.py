@@ -21,9 +21,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 import zsad_nb
-from ..backbones.features import key_hash
 from ..core.files import write_json
 from ..core.names import shown
+from ..core.records import key_hash
 from ..data.images import Batch, batches, defect_names
 from ..data.index import fingerprint, load_index, root_of, save_index
 from ..data.reading import Reading, read_as, reading_of, takes_reading

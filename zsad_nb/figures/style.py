@@ -319,10 +319,12 @@ def outline_mask(
     axis: Axes,
     mask: np.ndarray,  # (H, W) bool
     width: float = 0.9,  # points
+    extent: tuple | None = None,  # left, right, bottom, top of the picture; None: its pixels
 ):
     "The border of a mask, where there is one."
     if mask.any() and not mask.all():
-        axis.contour(mask, levels=[0.5], colors=[OUTLINE], linewidths=width)
+        origin = None if extent is None else "upper"
+        axis.contour(mask, levels=[0.5], colors=[OUTLINE], linewidths=width, extent=extent, origin=origin)
 
 
 def overlay(

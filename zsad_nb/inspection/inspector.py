@@ -24,13 +24,16 @@ from tqdm.auto import tqdm
 
 import zsad_nb
 from ..components.references import References, Seen
+from ..core.files import write_json
 from ..core.locks import lock
 from ..core.tables import require_pyarrow
 from ..data.images import Batch
+from ..data.index import require_labels
+from ..data.map_files import MapFolder, at_size
 from ..data.reading import Reading, reading_of
 from ..data.stored import BadImage
 from .loading import Loaded, Loader, ahead
-from .regions import at_size, display_size, find_regions
+from .regions import display_size, find_regions
 from .results import Results
 from .sources import Source, Sources, is_single, method_from, sources
 from .thresholds import Calibration, calibration, from_value, identity
@@ -157,6 +160,7 @@ def _require_labels(index, defective: bool):
     "An index states which of its images are defective."
     if not isinstance(index, pd.DataFrame):
         return
+    require_labels(index, "no threshold can be made of them")
     wrong = index["anomalous"].astype(bool).ne(defective)
     if wrong.any():
         raise ValueError(
@@ -334,6 +338,7 @@ def _describe(self: Inspector, loaded: Loaded, score: float, heat: np.ndarray, t
         size=loaded.size,
         colours=colours or (float(heat.min()), float(heat.max())),
         image=loaded.shown,
+        raw=heat,
     )
 
 
@@ -495,6 +500,8 @@ def predict(
     table: str = "csv",  # or "parquet": results.parquet beside the CSV, when all is done
     progress: bool = True,
     label: str = "inspect",  # of the progress bar
+    maps: str = "",  # maps at the images' own size into out/maps: float16 or float32 (TIFF), or npy; "": none
+    marks: bool = False,  # what is above the pixel threshold, as PNG of 0 and 255, into out/marks
     # one image: an Inspection; otherwise one row an image, what happened in attrs["summary"]
 ) -> Inspection | pd.DataFrame:
     "Look at one image or at many; a file that cannot be used raises if it is the only one, otherwise it is a row."
@@ -509,6 +516,8 @@ def predict(
         )
     if table == "parquet":
         require_pyarrow()
+    kept = MapFolder(out or ".", maps, marks) if maps or marks else None
+    self._require_maps(out, kept)
     items = self._sources(what, out)
     with warnings.catch_warnings():
         # a large photograph is expected here; one beyond twice the limit is an error of its own
@@ -520,7 +529,7 @@ def predict(
             return result
         with tqdm(total=len(items), desc=label, disable=not progress, unit="image") as bar:
             if out is not None:
-                return self._predict_into(Path(out), items, pictures, table, bar)
+                return self._predict_into(Path(out), items, pictures, table, bar, kept)
             rows = []
             first: dict = {}
             for loaded, result in self._results(items, False):
@@ -530,20 +539,68 @@ def predict(
 
 
 @patch
-def _predict_into(self: Inspector, out: Path, items: Sources, pictures: str, table: str, bar: tqdm) -> pd.DataFrame:
-    "Rows and overlays in a folder."
+def _require_maps(self: Inspector, out: str | Path | None, maps: MapFolder | None) -> None:
+    "Refuse map files that have no folder, or no threshold."
+    if maps is not None and out is None:
+        raise ValueError("maps and marks are files: give out=FOLDER")
+    if maps is not None and maps.marks and (self.calibration is None or not self.calibration.pixel):
+        raise ValueError(
+            "marks=True needs a pixel threshold: calibrate with normal images, or give one (use_values, in a terminal"
+            " --pixel-threshold); maps alone need none"
+        )
+
+
+@patch
+def _write_maps(self: Inspector, maps: MapFolder, name: str, result: Inspection) -> None:
+    "The map files of one image; what is marked is decided at the image's own size."
+    assert result.raw is not None
+    mask = None
+    if maps.marks:
+        assert self.calibration is not None  # as of `_require_maps`
+        threshold = self.calibration.of("pixel", result.category)
+        heat = at_size(result.raw, result.size)
+        value = math.inf if threshold is None else threshold.value
+        mask, _ = find_regions(heat, value, None, self.connectivity, self.min_area)
+    maps.write(name, result.raw, result.size, mask)
+
+
+@patch
+def _predict_into(
+    self: Inspector,
+    out: Path,
+    items: Sources,
+    pictures: str,
+    table: str,
+    bar: tqdm,
+    maps: MapFolder | None = None,
+) -> pd.DataFrame:
+    "Rows, overlays and maps in a folder."
     first: dict = {}
+    names = {item.name: item.picture.removesuffix(".png") for item in items}
     with lock(out), Results(out, self.settings, pictures) as results:
-        for loaded, result in self._results(items, pictures != "none", results.find):
+
+        def find(path: str, category: str, content: str) -> dict | None:
+            "The row of an image that needs no work: its maps are there, too."
+            return None if maps is not None and not maps.has(names[path]) else results.find(path, category, content)
+
+        for loaded, result in self._results(items, pictures != "none", find):
             if isinstance(result, dict):
                 twin = first.setdefault(result["content"], result["path"])
                 results.keep(dict(result, duplicate_of="" if twin == result["path"] else twin))
             else:
                 row = _row(loaded, result, first, results.settings)
+                if maps is not None and isinstance(result, Inspection):
+                    self._write_maps(maps, names[loaded.source.name], result)  # before its row, which says it is there
                 wanted = isinstance(result, Inspection) and results.wants(result.decision)
                 results.add(row, loaded.source.picture, result.overlay() if wanted else None)
             bar.update()
         results.finish(table == "parquet")
+        if maps is not None:
+            written = {name: maps.files(names[name]) for name in names if maps.has(names[name])}
+            files = {
+                name: {kind: path.relative_to(out) for kind, path in which.items()} for name, which in written.items()
+            }
+            write_json(out / "maps.json", files)
     return _summarised(
         results.rows,
         results.kept,

@@ -26,6 +26,8 @@ def predict(
     device: str | None = None,  # cpu or cuda; None: where the model is
     pictures: str = "all",  # overlays in `out`: all, defective or none
     progress: bool = True,
+    maps: str = "",  # maps at the images' own size into out/maps: float16 or float32 (TIFF), or npy; "": none
+    marks: bool = False,  # what is above the pixel threshold, as PNG of 0 and 255, into out/marks
     **options,  # of `Inspector` (category, size, bits, ...); all others are parameters of the method
 ) -> Inspection | pd.DataFrame:
     "One image: an Inspection with score, map and regions; several: one row an image."
@@ -37,4 +39,4 @@ def predict(
         inspector = model
     else:
         inspector = Inspector.load(model, thresholds, device, **options)
-    return inspector.predict(photos, out=out, pictures=pictures, progress=progress)
+    return inspector.predict(photos, out=out, pictures=pictures, progress=progress, maps=maps, marks=marks)

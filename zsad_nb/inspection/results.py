@@ -14,9 +14,9 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image
 
-from ..backbones.features import key_hash
 from ..core.files import write_atomically, write_json
 from ..core.names import shown
+from ..core.records import key_hash
 from ..core.tables import write_table
 from .journal import SEAL, Journal, aside, clear_temporary, make_way, read_sealed_csv
 from .verdicts import COLUMNS, COUNTS, NUMBERS, table_of

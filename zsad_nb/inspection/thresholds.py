@@ -35,14 +35,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import scipy  # .stats is imported when it is used
 from fastcore.basics import patch
-from scipy.stats import beta, betabinom, binom
 
 import zsad_nb
-from ..backbones.features import key_hash
 from ..core.files import write_json
 from ..core.names import shown
-from ..core.records import misfit, read_record
+from ..core.records import key_hash, misfit, read_record
 from ..methods.base import Method
 
 
@@ -62,7 +61,7 @@ def needed(
         return math.ceil(1 / Fraction(str(rate))) - 1  # the decimal as typed: 0.07 is 7/100
     _check_share("sure", sure)
     n = max(1, math.floor(math.log1p(-sure) / math.log1p(-rate)) - 1)
-    while binom.ppf(sure, n, 1 - rate) + 1 > n:
+    while scipy.stats.binom.ppf(sure, n, 1 - rate) + 1 > n:
         n += 1
     return n
 
@@ -86,7 +85,7 @@ def rank(
         )
     if sure is None:
         return math.ceil((n + 1) * (1 - Fraction(str(rate))))
-    return int(binom.ppf(sure, n, 1 - rate)) + 1
+    return int(scipy.stats.binom.ppf(sure, n, 1 - rate)) + 1
 
 
 def realised(
@@ -95,7 +94,7 @@ def realised(
     level: float = 0.95,  # share of calibrations the interval covers
 ) -> tuple:  # mean, low, high
     "The rate that a threshold at rank k will have: mean and equal-tailed interval of Beta(n + 1 - k, k)."
-    return (n + 1 - k) / (n + 1), *map(float, beta.ppf([(1 - level) / 2, (1 + level) / 2], n + 1 - k, k))
+    return (n + 1 - k) / (n + 1), *map(float, scipy.stats.beta.ppf([(1 - level) / 2, (1 + level) / 2], n + 1 - k, k))
 
 
 # %% ../../nbs/inspection/02_thresholds.ipynb #c85a0e45
@@ -104,8 +103,8 @@ def clopper_pearson(count: int, n: int, level: float = 0.95) -> tuple:  # low, h
     if not 0 <= count <= n or n < 1:
         raise ValueError(f"{count} of {n} is no rate")
     tail = (1 - level) / 2
-    low = float(beta.ppf(tail, count, n - count + 1)) if count else 0.0
-    high = float(beta.ppf(1 - tail, count + 1, n - count)) if count < n else 1.0
+    low = float(scipy.stats.beta.ppf(tail, count, n - count + 1)) if count else 0.0
+    high = float(scipy.stats.beta.ppf(1 - tail, count + 1, n - count)) if count < n else 1.0
     return low, high
 
 
@@ -161,7 +160,7 @@ class Threshold:
         self,
         scores: npt.ArrayLike,  # of normal images that had no part in the threshold
         level: float = 0.95,
-        # alarms, images, rate, low, high (Clopper-Pearson); for a threshold from normal images also expected (fewest,
+        # alarms, images, rate, low, high (Clopper-Pearson); from normal images also expected (fewest,
         # most) and plausible
     ) -> dict:
         "Hold the threshold against other normal images."
@@ -174,7 +173,7 @@ class Threshold:
             return result
         a = self.facts["images"] + 1 - self.facts["rank"]
         b = self.facts["rank"]
-        expected = tuple(int(betabinom.ppf(q, n, a, b)) for q in ((1 - level) / 2, (1 + level) / 2))
+        expected = tuple(int(scipy.stats.betabinom.ppf(q, n, a, b)) for q in ((1 - level) / 2, (1 + level) / 2))
         return dict(result, expected=expected, plausible=expected[0] <= alarms <= expected[1])
 
 

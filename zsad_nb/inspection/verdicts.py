@@ -64,6 +64,7 @@ class Inspection:
     size: tuple  # (W, H) of the photograph
     colours: tuple  # ends of the colour scale
     image: np.ndarray | None  # (H, W, 3) uint8, of the heatmap's size
+    raw: np.ndarray | None = None  # (h, w) float32 of the method, before it was resized
 
     @property
     def area(self) -> int:

@@ -52,7 +52,7 @@ from torch import Tensor
 
 import zsad_nb
 from ..backbones.graphs import EngineError
-from ..backbones.weights import WeightsError, fitted, listed
+from ..backbones.weights import WeightsError, fitted, listed, split_revision
 from ..components.judging import Auxiliary
 from ..core.files import to_json, write_atomically
 from ..core.names import require_known, shown
@@ -347,6 +347,7 @@ def save(
         trained_on=sorted(method.trained_on),
         backbones={
             role: dict(name=b.row.name, weights=b.weights, hash=b.hash, size=b.size, taps=b.taps)
+            | ({} if b.commit is None else dict(commit=b.commit))
             for role, b in method.backbones().items()
         },
         tensors={n: tensor_digest(t) for n, t in tensors.items()},
@@ -433,7 +434,7 @@ def _check_paths(
     for name, value in parameters.items():
         if name in changes or name not in ("weights", "clip_weights", "dino_weights") or not isinstance(value, str):
             continue
-        if value == "pretrained" or value.startswith("random:"):
+        if split_revision(value)[0] == "pretrained" or value.startswith("random:"):
             continue
         if not _is_local_file(value):
             raise WeightsError(

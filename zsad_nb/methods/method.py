@@ -27,7 +27,8 @@ from ..backbones.ensembles import spelling
 from ..backbones.features import FeatureCache, one_by_one
 from ..backbones.one_block import overhear
 from ..backbones.products import fast_products
-from ..backbones.towers import BACKBONES, Backbone, Features, Frozen
+from ..backbones.table import BACKBONES
+from ..backbones.towers import Backbone, Features, Frozen
 from ..components.evidence import weighted_sum
 from ..components.judging import Auxiliary, Judge
 from ..components.maps import to_pixels

@@ -193,6 +193,11 @@ class SSVP(Method):
         p = self.p
         clip = self.clip
         dino = create_backbone(p.dino, p.dino_weights, p.dino_size, p.dino_taps)
+        if not dino.has_class_token:
+            raise ValueError(
+                f"{p.dino} has no class token, which SSVP adds to CLIP's image embedding; use a second tower that has one,"
+                " such as dinov3-vits16 or timm:beit_base_patch16_224, or hsvs='none'"
+            )
         if p.dino_taps is None and p.dino_layers == "paper":
             dino.taps = paper_taps(dino.depth)
         if p.dino_size is None:

@@ -16,7 +16,10 @@ __all__ = [
 # %% ../../nbs/methods/07_tower_parameters.ipynb #88c5ca6c
 from dataclasses import dataclass
 
+from torch import nn
+
 from ..backbones.prompts import ObjectPrompts
+from ..backbones.table import backbone_row, open_clip_tower
 from ..backbones.text import TextTower, create_text
 from ..backbones.towers import ClipBackbone, create_backbone
 from ..core.parameters import ParameterSet, param, restated
@@ -27,8 +30,10 @@ from ..core.parameters import ParameterSet, param, restated
 class BackboneParameters(ParameterSet, frozen="tower"):
     "The image tower of a method without text."
 
-    backbone: str = param("tiny-dino", "ours: the embedded default", "name in the backbone table")
-    weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
+    backbone: str = param(
+        "tiny-dino", "ours: the embedded default", "name in the backbone table, timm:NAME or open_clip:NAME/TAG"
+    )
+    weights: str = param("pretrained", "ours", "pretrained, pretrained@REVISION, a file, or random:SEED")
     image_size: int | None = param(None, "the backbone's", "pixels, square")
     quick_gelu: bool | None = param(
         None,
@@ -50,8 +55,12 @@ class BackboneParameters(ParameterSet, frozen="tower"):
 class ClipParameters(ParameterSet, frozen="tower"):
     "Both towers of a CLIP."
 
-    clip: str = param("tiny-clip", "ours: the embedded default", "image and text tower, a CLIP of the backbone table")
-    clip_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
+    clip: str = param(
+        "tiny-clip",
+        "ours: the embedded default",
+        "image and text tower, a CLIP of the backbone table or open_clip:NAME/TAG",
+    )
+    clip_weights: str = param("pretrained", "ours", "pretrained, pretrained@REVISION, a file, or random:SEED")
     image_size: int | None = restated(BackboneParameters, "image_size", source="the CLIP tower's")
     quick_gelu: bool | None = restated(BackboneParameters, "quick_gelu")
     position_resize: str | None = restated(BackboneParameters, "position_resize", source="ours: as the table")
@@ -63,11 +72,27 @@ def clip_towers(
     interpolation: str = "bicubic",  # how images are brought to the image tower's size
 ) -> tuple[ClipBackbone, TextTower]:
     "Both towers of a CLIP; one without a space for both raises."
+    if p.clip.startswith("open_clip:"):  # before anything is downloaded
+        _require_joint(p.clip, open_clip_tower(backbone_row(p.clip).model, False, "meta"))
     text = create_text(p.clip, p.clip_weights, p.quick_gelu)  # first: its error names the towers that have one
     image = create_backbone(p.clip, p.clip_weights, p.image_size, taps, p.quick_gelu, p.position_resize, interpolation)
     if not isinstance(image, ClipBackbone) or getattr(image.tower, "proj", None) is None:
         raise ValueError(f"{p.clip} has no space shared with text; use a CLIP of the backbone table")
     return image, text
+
+
+def _require_joint(name: str, tower: nn.Module):  # of open_clip, on any device
+    "Refuse a CLIP whose class token and patches do not go into the joint space by one matrix."
+    trunk = getattr(tower, "trunk", tower)
+    pool = str(getattr(trunk, "pool_type", None) or getattr(trunk, "global_pool", ""))
+    if pool == "tok":
+        return
+    pooled = {"token": "its class token goes through a layer with a bias", "map": "it pools by attention"}
+    raise ValueError(
+        f"{name} has no matrix that takes class token and patches into the space shared with text"
+        f" ({pooled.get(pool, 'it pools the mean of its patches')}), and this method compares them with words; use another"
+        f" CLIP, such as clip-vitb16 or open_clip:ViT-B-16/metaclip_400m (as backbone= or dino= {name} serves)"
+    )
 
 
 # %% ../../nbs/methods/07_tower_parameters.ipynb #db400539
@@ -76,7 +101,7 @@ class DinoParameters(ParameterSet, frozen="tower"):
     "A second image tower beside CLIP's."
 
     dino: str = param("tiny-dino", "ours: the embedded default", "second image tower")
-    dino_weights: str = param("pretrained", "ours", "pretrained, a file, or random:SEED")
+    dino_weights: str = param("pretrained", "ours", "pretrained, pretrained@REVISION, a file, or random:SEED")
     dino_size: int | None = param(None, "default: as many patches as CLIP", "pixels of DINO's input, square")
 
 

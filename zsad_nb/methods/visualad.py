@@ -83,6 +83,11 @@ class VisualAD(Method):
         self.backbone = b = create_backbone(
             p.backbone, p.weights, p.image_size, p.taps, p.quick_gelu, p.position_resize
         )
+        if not isinstance(b.norm, nn.LayerNorm):
+            raise ValueError(
+                f"{b.row.name} ends in {type(b.norm).__name__}, and visualad trains a copy of the tower's last LayerNorm;"
+                " use a tower that has one, such as dinov2-vits14 or timm:vit_base_patch16_siglip_224"
+            )
         if p.tap_weights is not None and len(p.tap_weights) != len(b.taps):
             raise ValueError(f"{len(p.tap_weights)} tap_weights for {len(b.taps)} taps {b.taps}")
         # kept in the checkpoint: a model loaded at another size must know where its table is from

@@ -12,7 +12,10 @@ __all__ = [
     "environment_state",
     "own_python",
     "kernel_command",
+    "own_template",
     "serve",
+    "kernel_in_copy",
+    "end_tree",
     "some_home",
 ]
 
@@ -112,15 +115,63 @@ def kernel_command(
     return [*command, str(package_folder().parent), str(report), "-f", "{connection_file}"]
 
 
+def own_template() -> list[str]:  # a command; arguments follow
+    "The command that starts what kernels are copied from: see `template`."
+    code = f"{_BEGIN}from zsad_nb.runs.template import serve; serve()"
+    return [sys.executable, "-P", "-c", code, str(package_folder().parent)]
+
+
 def serve():
     "Be a kernel, after writing down what this process is."
-    report = Path(sys.argv.pop(1))
-    part = report.with_name(report.name + ".part")
-    part.write_text(json.dumps(environment_state()), encoding="utf-8")
-    os.replace(part, report)
+    _report(Path(sys.argv.pop(1)))
     from ipykernel.kernelapp import IPKernelApp
 
     IPKernelApp.launch_instance()
+
+
+def kernel_in_copy(
+    report: str,  # as of `kernel_command`
+    arguments: list[str],  # of the kernel
+):
+    "Be a kernel in a process that has imported it already."
+    sys.argv = ["-c", *arguments]
+    _report(Path(report))
+    from ipykernel.kernelapp import IPKernelApp
+
+    os.environ["JPY_PARENT_PID"] = str(os.getppid())
+    IPKernelApp.launch_instance(parent_handle=os.getppid())
+
+
+def _report(report: Path):
+    "Write down what this process is, whole or not at all."
+    part = report.with_name(report.name + ".part")
+    part.write_text(json.dumps(environment_state()), encoding="utf-8")
+    os.replace(part, report)
+
+
+def end_tree(
+    pid: int,
+    itself: bool = True,  # False: only what it started
+):
+    "Kill a process and everything it started."
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        parent = psutil.Process(pid)
+        if itself:
+            parent.suspend()  # or it could start another one meanwhile
+        children = []
+        while True:
+            new = [process for process in parent.children(recursive=True) if process not in children]
+            if not new:
+                break
+            for process in new:
+                with contextlib.suppress(psutil.Error):
+                    process.suspend()
+            children += new
+        for process in [*children, *([parent] if itself else [])]:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
 
 
 # %% ../../nbs/runs/02_kernel.ipynb #7a30c008

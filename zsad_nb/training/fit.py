@@ -28,6 +28,7 @@ from ..core.names import require_known
 from ..core.settings import seed_everything, usual_defaults
 from ..data.augment import AUGMENTATIONS
 from ..data.images import Batch
+from ..data.index import require_labels
 from ..data.method_images import batches_for
 from ..data.mosaic import RULES as MOSAIC_RULES
 from ..data.mosaic import Mosaic, require_share
@@ -310,6 +311,7 @@ def _check_training(method: Method, index: pd.DataFrame, recipe: Recipe):
         _real("learning rate times lr_scale, lr", value * recipe.lr_scale)
     if len(index) == 0:
         raise ValueError("the index is empty: nothing to train on")
+    require_labels(index, "nothing can be learned from them")
     if not index["anomalous"].any():
         raise ValueError(
             f"none of the {len(index)} images is anomalous: {method.name} learns from normal and defective images; "
