@@ -152,15 +152,18 @@ def _print_maps(out: Path, written: bool, coco: bool):
         print(f"coco      {results_as_coco(out)}")
 
 
-def _print_images(table, decided: bool, results: Path, pictures: str):
-    "What became of the images, for a person."
+def _print_images(inspector, table, out: Path, format: str, pictures: str, maps: bool, coco: bool) -> int:
+    "What became of the images, for a person; the exit status."
+    from zsad_nb.inspection.verdicts import exit_code
+
+    results = out / f"results.{format}"
     errors = table[table["decision"] == "error"]
     for row in errors.head(20).itertuples():
         print(f"{row.path}: {row.error}", file=sys.stderr)
     if len(errors) > 20:
         print(f"... and {len(errors) - 20} more", file=sys.stderr)
     summary = table.attrs["summary"]
-    if decided:
+    if inspector.calibration is not None and inspector.calibration.image:
         print(f"{summary['defective']} defective, {summary['normal']} normal")
     else:
         print(
@@ -176,7 +179,9 @@ def _print_images(table, decided: bool, results: Path, pictures: str):
     if summary["moved"]:
         print(f"before    {summary['moved']} (rows of other settings)")
     if pictures != "none":
-        print(f"pictures  {results.parent / 'pictures'}")
+        print(f"pictures  {out / 'pictures'}")
+    _print_maps(out, maps, coco)
+    return exit_code(table)
 
 
 # %% ../../nbs/cli/06_image_commands.ipynb #4c2bd8fd
@@ -240,12 +245,7 @@ def predict_images(
     else:
         _use(inspector, thresholds, threshold, pixel_threshold)
     table = inspector.predict(images, out, pictures, format, maps=maps, marks=marks)
-    decided = inspector.calibration is not None and bool(inspector.calibration.image)
-    from zsad_nb.inspection.verdicts import exit_code
-
-    _print_images(table, decided, Path(out) / f"results.{format}", pictures)
-    _print_maps(Path(out), bool(maps or marks), coco)
-    return exit_code(table)
+    return _print_images(inspector, table, Path(out), format, pictures, bool(maps or marks), coco)
 
 
 # %% ../../nbs/cli/06_image_commands.ipynb #6a91098b

@@ -35,7 +35,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import scipy  # .stats is imported when it is used
+import scipy
 from fastcore.basics import patch
 
 import zsad_nb
