@@ -135,4 +135,5 @@ def test_towers_by_their_own_names():
         assert values["size"] == 37 * row.patch and values["weights"] == "random:0"
     second = [backbone_row(values["dino"]).name for values in by_stem["train", "ssvp"]]
     assert len(second) == len(set(second)) == 8 and {"mae-vitl16", "dinov2-vitl14", "dinov3-vits16"} <= set(second)
-    assert len(by_stem["train", "visualad"]) == len({v["backbone"] for v in by_stem["train", "visualad"]}) == 8
+    ways = {(v["backbone"], v["train_data"]) for v in by_stem["train", "visualad"]}
+    assert len(by_stem["train", "visualad"]) == len(ways) == 16 and len({backbone for backbone, _ in ways}) == 8

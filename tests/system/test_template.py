@@ -79,6 +79,7 @@ import zsad_nb.evaluation.metrics as metrics
 import zsad_nb.methods.base as base
 import zsad_nb.core.settings as settings
 
+torch.use_deterministic_algorithms(True)
 os.chdir("/")
 os.environ.update(OMP_NUM_THREADS="7", HOME="/nowhere", ZSAD_ENGINES="/nowhere")
 sys.path[:] = ["/nowhere"]
@@ -87,7 +88,6 @@ random.seed(1), np.random.seed(1), torch.manual_seed(1)
 torch.set_default_dtype(torch.float64)
 torch.set_num_threads(2)
 torch.set_grad_enabled(False)
-torch.use_deterministic_algorithms(True)
 torch.randn(500, 500) @ torch.randn(500, 500)
 metrics.image_metrics = base.create = settings.seed_everything = lambda *a, **k: None
 torch.randn = torch.rand = lambda *a, **k: 0

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from zsad_nb.backbones import towers as module
+from zsad_nb.backbones import table
 from zsad_nb.backbones.attention import Attention
 from zsad_nb.backbones.table import BACKBONES
 from zsad_nb.backbones.towers import ClipBackbone, create_backbone
@@ -246,8 +246,8 @@ def test_rows_are_true(name):
         assert f"timm/{row.model}" == row.hub and row.model in timm.list_pretrained(), (
             f"timm knows no weights {row.model}"
         )
-        cfg = b.tower.pretrained_cfg
-        assert (row.norm["mean"], row.norm["std"]) == (tuple(cfg["mean"]), tuple(cfg["std"]))
+        cfg = timm.get_pretrained_cfg(row.model)
+        assert (row.norm["mean"], row.norm["std"]) == (tuple(cfg.mean), tuple(cfg.std))
         assert row.positions == "bicubic"
     else:
         quick = open_clip.get_model_config(row.model).get("quick_gelu", False)
@@ -404,7 +404,7 @@ def test_named_clip_row_from_openai_names(image, monkeypatch):
         "text_projection": torch.ones(2, 2),
         "input_resolution": torch.tensor(224),
     }
-    monkeypatch.setattr(module, "read_state", lambda path: state)
+    monkeypatch.setattr(table, "read_state", lambda path: state)
     b = create_backbone("clip-vitb32", "ViT-B-32.pt", 64)
     assert all(torch.equal(v, state[f"visual.{k}"]) for k, v in b.tower.state_dict().items())
     assert b(image).grid == (2, 2)

@@ -291,12 +291,12 @@ def _open_clip_row(rest: str) -> BackboneRow:  # NAME or NAME/TAG
 def open_clip_tower(
     model: str,  # an architecture of open_clip
     quick_gelu: bool,
-    device: str = "cpu",  # "meta": without memory for the weights
+    device: str | None = None,  # "meta": without memory for the weights; None: torch's default
 ) -> nn.Module:  # its VisionTransformer, or a TimmModel with `trunk` and `head`
     "open_clip's image tower as its list of architectures describes it, without weights."
     _, open_clip = import_vision_libraries()
     sizes = open_clip.get_model_config(model)
-    with torch.device(device):
+    with torch.device(device or torch.get_default_device()):
         return open_clip.model._build_vision_tower(sizes["embed_dim"], sizes["vision_cfg"], quick_gelu)
 
 

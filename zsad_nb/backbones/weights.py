@@ -461,9 +461,11 @@ def _hub_error(
         if isinstance(cause, errors.RevisionNotFoundError):
             return WeightsError(f"{repo} on the hub at {hub} has no revision {revision}; see {hub}/{repo}/commits/main")
         is_gated = isinstance(cause, errors.GatedRepoError)
-        if (isinstance(cause, errors.RepositoryNotFoundError) and not is_gated) or status == 404:
+        is_no_repository = isinstance(cause, errors.RepositoryNotFoundError) and not is_gated
+        if is_no_repository or status == 404:  # a mirror may not say whether it lacks the file or its repository
+            lacks = f"repository {repo}" if is_no_repository else f"{repo}/{file}"
             return WeightsError(
-                f"the hub at {hub} has no repository {repo}, or keeps it private (then give a token: `hf auth login`);"
+                f"the hub at {hub} has no {lacks}, or keeps it private (then give a token: `hf auth login`);"
                 " pass weights=PATH, or another backbone"
             )
         if is_gated or status in (401, 403):

@@ -147,7 +147,8 @@ def _print_maps(out: Path, written: bool, coco: bool):
     if written:
         print(f"maps      {out / 'maps.json'}")
     if coco:
-        from zsad_nb.inspection.annotations import results_as_coco
+        with importing():
+            from zsad_nb.inspection.annotations import results_as_coco
 
         print(f"coco      {results_as_coco(out)}")
 

@@ -27,7 +27,6 @@ from ..core.files import open_lock, open_unfollowed, owned_only, private_folder
 from ..core.locks import held_by_another
 from .executors import LocalExecutor, LostWorker, Unusable, gpus_here, in_process, share, threads, unpack
 from .schedulers import connect, dashboard
-from .template import templates
 
 
 # %% ../../nbs/runs/06_cluster.ipynb #25b329a6
@@ -92,6 +91,8 @@ def _on_worker(
 ):
     "Take a ticket, call in a process of its own, leave the answer."
     from distributed import get_worker
+
+    from zsad_nb.runs.template import templates  # here: Dask sends a notebook's function with the globals it uses
 
     worker = get_worker()
     ticket = Path(ticket)
