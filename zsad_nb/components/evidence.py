@@ -7,6 +7,7 @@ __all__ = [
     "SHARE",
     "RADIUS",
     "BLOCK",
+    "CANDIDATES",
     "LEAST_SPREAD",
     "RULES",
     "SIGMA",
@@ -45,8 +46,9 @@ RADIUS = 2  # patches; what lies nearer is a neighbour, not a like
 
 def distance_to_mean(
     patches: Tensor,  # (B, N, D)
-) -> Tensor:  # (B, N) in [0, 2]
+) -> Tensor:  # (B, N) float64 in [0, 2]
     "S_m: 1 - cosine of every patch to the mean patch of its own image (ours)."
+    patches = patches.double()
     return 1 - F.cosine_similarity(patches, patches.mean(1, keepdim=True), dim=-1)
 
 
@@ -77,13 +79,13 @@ def distance_to_likes(
     grid: tuple[int, int],  # (h, w), N = h * w
     share: float = SHARE,
     radius: int = RADIUS,
-) -> tuple[Tensor, Tensor]:  # S_k and S_1, (B, N) in [0, 2]
+) -> tuple[Tensor, Tensor]:  # S_k and S_1, (B, N) float64 in [0, 2]
     "Mean of the smallest distances to far patches of the same image, and the smallest of all (ours)."
     count = math.ceil(share * grid[0] * grid[1] - 1e-9)  # 0.1 * 30 is a little more than 3
     _require_likes(grid, count, radius)
     near = ~far_pairs(grid, radius).to(patches.device)
     found = []
-    for x in F.normalize(patches, dim=-1):  # one by one: flat memory, and the same in any batch
+    for x in F.normalize(patches.double(), dim=-1):  # one by one: flat memory, and the same in any batch
         cosines = (x @ x.T).masked_fill_(near, -torch.inf)
         found.append(cosines.topk(count, 1).values)
     largest = torch.stack(found)  # (B, N, count), the nearest first
@@ -93,7 +95,7 @@ def distance_to_likes(
 def own_sources(
     patches: Tensor,  # (B, N, D)
     grid: tuple[int, int],
-) -> dict[str, Tensor]:  # S_m, S_k, S_1, each (B, h, w)
+) -> dict[str, Tensor]:  # S_m, S_k, S_1, each (B, h, w) float64
     "All sources that need nothing but the image."
     likes, nearest = distance_to_likes(patches, grid)
     found = dict(S_m=distance_to_mean(patches), S_k=likes, S_1=nearest)
@@ -102,27 +104,31 @@ def own_sources(
 
 # %% ../../nbs/components/14_evidence.ipynb #1db87972
 BLOCK = 4096  # rows of the memory that are compared at once
+CANDIDATES = 4  # rows of a block whose distance is computed again in float64: fp32 cannot tell them apart for certain
 
 
 def distance_to_rows(
     patches: Tensor,  # (B, N, D)
     rows: Tensor,  # (M, D) of length 1, of any floating type
-    block: int = BLOCK,  # memory against speed, no effect on the result but for rounding
-) -> Tensor:  # (B, N) in [0, 2]
+    block: int = BLOCK,  # memory against speed, no effect on the result
+) -> Tensor:  # (B, N) float64 in [0, 2]
     "R: 1 - the largest cosine to any row of a memory; exact."
     if not len(rows):
         raise ValueError("the memory holds no row: give at least one reference image")
     found = []
-    for x in F.normalize(patches, dim=-1):
+    for x in F.normalize(patches.double(), dim=-1):
+        short = x.float()
         largest = x.new_full((len(x),), -torch.inf)
         for part in rows.split(block):
-            largest = torch.maximum(largest, (x @ part.to(x).T).amax(1))
+            near = (short @ part.to(short).T).topk(min(CANDIDATES, len(part)), 1).indices
+            again = F.normalize(part[near].double(), dim=-1)  # (N, CANDIDATES, D)
+            largest = torch.maximum(largest, torch.einsum("nd,ncd->nc", x, again).amax(1))
         found.append(1 - largest)
     return torch.stack(found)
 
 
 # %% ../../nbs/components/14_evidence.ipynb #aab36650
-LEAST_SPREAD = 1e-6  # of distances in fp32: rounding, not spread
+LEAST_SPREAD = 1e-6  # what rounding in a tower makes of equal patches, not spread
 
 
 @dataclass(frozen=True)
@@ -227,7 +233,7 @@ def fused(
     sigma: float = SIGMA,
     top_share: float = TOP_SHARE,
 ) -> tuple[Tensor, Tensor]:  # map (B, H, W), score (B,)
-    "The rule: a map, and the score of a second map."
-    pixels = to_pixels(weighted_sum(rule.map, calibrated), size, sigma)
-    second = to_pixels(weighted_sum(rule.score, calibrated), size, sigma)
+    "The rule: a map, and the score of a second map; summed as they come, enlarged in fp32."
+    pixels = to_pixels(weighted_sum(rule.map, calibrated).float(), size, sigma)
+    second = to_pixels(weighted_sum(rule.score, calibrated).float(), size, sigma)
     return pixels, top_share_mean(second, top_share)

@@ -156,9 +156,9 @@ class Judge:
         Z: Tensor,  # (B, h, w) of the method
         patches: Tensor,  # (B, N, D)
         categories: list[str],
-    ) -> dict[str, Tensor]:  # Z, S_m, S_k, S_1 and, with references, R; each (B, h, w), as they are
+    ) -> dict[str, Tensor]:  # Z, S_m, S_k, S_1 and, with references, R; each (B, h, w) float64, as they are
         "Every source, image by image: batch mates change nothing."
-        found = dict(Z=Z.float()) | own_sources(patches.float(), self.grid)
+        found = dict(Z=Z.double()) | own_sources(patches.float(), self.grid)
         if self.references:
             far = [self._distance(x[None].float(), c) for x, c in zip(patches, categories)]
             found["R"] = torch.cat(far).unflatten(1, self.grid)
@@ -175,7 +175,7 @@ class Judge:
         patches: Tensor,  # (B, N, D)
         categories: list[str],
         size: tuple[int, int],  # (H, W) of the map
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:  # map (B, H, W), score (B,), source -> z (B, h, w)
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:  # map (B, H, W), score (B,), source -> z (B, h, w) float64
         "The rule."
         found = self.sources(Z, patches, categories)
         moments = [self.calibration(category) for category in categories]

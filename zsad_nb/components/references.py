@@ -133,7 +133,7 @@ class References:
     def distance(
         self,
         patches: Tensor,  # (B, N, D)
-    ) -> Tensor:  # R, (B, N)
+    ) -> Tensor:  # R, (B, N) float64
         "Distance to the nearest row."
         if self.rows.device != patches.device:
             self.rows = self.rows.to(patches.device)
@@ -181,11 +181,11 @@ def remember(
     seen = _distinct(images)
     grid = (int(seen[0].Z.shape[0]), int(seen[0].Z.shape[1]))
     own = [own_sources(image.patches[0][None].float(), grid) for image in seen]
-    sources = {name: torch.stack([o[name][0].flatten() for o in own]) for name in own[0]}
+    sources = {name: torch.stack([o[name][0].flatten().float() for o in own]) for name in own[0]}
     sources["Z"] = torch.stack([image.Z.float().flatten() for image in seen])
     rows = [F.normalize(torch.cat(image.patches).float(), dim=-1).to(dtype) for image in seen]
     upright = torch.stack([image.patches[0].float() for image in seen])
-    between = torch.stack([distance_to_rows(upright, r) for r in rows], 1)
+    between = torch.stack([distance_to_rows(upright, r).float() for r in rows], 1)
     owner = torch.arange(len(seen)).repeat_interleave(torch.tensor([len(r) for r in rows]))
     joined = torch.cat(rows).cpu()
     if len(seen) > most:

@@ -165,11 +165,13 @@ def _seen(method: Method, batches: Any, copies: str) -> Iterator[tuple[str, Seen
         bad = [path for path, anomalous in zip(batch.path, batch.anomalous.tolist()) if anomalous]
         if bad:
             raise ValueError(f"reference images must be good, {', '.join(bad[:3])} is labelled anomalous; leave it out")
-        _, Z, patches = method.compared(batch)
-        others = [method.own_patches(replace(batch, image=c)) for c in turned_copies(batch.image, copies)[1:]]
-        for i, path in enumerate(batch.path):
-            rows = [p[i].float().cpu() for p in (patches, *others)]
-            yield batch.category[i], Seen(path, _pixels_hash(batch.image[i]), rows, Z[i].float().cpu())
+        for i, path in enumerate(batch.path):  # one by one: what is kept of an image does not depend on the others
+            one = batch[[i]]
+            one = replace(one, image=one.image.contiguous())
+            _, Z, patches = method.compared(one)
+            others = [method.own_patches(replace(one, image=c)) for c in turned_copies(one.image, copies)[1:]]
+            rows = [p[0].float().cpu() for p in (patches, *others)]
+            yield batch.category[i], Seen(path, _pixels_hash(batch.image[i]), rows, Z[0].float().cpu())
 
 
 def _as_batches(method: Method, images: Any, category: str, size: int | None, batch_size: int, workers: int):

@@ -492,7 +492,7 @@ def _judged(self: Method, batch: Batch, cache: FeatureCache | None = None) -> Pr
     own, Z, patches = self.compared(batch, cache)
     pixels, score, calibrated = judge(Z, patches, batch.category, (batch.image.shape[-2], batch.image.shape[-1]))
     calibrated |= dict(sum=weighted_sum(judge.rule.map, calibrated))
-    layers = own.layers | {f"evidence_{name}": z for name, z in calibrated.items()}
+    layers = own.layers | {f"evidence_{name}": z.float() for name, z in calibrated.items()}
     return dataclasses.replace(own, map=pixels, score=score, layers=layers)
 
 
