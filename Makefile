@@ -8,13 +8,14 @@ export MPLBACKEND = Agg
 export PYTHONUNBUFFERED = 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help env everything demo test test_style_and_demo test_notebooks_and_code quick real seeds ablations systems parts types neu_seg figures benchmark pretrain bench bench-cluster memory screenshots export notebooks clean lab
+.PHONY: help env everything demo test test_style_and_demo test_notebooks_and_code quick real evidence seeds ablations systems parts types neu_seg figures benchmark pretrain bench bench-cluster memory screenshots export notebooks clean lab
 
 help:
 	@echo "make demo      from nothing to pictures of defects in unseen categories (minutes, CPU, offline after install)"
 	@echo "make test      every check: style, notebooks in step, notebook tests, parity, failures, papermill, demo"
 	@echo "make quick     unit and parity tests but for the slow ones: under three minutes on two cores"
 	@echo "make real      DATA=... WEIGHTS=...  VisualAD on real images with a real small ViT, both ways, three seeds"
+	@echo "make evidence  DATA=... WEIGHTS=...  from no good image to sixteen, on the same real images: method, its own image, good images, the rule (hours)"
 	@echo "make seeds     the demo's job under three seeds -> paper_figures/tables/visualad_synthetic.csv"
 	@echo "make benchmark the baselines on version 2 of the synthetic benchmark: table, powers, rank correlation with the papers (hours on one core)"
 	@echo "make pretrain  train the embedded backbones again (about three and a half hours on one core)"
@@ -77,6 +78,12 @@ real: env
 	@papermill nbs/experiments/real_images.ipynb runs/real/real_images.ipynb --cwd . --log-output --no-progress-bar \
 	  -p data "$(abspath $(DATA))" -p weights "$(abspath $(WEIGHTS))" -p quick False -p output "$(CURDIR)/runs/real"
 	@echo; cat runs/real/real_images.txt; echo; echo "heatmaps: runs/real/figures, notebook: runs/real/real_images.ipynb"
+
+evidence: env
+	@mkdir -p runs/evidence
+	@papermill nbs/experiments/evidence.ipynb runs/evidence/evidence.ipynb --cwd . --log-output --no-progress-bar \
+	  -p data "$(abspath $(DATA))" -p weights "$(abspath $(WEIGHTS))" -p quick False -p output "$(CURDIR)/runs/evidence"
+	@echo; cat runs/evidence/evidence.txt; echo; cat runs/evidence/tried.txt runs/evidence/cost.txt
 
 seeds: env
 	@zsad seeds

@@ -89,6 +89,11 @@ ROWS = {  # notebook -> what you learn; where the picture is from: the number of
         "VisualAD on steel, roads and boards with a real small ViT; needs the images and the weights",
         "tables/visualad_real.csv",
     ),
+    "experiments/evidence": (
+        "from no good image to sixteen: method, its own image and good images, alone and by the rule; needs the images"
+        " and the weights",
+        ("components/14_evidence", 0),
+    ),
     "experiments/neu_seg": (
         "which defect is it, on real steel; needs the images and the weights",
         "tables/neu_seg.csv",

@@ -66,7 +66,15 @@ def check_data_set(
 
 
 # %% ../../nbs/cli/06_image_commands.ipynb #268777ef
-def _require_consistent(normals, thresholds, threshold, labelled: bool, rates: dict):
+def _require_evidence(evidence: str, references: list[str] | None, copies: str):
+    "Refuse what says nothing."
+    if references is None and (evidence == "memory" or copies != "none"):
+        raise ValueError("--evidence memory and --copies are about good images: add --references FOLDER")
+    if references is not None and evidence == "method":
+        raise ValueError("--evidence method is the method alone: leave --references out, or use --evidence self")
+
+
+def _require_consistent(normals, thresholds, threshold, labelled: bool, rates: dict, references=None):
     "Refuse options that contradict each other."
     sources = dict(normals=normals, thresholds=thresholds, threshold=threshold)
     several = [name for name, value in sources.items() if value is not None]
@@ -76,15 +84,11 @@ def _require_consistent(normals, thresholds, threshold, labelled: bool, rates: d
         return
     if labelled:
         raise ValueError("--defective and --comparable go with --normals: thresholds are made from good images")
+    if rates and references is not None and not several:
+        return
     if rates:
         flags = " --".join(name.replace("_", "-") for name in rates)
         raise ValueError(f"--{flags}: thresholds are made from good images; add --normals FOLDER")
-
-
-def _calibrate(inspector, normals: list[str], defective: list[str] | None, out: Path, **how):
-    "Make thresholds, keep them beside the results, print them."
-    thresholds = inspector.calibrate(normals, defective, out=out / "calibration", **how)
-    print(f"{thresholds}\nkept in {thresholds.save(out / 'thresholds.json')}\n")
 
 
 def _possible(model: str | None, released: str | None, coco: bool, marks: bool) -> str | None:
@@ -94,6 +98,40 @@ def _possible(model: str | None, released: str | None, coco: bool, marks: bool) 
     if coco and not marks:
         raise ValueError("--coco makes annotations of what is marked: add --marks")
     return "self_distance" if model is None and released is None else model
+
+
+def _inspector(model, released, device: str, parameter, evidence: str, options: dict):
+    "The inspector that was asked for."
+    with importing():
+        from zsad_nb.core.plain_yaml import typed_value
+        from zsad_nb.inspection.inspector import Inspector
+
+    options = {name: typed_value(value) for name, value in parameter} | options
+    if evidence in ("method", "self"):
+        options["evidence"] = evidence
+    return Inspector.load(model, released=released, device=device, **options)
+
+
+def _calibrate_on_references(inspector, out: Path, **how):
+    "Thresholds from the good images, each judged by the others; kept beside the results, and printed."
+    thresholds = inspector.calibrate_on_references(**how)
+    print(f"{thresholds}\nkept in {thresholds.save(out / 'thresholds.json')}\n")
+
+
+def _remember(inspector, references: list[str], evidence: str, copies: str):
+    "Compare with good images from now on, and say with which."
+    if evidence == "memory":
+        inspector.method.evidence = "memory"
+    inspector.remember(references[0] if len(references) == 1 else references, copies)
+    memories = inspector.method.memories
+    counts = ", ".join(f"{len(m)} of {name}" if len(memories) > 1 else str(len(m)) for name, m in memories.items())
+    print(f"compared with {counts} good image{'s' if counts != '1' else ''}")
+
+
+def _calibrate(inspector, normals: list[str], defective: list[str] | None, out: Path, **how):
+    "Make thresholds, keep them beside the results, print them."
+    thresholds = inspector.calibrate(normals, defective, out=out / "calibration", **how)
+    print(f"{thresholds}\nkept in {thresholds.save(out / 'thresholds.json')}\n")
 
 
 def _use(inspector, thresholds: str | None, threshold: float | None, pixel_threshold: float | None):
@@ -115,18 +153,23 @@ def _print_maps(out: Path, written: bool, coco: bool):
         print(f"coco      {results_as_coco(out)}")
 
 
-def _print_images(table, decided: bool, results: Path, pictures: str):
-    "What became of the images, for a person."
+def _print_images(inspector, table, out: Path, format: str, pictures: str, maps: bool, coco: bool) -> int:
+    "What became of the images, for a person; the exit status."
+    from zsad_nb.inspection.verdicts import exit_code
+
+    results = out / f"results.{format}"
     errors = table[table["decision"] == "error"]
     for row in errors.head(20).itertuples():
         print(f"{row.path}: {row.error}", file=sys.stderr)
     if len(errors) > 20:
         print(f"... and {len(errors) - 20} more", file=sys.stderr)
     summary = table.attrs["summary"]
-    if decided:
+    if inspector.calibration is not None and inspector.calibration.image:
         print(f"{summary['defective']} defective, {summary['normal']} normal")
     else:
-        print("no threshold: scores only (--normals FOLDER makes one from good images)")
+        print(
+            "no threshold: scores only (--normals FOLDER, or --references FOLDER --rate 0.05, makes one from good images)"
+        )
     print(
         f"{summary['images']} images, {summary['errors']} without a result, {summary['duplicates']} copies of others,"
         f" {summary['known_before']} known before"
@@ -137,7 +180,9 @@ def _print_images(table, decided: bool, results: Path, pictures: str):
     if summary["moved"]:
         print(f"before    {summary['moved']} (rows of other settings)")
     if pictures != "none":
-        print(f"pictures  {results.parent / 'pictures'}")
+        print(f"pictures  {out / 'pictures'}")
+    _print_maps(out, maps, coco)
+    return exit_code(table)
 
 
 # %% ../../nbs/cli/06_image_commands.ipynb #4c2bd8fd
@@ -153,6 +198,11 @@ def predict_images(
     # names its tower's weights
     released: Annotated[str | None, Option(metavar="METHOD=FILE")] = None,
     parameter: Annotated[Sequence[tuple[str, str]], Option("-p")] = (),  # a parameter of the method
+    # whose word counts: the method's, its own image's too (self), or good images' alone; default with --references: self
+    evidence: Literal["", "method", "self", "memory"] = "",
+    # good images, or a file of them, that images are compared with; with --rate they make the threshold, too
+    references: list[str] | None = None,
+    copies: Literal["none", "mirrored", "turned", "all"] = "none",
     normals: list[str] | None = None,  # images assumed normal: thresholds at --rate are made from them
     # false-alarm rate: share of good images that may be called defective (default: 0.01)
     rate: float | None = None,
@@ -183,25 +233,20 @@ def predict_images(
     "look at your own images: score, decision, heatmap, regions, defect type"
     rates = dict(rate=rate, sure=sure, pixel_rate=pixel_rate, miss=miss, false_alarm=false_alarm, share=share)
     rates = {name: value for name, value in rates.items() if value is not None}
-    _require_consistent(normals, thresholds, threshold, bool(defective or comparable), rates)
-    model = _possible(model, released, coco, marks)
-    with importing():
-        from zsad_nb.core.plain_yaml import typed_value
-        from zsad_nb.inspection.inspector import Inspector
-        from zsad_nb.inspection.verdicts import exit_code
-
-    options: dict = {name: typed_value(value) for name, value in parameter}
-    options |= dict(bits=bits, white=white, max_side=max_side, min_area=min_area, batch_size=batch)
-    inspector = Inspector.load(model, released=released, device=device, category=category, **options)
+    _require_consistent(normals, thresholds, threshold, bool(defective or comparable), rates, references)
+    _require_evidence(evidence, references, copies)
+    options = dict(bits=bits, white=white, max_side=max_side, min_area=min_area, batch_size=batch, category=category)
+    inspector = _inspector(_possible(model, released, coco, marks), released, device, parameter, evidence, options)
+    if references is not None:
+        _remember(inspector, references, evidence, copies)
     if normals is not None:
         _calibrate(inspector, normals, defective, Path(out), comparable=comparable, **rates)
+    elif references is not None and rates:
+        _calibrate_on_references(inspector, Path(out), comparable=comparable, **rates)
     else:
         _use(inspector, thresholds, threshold, pixel_threshold)
     table = inspector.predict(images, out, pictures, format, maps=maps, marks=marks)
-    decided = inspector.calibration is not None and bool(inspector.calibration.image)
-    _print_images(table, decided, Path(out) / f"results.{format}", pictures)
-    _print_maps(Path(out), bool(maps or marks), coco)
-    return exit_code(table)
+    return _print_images(inspector, table, Path(out), format, pictures, bool(maps or marks), coco)
 
 
 # %% ../../nbs/cli/06_image_commands.ipynb #6a91098b

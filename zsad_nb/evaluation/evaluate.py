@@ -32,6 +32,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ..backbones.features import FeatureCache
+from ..components.references import References
 from ..core.names import shown
 from ..core.settings import usual_defaults
 from ..core.tables import write_table
@@ -46,6 +47,7 @@ from .binned import BinnedPixelMetrics
 from .metrics import MEAN, Metrics, PixelMetrics, image_metrics, mean_over_classes
 from .pixel_digests import PixelDigest, pixel_digest, save_digests
 from ..methods.base import Method, Prediction
+from ..methods.evidence import remembering
 
 
 # %% ../../nbs/evaluation/06_evaluate.ipynb #1fe33d6e
@@ -299,6 +301,21 @@ def seen_in_training(
     return seen
 
 
+def _require_not_tested(references: pd.DataFrame | References | dict | None, test: pd.DataFrame):
+    "A reference image that is tested would be at distance 0 from itself."
+    if isinstance(references, pd.DataFrame):
+        names = set(references["image"])
+    else:
+        memories = {"": references} if isinstance(references, References) else references or {}
+        names = {name for memory in memories.values() for name in memory.names}
+    both = sorted(names & set(test["image"]))
+    if both:
+        raise ValueError(
+            f"{len(both)} reference images are tested, too (such as {both[0]}): they would be at distance 0 from"
+            " themselves; choose references from another split"
+        )
+
+
 def map_options(
     maps: str,  # as of `evaluate`
     map_threshold: float | None,
@@ -335,6 +352,9 @@ def evaluate(
     allow_seen: tuple | str = (),  # data sets or "dataset/category" to evaluate although training has seen them
     # False: pixels are counted in bins, 150 MB however many; `reasons` states how far each number may be off
     exact: bool = True,
+    # good images to judge with, none of them a test image: an Index (a memory a category), or memories of
+    # `references_of`; None: what the method has
+    references: pd.DataFrame | References | dict | None = None,
     # maps at the images' own size into map_folder/maps: float16 or float32 (TIFF), or npy; "": none
     maps: str = "",
     map_threshold: float | None = None,  # what is above it into map_folder/marks, as PNG of 0 and 255; None: nothing
@@ -352,7 +372,8 @@ def evaluate(
     files = map_options(maps, map_threshold, map_folder, test)
     method.prepare(test)
     results = {}
-    with tqdm(total=len(test), desc=label, disable=not progress, unit="image") as bar:
+    _require_not_tested(references, test)
+    with remembering(method, references), tqdm(total=len(test), desc=label, disable=not progress, unit="image") as bar:
         for category, part in by_category(test):
             with PixelMetrics(limits, spill=spill) if exact else BinnedPixelMetrics(limits) as pixels:
                 results[category] = (

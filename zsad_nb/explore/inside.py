@@ -33,6 +33,12 @@ NAMES = dict(
     plain="before adapting, crop {}",
     normal="normal",
     d_attn="D-Attn",
+    evidence_Z="evidence: the method, Z",
+    evidence_S_m="evidence: its image's mean, S_m",
+    evidence_S_k="evidence: its likes, S_k",
+    evidence_S_1="evidence: its nearest like, S_1",
+    evidence_R="evidence: good images, R",
+    evidence_sum="evidence: their sum",
 )
 NUMBERED = dict(tap="tap {}", window="windows of {} patches", e_attn="E-Attn, block {}")  # with a number at the end
 TYPE = "type: "
@@ -79,6 +85,8 @@ def _is_map(tensor, prediction: Prediction) -> bool:
 
 
 def _label(name: str) -> str:  # with {} where there is one map a level
+    if name in NAMES:
+        return NAMES[name]
     head, _, number = name.rpartition("_")
     if head in NUMBERED:
         return NUMBERED[head].format(number)

@@ -55,7 +55,8 @@ class Upload:
         bits: int | None = None,
         white: float | None = None,  # see `Reading`; default: the Inspector's
     ):
-        self.inspector = _inspector(source, category, bits, white)
+        self.inspector = self.plain = _inspector(source, category, bits, white)
+        self.good: dict[str, bytes] = {}  # pictures that were called good: name -> the file
         self.side = side
         self.result: Inspection | None = None  # of the last picture
         self.rendering: Rendering | None = None  # the picture and its map at the size of the screen
@@ -134,6 +135,13 @@ def _build(self: Upload):
     self.level = slider("Contour at", 0.5, 0, 1, 0.01, ".3g", "the contour encloses what is above")
     self.smoothing = slider("Smoothing, px", 0, 0, 16, 0.5, ".1f")
     self.clip = slider("Clip, %", 0, 0, 5, 0.25, ".2f", "share of the pixels beyond each end of the colours")
+    self.keep = w.Button(
+        description="This one is good",
+        tooltip="compare this and every further picture with it, too",
+        layout=w.Layout(width="180px"),
+    )
+    self.forget = w.Button(description="Forget good ones", layout=w.Layout(width="180px"))
+    self.kept = w.HTML()
     self.verdict = w.HTML()
     self.types = w.HTML()
     self.pixel = w.HTML()
@@ -151,6 +159,8 @@ def _connect(self: Upload):
     for control, names in rerendered:
         control.observe(lambda change, names=names: None if self._quiet else self._render(*names), "value")
     self.zone.observe(lambda change: self._open_again(), "count")
+    self.keep.on_click(lambda button: self.remember_this())
+    self.forget.on_click(lambda button: self.forget_good())
     self.word.observe(lambda change: self._open_again() if self.zone.data else None, "value")
     for picture in self.pictures.values():
         picture.observe(lambda change: self.touch(*change["new"][:2]), "clicked")
@@ -167,6 +177,7 @@ def _lay_out(self: Upload):
     self.tools = flex_box(
         w.VBox([w.HTML("<h4>Map</h4>"), self.opacity, self.level, self.smoothing, self.clip]),
         w.VBox([w.HTML("<h4>What it could be</h4>"), self.types, self.pixel]),
+        w.VBox([w.HTML("<h4>Good images</h4>"), self.keep, self.forget, self.kept]),
         kind="zsad-tools",
     )
     rows = [self.zone, flex_box(self.word), self.message, self.verdict, self.stage, self.tools]
@@ -207,6 +218,7 @@ def open_file(
     self.verdict.value = self._verdict_text(result, note)
     self.types.value = self._types_text(result)
     self.pixel.value = '<div class="soft">Click into a picture to read its score there.</div>'
+    self._show_good()
     self._show_result(True)
     self.notify("")
 
@@ -256,6 +268,45 @@ def _render(self: Upload, *names: str):
         self.pictures[name].data = encode(self.rendering.panel(name, view))
     if "heatmap" in names:
         self.pictures["heatmap"].note = range_text(view.low, view.high)
+
+
+# %% ../../nbs/explore/13_upload.ipynb #56988153
+@patch
+@show_errors
+def remember_this(self: Upload):
+    "Compare with the picture on the screen from now on: it is good."
+    self.finding()  # raises while there is none
+    self._judge_with(self.good | {self.zone.name: bytes(self.zone.data)})
+
+
+@patch
+@show_errors
+def forget_good(self: Upload):
+    "Judge as at the beginning."
+    self._judge_with({})
+
+
+@patch
+def _judge_with(self: Upload, good: dict[str, bytes]):
+    "Another set of good pictures; what is wrong with them leaves everything as it was."
+    inspector = copy.copy(self.plain)
+    inspector.category = self.word.value.strip() or "object"
+    if good:
+        with tempfile.TemporaryDirectory() as folder:
+            paths = []
+            for number, (name, data) in enumerate(good.items()):
+                paths.append(Path(folder) / f"{number}{Path(name).suffix[:8]}")
+                paths[-1].write_bytes(data)
+            inspector.remember(paths)
+    self.inspector, self.good = inspector, good
+    if self.zone.data:
+        self._open_again()
+
+
+@patch
+def _show_good(self: Upload):
+    words = f"compared with {counted(len(self.good), 'good image')}" if self.good else "compared with none so far"
+    self.kept.value = f'<div class="soft">{words}</div>'
 
 
 # %% ../../nbs/explore/13_upload.ipynb #24fcb195

@@ -23,6 +23,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 import zsad_nb
+from ..components.references import References, Seen
 from ..core.files import write_json
 from ..core.locks import lock
 from ..core.tables import require_pyarrow
@@ -39,6 +40,7 @@ from .thresholds import Calibration, calibration, from_value, identity
 from .verdicts import NO_THRESHOLD, Inspection, row_of, table_of
 from ..methods.base import Method
 from ..methods.class_names import check_names
+from ..methods.evidence import judged_references, load_references, memories_of, see_references
 
 
 # %% ../../nbs/inspection/08_inspector.ipynb #55ab0bb2
@@ -58,6 +60,7 @@ class Inspector:
         connectivity: int = 8,  # of regions, or 4
         batch_size: int = 8,  # speed and memory, not the numbers
         workers: int = 2,  # threads that read ahead
+        references: Any = None,  # good images, or a file of them, see `remember`; None: none
     ):
         if getattr(method, "transductive", False):
             raise ValueError(
@@ -80,8 +83,10 @@ class Inspector:
         self.batch_size = batch_size
         self.workers = workers
         self.identity = identity(method, self.size, bits=bits, white=white)
-        self.use(calibration)
+        self.use(None if references is not None else calibration)
         self.calibrated_on: pd.DataFrame | None = None  # rows of the images that `calibrate` saw
+        if references is not None:
+            self.use(None).remember(references).use(calibration)
 
     @classmethod
     def load(
@@ -218,6 +223,76 @@ def calibrate(
     made.notes[:0] = notes
     made.reading = self.reading
     self.use(made).calibrated_on = rows.sort_values("score", ascending=False, ignore_index=True)
+    return made
+
+
+# %% ../../nbs/inspection/08_inspector.ipynb #661aa6c4
+def _seen_by(inspector: Inspector, what: Any, copies: str) -> dict[str, list[Seen]]:  # category -> what the method says
+    "Good images of any kind, one after the other."
+    _require_labels(what, False)
+    items = inspector._sources([what] if is_single(what) else what)
+    loader = Loader(inspector.method, inspector.size, inspector.bits, inspector.white, inspector.max_side)
+    found: dict[str, list[Seen]] = {}
+    problems = []
+    for image in ahead(items, loader.load, inspector.workers, 2 * inspector.batch_size):
+        if image.pixels is None:
+            problems.append(image.error)
+            continue
+        no = torch.zeros(1, dtype=torch.bool)
+        mask = torch.zeros(1, 1, *image.pixels.shape[-2:], dtype=torch.bool)
+        names = [image.source.category], [image.source.name]
+        batch = Batch(image.pixels[None].float() / 255, mask, no, no.long(), *names, ~no)
+        for category, seen in see_references(inspector.method, batch, copies=copies).items():
+            found.setdefault(category, []).extend(seen)
+    if problems and not found:
+        raise problems[0]
+    if problems:
+        warnings.warn(f"{len(problems)} of {len(items)} good images could not be used: {problems[0]}", stacklevel=4)
+    return found
+
+
+@patch
+def remember(
+    self: Inspector,
+    good: Any,  # good images: whatever `predict` takes; memories, or a file of `save_references`
+    copies: str = "none",  # none, mirrored, turned or all: positions in which a part may lie
+) -> Inspector:  # itself
+    "Judge with good images from now on; thresholds are made anew."
+    self.method = copy.copy(self.method)  # the caller's stays as it was
+    kind = "self" if self.method.evidence == "method" else self.method.evidence
+    if isinstance(good, (str, os.PathLike)) and Path(good).suffix == ".safetensors":
+        good = load_references(Path(good), self.method)
+    if not isinstance(good, (dict, References)):
+        good = memories_of(self.method, _seen_by(self, good, copies), copies)
+    self.method.use_evidence(kind, good)
+    self.method.judge()  # what it lacks is said now
+    self.identity = identity(self.method, self.size, bits=self.bits, white=self.white)
+    self.use(None)
+    judged = judged_references(self.method, size=self.size)
+    odd = judged[judged["odd"]]
+    if len(odd):
+        warnings.warn(
+            f"{len(odd)} of {len(judged)} good images stand out from the others ({', '.join(odd['image'].head(3))}): look"
+            " at them, and leave out what is defective or of another product",
+            stacklevel=2,
+        )
+    return self
+
+
+@patch
+def calibrate_on_references(
+    self: Inspector,
+    **how,  # rate, sure, pixel_rate, comparable, level: see `thresholds.calibration`
+) -> Calibration:
+    "Thresholds from the good images that are remembered, each judged by the others."
+    if not self.method.memories:
+        raise ValueError("no good images are remembered: call remember(good) first, or calibrate(normal)")
+    judged = judged_references(self.method, size=self.size)
+    rows = judged[judged["score"].notna()].assign(anomalous=False)
+    made = calibration(rows, self.identity, **how)
+    made.notes[:0] = ["each good image was judged by the others (cross-fitting)"]
+    made.reading = self.reading
+    self.use(made).calibrated_on = judged
     return made
 
 

@@ -35,7 +35,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import scipy  # .stats is imported when it is used
+import scipy
 from fastcore.basics import patch
 
 import zsad_nb
@@ -438,7 +438,8 @@ def identity(
         )
     frozen = {role: [b.row.name, b.hash, b.size, list(b.taps)] for role, b in towers.items()}
     if method.interpolation != "bicubic":
-        more = dict(more, interpolation=method.interpolation)
+        more["interpolation"] = method.interpolation
+    more |= method.evidence_key()
     key = json.dumps(
         dict(
             method=method.name,

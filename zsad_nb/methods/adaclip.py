@@ -484,6 +484,13 @@ def param_groups(self: AdaCLIP) -> list[dict]:
     return [dict(params=list(self.learned().values()), lr=self.p.lr)]
 
 
+@patch
+def patch_map(self: AdaCLIP, prediction: Prediction, grid: tuple[int, int]) -> Tensor:  # (B, h, w)
+    "Softmax of the mean logits, before it is enlarged."
+    layers = [m for name, m in prediction.layers.items() if name.startswith("tap_")]
+    return (sum(layers) / len(layers)).sigmoid()
+
+
 # %% ../../nbs/methods/19_adaclip.ipynb #5a3d11c2
 def released_names(method: AdaCLIP) -> dict:  # our name -> released names of its pieces
     "Where the released files keep the tokens, their heads and the linear layers."

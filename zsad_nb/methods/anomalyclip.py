@@ -127,6 +127,10 @@ class AnomalyCLIP(Method):
         pixels = to_pixels(sum(maps.values()), size, 0.0 if self.training else p.sigma)
         return Prediction(pixels, (image / p.tau).softmax(-1)[:, 1], dict(maps, image=image))
 
+    def patch_map(self, prediction: Prediction, grid: tuple[int, int]) -> Tensor:  # (B, h, w)
+        "The sum of the taps' maps, before it is enlarged."
+        return sum(m for name, m in prediction.layers.items() if name.startswith("tap_"))
+
     def loss(self, prediction: Prediction, batch: Batch) -> dict[str, Tensor]:
         "Cross-entropy of the class token, and 4 * (focal + dice of both classes) of every layer's map (section 3.3)."
         p = self.p

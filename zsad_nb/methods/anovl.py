@@ -241,6 +241,7 @@ class AnoVL(Method):
     "Training-free CLIP with a v-v path, and an adapter fitted to every test image (Deng et al., 2023)."
 
     name = "anovl"
+    evidence_shares = False  # its passes see crops and turned copies
     Parameters = AnoVLParameters
     released_name = staticmethod(macaroni)
     compat: dict = dict(carried=True)

@@ -53,6 +53,7 @@ from torch import Tensor
 import zsad_nb
 from ..backbones.graphs import EngineError
 from ..backbones.weights import WeightsError, fitted, listed, split_revision
+from ..components.judging import Auxiliary
 from ..core.files import to_json, write_atomically
 from ..core.names import require_known, shown
 from ..core.parameters import ParameterSet, param, restated
@@ -238,10 +239,17 @@ def create(
     name: str,  # of a method of this package, of an installed one, or package.module:Class
     engine: str = "torch",  # of its frozen part, see `Method.use_engine`
     precision: str = "fp32",  # of the engine
+    evidence: str = "method",  # whose word counts: method, self or memory, see `Method.use_evidence`
     **parameters,  # see `describe(name)`
 ) -> Method:  # untrained, on the CPU
     "Build a method; a parameter that does not exist raises."
-    return _made(method_class(name), engine, precision, parameters)
+    return _with_evidence(_made(method_class(name), engine, precision, parameters), evidence)
+
+
+def _with_evidence(made: Method, evidence: str) -> Method:
+    if evidence == "memory":
+        raise ValueError("evidence='memory' is reference images alone: create the method, then use_evidence with them")
+    return made if evidence == "method" else made.use_evidence(evidence)
 
 
 def _made(cls: type[Method], engine: str, precision: str, parameters: dict) -> Method:
@@ -345,6 +353,7 @@ def save(
         tensors={n: tensor_digest(t) for n, t in tensors.items()},
         fitted=method.fitted,
         engine=engine,
+        **({} if method.auxiliary is None else dict(evidence=method.auxiliary.as_json())),
         **({} if method.released is None else dict(released=method.released)),
     )
     # bytes written by Python: a full disk is then an OSError like any other
@@ -464,6 +473,7 @@ def load(
     path: str | Path,  # written by `save`
     # its method, where that is one of your own that no installed package declares: package.module:Class, or the class
     method: str | type[Method] | None = None,
+    evidence: str = "method",  # as of `create`
     # parameters to change, such as weights=PATH where the backbone's file moved; engine and precision, else the file's
     **changes,
 ) -> Method:  # on the CPU
@@ -481,7 +491,18 @@ def load(
     made.trained_on = header["trained_on"]
     made.fitted = header.get("fitted", {})
     made.released = header.get("released")
-    return made
+    made.auxiliary = _auxiliary(header, path)
+    return _with_evidence(made, evidence)
+
+
+def _auxiliary(header: dict, path: Path) -> Auxiliary | None:
+    "What was measured on normal auxiliary images; None in files of before, and where nobody asked for it."
+    if "evidence" not in header:
+        return None
+    try:
+        return Auxiliary.from_json(header["evidence"], path.name)
+    except ValueError as error:
+        raise WeightsError(str(error)) from error
 
 
 def _check_towers(method: Method, header: dict, path: Path):

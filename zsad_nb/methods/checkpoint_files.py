@@ -67,6 +67,7 @@ HEADER_KINDS = dict(
     released=dict,
     fitted=dict,
     engine=dict,
+    evidence=dict,
 )  # of a checkpoint's header
 
 
@@ -160,7 +161,7 @@ def checkpoint_content(path: Path, tensors: bool) -> tuple:  # safetensors' own 
 
 def read_header(
     path: str | Path,
-) -> dict:  # method, version, parameters, backbones, trained_on, tensors, fitted, engine
+) -> dict:  # method, version, parameters, backbones, trained_on, tensors, fitted, engine, evidence
     "The header of a checkpoint, without loading it."
     head, _ = checkpoint_content(Path(path), False)
     return parsed_header(head.get("__metadata__", {}).get("zsad_nb"), Path(path))

@@ -290,6 +290,17 @@ def param_groups(self: Crane) -> list[dict]:
     return [dict(params=list(self.learned().values()), lr=self.p.lr)]
 
 
+@patch
+def patch_map(self: Crane, prediction: Prediction, grid: tuple[int, int]) -> Tensor:  # (B, h, w)
+    "Mean of the maps' logits or probabilities, before it is enlarged."
+    maps = [prediction.layers[name] for name in self.local]
+    if any(m.shape[-2:] != maps[0].shape[-2:] for m in maps):  # two towers, two grids
+        maps = [to_pixels(m, grid) for m in maps]
+    if self.p.soft_mean:
+        return sum(m.sigmoid() for m in maps) / len(maps)
+    return (sum(maps) / len(maps)).sigmoid()
+
+
 # %% ../../nbs/methods/18_crane.ipynb #49516866
 @register
 class CranePlus(Crane):

@@ -261,6 +261,7 @@ class DAPO(TypeMethod):
     "Hybrid prompts, deep tokens in both towers, one adapter a tap (Nazer et al., arXiv 2512.09446)."
 
     name = "dapo"
+    evidence_shares = False  # its learned tokens join every block: what is compared is the plain image
     encodes = False
     Parameters = DAPOParameters
     compat: dict = dict(causal=False, true_end=False)
@@ -355,6 +356,13 @@ def forward(self: DAPO, features: None, batch: Batch) -> Prediction:
     return Prediction(
         maps[:, 1:].sum(1), score, {**layers, "normal": maps[:, 0]}, maps[:, 1:], self.type_scores(layers, maps)
     )
+
+
+@patch
+def patch_map(self: DAPO, prediction: Prediction, grid: tuple[int, int]) -> Tensor:  # (B, h, w)
+    "Over the taps, what the softmax leaves to the types; before it is enlarged."
+    logits = [m for name, m in prediction.layers.items() if name.startswith("tap_")]
+    return sum(1 - m.softmax(1)[:, 0] for m in logits)
 
 
 # %% ../../nbs/methods/12_dapo.ipynb #8ee3e4bd

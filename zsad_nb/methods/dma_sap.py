@@ -412,3 +412,12 @@ def loss(self: DMASAP, prediction: Prediction, batch: Batch) -> dict[str, Tensor
 def param_groups(self: DMASAP) -> list[dict]:
     "Everything learned at one rate (stated)."
     return [dict(params=list(self.learned().values()), lr=self.p.lr)]
+
+
+@patch
+def patch_map(self: DMASAP, prediction: Prediction, grid: tuple[int, int]) -> Tensor:  # (B, h, w)
+    "Mean of the maps' logits or probabilities, before it is enlarged."
+    maps = [prediction.layers[name] for name in ("fusion", "self") if name in prediction.layers]
+    if self.p.soft_mean:
+        return sum(m.sigmoid() for m in maps) / len(maps)
+    return (sum(maps) / len(maps)).sigmoid()

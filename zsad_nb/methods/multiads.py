@@ -360,6 +360,13 @@ def param_groups(self: MultiADS) -> list[dict]:
     return [dict(params=list(self.learned().values()), lr=self.p.lr)]
 
 
+@patch
+def patch_map(self: MultiADS, prediction: Prediction, grid: tuple[int, int]) -> Tensor:  # (B, h, w)
+    "Over the taps, what the softmax leaves to the types; before it is enlarged."
+    logits = [m for name, m in prediction.layers.items() if name.startswith("tap_")]
+    return sum(1 - m.softmax(1)[:, 0] for m in logits)
+
+
 # %% ../../nbs/methods/13_multiads.ipynb #4a2c70d2
 released_names = linear_layer_names
 import_released = import_linear_layers  # as APRIL-GAN: one linear layer a tap

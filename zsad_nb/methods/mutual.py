@@ -233,3 +233,9 @@ def forward(self: Mutual, features: dict, batch: Batch) -> Prediction:
     grid = torch.stack(rows).unflatten(1, self.grid)
     pixels = to_pixels(grid, size, self.p.sigma)
     return Prediction(pixels, top_share_mean(pixels, self.p.top_share), {"distance": grid})
+
+
+@patch
+def patch_map(self: Mutual, prediction: Prediction, grid: tuple[int, int]) -> Tensor:  # (B, h, w)
+    "The mean distance itself."
+    return prediction.layers["distance"]

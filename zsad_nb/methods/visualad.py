@@ -149,11 +149,28 @@ def look(self: VisualAD, image: Tensor) -> dict[str, Tensor]:
 def forward(self: VisualAD, features: Features | None, batch: Batch) -> Prediction:
     "Map at the batch's size, score and per-tap maps; smoothed in evaluation mode only, as in the code."
     layers = self.seen(batch.image)
-    maps = [m for k, m in layers.items() if k != "tokens"]
-    weights = self.p.tap_weights or (1.0,) * len(maps)
-    summed = sum(w * m for w, m in zip(weights, maps))
-    pixels = to_pixels(summed, tuple(batch.image.shape[-2:]), 0 if self.training else self.p.sigma)
+    pixels = to_pixels(self.summed(layers), tuple(batch.image.shape[-2:]), 0 if self.training else self.p.sigma)
     return Prediction(pixels, top_share_mean(pixels, self.p.top_share), layers)
+
+
+@patch
+def summed(self: VisualAD, layers: dict[str, Tensor]) -> Tensor:  # (B, h, w)
+    "The weighted sum of the taps' maps."
+    maps = [m for k, m in layers.items() if k.startswith("tap_")]
+    weights = self.p.tap_weights or (1.0,) * len(maps)
+    return sum(w * m for w, m in zip(weights, maps))
+
+
+@patch
+def patch_map(self: VisualAD, prediction: Prediction, grid: tuple[int, int]) -> Tensor:  # (B, h, w)
+    "The sum of the taps' maps, before it is enlarged."
+    return self.summed(prediction.layers)
+
+
+@patch
+def evidence_tokens(self: VisualAD) -> Tensor:
+    "The two tokens are in every pass."
+    return self.tokens
 
 
 # %% ../../nbs/methods/11_visualad.ipynb #6fe5f219

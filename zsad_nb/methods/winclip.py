@@ -348,3 +348,10 @@ def forward(self: WinCLIP, features: dict, batch: Batch) -> Prediction:
     if p.score == "map":
         score = to_pixels(grid, p.score_size).flatten(1).amax(1)
     return Prediction(to_pixels(grid, tuple(batch.image.shape[-2:])), score, layers)
+
+
+@patch
+def patch_map(self: WinCLIP, prediction: Prediction, grid: tuple[int, int]) -> Tensor:  # (B, h, w)
+    "The windows' map, with references the mean of both."
+    layers = prediction.layers
+    return (layers["grid"] + layers["reference"]) / 2 if "reference" in layers else layers["grid"]

@@ -34,6 +34,7 @@ from ..data.mosaic import RULES as MOSAIC_RULES
 from ..data.mosaic import Mosaic, require_share
 from ..data.reading import read_as, reading_of, takes_reading
 from ..methods.base import Method, method_class
+from ..methods.evidence import kept_out, measure
 from .devices import Alone, Team, check_devices, inside, launch
 from .precision import checkpointed, full, lowered, peak_memory, reset_peak
 from zsad_nb.training.resume import (
@@ -193,10 +194,13 @@ def fit(
     keep_state: bool = False,
     # called with the method after every epoch, in evaluation mode; a true answer ends the training there
     watch: Callable | None = None,
+    # kept out of the training to measure what evidence needs: a share of the normal images, or an Index of others;
+    # None: a tenth where the method is to judge by evidence, else nothing
+    held_out: float | pd.DataFrame | None = None,
     **reading,  # see `Reading`: bits, white, mask_threshold, mask_mismatch, mask_orientation; default: the index's
 ) -> pd.DataFrame:  # a row a step: step, epoch, seconds, lr, skipped, total and the parts of the loss
     "Train a method's learned part on an Index; same seed, same numbers. `attrs`: epochs, step_seconds, ..."
-    index = read_as(index, **reading)
+    index, kept = kept_out(method, read_as(index, **reading), held_out)
     recipe = recipe_of(method) if recipe is None else recipe
     _check_training(method, index, recipe)
     check_devices(method, devices, recipe.batch_size)
@@ -221,6 +225,8 @@ def fit(
         watch=watch,
     )
     history = _train(method, arguments)
+    if kept is not None:
+        measure(method, kept, size, recipe.batch_size, workers)
     _drop_state(history, keep_state)
     history.attrs["reading"] = dataclasses.asdict(reading_of(index))
     _warn_of_skipped(history, precision)
