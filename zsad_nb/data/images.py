@@ -7,6 +7,7 @@ __all__ = ["Batch", "defect_names", "Batches", "batches", "check"]
 
 # %% ../../nbs/data/20_images.ipynb #902a0fab
 import math
+import os
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -306,14 +307,14 @@ def batches(
 @takes_reading
 def check(
     index: pd.DataFrame,  # an Index
-    workers: int = 2,  # threads that read
+    workers: int | None = None,  # threads that read; default: one a core
     **reading,  # see `Reading`; default: the index's
 ) -> pd.DataFrame:  # row (<NA>: files of no row), image, problem, message: one row a problem; empty when all is well
     "Open every file of an Index and report what is wrong, row by row."
     root = root_of(index)
     how = reading_of(index, **reading)
     rows = [CheckedRow(*row) for row in index[list(CheckedRow._fields)].itertuples(index=False, name=None)]
-    with ThreadPoolExecutor(max(workers, 1)) as pool:
+    with ThreadPoolExecutor(max(workers or os.cpu_count() or 1, 1)) as pool:
         results = list(
             pool.map(lambda row: row_findings(root, row.image, row.mask, row.anomalous, row.category, how), rows)
         )

@@ -112,6 +112,15 @@ _MASK_PROBLEMS = {  # code of the error -> problem of the mask; any other: bad_m
 }
 
 
+def _content(path: Path) -> bytes:
+    "The bytes of a file, or `BadImage`."
+    try:
+        return path.read_bytes()
+    except OSError:
+        open_stored(path)  # says in words what is wrong with it
+        raise
+
+
 def row_findings(
     root: Path, image_path: str, mask_path: str, anomalous: bool, category: str, reading: Reading
 ) -> RowFindings:
@@ -120,7 +129,9 @@ def row_findings(
     image = None
     path = root / image_path
     try:
-        stored = open_stored(path)
+        content = _content(path)  # read once: it is hashed and decoded
+        seen.content = hashlib.sha256(content).hexdigest()
+        stored = open_stored(content, str(path))
         image = stored.image.size, stored.orientation
         rgb_of(stored, reading.bits, reading.white, str(path))
         seen.brightest, seen.white = _brightness(stored, reading)
@@ -134,7 +145,6 @@ def row_findings(
             _check_mask(root, image_path, mask_path, anomalous, category, reading, image, seen)
         except BadImage as error:
             seen.problems.append((_MASK_PROBLEMS.get(error.code, "bad_mask"), str(error)))
-    seen.content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
     return seen
 
 
