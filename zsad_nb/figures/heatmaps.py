@@ -14,11 +14,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from ..core.files import FileNames, inside, write_atomically
+from ..core.files import FileNames, inside
 from ..data.reading import read_as
 from ..evaluation.evaluate import Evaluation, cases
 from ..evaluation.views import colour_scale, view
-from .style import HEAT, PAGE, bare, letters, outline_mask, overlay, style
+from .style import HEAT, PAGE, bare, letters, outline_mask, overlay, style, write_picture
 from ..methods.base import Method
 
 # %% ../../nbs/figures/03_heatmaps.ipynb #13b1269a
@@ -145,26 +145,22 @@ def render_cases(
     scales = {c: colour_scale(rows) for c, rows in evaluation.per_image.groupby("category")}
     mean = evaluation.mean
     front = f"{title}: " if title else ""
-    figures = {}
     names = FileNames(reserved=["overview"])
+    written = []
+
+    def write(name: str, figure: Figure):  # one figure is held at a time
+        written.append(write_picture(figure, inside(folder, f"{name}.png"), dpi))
+
     if (chosen["case"] == "median").any():
-        figures["overview"] = median_cases_figure(
-            chosen,
-            views,
-            scales,
-            evaluation,
+        heading = (
             f"{front}median case of every class; mean image AUROC {100 * mean['image_auroc']:.1f}, "
-            f"pixel AUROC {100 * mean['pixel_auroc']:.1f}, AUPRO {100 * mean['pixel_aupro']:.1f}",
+            f"pixel AUROC {100 * mean['pixel_auroc']:.1f}, AUPRO {100 * mean['pixel_aupro']:.1f}"
         )
+        write("overview", median_cases_figure(chosen, views, scales, evaluation, heading))
     for category, rows in chosen.groupby("category", sort=True):
         m = evaluation.per_class.loc[category]
-        figures[names.name(category)] = class_figure(
-            rows,
-            views,
-            scales[category],
-            f"{front}{category}   image AUROC {100 * m['image_auroc']:.1f}   pixel AUROC {100 * m['pixel_auroc']:.1f}",
+        heading = (
+            f"{front}{category}   image AUROC {100 * m['image_auroc']:.1f}   pixel AUROC {100 * m['pixel_auroc']:.1f}"
         )
-    return [
-        write_atomically(inside(folder, f"{name}.png"), lambda p, f=figure: f.savefig(p, dpi=dpi, format="png"))
-        for name, figure in figures.items()
-    ]
+        write(names.name(category), class_figure(rows, views, scales[category], heading))
+    return written

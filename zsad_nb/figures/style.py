@@ -6,6 +6,7 @@
 __all__ = [
     "COLUMN",
     "PAGE",
+    "QUICK_PNG",
     "LETTERS",
     "LINES",
     "FALLBACKS",
@@ -28,6 +29,7 @@ __all__ = [
     "note",
     "legend_above",
     "save_figure",
+    "write_picture",
 ]
 
 # %% ../../nbs/figures/01_style.ipynb #a37f075a
@@ -55,6 +57,7 @@ from ..core.names import shown
 
 # %% ../../nbs/figures/01_style.ipynb #50022f1c
 COLUMN, PAGE = 3.5, 7.2  # inches
+QUICK_PNG = dict(compress_level=2)  # of pictures for a screen
 LETTERS: dict = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
@@ -402,3 +405,12 @@ def save_figure(
             )
             for end, more in (("pdf", {"CreationDate": None}), ("png", {"Software": None}))
         ]
+
+
+def write_picture(
+    figure: Figure,
+    path: str | Path,  # of a PNG, whose folder is there
+    dpi: int,
+) -> Path:
+    "A figure for a screen as a PNG, whole or not at all; compressed in a third of the time for a fifth more bytes."
+    return write_atomically(path, lambda part: figure.savefig(part, format="png", dpi=dpi, pil_kwargs=QUICK_PNG))

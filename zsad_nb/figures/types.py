@@ -16,12 +16,12 @@ import seaborn
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from ..core.files import FileNames, inside, write_atomically
+from ..core.files import FileNames, inside
 from ..data.reading import read_as, takes_reading
 from ..data.taxonomy import typed
 from ..evaluation.multi_type import TypeEvaluation
 from ..evaluation.views import look_at_types
-from .style import COLUMN, PAGE, SERIES, bare, letters, style
+from .style import COLUMN, PAGE, SERIES, bare, letters, style, write_picture
 from ..methods.base import Method
 
 # %% ../../nbs/figures/04_types.ipynb #55635229
@@ -181,10 +181,7 @@ def render_types(
         )
     method.train(was_training)
     figures["confusion"] = confusion_figure(evaluation.confusion[choice], f"{front}pixels of all products, {choice}")
-    return [
-        write_atomically(inside(folder, f"{name}.png"), lambda p, f=figure: f.savefig(p, dpi=dpi, format="png"))
-        for name, figure in figures.items()
-    ]
+    return [write_picture(figure, inside(folder, f"{name}.png"), dpi) for name, figure in figures.items()]
 
 
 def _first_of_each_type(part: pd.DataFrame, each: int) -> pd.DataFrame:
