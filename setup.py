@@ -1,9 +1,11 @@
 "Thin by design: every value lives in settings.ini."
 
+import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 root = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
@@ -14,6 +16,20 @@ extras = {
     name.removesuffix("_requirements"): words.split() for name, words in cfg.items() if name.endswith("_requirements")
 }
 extras["all"] = sorted({word for name, words in extras.items() if name not in ("dev", "browser") for word in words})
+
+
+class BuildWithNotebooks(build_py):
+    "The wheel carries the notebooks and sweeps that people execute, below zsad_nb/notebooks; a clone has them in nbs."
+
+    def run(self):
+        super().run()
+        if self.editable_mode:
+            return
+        for name in ("experiments", "tutorials"):
+            target = Path(self.build_lib) / cfg["lib_path"] / "notebooks" / name
+            ignored = shutil.ignore_patterns(".ipynb_checkpoints", "_*")
+            shutil.copytree(root / cfg["nbs_path"] / name, target, ignore=ignored, dirs_exist_ok=True)
+
 
 setup(
     name=cfg["lib_name"],
@@ -32,6 +48,10 @@ setup(
     package_data={cfg["lib_path"]: ["assets/*", "py.typed"]},
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
-    entry_points={"console_scripts": cfg["console_scripts"].split()},
+    entry_points={
+        "console_scripts": cfg["console_scripts"].split(),
+        "papermill.io": ["zsad://=zsad_nb.runs.library:PackageNotebooks"],
+    },
+    cmdclass={"build_py": BuildWithNotebooks},
     zip_safe=False,
 )

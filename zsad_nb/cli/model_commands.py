@@ -8,6 +8,7 @@ __all__ = ["run_demo", "run_seeds", "show_checkpoint", "export_checkpoint", "ben
 # %% ../../nbs/cli/05_model_commands.ipynb #313ba32d
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -108,6 +109,10 @@ def export_checkpoint(
         from zsad_nb.deploy.export import export
         from zsad_nb.methods.base import load
 
+    if "onnx" in formats and not all(map(find_spec, ("onnx", "onnxscript", "onnxruntime"))):
+        raise ValueError(
+            "ONNX needs the packages of the engines: pip install 'zsad_nb[engines]'; or write --formats torch alone"
+        )
     changes: dict = {"image_size": size} if size else {}
     method = load(checkpoint, **changes)
     about = export(method, out, tuple(formats), category)
