@@ -89,7 +89,7 @@ def test_an_empty_folder(installed):
     assert "mine/tutorials/quickstart.ipynb" in installed("zsad", "notebooks", "mine")
     assert (installed.folder / "mine/experiments/sweeps/visualad.yaml").is_file()
     planned = installed("zsad", "sweep", "visualad", "--set", "DATA=DATA", "--dry-run")
-    assert "train" in planned and "from_visa" in planned
+    assert "train_data=visa" in planned and "backbone=dinov2-vitl14" in planned
     values = ("-p", "method", "self_distance", "-p", "size", "64", "-p", "images", "1", "--no-progress-bar")
     installed("papermill", "zsad://evaluate.ipynb", "out.ipynb", *values)
     book = json.loads((installed.folder / "out.ipynb").read_text())
