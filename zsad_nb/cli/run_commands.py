@@ -132,6 +132,9 @@ def run_sweep(
     file: str,  # YAML: a notebook and the values of its parameters; or the name of one of the package
     *,
     set: Annotated[Sequence[str], Option(**EACH)] = (),  # a variable of the file
+    # runs with this value of a parameter, and what they come after; several: with all of them
+    only: Annotated[Sequence[str], Option(**EACH)] = (),
+    first: int = 0,  # of the runs without a result, this many (default: all)
     dry_run: bool = False,  # print what would be run, start nothing
     workers: int = 1,  # runs at the same time
     # threads of each (default: this machine's, shared out; on a cluster that of its workers' environment)
@@ -172,6 +175,8 @@ def run_sweep(
         retries=retries,
         timeout=timeout,
         fresh_kernels=fresh_kernels,
+        only=assignments(only),
+        first=first,
         dry_run=dry_run,
         stream=sys.stdout if dry_run else None,
         tls=tls or None,
@@ -194,10 +199,10 @@ def show_status(
         from zsad_nb.runs.run import status
 
     table = status(folder)
-    for column in ("experiment", "hash", "notebook"):
+    for column in ("experiment", "hash"):
         table[column] = table[column].map(shown)
     with pd.option_context("display.width", 200, "display.max_colwidth", 90, "display.max_rows", None):
-        print(table.drop(columns="path").fillna("").to_string(index=False))
+        print(table.drop(columns=["path", "notebook"]).fillna("").to_string(index=False))
     counts = table["status"].value_counts()
     print(", ".join(f"{count} {name}" for name, count in counts.items()) or "no runs")
     return 1 if set(counts.index) & {"failed", "damaged", "interrupted"} else 0

@@ -43,7 +43,7 @@ RUN = {  # run.json, as far as anything reads it
     "hardware": dict,
     "environment": dict,
 }
-PLAN = {"runs": [relative_path]}  # plan.json
+PLAN = {"runs": [relative_path], "labels": [str]}  # plan.json
 NOTEBOOKS = ("train", "evaluate", "qualitative", "ablation", "defect_types")  # whose results have the shape below
 RESULT = {  # result.json of these
     "notebook": str,

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -258,34 +259,47 @@ def collect(
     return table
 
 
-def _planned(folder: Path) -> Iterator[Path]:
-    "The runs of the last sweep over a folder."
+def _planned(folder: Path) -> Iterator[tuple[Path, str]]:
+    "The runs of the last sweep over a folder, and what it called them."
     plan, reason = read_record(folder / "plan.json", PLAN)
     if reason and os.path.lexists(folder / "plan.json"):
         warnings.warn(f"{folder}: {reason}; left out", stacklevel=3)
-    for path in plan.get("runs", []):
+    for path, label in zip_longest(plan.get("runs", []), plan.get("labels", [])):
         try:
-            yield inside(folder, path)
+            yield inside(folder, path or ""), label or ""
         except ValueError as error:
             warnings.warn(f"{error}; left out", stacklevel=3)
 
 
+def _label_of(
+    spec: dict,  # of a record
+) -> str:
+    "What a run was given, for people: the names and values of plain parameters."
+    values = spec.get("parameters", {})
+    given = {name: values.get(name) for name in spec.get("given", [])}
+    plain = {name: value for name, value in given.items() if isinstance(value, (str, int, float)) and value != ""}
+    words = [f"{name}={Path(value).name if isinstance(value, str) else value}" for name, value in plain.items()]
+    return shown(" ".join([Path(spec.get("notebook", "")).stem, *words]))
+
+
 def status(
     folder: str | Path,
-) -> pd.DataFrame:  # one row a run: experiment, hash, notebook, status, seconds, attempt, error, path
+) -> pd.DataFrame:  # one row a run: experiment, hash, notebook, label, status, seconds, attempt, error, path
     "The state of every run in a folder; runs of its last sweep that have not begun are `absent`."
     folder = Path(folder)
-    paths = set(run_folders(folder))
+    labels = dict.fromkeys(run_folders(folder), "")
     for place in (folder, *(path for path in sorted(folder.glob("*/")) if not path.is_symlink())):
-        paths.update(_planned(place))
+        labels.update(_planned(place))
     rows = []
-    for path in sorted(paths):
+    for path, label in sorted(labels.items()):
         state = result_of(path)
+        spec = state.record.get("spec", {})
         rows.append(
             dict(
                 experiment=path.parent.name,
                 hash=path.name,
-                notebook=Path(state.record.get("spec", {}).get("notebook", "")).stem,
+                notebook=Path(spec.get("notebook", "")).stem,
+                label=shown(label) or _label_of(spec),
                 status=state.status,
                 seconds=state.record.get("seconds"),
                 attempt=state.record.get("attempt"),
@@ -293,5 +307,5 @@ def status(
                 path=path.as_posix(),
             )
         )
-    columns = ["experiment", "hash", "notebook", "status", "seconds", "attempt", "error", "path"]
+    columns = ["experiment", "hash", "notebook", "label", "status", "seconds", "attempt", "error", "path"]
     return pd.DataFrame(rows, columns=columns)
