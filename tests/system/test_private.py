@@ -45,11 +45,14 @@ class Watch(threading.Thread):
         self.all = set()
         self.stop = threading.Event()
 
+    def look(self):
+        wide, every = listening()
+        self.wide |= set(wide)
+        self.all |= set(every)
+
     def run(self):
         while not self.stop.is_set():
-            wide, every = listening()
-            self.wide |= set(wide)
-            self.all |= set(every)
+            self.look()
             time.sleep(0.05)
 
     def __enter__(self):
@@ -73,6 +76,7 @@ def test_a_local_cluster_listens_on_loopback(tmp_path):
         executor = DaskExecutor(client, tmp_path)
         assert executor._link.startswith("; http://127.0.0.1:"), executor._link  # where it can be opened
         assert stat.S_IMODE(executor.place.stat().st_mode) == 0o700
+        watch.look()  # once for certain, however busy the machine is
         executor.shutdown()
     assert not watch.wide and watch.all
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from zsad_nb.backbones.ensembles import ANOVL_STATES, WINCLIP_TEMPLATES, macaroni
 from zsad_nb.backbones.features import FeatureCache
+from zsad_nb.backbones.products import fast_products
 from zsad_nb.core.settings import seed_everything
 from zsad_nb.data.images import Batch, batches
 from zsad_nb.data.index import make_index
@@ -551,9 +552,10 @@ def test_works_in_every_mode(batch):
     "Inference mode, no_grad, and with gradients on: the same numbers, and the caller's mode is untouched."
     model = small("anovl", augment=False)
     found = model.predict(batch)
-    with torch.no_grad():
+    with torch.no_grad(), fast_products():
         assert torch.equal(model(model.encode(batch), batch).map, found.map) and not torch.is_grad_enabled()
-    free = model(model.encode(batch), batch)
+    with fast_products():
+        free = model(model.encode(batch), batch)
     assert torch.equal(free.map, found.map) and not free.map.requires_grad and torch.is_grad_enabled()
     with torch.inference_mode():
         model.predict(batch)

@@ -194,7 +194,8 @@ def _print_maps(out: Path, written: bool, coco: bool):
 
 def _print_images(inspector, table, out: Path, format: str, pictures: str, maps: bool, coco: bool) -> int:
     "What became of the images, for a person; the exit status."
-    from zsad_nb.inspection.verdicts import exit_code
+    with importing():
+        from zsad_nb.inspection.verdicts import exit_code
 
     results = out / f"results.{format}"
     errors = table[table["decision"] == "error"]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backbones.features import FeatureCache
+from ..backbones.products import fast_products
 from ..core.parameters import ParameterSet
 from ..data.images import Batch, batches
 from ..data.index import root_of
@@ -130,6 +131,7 @@ class RangedMethod(Method):
         return self
 
     @torch.no_grad()
+    @fast_products()  # as `predict` does: a score is stretched by the very values of the images
     def measure(self, batch: Batch) -> Tensor:  # (B,) or (B, K)
         "What is stretched, for images of any device."
         batch = batch.to(self.device)
