@@ -22,6 +22,7 @@ from zsad_nb.cli.commands import main, parser
 from zsad_nb.figures.paper_plan import plan
 from zsad_nb.methods.base import create, save
 from zsad_nb.methods.visualad import export_released
+from zsad_nb.runs.library import find_notebook, find_sweep
 from zsad_nb.runs.parameters import check_parameters, parameters_of, read_notebook
 from zsad_nb.runs.plans import expand
 
@@ -208,6 +209,7 @@ def option(words: list[str]) -> tuple[list[str], dict]:
 
 def run_notebook(path: str, given: dict, root: Path):
     "A notebook's cells in this process, with toy values for what is large; the values that were given are checked first, as papermill's and a sweep's are."
+    path = str(find_notebook(path.removeprefix("zsad://")))
     book = read_notebook(path)
     known = parameters_of(book, path)
     output = given.pop("output", "")
@@ -267,10 +269,11 @@ def run_zsad(words: list[str], root: Path) -> str:
         return "checked"  # it needs the tower of its authors; tests/unit/test_released.py runs it with a small one
     if args.command == "submit":
         return "checked"  # it needs the eight classes of MVTec AD 2; tests/unit/test_map_files.py makes small ones
-    if args.command == "run":
-        book = read_notebook(args.notebook)
-        known = parameters_of(book)
-        run_notebook(args.notebook, {k: known[k].parse(v) for k, v in args.parameter}, root)
+    if args.command in ("run", "train", "evaluate"):
+        notebook = args.notebook if args.command == "run" else args.command
+        texts = dict(args.parameter) if args.command == "run" else args.given
+        known = parameters_of(read_notebook(find_notebook(notebook)))
+        run_notebook(notebook, {k: known[k].parse(v) for k, v in texts.items()}, root)
         return "executed"
     if args.command == "bench":
         words = [
@@ -299,7 +302,7 @@ def check(command: str) -> str:
     "A command of the plan: it parses, its files are there, and its values fit the notebook or expand to runs that do."
     args = parser().parse_args(shlex.split(command)[1:])
     if args.command == "run":
-        book = read_notebook(args.notebook)
+        book = read_notebook(find_notebook(args.notebook))
         known = parameters_of(book)
         check_parameters(book, {k: known[k].parse(v) for k, v in args.parameter})
     elif args.command == "sweep":
@@ -312,7 +315,7 @@ def check(command: str) -> str:
 def expand_all(args):
     "Every run of a sweep, its parameters held against its notebook."
     given = {k: v if k == "DATA" else yaml.safe_load(v) for k, _, v in (t.partition("=") for t in args.set)}
-    assert all(s.values is not None for s in expand(args.file, given))
+    assert all(s.values is not None for s in expand(find_sweep(args.file), given))
 
 
 def treat(command: str, root: Path) -> str:
