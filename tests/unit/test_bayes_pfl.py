@@ -474,8 +474,8 @@ def test_an_epoch_is_chosen_by_other_images(drawn):
     assert (model.p.samples, model.p.sigma) == (2, 8.0) and {c.split("/")[1] for c in model.trained_on} == set(
         drawn[0]["category"]
     ) | set(drawn[1]["category"])
-    with pytest.raises(ValueError, match="it goes with devices=1 and without resume"):
-        fit(small(), drawn[0], watch=BestEpoch(judge), resume="somewhere", progress=False)
+    with pytest.raises(ValueError, match="BestEpoch has to see a training from its beginning: it goes without resume"):
+        fit(small(), drawn[0], callbacks=[BestEpoch(judge)], resume="somewhere", progress=False)
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ __all__ = [
 # %% ../../nbs/evaluation/06_evaluate.ipynb #25923364
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 
 from ..backbones.features import FeatureCache
 from ..components.references import References
+from ..core.callbacks import Callback, Callbacks
 from ..core.names import shown
 from ..core.settings import usual_defaults
 from ..core.tables import write_table
@@ -359,6 +360,7 @@ def evaluate(
     maps: str = "",
     map_threshold: float | None = None,  # what is above it into map_folder/marks, as PNG of 0 and 255; None: nothing
     map_folder: str | Path | None = None,  # for both; is created
+    callbacks: Sequence[Callback] = (),  # are told of the metrics of every class and of their mean
     # see `Reading`: bits, white, mask_threshold, mask_mismatch, mask_orientation; default: the index's
     **reading,
 ) -> Evaluation:
@@ -371,16 +373,22 @@ def evaluate(
         cache = FeatureCache(cache)
     files = map_options(maps, map_threshold, map_folder, test)
     method.prepare(test)
+    looking_on = Callbacks(callbacks)
+    about = dict(work="evaluate", method=method.name, images=len(test), size=size)
     results = {}
     _require_not_tested(references, test)
-    with remembering(method, references), tqdm(total=len(test), desc=label, disable=not progress, unit="image") as bar:
+    bar = tqdm(total=len(test), desc=label, disable=not progress, unit="image")
+    with looking_on.work(about), remembering(method, references), bar:
         for category, part in by_category(test):
             with PixelMetrics(limits, spill=spill) if exact else BinnedPixelMetrics(limits) as pixels:
                 results[category] = (
                     predict_images(method, part, pixels, size, batch_size, workers, cache, bar=bar, **files),
                     pixels.compute(),
                 )
-    return put_together(test, results, seen)
+        evaluation = put_together(test, results, seen)
+        for category, row in evaluation.per_class.iterrows():
+            looking_on.tell("on_result", dict(name=category, **row.to_dict()))
+    return evaluation
 
 
 # %% ../../nbs/evaluation/06_evaluate.ipynb #e6a8be01

@@ -18,6 +18,7 @@ from typing import Any, TextIO
 
 import pandas as pd
 
+from ..core.callbacks import Callbacks
 from ..core.files import write_atomically
 from .kernel import code_state
 from .run import Spec, collect
@@ -124,8 +125,9 @@ def _clock(seconds: float) -> str:
 class Progress:
     "Done, running, failed, what is left."
 
-    def __init__(self, tasks: list[Task], stream: TextIO):
+    def __init__(self, tasks: list[Task], stream: TextIO, callbacks: Callbacks | None = None):
         self.tasks = tasks
+        self.callbacks = callbacks or Callbacks()
         self.tally = Tally(tasks)
         self.stream = stream
         self.slots = 1  # runs at the same time
@@ -156,6 +158,8 @@ class Progress:
         parts += [task.error] if task.error else []
         parts += [f"({_clock(eta)} left)"] if eta else []
         self.say("  ".join(parts))
+        row = dict(name=task.label, hash=task.spec.hash, status=task.status, seconds=task.seconds, error=task.error)
+        self.callbacks.tell("on_result", row)
 
     def say(self, text: str):
         "A line that stays."

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -22,6 +22,7 @@ from typing import Any, TextIO
 import pandas as pd
 from fastcore.basics import patch
 
+from ..core.callbacks import Callback, Callbacks
 from ..core.files import inside, write_json
 from ..core.locks import Busy
 from ..core.names import require_known
@@ -438,6 +439,7 @@ def sweep(
     first: int = 0,  # of the runs without a result, this many; 0: all
     dry_run: bool = False,  # print what would be run; start and write nothing
     stream: TextIO | None = None,  # progress goes here; default: stderr
+    callbacks: Sequence[Callback] = (),  # are told of every run that has ended
 ) -> Sweep:
     "Run what has no valid result yet; go on past what fails."
     tasks = tasks_of(chosen(specs, only or {}))
@@ -449,7 +451,7 @@ def sweep(
     if first:  # dependencies stand before what needs them
         asked = {task.spec.hash for task in islice((task for task in tasks if task.is_open), first)}
         tasks = [task for task in tasks if not task.is_open or task.spec.hash in asked]
-    progress = Progress(tasks, stream or sys.stderr)
+    progress = Progress(tasks, stream or sys.stderr, Callbacks(callbacks))
     if dry_run:
         _say_plan(tasks, progress)
         return Sweep(place, _table(tasks, root))
@@ -464,7 +466,7 @@ def sweep(
     if executor is None and any(task.is_open for task in tasks):
         opened = open_executor(root, client, workers, cores, gpus, tls)
     stopped = None
-    with opened as executor:
+    with opened as executor, progress.callbacks.work(dict(work="sweep", runs=len(tasks))) as outcome:
         several = sum(task.is_open for task in tasks) > 1  # one run alone would only wait for a template
         loop = _Loop(tasks, root, executor, retries, timeout, progress, fresh_kernels or not several)
         try:
@@ -474,6 +476,7 @@ def sweep(
             loop.stop()
         finally:
             progress.clear()
+        outcome.update(Counter(task.status for task in tasks))
     done = _end(tasks, place, root, stopped is not None, progress)
     if isinstance(stopped, Unusable):
         raise stopped

@@ -13,7 +13,7 @@ import math
 import numbers
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from ..backbones.features import FeatureCache, all_finite
 from ..backbones.products import fast_products
+from ..core.callbacks import Callback, Callbacks
 from ..core.names import require_known
 from ..core.settings import seed_everything, usual_defaults
 from ..data.augment import AUGMENTATIONS
@@ -192,8 +193,7 @@ def fit(
     resume: str | Path | None = None,
     # leave that state when the training has ended (its file is `attrs["state"]`), for a caller who has yet to save
     keep_state: bool = False,
-    # called with the method after every epoch, in evaluation mode; a true answer ends the training there
-    watch: Callable | None = None,
+    callbacks: Sequence[Callback] = (),  # see every step and epoch; one of them may end the training
     # kept out of the training to measure what evidence needs: a share of the normal images, or an Index of others;
     # None: a tenth where the method is to judge by evidence, else nothing
     held_out: float | pd.DataFrame | None = None,
@@ -205,7 +205,7 @@ def fit(
     _check_training(method, index, recipe)
     check_devices(method, devices, recipe.batch_size)
     lowered(precision, method.device)
-    _check_watch(watch, devices, resume)
+    looking_on = _checked_callbacks(callbacks, devices, resume)
     method.prepare(index, training=True)
     if isinstance(cache, (str, Path)):
         cache = FeatureCache(cache)
@@ -222,7 +222,7 @@ def fit(
         checkpointing=checkpointing,
         compile=compile,
         resume=resume,
-        watch=watch,
+        callbacks=looking_on,
     )
     history = _train(method, arguments)
     if kept is not None:
@@ -289,12 +289,14 @@ def _add_what_is_left(error: BaseException, done: int, epochs: int):
         error.add_note(left)
 
 
-def _check_watch(watch: Callable | None, devices: int, resume: str | Path | None):
-    "What `watch` cannot be combined with."
-    if watch is not None and (devices > 1 or resume is not None):
-        raise ValueError(
-            "watch looks at the method after every epoch in this process: it goes with devices=1 and without resume"
-        )
+def _checked_callbacks(callbacks: Sequence[Callback], devices: int, resume: str | Path | None) -> Callbacks:
+    "All of them as one, where they can look on."
+    all_of_them = Callbacks(callbacks)
+    if all_of_them and devices > 1:
+        raise ValueError("callbacks look at the training in this process: they go with devices=1")
+    if resume is not None:
+        all_of_them.require_resumable()
+    return all_of_them
 
 
 def _check_training(method: Method, index: pd.DataFrame, recipe: Recipe):
@@ -465,13 +467,13 @@ class _Loop:
         checkpointing: bool,
         compile: bool | str,
         resume: str | Path | None,
-        watch: Callable | None,
+        callbacks: Callbacks,
     ):
         self.method = method
         self.recipe = recipe
         self.precision = precision
         self.checkpointing = checkpointing
-        self.watch = watch
+        self.callbacks = callbacks
         self.team = Team(method.device) if devices > 1 else Alone()
         if isinstance(self.team, Team):
             method.to(self.team.device)
@@ -522,12 +524,14 @@ class _Loop:
             method.train()
             reset_peak(self.device)
             self.history.start_clock()
-            with checkpointed(method, self.checkpointing):
-                for epoch in range(self.done, self.recipe.epochs):
-                    self._epoch(epoch)
-                    if self._watched():
-                        break
-            self._judge()
+            with self.callbacks.work(self._about()) as outcome:
+                with checkpointed(method, self.checkpointing):
+                    for epoch in range(self.done, self.recipe.epochs):
+                        self._epoch(epoch)
+                        if self._show_epoch():
+                            break
+                outcome.update(epochs=self.done, steps=len(self.history.rows))
+                self._judge()
         except BaseException as error:
             put_back(method, self.last)
             learned = any(not row["skipped"] for row in self.history.rows)
@@ -576,6 +580,7 @@ def _step(self: _Loop, batch: Batch, epoch: int):
     self.history.add(epoch, updates.rate(), not finite, losses)
     self.bar.update()
     self.bar.set_postfix(loss=f"{self.history.rows[-1]['total']:.3f}", refresh=False)
+    self.callbacks.tell("on_step", self.history.rows[-1])
 
 
 @patch
@@ -585,16 +590,24 @@ def _forward(self: _Loop, features, batch):
 
 
 @patch
-def _watched(self: _Loop) -> bool:
-    "Does the caller's `watch` end the training? The state of the random numbers is as before."
-    if self.watch is None:
+def _about(self: _Loop) -> dict:
+    "What is trained, and how, for the callbacks."
+    learned = sum(p.numel() for p in self.updates.parameters)
+    sizes = dict(size=self.size, steps=self.steps, resumed=self.resumed, learned=learned)
+    return dict(work="fit", method=self.method.name, **dataclasses.asdict(self.recipe), **sizes)
+
+
+@patch
+def _show_epoch(self: _Loop) -> bool:
+    "Does a callback end the training? The state of the random numbers is as before."
+    if not self.callbacks:
         return False
     state = random_state(self.device)
     self.method.eval()
-    enough = self.watch(self.method)
+    enough = self.callbacks.tell("on_epoch", self.history.epochs[-1], self.method)
     self.method.train()
     set_random_state(*state, self.device)
-    return bool(enough)
+    return enough
 
 
 # %% ../../nbs/training/04_fit.ipynb #b3cdc6f3

@@ -8,20 +8,24 @@ __all__ = ["BestEpoch", "with_parameters", "fit_stages"]
 # %% ../../nbs/training/05_stages.ipynb #61b00003
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
+from ..core.callbacks import Callback
 from ..methods.base import Method
 from .fit import Recipe, fit, recipe_of
 from .resume import copied, put_back, remove_state, trained_state
 
 
 # %% ../../nbs/training/05_stages.ipynb #61b00006
-class BestEpoch:
-    "Watches a training (see `fit`): remembers the weights of its best epoch, and ends it when nothing rises any more."
+class BestEpoch(Callback):
+    "Remembers the weights of a training's best epoch, and ends it when nothing rises any more."
+
+    is_needed = True
+    knows_the_past = False
 
     def __init__(
         self,
@@ -35,7 +39,8 @@ class BestEpoch:
         self.values: list = []
         self.state: dict | None = None
 
-    def __call__(self, method: Method) -> bool:  # has it ended?
+    def on_epoch(self, row: dict, method: Method) -> bool:  # is it enough?
+        "Measure, and compare with the epochs before."
         value = float(self.measure(method))
         if not math.isfinite(value):
             raise ValueError(
@@ -90,6 +95,7 @@ def fit_stages(
     patience: int = 4,  # see `BestEpoch`
     resume: str | Path | None = None,  # see `fit`; stages after the first have folders of their own in it
     keep_state: bool = False,  # see `fit`
+    callbacks: Sequence[Callback] = (),  # see `fit`; of every stage
     **options,  # of `fit`
 ) -> pd.DataFrame:  # as of `fit`, with the number of the stage; attrs["judged"]: a value an epoch
     "Train every stage of a method, one after the other."
@@ -100,14 +106,15 @@ def fit_stages(
         )
     recipe = recipe_of(method) if recipe is None else recipe
     parts: list = []
-    watch = None if judge is None else BestEpoch(lambda m: _judged(m, index, validation, judge), patience)
+    best = None if judge is None else BestEpoch(lambda m: _judged(m, index, validation, judge), patience)
     while recipe is not None:
         folder = Path(resume, f"stage-{len(parts) + 1}") if parts and resume is not None else resume
-        parts.append(fit(method, index, recipe, keep_state=True, watch=watch, resume=folder, **options))
-        if watch is not None and validation is not None:
-            watch.restore(method)
+        looking_on = [*callbacks, best] if best is not None else callbacks
+        parts.append(fit(method, index, recipe, keep_state=True, callbacks=looking_on, resume=folder, **options))
+        if best is not None and validation is not None:
+            best.restore(method)
             method.trained_on = sorted({*method.trained_on, *(validation["dataset"] + "/" + validation["category"])})
-            parts[0].attrs["judged"], watch = watch.values, None
+            parts[0].attrs["judged"], best = best.values, None
         recipe = method.next_stage(recipe)
     states = [part.attrs.pop("state") for part in parts if "state" in part.attrs]
     for state in () if keep_state else reversed(states):  # the first stage's folder holds the others
