@@ -87,12 +87,14 @@ def _calibrate(inspector, normals: list[str], defective: list[str] | None, out: 
     print(f"{thresholds}\nkept in {thresholds.save(out / 'thresholds.json')}\n")
 
 
-def _possible(model: str | None, released: str | None, coco: bool, marks: bool) -> str | None:
+def _possible(model: str | None, released: str | None, coco: bool, marks: bool, polygons: bool) -> str | None:
     "The method that is meant; two of them are refused, and annotations of nothing."
     if model is not None and released is not None:
         raise ValueError("give one of --model and --released: each is a method")
     if coco and not marks:
         raise ValueError("--coco makes annotations of what is marked: add --marks")
+    if polygons and not coco:
+        raise ValueError("--polygons says how annotations are written: add --coco and --marks")
     return "self_distance" if model is None and released is None else model
 
 
@@ -104,7 +106,7 @@ def _use(inspector, thresholds: str | None, threshold: float | None, pixel_thres
         inspector.use_values(threshold, pixel_threshold)
 
 
-def _print_maps(out: Path, written: bool, coco: bool):
+def _print_maps(out: Path, written: bool, coco: bool, polygons: bool):
     "Where the maps are; the annotations are made here, of what was marked."
     if written:
         print(f"maps      {out / 'maps.json'}")
@@ -112,7 +114,7 @@ def _print_maps(out: Path, written: bool, coco: bool):
         with importing():
             from zsad_nb.inspection.annotations import results_as_coco
 
-        print(f"coco      {results_as_coco(out)}")
+        print(f"coco      {results_as_coco(out, polygons=polygons)}")
 
 
 def _print_images(table, decided: bool, results: Path, pictures: str):
@@ -176,6 +178,7 @@ def predict_images(
     maps: Literal["", "float16", "float32", "npy"] = "",  # maps at the images' own size, into OUT/maps (TIFF, or .npy)
     marks: bool = False,  # what is above the pixel threshold, into OUT/marks: PNG of 0 and 255
     coco: bool = False,  # regions as COCO annotations with their scores, into OUT/annotations.json; with --marks
+    polygons: bool = False,  # outlines in that file instead of run lengths
     format: Literal["csv", "parquet"] = "csv",  # of the table
     batch: int = 8,  # images at a time: speed and memory
     device: str = "cpu",  # cpu or cuda
@@ -184,7 +187,7 @@ def predict_images(
     rates = dict(rate=rate, sure=sure, pixel_rate=pixel_rate, miss=miss, false_alarm=false_alarm, share=share)
     rates = {name: value for name, value in rates.items() if value is not None}
     _require_consistent(normals, thresholds, threshold, bool(defective or comparable), rates)
-    model = _possible(model, released, coco, marks)
+    model = _possible(model, released, coco, marks, polygons)
     with importing():
         from zsad_nb.core.plain_yaml import typed_value
         from zsad_nb.inspection.inspector import Inspector
@@ -200,7 +203,7 @@ def predict_images(
     table = inspector.predict(images, out, pictures, format, maps=maps, marks=marks)
     decided = inspector.calibration is not None and bool(inspector.calibration.image)
     _print_images(table, decided, Path(out) / f"results.{format}", pictures)
-    _print_maps(Path(out), bool(maps or marks), coco)
+    _print_maps(Path(out), bool(maps or marks), coco, polygons)
     return exit_code(table)
 
 

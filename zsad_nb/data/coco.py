@@ -23,7 +23,7 @@ from .index import make_index, relative_path, require_labels, root_of
 from .listing import NORMAL_NAMES, LayoutError
 from .masks import load_mask
 from .meta import listed_record
-from .run_lengths import compress, from_box, from_segmentation, run_lengths
+from .run_lengths import compress, from_box, from_segmentation, outlines, run_lengths
 from .stored import upright_size
 
 
@@ -233,6 +233,17 @@ def _write_mask(path: Path, mask: np.ndarray) -> Path:
 _CORNERS = np.ones((3, 3), bool)
 
 
+def _counted(part: np.ndarray) -> dict:
+    "One part as compressed run lengths."
+    return dict(size=list(part.shape), counts=compress(run_lengths(part)))
+
+
+def _outlined(part: np.ndarray, rows: slice, columns: slice) -> list[list[int]]:
+    "One part as polygons."
+    corner = (columns.start, rows.start)
+    return [[value + corner[i % 2] for i, value in enumerate(line)] for line in outlines(part[rows, columns])]
+
+
 def regions_as_annotations(
     mask: np.ndarray,  # (H, W) bool, at the image's own size
     image_id: int,
@@ -240,6 +251,7 @@ def regions_as_annotations(
     first: int = 1,  # id of the first annotation
     heat: np.ndarray | None = None,  # (H, W) of a method: the score of a part is its largest value
     connectivity: int = 8,  # of the parts, or 4
+    polygons: bool = False,  # outlines instead of run lengths
 ) -> list[dict]:  # COCO's annotations; [] where nothing is marked
     "The connected parts of a mask."
     labels, _ = ndimage.label(mask, _CORNERS if connectivity == 8 else None)
@@ -252,7 +264,7 @@ def regions_as_annotations(
             category_id=category_id,
             bbox=[columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start],
             area=int(part.sum()),
-            segmentation=dict(size=list(mask.shape), counts=compress(run_lengths(part))),
+            segmentation=_outlined(part, rows, columns) if polygons else _counted(part),
             iscrowd=0,
         )
         if heat is not None:
@@ -274,6 +286,7 @@ def coco_content(
 def write_coco(
     index: pd.DataFrame,  # an Index with masks
     path: str | Path,  # the JSON file to write
+    polygons: bool = False,  # outlines instead of run lengths
 ) -> Path:  # the path
     "An Index as COCO's JSON; file names are relative to the Index's root."
     require_labels(index, "COCO would call them normal")
@@ -300,5 +313,5 @@ def write_coco(
                     f"the mask {shown(row.mask)} {found}, its image {shown(row.image)} is {width}x{height}; correct it"
                 )
             kind = names.index(row.defect or "defect") + 1
-            annotations += regions_as_annotations(mask, number, kind, len(annotations) + 1)
+            annotations += regions_as_annotations(mask, number, kind, len(annotations) + 1, polygons=polygons)
     return write_json(path, coco_content(images, annotations, names), indent=None)
