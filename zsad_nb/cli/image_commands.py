@@ -117,7 +117,7 @@ def _print_maps(out: Path, written: bool, coco: bool, polygons: bool):
         print(f"coco      {results_as_coco(out, polygons=polygons)}")
 
 
-def _print_images(table, decided: bool, results: Path, pictures: str):
+def _print_images(table, inspector, results: Path, pictures: str):
     "What became of the images, for a person."
     errors = table[table["decision"] == "error"]
     for row in errors.head(20).itertuples():
@@ -125,7 +125,7 @@ def _print_images(table, decided: bool, results: Path, pictures: str):
     if len(errors) > 20:
         print(f"... and {len(errors) - 20} more", file=sys.stderr)
     summary = table.attrs["summary"]
-    if decided:
+    if inspector.calibration is not None and inspector.calibration.image:
         print(f"{summary['defective']} defective, {summary['normal']} normal")
     else:
         print("no threshold: scores only (--normals FOLDER makes one from good images)")
@@ -201,8 +201,7 @@ def predict_images(
     else:
         _use(inspector, thresholds, threshold, pixel_threshold)
     table = inspector.predict(images, out, pictures, format, maps=maps, marks=marks)
-    decided = inspector.calibration is not None and bool(inspector.calibration.image)
-    _print_images(table, decided, Path(out) / f"results.{format}", pictures)
+    _print_images(table, inspector, Path(out) / f"results.{format}", pictures)
     _print_maps(Path(out), bool(maps or marks), coco, polygons)
     return exit_code(table)
 

@@ -218,7 +218,7 @@ def _with_slits(rings: list[list[Point]]) -> list[list[Point]]:
 
 def _corners(line: list[Point]) -> list[int]:  # x, y, x, y, ...
     "A line without the points at which it goes straight on."
-    kept = []
+    kept: list[int] = []
     for before, point, after in zip([line[-1], *line[:-1]], line, [*line[1:], line[0]]):
         cross = (point[0] - before[0]) * (after[1] - point[1]) - (point[1] - before[1]) * (after[0] - point[0])
         ahead = (point[0] - before[0]) * (after[0] - point[0]) + (point[1] - before[1]) * (after[1] - point[1])
