@@ -298,3 +298,32 @@ def test_scores_are_the_largest_value_inside():
     four = regions_as_annotations(mask, 1, 1, 5, heat, connectivity=4)
     assert [(part["id"], part["area"]) for part in four] == [(5, 1), (6, 1), (7, 6)]
     assert regions_as_annotations(mask & False, 1, 1) == []
+
+
+def test_masks_made_beside_photographs_are_no_photographs(tmp_path):
+    "And what lies beside the images is looked for there, not below the folder that images and masks have in common."
+    from zsad_nb.inspection.sources import sources
+
+    images(tmp_path / "photos")
+    (tmp_path / "photos/a.json").write_text(json.dumps(content()))
+    index = read_coco(tmp_path / "photos/a.json")
+    assert index["mask"].ne("").sum() == 1 and (tmp_path / "photos/a_masks/1.png").is_file()
+    found = sources(tmp_path / "photos")
+    assert [source.name.rpartition("/")[2] for source in found] == [f"{n}.png" for n in range(4)]
+    assert "folder of masks made from annotations" in found.left_out[0]["text"]
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/b.json").write_text(json.dumps(content()))
+    save(tmp_path / "private/secret.png", np.zeros((5, 5, 3), np.uint8))
+    save(tmp_path / "photos/extra.png", np.zeros((5, 5, 3), np.uint8))
+    far = read_coco(tmp_path / "elsewhere/b.json", images=tmp_path / "photos")
+    text = json.dumps(far.attrs["left_out"])
+    assert "photos/extra.png" in text and "secret" not in text and "folder of masks made from annotations" in text
+
+
+def test_a_file_that_is_not_there_and_a_folder(tmp_path):
+    images(tmp_path)
+    with pytest.raises(LayoutError, match="a.json does not exist; give COCO's JSON file itself"):
+        read_coco(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text(json.dumps(content()))
+    with pytest.raises(LayoutError, match="is a folder; give COCO's JSON file itself, such as .*a.json"):
+        read_coco(tmp_path)

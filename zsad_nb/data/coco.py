@@ -20,7 +20,7 @@ from scipy import ndimage
 from ..core.files import FileNames, read_json, write_atomically, write_json
 from ..core.names import same_name, shown
 from .index import make_index, relative_path, require_labels, root_of
-from .listing import NORMAL_NAMES, LayoutError
+from .listing import MADE, NORMAL_NAMES, LayoutError
 from .masks import load_mask
 from .meta import listed_record
 from .run_lengths import compress, from_box, from_segmentation, outlines, run_lengths
@@ -69,6 +69,13 @@ def _once(images: dict, file: str) -> None:
 def _read(path: Path) -> tuple[dict, dict, dict]:  # images, categories; id of an image -> its annotations
     "A file, checked."
     file = shown(path.name)
+    if not path.is_file():
+        there = sorted(entry.name for entry in path.glob("*.json"))[:3] if path.is_dir() else []
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise LayoutError(
+            f"{shown(str(path))} {what}; give COCO's JSON file itself"
+            + (f", such as {', '.join(shown(str(path / name)) for name in there)}" if there else "")
+        )
     data = read_json(path, limit_mb=1024)
     if not isinstance(data, dict) or not {"images", "annotations"} <= set(data):
         keys = f"it has {', '.join(map(shown, list(data)[:6]))}" if isinstance(data, dict) else "it holds no object"
@@ -216,17 +223,19 @@ def read_coco(
         if defects:
             row["defect"], mask = _defect(defects, categories, _size(image, home, file))
             if masks:
-                row["mask"] = relative_path(_write_mask(place / names[image["file_name"]], mask), root)
+                row["mask"] = relative_path(_write_mask(place, names[image["file_name"]], mask), root)
         rows.append(row)
     index = make_index(rows, root, dataset or home.name, [f"{file}, image {key}" for key in pictures])
-    index.attrs["left_out"] = listed_record(index, file)
+    index.attrs["left_out"] = listed_record(index, file, ("image",))  # masks may lie anywhere
     return index
 
 
-def _write_mask(path: Path, mask: np.ndarray) -> Path:
-    "One mask file, whole or absent."
+def _write_mask(place: Path, name: str, mask: np.ndarray) -> Path:
+    "One mask file, whole or absent, in a folder that says what it is: beside photographs it is none of them."
+    if not (place / MADE).exists():
+        write_atomically(place / MADE, lambda temporary: Path(temporary).write_text("made by read_coco\n"))
     picture = Image.fromarray(mask.astype("uint8") * 255)
-    return write_atomically(path, lambda temporary: picture.save(temporary, "PNG"))
+    return write_atomically(place / name, lambda temporary: picture.save(temporary, "PNG"))
 
 
 # %% ../../nbs/data/26_coco.ipynb #cd212e25
