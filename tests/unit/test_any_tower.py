@@ -1,6 +1,7 @@
 "Any tower by its own name: each family of both libraries with random weights, held against the library's own pass."
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from zsad_nb.backbones.towers import BeitBackbone, ClipBackbone, create_backbone
 from zsad_nb.backbones.weights import import_vision_libraries
 from zsad_nb.data.images import Batch
 from zsad_nb.methods.base import create
+from zsad_nb.runs.plans import expand
+from zsad_nb.runs.sweeps import tasks_of
 
 timm, open_clip = import_vision_libraries()
 
@@ -322,3 +325,11 @@ def test_a_refusal_says_what_is_missing_and_what_would_serve(monkeypatch, method
     with pytest.raises(ValueError, match=f"{missing}.*{instead}") as refused:
         create(method, **towers)
     assert re.split("[:/.]", name.partition(":")[2] or name)[0] in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_sweep_calls_a_tower_by_its_whole_name():
+    "The slash in open_clip:NAME/TAG is none of a path."
+    specs = expand(Path(__file__).parents[2] / "nbs/experiments/sweeps/towers.yaml", dict(DATA="DATA"))
+    labels = [task.label for task in tasks_of(specs)]
+    assert any(" backbone=open_clip:ViT-L-14-quickgelu/metaclip_fullcc" in label for label in labels), labels[7]
+    assert any(" data=visa root=visa " in label for label in labels)
