@@ -130,12 +130,14 @@ def _require_consistent(normals, thresholds, threshold, labelled: bool, rates: d
         raise ValueError(f"--{flags}: thresholds are made from good images; add --normals FOLDER")
 
 
-def _possible(model: str | None, released: str | None, coco: bool, marks: bool) -> str | None:
+def _possible(model: str | None, released: str | None, coco: bool, marks: bool, polygons: bool) -> str | None:
     "The method that is meant; two of them are refused, and annotations of nothing."
     if model is not None and released is not None:
         raise ValueError("give one of --model and --released: each is a method")
     if coco and not marks:
         raise ValueError("--coco makes annotations of what is marked: add --marks")
+    if polygons and not coco:
+        raise ValueError("--polygons says how annotations are written: add --coco and --marks")
     return "self_distance" if model is None and released is None else model
 
 
@@ -181,7 +183,7 @@ def _use(inspector, thresholds: str | None, threshold: float | None, pixel_thres
         inspector.use_values(threshold, pixel_threshold)
 
 
-def _print_maps(out: Path, written: bool, coco: bool):
+def _print_maps(out: Path, written: bool, coco: bool, polygons: bool):
     "Where the maps are; the annotations are made here, of what was marked."
     if written:
         print(f"maps      {out / 'maps.json'}")
@@ -189,10 +191,10 @@ def _print_maps(out: Path, written: bool, coco: bool):
         with importing():
             from zsad_nb.inspection.annotations import results_as_coco
 
-        print(f"coco      {results_as_coco(out)}")
+        print(f"coco      {results_as_coco(out, polygons=polygons)}")
 
 
-def _print_images(inspector, table, out: Path, format: str, pictures: str, maps: bool, coco: bool) -> int:
+def _print_images(inspector, table, out: Path, format: str, pictures: str) -> int:
     "What became of the images, for a person; the exit status."
     with importing():
         from zsad_nb.inspection.verdicts import exit_code
@@ -221,7 +223,6 @@ def _print_images(inspector, table, out: Path, format: str, pictures: str, maps:
         print(f"before    {summary['moved']} (rows of other settings)")
     if pictures != "none":
         print(f"pictures  {out / 'pictures'}")
-    _print_maps(out, maps, coco)
     return exit_code(table)
 
 
@@ -266,6 +267,7 @@ def predict_images(
     maps: Literal["", "float16", "float32", "npy"] = "",  # maps at the images' own size, into OUT/maps (TIFF, or .npy)
     marks: bool = False,  # what is above the pixel threshold, into OUT/marks: PNG of 0 and 255
     coco: bool = False,  # regions as COCO annotations with their scores, into OUT/annotations.json; with --marks
+    polygons: bool = False,  # outlines in that file instead of run lengths
     format: Literal["csv", "parquet"] = "csv",  # of the table
     batch: int = 8,  # images at a time: speed and memory
     device: str = "cpu",  # cpu or cuda
@@ -276,7 +278,8 @@ def predict_images(
     _require_consistent(normals, thresholds, threshold, bool(defective or comparable), rates, references)
     _require_evidence(evidence, references, copies)
     options = dict(bits=bits, white=white, max_side=max_side, min_area=min_area, batch_size=batch, category=category)
-    inspector = _inspector(_possible(model, released, coco, marks), released, device, parameter, evidence, options)
+    model = _possible(model, released, coco, marks, polygons)
+    inspector = _inspector(model, released, device, parameter, evidence, options)
     if references is not None:
         _remember(inspector, references, evidence, copies)
     if normals is not None:
@@ -286,7 +289,9 @@ def predict_images(
     else:
         _use(inspector, thresholds, threshold, pixel_threshold)
     table = inspector.predict(images, out, pictures, format, maps=maps, marks=marks)
-    return _print_images(inspector, table, Path(out), format, pictures, bool(maps or marks), coco)
+    status = _print_images(inspector, table, Path(out), format, pictures)
+    _print_maps(Path(out), bool(maps or marks), coco, polygons)
+    return status
 
 
 # %% ../../nbs/cli/06_image_commands.ipynb #6a91098b
