@@ -167,8 +167,12 @@ class Parser(argparse.ArgumentParser):
 
     declare: Callable[["Parser"], None] | None = None
 
-    def parse_known_args(self, args=None, namespace=None):
-        "As of any parser."
+    def parse_known_args(
+        self,
+        args: Sequence[str] | None = None,  # default: the process's own
+        namespace: Any = None,
+    ) -> Any:  # as of any parser
+        "Declare what is left to declare, then parse."
         if self.declare is not None:
             declare, self.declare = self.declare, None
             declare(self)

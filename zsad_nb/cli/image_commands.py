@@ -105,6 +105,10 @@ def check_data_set(
 
 
 # %% ../../nbs/cli/06_image_commands.ipynb #268777ef
+def _given(**options: float | None) -> dict[str, float]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def _require_evidence(evidence: str, references: list[str] | None, copies: str):
     "Refuse what says nothing."
     if references is None and (evidence == "memory" or copies != "none"):
@@ -153,12 +157,6 @@ def _inspector(model, released, device: str, parameter, evidence: str, options: 
     return Inspector.load(model, released=released, device=device, **options)
 
 
-def _calibrate_on_references(inspector, out: Path, **how):
-    "Thresholds from the good images, each judged by the others; kept beside the results, and printed."
-    thresholds = inspector.calibrate_on_references(**how)
-    print(f"{thresholds}\nkept in {thresholds.save(out / 'thresholds.json')}\n")
-
-
 def _remember(inspector, references: list[str], evidence: str, copies: str):
     "Compare with good images from now on, and say with which."
     if evidence == "memory":
@@ -169,9 +167,12 @@ def _remember(inspector, references: list[str], evidence: str, copies: str):
     print(f"compared with {counts} good image{'s' if counts != '1' else ''}")
 
 
-def _calibrate(inspector, normals: list[str], defective: list[str] | None, out: Path, **how):
-    "Make thresholds, keep them beside the results, print them."
-    thresholds = inspector.calibrate(normals, defective, out=out / "calibration", **how)
+def _calibrate(inspector, normals: list[str] | None, defective: list[str] | None, out: Path, **how):
+    "Make thresholds of good images, or of the references (each judged by the others); keep and print them."
+    if normals is None:
+        thresholds = inspector.calibrate_on_references(**how)
+    else:
+        thresholds = inspector.calibrate(normals, defective, out=out / "calibration", **how)
     print(f"{thresholds}\nkept in {thresholds.save(out / 'thresholds.json')}\n")
 
 
@@ -273,8 +274,7 @@ def predict_images(
     device: str = "cpu",  # cpu or cuda
 ) -> int:
     "look at your own images: score, decision, heatmap, regions, defect type"
-    rates = dict(rate=rate, sure=sure, pixel_rate=pixel_rate, miss=miss, false_alarm=false_alarm, share=share)
-    rates = {name: value for name, value in rates.items() if value is not None}
+    rates = _given(rate=rate, sure=sure, pixel_rate=pixel_rate, miss=miss, false_alarm=false_alarm, share=share)
     _require_consistent(normals, thresholds, threshold, bool(defective or comparable), rates, references)
     _require_evidence(evidence, references, copies)
     options = dict(bits=bits, white=white, max_side=max_side, min_area=min_area, batch_size=batch, category=category)
@@ -282,10 +282,8 @@ def predict_images(
     inspector = _inspector(model, released, device, parameter, evidence, options)
     if references is not None:
         _remember(inspector, references, evidence, copies)
-    if normals is not None:
+    if normals is not None or references is not None and rates:
         _calibrate(inspector, normals, defective, Path(out), comparable=comparable, **rates)
-    elif references is not None and rates:
-        _calibrate_on_references(inspector, Path(out), comparable=comparable, **rates)
     else:
         _use(inspector, thresholds, threshold, pixel_threshold)
     table = inspector.predict(images, out, pictures, format, maps=maps, marks=marks)
