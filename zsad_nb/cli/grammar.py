@@ -167,7 +167,7 @@ class Parser(argparse.ArgumentParser):
 
     declare: Callable[["Parser"], None] | None = None
 
-    def parse_known_args(
+    def parse_known_args(  # type: ignore[override]  # argparse declares it as several
         self,
         args: Sequence[str] | None = None,  # default: the process's own
         namespace: Any = None,

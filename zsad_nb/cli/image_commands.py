@@ -254,8 +254,7 @@ def predict_images(
     miss: float | None = None,  # cost of a missed defect, with --false-alarm
     false_alarm: float | None = None,  # cost of a false alarm, with --miss
     share: float | None = None,  # share of defective parts in production (default: as in the labelled images)
-    # hold scores against the normal images of their own category (default: scores as they are)
-    comparable: Literal["", "robust", "quantile"] = "",
+    comparable: Literal["", "robust", "quantile"] = "",  # scores relative to the normal images of their category
     thresholds: str | None = None,  # thresholds.json of an earlier call
     threshold: float | None = None,  # a score from elsewhere
     pixel_threshold: float | None = None,  # a heatmap value from elsewhere, with --threshold or alone
