@@ -109,12 +109,13 @@ def _given(**options: float | None) -> dict[str, float]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _require_evidence(evidence: str, references: list[str] | None, copies: str):
-    "Refuse what says nothing."
+def _evidence(evidence: str, references: list[str] | None, copies: str) -> str:
+    "The one that is meant; what says nothing is refused."
     if references is None and (evidence == "memory" or copies != "none"):
         raise ValueError("--evidence memory and --copies are about good images: add --references FOLDER")
     if references is not None and evidence == "method":
         raise ValueError("--evidence method is the method alone: leave --references out, or use --evidence self")
+    return evidence or ("preferred" if references is None else "self")
 
 
 def _require_consistent(normals, thresholds, threshold, labelled: bool, rates: dict, references=None):
@@ -145,26 +146,45 @@ def _possible(model: str | None, released: str | None, coco: bool, marks: bool, 
     return "self_distance" if model is None and released is None else model
 
 
-def _inspector(model, released, device: str, parameter, evidence: str, options: dict):
+def _inspector(model, released, device: str, parameter, options: dict):
     "The inspector that was asked for."
     with importing():
         from zsad_nb.core.plain_yaml import typed_value
         from zsad_nb.inspection.inspector import Inspector
 
     options = {name: typed_value(value) for name, value in parameter} | options
-    if evidence in ("method", "self"):
-        options["evidence"] = evidence
+    if options["evidence"] == "memory":
+        del options["evidence"]  # good images alone: `_remember` says so
     return Inspector.load(model, released=released, device=device, **options)
 
 
+def _judged_by(method) -> str:
+    "Whose word counted, for a person."
+    memories = method.memories
+    if memories:
+        counts = ", ".join(f"{len(m)} of {name}" if len(memories) > 1 else str(len(m)) for name, m in memories.items())
+        good = f"{counts} good image{'s' if counts != '1' else ''}"
+        return f"{good} alone" if method.evidence == "memory" else f"{method.name}, the image itself and {good}"
+    if method.evidence == "method":
+        return f"{method.name} alone"
+    known = method.auxiliary
+    if known is None or not known.prefers_itself:
+        return f"{method.name} and the image itself"
+    alone, itself = (
+        " / ".join(f"{100 * known.better[way][metric]:.1f}" for metric in ("image_auroc", "pixel_aupro"))
+        for way in ("method", "self")
+    )
+    return (
+        f"{method.name} and the image itself, which was better on auxiliary images (image AUROC / AUPRO {itself},"
+        f" {method.name} alone {alone}; --evidence method is the method alone)"
+    )
+
+
 def _remember(inspector, references: list[str], evidence: str, copies: str):
-    "Compare with good images from now on, and say with which."
+    "Compare with good images from now on."
     if evidence == "memory":
         inspector.method.evidence = "memory"
     inspector.remember(references[0] if len(references) == 1 else references, copies)
-    memories = inspector.method.memories
-    counts = ", ".join(f"{len(m)} of {name}" if len(memories) > 1 else str(len(m)) for name, m in memories.items())
-    print(f"compared with {counts} good image{'s' if counts != '1' else ''}")
 
 
 def _calibrate(inspector, normals: list[str] | None, defective: list[str] | None, out: Path, **how):
@@ -207,6 +227,7 @@ def _print_images(inspector, table, out: Path, format: str, pictures: str) -> in
     if len(errors) > 20:
         print(f"... and {len(errors) - 20} more", file=sys.stderr)
     summary = table.attrs["summary"]
+    print(f"judged by {_judged_by(inspector.method)}")
     if inspector.calibration is not None and inspector.calibration.image:
         print(f"{summary['defective']} defective, {summary['normal']} normal")
     else:
@@ -240,11 +261,11 @@ def predict_images(
     # names its tower's weights
     released: Annotated[str | None, Option(metavar="METHOD=FILE")] = None,
     parameter: Annotated[Sequence[tuple[str, str]], Option("-p")] = (),  # a parameter of the method
-    # whose word counts: the method's, its own image's too (self), or good images' alone; default with --references: self
+    # default: self with --references; else the better of method and self on auxiliary images, where the model knows it
     evidence: Literal["", "method", "self", "memory"] = "",
     # good images, or a file of them, that images are compared with; with --rate they make the threshold, too
     references: list[str] | None = None,
-    copies: Literal["none", "mirrored", "turned", "all"] = "none",
+    copies: Literal["none", "mirrored", "turned", "all"] = "none",  # of good images: positions a part may lie in
     normals: list[str] | None = None,  # images assumed normal: thresholds at --rate are made from them
     # false-alarm rate: share of good images that may be called defective (default: 0.01)
     rate: float | None = None,
@@ -275,10 +296,10 @@ def predict_images(
     "look at your own images: score, decision, heatmap, regions, defect type"
     rates = _given(rate=rate, sure=sure, pixel_rate=pixel_rate, miss=miss, false_alarm=false_alarm, share=share)
     _require_consistent(normals, thresholds, threshold, bool(defective or comparable), rates, references)
-    _require_evidence(evidence, references, copies)
     options = dict(bits=bits, white=white, max_side=max_side, min_area=min_area, batch_size=batch, category=category)
+    options |= dict(evidence=_evidence(evidence, references, copies))
     model = _possible(model, released, coco, marks, polygons)
-    inspector = _inspector(model, released, device, parameter, evidence, options)
+    inspector = _inspector(model, released, device, parameter, options)
     if references is not None:
         _remember(inspector, references, evidence, copies)
     if normals is not None or references is not None and rates:
