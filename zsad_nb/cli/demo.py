@@ -162,7 +162,9 @@ def demo_evaluation(
     if threads:
         torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory(prefix="zsad_bench_") as room:
-        index = synthetic_index(room, "target", s["size"], s["target_normal"], s["target_defective"])
+        index = synthetic_index(
+            room, "target", s["size"], s["target_normal"], s["target_defective"], version=s["version"]
+        )
         method = create("visualad", image_size=s["size"], sigma=s["sigma"]).to(device)
         start = time.perf_counter()
         busy = time.process_time()
