@@ -26,6 +26,10 @@ ROWS = {  # notebook -> what you learn; where the picture is from: the number of
         ),
         5,
     ),
+    "tutorials/from_no_good_image": (
+        "what a method's own image and one to sixteen good images add, a threshold from them, and the curve on real images",
+        1,
+    ),
     "tutorials/explore_heatmaps": (
         (
             "where methods see defects: thumbnails, sliders, pixels, types, one method wiped over another, pictures"

@@ -8,9 +8,10 @@ import pytest
 
 from zsad_nb.cli.commands import main
 from zsad_nb.cli.demo import demo
+from zsad_nb.methods.base import load
 from zsad_nb.synthetic.benchmark import synthetic_index
 
-SMALL = dict(size=64, normal=1, defective=2, target_normal=1, target_defective=2, epochs=1, progress=False)
+SMALL = dict(size=64, normal=1, defective=2, target_normal=1, target_defective=2, epochs=1, held_out=0, progress=False)
 
 
 def test_demo_writes_everything_and_says_each_stage(tmp_path, capsys):
@@ -32,6 +33,27 @@ def test_demo_writes_everything_and_says_each_stage(tmp_path, capsys):
     ):
         assert (tmp_path / name).stat().st_size > 0, name
     assert json.loads((tmp_path / "settings.json").read_text())["seed"] == 0
+
+
+def test_demo_compares_the_rule_and_predict_says_what_it_uses(tmp_path, capsys):
+    table = demo(tmp_path / "demo", figures=False, **SMALL | dict(size=96, held_out=1))
+    assert list(dict.fromkeys(table.columns.get_level_values(0))) == ["trained", "untrained", "control", "rule"]
+    assert "38 auxiliary images that were not trained on" in capsys.readouterr().err
+    checkpoint = str(tmp_path / "demo" / "visualad.safetensors")
+    better = load(checkpoint).auxiliary.better
+    means = {way: sum(values.values()) / 2 for way, values in better.items()}
+    expected = "visualad and the image itself" if means["self"] > means["method"] else "visualad alone"
+    pictures = str(next((tmp_path / "demo" / "data").glob("*/target/gear/test/good")))
+
+    def said(*more):
+        assert main(["predict", pictures, "--out", str(tmp_path / "out"), "--model", checkpoint, *more]) == 0
+        return capsys.readouterr().out
+
+    assert f"judged by {expected}" in said()
+    assert "judged by visualad alone" in said("--evidence", "method")
+    assert "judged by visualad and the image itself" in said("--evidence", "self")
+    assert "judged by visualad, the image itself and 1 good image" in said("--references", pictures)
+    assert "judged by 1 good image alone" in said("--references", pictures, "--evidence", "memory")
 
 
 def test_demo_repeats_itself(tmp_path):

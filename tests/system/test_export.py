@@ -204,6 +204,14 @@ def test_what_stands_is_kept_and_what_fails_leaves_nothing(tmp_path):
         load_exported(tmp_path / "again", "torch")
 
 
+def test_a_method_that_judges_by_evidence_is_refused(tmp_path):
+    method = create("self_distance", image_size=96)
+    method.evidence = "self"
+    with pytest.raises(ValueError, match=r"export it after use_evidence\('method'\)"):
+        export(method, tmp_path / "export")
+    assert not (tmp_path / "export").exists()
+
+
 def test_without_onnx_the_extra_is_named(monkeypatch, tmp_path):
     real = importlib.import_module
 

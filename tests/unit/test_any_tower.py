@@ -1,5 +1,8 @@
 "Any tower by its own name: each family of both libraries with random weights, held against the library's own pass."
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -12,6 +15,8 @@ from zsad_nb.backbones.towers import BeitBackbone, ClipBackbone, create_backbone
 from zsad_nb.backbones.weights import import_vision_libraries
 from zsad_nb.data.images import Batch
 from zsad_nb.methods.base import create
+from zsad_nb.runs.plans import expand
+from zsad_nb.runs.sweeps import tasks_of
 
 timm, open_clip = import_vision_libraries()
 
@@ -259,3 +264,72 @@ def test_words_of_another_clip():
     method = create("winclip", clip=name, clip_weights="random:0", image_size=96)
     found = method.predict(pictures(96))
     assert method.clip.quick_gelu and found.map.shape == (2, 96, 96) and found.score.isfinite().all()
+
+
+NO_GRID = "which has no grid of patch tokens that all its blocks keep"
+OTHER = "use a plain vision transformer, such as timm:vit_small_patch16_dinov3 or open_clip:ViT-B-16/metaclip_400m"
+NO_MATRIX = "has no matrix that takes class token and patches into the space shared with text"
+ANOTHER_CLIP = "use another CLIP, such as clip-vitb16 or open_clip:ViT-B-16/metaclip_400m"
+CONVOLUTIONS = "makes its tokens with a convolutional network instead of cutting patches"
+READ_MORE = "whose blocks read more than tokens and positions"
+TOKENISER = "which needs another library \\(transformers\\); for words use another CLIP, such as open_clip:ViT-B-16"
+REFUSED = [  # method, parameter, name, what is missing, what would serve
+    ("winclip", "clip", "open_clip:RN50/openai", f"is a ModifiedResNet, {NO_GRID}", OTHER),
+    ("winclip", "clip", "open_clip:convnext_base/laion400m_s13b_b51k", f"is a ConvNeXt, {NO_GRID}", OTHER),
+    ("winclip", "clip", "open_clip:swin_base_patch4_window7_224", f"is a SwinTransformer, {NO_GRID}", OTHER),
+    ("winclip", "clip", "open_clip:MobileCLIP-S1/datacompdr", f"is a FastVit, {NO_GRID}", OTHER),
+    ("winclip", "clip", "open_clip:MobileCLIP-B/datacompdr", CONVOLUTIONS, OTHER),
+    ("winclip", "clip", "open_clip:coca_ViT-B-32/laion2b_s13b_b90k", r"pools its tokens .* \(CoCa\)", OTHER),
+    ("winclip", "clip", "open_clip:ViT-B-16-SigLIP2/webli", rf"{NO_MATRIX} \(it pools by attention\)", ANOTHER_CLIP),
+    ("winclip", "clip", "open_clip:vit_medium_patch16_gap_256", rf"{NO_MATRIX} \(it pools the mean", ANOTHER_CLIP),
+    ("winclip", "clip", "open_clip:EVA02-B-16/merged2b_s8b_b131k", rf"{NO_MATRIX} \(its class token", ANOTHER_CLIP),
+    ("winclip", "clip", "open_clip:roberta-ViT-B-32/laion2b_s12b_b32k", "text tower .* is roberta-base,", TOKENISER),
+    ("winclip", "clip", "open_clip:nllb-clip-base/v1", "text tower .* is facebook/nllb-200", TOKENISER),
+    ("winclip", "clip", "open_clip:ViT-B-16/metaclip", "no weights 'metaclip' of ViT-B-16", "it has openai, "),
+    ("winclip", "clip", "open_clip:ViT-B16/openai", "has no model 'ViT-B16'", "nearest: ViT-B-16, "),
+    (
+        "winclip",
+        "clip",
+        "timm:vit_base_patch16_siglip_224",
+        "has no text tower",
+        "those that have one: clip-vitl14-336",
+    ),
+    ("winclip", "clip", "dinov3-vits16", "has no text tower", "those that have one: clip-vitl14-336"),
+    ("winclip", "clip", "clip-vitl14-337", "unknown backbone", "nearest: clip-vitl14-336"),
+    ("winclip", "clip", "ViT-B-16", "unknown backbone", "write open_clip:ViT-B-16/TAG"),
+    ("visualad", "backbone", "vit_small_patch16_dinov3", "unknown backbone", "write timm:vit_small_patch16_dinov3"),
+    ("visualad", "backbone", "timm:resnet50", f"is a ResNet, {NO_GRID}", OTHER),
+    ("visualad", "backbone", "timm:swin_tiny_patch4_window7_224", f"is a SwinTransformer, {NO_GRID}", OTHER),
+    ("visualad", "backbone", "timm:hiera_tiny_224", f"is a Hiera, {READ_MORE}", OTHER),
+    ("visualad", "backbone", "timm:vit_relpos_small_patch16_224", f"is a VisionTransformerRelPos, {READ_MORE}", OTHER),
+    ("visualad", "backbone", "timm:vit_base_r50_s16_224", CONVOLUTIONS, OTHER),
+    ("visualad", "backbone", "timm:vit_base_patch16_siglp_224", "has no model", "nearest: vit_base_patch16_siglip_224"),
+    ("visualad", "backbone", "timm:dinov3", "has no model 'dinov3'", "nearest: vit_7b_patch16_dinov3, "),
+    ("visualad", "backbone", "timm:vit_small_patch14_dinov2.v3", "no weights 'v3'", "it has lvd142m"),
+    (
+        "ssvp",
+        "dino",
+        "timm:vit_base_patch16_siglip_224",
+        "has no class token",
+        "such as dinov3-vits16 or .*hsvs='none'",
+    ),
+]
+
+
+@pytest.mark.parametrize("method, role, name, missing, instead", REFUSED, ids=[f"{r[1]}={r[2]}" for r in REFUSED])
+def test_a_refusal_says_what_is_missing_and_what_would_serve(monkeypatch, method, role, name, missing, instead):
+    "One sentence, whichever family; nothing is downloaded, for the hub would be asked at an address where nobody is."
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    weights = {"clip": "clip_weights", "dino": "dino_weights", "backbone": "weights"}[role]
+    towers = {role: name, weights: "random:0"} | (dict(clip="tiny-clip") if role == "dino" else {})
+    with pytest.raises(ValueError, match=f"{missing}.*{instead}") as refused:
+        create(method, **towers)
+    assert re.split("[:/.]", name.partition(":")[2] or name)[0] in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_sweep_calls_a_tower_by_its_whole_name():
+    "The slash in open_clip:NAME/TAG is none of a path."
+    specs = expand(Path(__file__).parents[2] / "nbs/experiments/sweeps/towers.yaml", dict(DATA="DATA"))
+    labels = [task.label for task in tasks_of(specs)]
+    assert any(" backbone=open_clip:ViT-L-14-quickgelu/metaclip_fullcc" in label for label in labels), labels[7]
+    assert any(" data=visa root=visa " in label for label in labels)

@@ -6,13 +6,22 @@ import warnings
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 
 from zsad_nb.data.coco import read_coco, regions_as_annotations, write_coco
 from zsad_nb.data.images import check
 from zsad_nb.data.index import make_index, root_of
 from zsad_nb.data.listing import LayoutError
 from zsad_nb.data.masks import load_mask
-from zsad_nb.data.run_lengths import compress, expand, from_polygon, from_run_lengths, run_lengths
+from zsad_nb.data.run_lengths import (
+    compress,
+    expand,
+    from_polygon,
+    from_run_lengths,
+    from_segmentation,
+    outlines,
+    run_lengths,
+)
 
 
 def literal_compress(counts):
@@ -64,6 +73,29 @@ def test_polygons_mark_the_pixels_whose_centres_lie_inside(seed):
     assert (from_polygon(points.ravel().tolist(), (28, 31)) == inside).all()
 
 
+@pytest.mark.parametrize("share", [0.02, 0.2, 0.5, 0.6, 0.8, 0.98])
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (7, 2), (20, 31)])
+def test_outlines_mark_the_same_pixels(size, share):
+    "Noise has every way in which pixels and holes can touch: corners, borders of the image, holes in parts in holes."
+    from matplotlib.path import Path as Outline
+
+    for seed in range(20):
+        mask = np.random.default_rng(seed).random(size) < share
+        lines = outlines(mask)
+        assert len(lines) == ndimage.label(mask)[1]
+        if lines:
+            assert (from_segmentation(lines, size) == mask).all()
+        yy, xx = np.mgrid[: size[0], : size[1]] + 0.5
+        union = np.zeros(size, bool)
+        for line in lines:  # to a reader with a code of its own, too
+            x, y = np.array(line).reshape(-1, 2).T
+            assert (x >= 0).all() and (x <= size[1]).all() and (y >= 0).all() and (y <= size[0]).all()
+            assert ((np.roll(x, -1) == x) != (np.roll(y, -1) == y)).all()  # along edges, no point twice
+            shifted = np.stack([x, y], 1) + 1e-4  # no centre lies on a slit
+            union |= Outline(shifted).contains_points(np.stack([xx.ravel(), yy.ravel()], 1)).reshape(size)
+        assert (union == mask).all()
+
+
 def save(path, pixels):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
@@ -111,7 +143,8 @@ def test_images_are_found_where_tools_put_them(tmp_path, layout):
     assert bare["mask"].eq("").all() and bare["anomalous"].sum() == 1
 
 
-def test_an_index_goes_there_and_back(tmp_path):
+@pytest.mark.parametrize("polygons", [False, True])
+def test_an_index_goes_there_and_back(tmp_path, polygons):
     rng = np.random.default_rng(0)
     rows = []
     for number in range(8):
@@ -125,7 +158,7 @@ def test_an_index_goes_there_and_back(tmp_path):
             row |= dict(anomalous=True, defect=("crack", "")[number % 2], mask=f"m/{number}.png")
         rows.append(row)
     index = make_index(rows, tmp_path, "shop")
-    file = write_coco(index, tmp_path / "coco.json")
+    file = write_coco(index, tmp_path / "coco.json", polygons=polygons)
     again = read_coco(file, images=tmp_path)
     columns = ["image", "category", "split", "anomalous"]
     assert again[columns].values.tolist() == index[columns].values.tolist()
@@ -135,7 +168,8 @@ def test_an_index_goes_there_and_back(tmp_path):
             assert (load_mask(tmp_path / before) == load_mask(root_of(again) / after)).all()
     data = json.loads(file.read_text())
     for annotation in data["annotations"]:  # what every reader relies on
-        part = from_run_lengths(annotation["segmentation"]["counts"], (25, 40))
+        assert isinstance(annotation["segmentation"], list) == polygons
+        part = from_segmentation(annotation["segmentation"], (25, 40))
         rows_, columns_ = np.nonzero(part)
         x, y, w, h = annotation["bbox"]
         assert (x, y) == (columns_.min(), rows_.min()) and (x + w, y + h) == (columns_.max() + 1, rows_.max() + 1)
@@ -264,3 +298,32 @@ def test_scores_are_the_largest_value_inside():
     four = regions_as_annotations(mask, 1, 1, 5, heat, connectivity=4)
     assert [(part["id"], part["area"]) for part in four] == [(5, 1), (6, 1), (7, 6)]
     assert regions_as_annotations(mask & False, 1, 1) == []
+
+
+def test_masks_made_beside_photographs_are_no_photographs(tmp_path):
+    "And what lies beside the images is looked for there, not below the folder that images and masks have in common."
+    from zsad_nb.inspection.sources import sources
+
+    images(tmp_path / "photos")
+    (tmp_path / "photos/a.json").write_text(json.dumps(content()))
+    index = read_coco(tmp_path / "photos/a.json")
+    assert index["mask"].ne("").sum() == 1 and (tmp_path / "photos/a_masks/1.png").is_file()
+    found = sources(tmp_path / "photos")
+    assert [source.name.rpartition("/")[2] for source in found] == [f"{n}.png" for n in range(4)]
+    assert "folder of masks made from annotations" in found.left_out[0]["text"]
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/b.json").write_text(json.dumps(content()))
+    save(tmp_path / "private/secret.png", np.zeros((5, 5, 3), np.uint8))
+    save(tmp_path / "photos/extra.png", np.zeros((5, 5, 3), np.uint8))
+    far = read_coco(tmp_path / "elsewhere/b.json", images=tmp_path / "photos")
+    text = json.dumps(far.attrs["left_out"])
+    assert "photos/extra.png" in text and "secret" not in text and "folder of masks made from annotations" in text
+
+
+def test_a_file_that_is_not_there_and_a_folder(tmp_path):
+    images(tmp_path)
+    with pytest.raises(LayoutError, match="a.json does not exist; give COCO's JSON file itself"):
+        read_coco(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text(json.dumps(content()))
+    with pytest.raises(LayoutError, match="is a folder; give COCO's JSON file itself, such as .*a.json"):
+        read_coco(tmp_path)

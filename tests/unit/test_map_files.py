@@ -2,8 +2,10 @@
 
 import json
 import warnings
+from concurrent.futures import Future
 
 import numpy as np
+import pandas as pd
 import pytest
 import tifffile
 from PIL import Image
@@ -19,6 +21,7 @@ from zsad_nb.inspection.annotations import results_as_coco
 from zsad_nb.inspection.inspector import Inspector
 from zsad_nb.inspection.submission import check_submission, write_submission
 from zsad_nb.methods.base import create
+from zsad_nb.runs.shards import evaluate_shards
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +102,8 @@ def test_what_cannot_be_written_is_refused_before_anything_starts(tmp_path, phot
         MapFolder(tmp_path, "npy", marks=True).write("x", heat, (5, 4), np.zeros((2, 2), bool))
 
 
-def test_evaluate_writes_maps_and_its_numbers_stay(tmp_path, method):
+@pytest.fixture
+def labelled(tmp_path):
     rows = []
     for number in range(6):
         photograph(tmp_path / f"set/{number}.png", (30, 44 + number), number, number % 2 == 1)
@@ -110,7 +114,11 @@ def test_evaluate_writes_maps_and_its_numbers_stay(tmp_path, method):
             write_marks(tmp_path / f"set/m{number}.png", mask)
             row["mask"] = f"m{number}.png"
         rows.append(row)
-    index = make_index(rows, tmp_path / "set", "toy")
+    return make_index(rows, tmp_path / "set", "toy")
+
+
+def test_evaluate_writes_maps_and_its_numbers_stay(tmp_path, method, labelled):
+    index = labelled
     plain = evaluate(method, index, progress=False, workers=0)
     with_maps = evaluate(
         method, index, progress=False, workers=0, maps="float32", map_threshold=0.25, map_folder=tmp_path / "out"
@@ -124,6 +132,41 @@ def test_evaluate_writes_maps_and_its_numbers_stay(tmp_path, method):
         evaluate(method, index, progress=False, maps="npy")
 
 
+def content(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class Here:
+    "An executor that computes at once; a shard still reads from its file what it has to know."
+
+    def submit(self, function, *args):
+        future: Future = Future()
+        future.set_result(function(*args))
+        return future
+
+
+@pytest.mark.parametrize("shards", [9, pytest.param(2, marks=pytest.mark.slow)])
+def test_shards_write_every_map_once_and_as_one_process_does(tmp_path, method, labelled, shards):
+    """One image in two categories, two names that are one where case does not count, and a folder that is not there;
+    shards of one image, and two shards in processes of their own."""
+    photograph(tmp_path / "set/A.png", (20, 30), 7)
+    photograph(tmp_path / "set/a.PNG", (22, 30), 8)
+    rows = [dict(image=name, category="c0", split="test", anomalous=False) for name in ("A.png", "a.PNG")]
+    rows += [dict(image="A.png", category="c1", split="test", anomalous=False)]
+    index = pd.concat([labelled, make_index(rows, tmp_path / "set", "toy")], ignore_index=True)
+    index.attrs = dict(labelled.attrs)
+    how = dict(progress=False, batch_size=1, workers=0, maps="float16", map_threshold=0.25)
+    whole = evaluate(method, index, map_folder=tmp_path / "whole", **how)
+    folder = tmp_path / "not" / "yet"
+    executor = Here() if shards > 2 else None
+    for _ in range(2 if executor else 1):  # over maps of an earlier call, too
+        found = evaluate_shards(method, index, shards=shards, executor=executor, map_folder=folder, **how)
+        assert content(folder) == content(tmp_path / "whole") and len(content(folder)) == 18
+        assert found.per_image.equals(whole.per_image) and found.per_class.equals(whole.per_class)
+    with pytest.raises(ValueError, match="give map_folder=FOLDER"):
+        evaluate_shards(method, index, shards=2, progress=False, maps="npy")
+
+
 def test_one_image_in_two_categories_has_two_maps(tmp_path, method):
     photograph(tmp_path / "0.png")
     rows = [dict(image="0.png", category=name, split="test", anomalous=False) for name in ("a", "b")]
@@ -134,10 +177,11 @@ def test_one_image_in_two_categories_has_two_maps(tmp_path, method):
     assert len(list((tmp_path / "out/maps").iterdir())) == 2
 
 
-def test_marked_regions_become_annotations(tmp_path, photos, method, capsys):
+@pytest.mark.parametrize("polygons", [[], ["--polygons"]])
+def test_marked_regions_become_annotations(tmp_path, photos, method, capsys, polygons):
     out = tmp_path / "out"
     arguments = ["predict", str(photos), "--out", str(out), "-p", "image_size", "48", "--pictures", "none"]
-    assert main([*arguments, "--pixel-threshold", "0.3", "--maps", "float32", "--marks", "--coco"]) == 0
+    assert main([*arguments, "--pixel-threshold", "0.3", "--maps", "float32", "--marks", "--coco", *polygons]) == 0
     assert "annotations.json" in capsys.readouterr().out
     files = json.loads((out / "maps.json").read_text())
     data = json.loads((out / "annotations.json").read_text())
@@ -150,12 +194,15 @@ def test_marked_regions_become_annotations(tmp_path, photos, method, capsys):
         if row.mask:
             assert np.array_equal(load_mask(root_of(index) / row.mask), marks)
     for part in data["annotations"]:
+        assert isinstance(part["segmentation"], list) == bool(polygons)
         name = data["images"][part["image_id"] - 1]["file_name"]
         heat = read_map(out / files[str(photos / name)]["map"])
         x, y, w, h = part["bbox"]
         assert 0.3 < part["score"] <= heat[y : y + h, x : x + w].max() + 1e-6
     assert main([*arguments, "--coco"]) == 2
     assert "--coco makes annotations of what is marked: add --marks" in capsys.readouterr().err
+    assert main([*arguments, "--polygons"]) == 2
+    assert "--polygons says how annotations are written: add --coco and --marks" in capsys.readouterr().err
     (out / "maps.json").write_text("[]")
     with pytest.raises(ValueError, match="was changed after it was written"):
         results_as_coco(out)

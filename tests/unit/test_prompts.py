@@ -148,11 +148,13 @@ def test_seeds():
 
 
 def test_names_without_a_text_tower():
-    for name in ("tiny-dino", "dinov2-vits14", "nothing"):
+    for name in ("tiny-dino", "dinov2-vits14", "timm:vit_base_patch16_siglip_224"):
         with pytest.raises(
             ValueError, match=rf"'{name}' has no text tower; those that have one: clip-vitl14-336, .*tiny-clip"
         ):
             create_text(name, "random:0")
+    with pytest.raises(ValueError, match="unknown backbone 'tiny-clp'; known: .*; nearest: tiny-clip"):
+        create_text("tiny-clp", "random:0")
     for weights in ("random:0", "pretrained"):
         with pytest.raises(WeightsError, match="clip.*weights=PATH"):
             create_text("clip", weights)

@@ -7,11 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from zsad_nb.core.files import write_json
 from zsad_nb.data.readers import read
 from zsad_nb.data.saturation import CONFIG, Channels, read_saturation
 from zsad_nb.data.stored import BadImage
 from zsad_nb.evaluation.evaluate import evaluate
 from zsad_nb.evaluation.metrics import PixelMetrics, pixel_metrics
+from zsad_nb.evaluation.results import read_runs
+from zsad_nb.evaluation.tables import results_table
+from zsad_nb.figures.bars import bar_figure
 from zsad_nb.methods.base import create
 from zsad_nb.runs.shards import evaluate_shards
 
@@ -200,3 +204,30 @@ def test_a_changed_shard_is_refused(tmp_path):
     path.write_bytes(data.replace(b'"vanished": 0', b'"vanished": x'))
     with pytest.raises(ValueError):
         PixelMetrics.load(path)
+
+
+def test_spro_stands_in_tables_with_its_size(index, tmp_path):
+    "Named like the other metrics; a set without saturation areas has a gap with its reason, and nobody is warned."
+    method = create("self_distance", image_size=64)
+    plain = index.copy()
+    plain.attrs = dict(index.attrs)
+    for name, rows in (("mvtec_loco", index), ("other", plain)):
+        if name == "other":
+            for category in ("pushpins", "screw_bag"):
+                (tmp_path / "loco" / category / CONFIG).unlink()
+        evaluation = evaluate(method, rows, progress=False, workers=0)
+        folder = tmp_path / "runs" / name
+        evaluation.save(folder)
+        result = dict(notebook="evaluate", method="self_distance", data=name, seed=0, size=64, trained_on=[])
+        write_json(folder / "result.json", result | dict(evaluation.mean.dropna()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        runs = read_runs(tmp_path / "runs")
+        table = results_table(runs, ["pixel_aupro", "pixel_spro", "pixel_spro@0.3"])
+        figure_of = bar_figure(results_table(runs, ["pixel_aupro", "pixel_spro"], data="mvtec_loco"), row="mvtec_loco")
+    text = table.markdown()
+    loco = runs[(runs["data"] == "mvtec_loco") & (runs["category"] == "mean")].iloc[0]
+    assert f"{100 * loco['pixel_spro']:.1f} / {100 * loco['pixel_spro@0.3']:.1f}" in text and figure_of is not None
+    assert "sPRO: up to a false positive rate of 0.05; sPRO (FPR up to 0.3): up to a false positive rate of 0.3" in text
+    assert "the evaluation's size (64 px)" in text
+    assert "sPRO, sPRO (FPR up to 0.3) is undefined on other (no saturation areas)" in text

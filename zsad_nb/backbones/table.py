@@ -223,8 +223,31 @@ def require_patch_tokens(
 
 # %% ../../nbs/backbones/03_table.ipynb #5fd7f25a
 def _nearest(word: str, known: Iterable[str]) -> str:  # for a message
-    close = difflib.get_close_matches(word, list(known), 3, 0.5)
+    known = list(known)
+    inside = sorted((name for name in known if len(word) > 3 and word.lower() in name.lower()), key=len)
+    close = inside[:3] or difflib.get_close_matches(word, known, 3, 0.5)
     return f"nearest: {', '.join(close)}" if close else "none is similar"
+
+
+def _unknown(name: str) -> str:
+    "The message for a name that neither the table nor a prefix explains."
+    timm, open_clip = import_vision_libraries()
+    owner = next(
+        (
+            f"; that is a model of {library}: write {form}"
+            for library, mark, models, form in (
+                ("timm", ".", timm.list_models(), f"timm:{name}"),
+                ("open_clip", "/", open_clip.list_models(), f"open_clip:{name.partition('/')[0]}/TAG"),
+            )
+            if name.partition(mark)[0] in models
+        ),
+        "",
+    )
+    close = _nearest(name, BACKBONES)
+    return (
+        f"unknown backbone {name!r}; known: {', '.join(BACKBONES)}; and any of a library's own as timm:NAME or"
+        f" open_clip:NAME/TAG{owner or (f'; {close}' if close.startswith('nearest') else '')}"
+    )
 
 
 def _timm_row(rest: str) -> BackboneRow:  # NAME or NAME.TAG
@@ -258,6 +281,7 @@ def _timm_row(rest: str) -> BackboneRow:  # NAME or NAME.TAG
 def _open_clip_row(rest: str) -> BackboneRow:  # NAME or NAME/TAG
     _, open_clip = import_vision_libraries()
     model, _, tag = rest.partition("/")
+    rest = f"{model}/{tag}" if tag else model
     sizes = open_clip.get_model_config(model)
     if sizes is None:
         known = open_clip.list_models()
@@ -312,10 +336,7 @@ def backbone_row(
         return _timm_row(rest)
     if colon and library == "open_clip":
         return _open_clip_row(rest)
-    raise ValueError(
-        f"unknown backbone {name!r}; known: {', '.join(BACKBONES)}; and any of a library's own as timm:NAME or"
-        " open_clip:NAME/TAG"
-    )
+    raise ValueError(_unknown(name))
 
 
 # %% ../../nbs/backbones/03_table.ipynb #2fabfabc

@@ -369,7 +369,7 @@ def create_text(
 ) -> TextTower:  # frozen, in evaluation mode, on the CPU
     "Build the text tower that belongs to an image tower and load its weights."
     clips = [n for n, row in BACKBONES.items() if row.library == "open_clip"]
-    row = backbone_row(name) if name in BACKBONES or name.startswith("open_clip:") else None
+    row = None if name.startswith("timm:") else backbone_row(name)
     if row is None or row.library != "open_clip":
         raise ValueError(f"{name!r} has no text tower; those that have one: {', '.join(clips)}, and open_clip:NAME/TAG")
     require_clip_text(row)

@@ -19,8 +19,9 @@ from ..core.names import require_known
 from ..core.settings import seed_everything
 from ..core.tables import write_table
 from ..evaluation.evaluate import Evaluation, evaluate
+from ..evaluation.which_evidence import which_evidence
 from ..figures.heatmaps import render_cases
-from ..methods.base import create, save
+from ..methods.base import Method, create, save
 from ..synthetic.benchmark import synthetic_index
 from ..training.fit import Recipe, fit
 from ..training.precision import peak_memory
@@ -37,6 +38,7 @@ SETTINGS = dict(
     batch_size=8,
     lr_scale=8.0,
     sigma=8.0,
+    held_out=3,  # further normal and defective images an auxiliary category: is the rule better? 0: not asked
 )  # paper: 518 px, 1-2 epochs, 8, 1, 4 px
 
 
@@ -45,6 +47,27 @@ def _print_stage(text: str):
 
 
 # %% ../../nbs/cli/03_demo.ipynb #fca72fa6
+def _ask_which_evidence(method: Method, folder: Path, s: dict):
+    "The method alone or with its own image: which is better on auxiliary images that were not trained on?"
+    others = synthetic_index(
+        folder / f"held-out-{s['version']}-{s['size']}-{s['held_out']}",
+        "auxiliary",
+        s["size"],
+        s["held_out"],
+        s["held_out"],
+        seed=1,
+        version=s["version"],
+    )
+    found = 100 * which_evidence(method, others)
+    assert method.auxiliary is not None  # measured just now
+    words = "the rule without references" if method.auxiliary.prefers_itself else "the method alone"
+    alone, rule = (" / ".join(f"{v:.1f}" for v in found.loc[way]) for way in ("method", "self"))
+    _print_stage(
+        f"      {len(others)} auxiliary images that were not trained on, image AUROC / AUPRO: alone {alone}, rule {rule};"
+        f" `zsad predict` will use {words}"
+    )
+
+
 def _benchmark(folder: Path, s: dict) -> tuple[pd.DataFrame, pd.DataFrame]:  # auxiliary and target index
     "The two sets, rendered once for each combination of settings."
     tag = f"{s['version']}-{s['size']}-{s['normal']}-{s['defective']}-{s['target_normal']}-{s['target_defective']}"
@@ -64,7 +87,7 @@ def demo(
     figures: bool = True,  # write the pictures
     progress: bool = True,  # bars on stderr
     **settings,  # SETTINGS to change
-) -> pd.DataFrame:  # one row a category and the mean: trained, untrained and control
+) -> pd.DataFrame:  # one row a category and the mean: trained, untrained, control and rule
     "Render the benchmark, train VisualAD, test it on unseen categories, write tables, checkpoint and pictures."
     require_known(settings, SETTINGS, "setting of the demo")
     s = {**SETTINGS, **settings}
@@ -90,7 +113,12 @@ def demo(
     history = fit(method, auxiliary, recipe, progress=progress)
     stage(4, "testing on the categories it never saw")
     trained = evaluate(method, target, progress=progress, label="trained")
-    table = compare(dict(trained=trained, untrained=untrained, control=control))
+    evaluations = dict(trained=trained, untrained=untrained, control=control)
+    if s["held_out"]:
+        _ask_which_evidence(method, out / "data", s)
+        evaluations["rule"] = evaluate(method.use_evidence("self"), target, progress=progress, label="rule")
+        method.use_evidence("method")
+    table = compare(evaluations)
 
     stage(5, "writing tables and pictures")
     trained.save(out)
@@ -134,7 +162,9 @@ def demo_evaluation(
     if threads:
         torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory(prefix="zsad_bench_") as room:
-        index = synthetic_index(room, "target", s["size"], s["target_normal"], s["target_defective"])
+        index = synthetic_index(
+            room, "target", s["size"], s["target_normal"], s["target_defective"], version=s["version"]
+        )
         method = create("visualad", image_size=s["size"], sigma=s["sigma"]).to(device)
         start = time.perf_counter()
         busy = time.process_time()

@@ -13,6 +13,7 @@ __all__ = [
     "command",
     "call",
     "assignments",
+    "Parser",
     "parser",
 ]
 
@@ -161,9 +162,26 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def parser() -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    "A parser that may declare its options when it is asked to parse: reading a notebook's parameters takes imports."
+
+    declare: Callable[["Parser"], None] | None = None
+
+    def parse_known_args(  # type: ignore[override]  # argparse declares it as several
+        self,
+        args: Sequence[str] | None = None,  # default: the process's own
+        namespace: Any = None,
+    ) -> Any:  # as of any parser
+        "Declare what is left to declare, then parse."
+        if self.declare is not None:
+            declare, self.declare = self.declare, None
+            declare(self)
+        return super().parse_known_args(args, namespace)
+
+
+def parser() -> Parser:
     "The command line of all commands."
-    top = argparse.ArgumentParser(
+    top = Parser(
         "zsad",
         description="Zero-shot anomaly detection in notebooks.",
         epilog=(

@@ -105,12 +105,17 @@ def check_data_set(
 
 
 # %% ../../nbs/cli/06_image_commands.ipynb #268777ef
-def _require_evidence(evidence: str, references: list[str] | None, copies: str):
-    "Refuse what says nothing."
+def _given(**options: float | None) -> dict[str, float]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _evidence(evidence: str, references: list[str] | None, copies: str) -> str:
+    "The one that is meant; what says nothing is refused."
     if references is None and (evidence == "memory" or copies != "none"):
         raise ValueError("--evidence memory and --copies are about good images: add --references FOLDER")
     if references is not None and evidence == "method":
         raise ValueError("--evidence method is the method alone: leave --references out, or use --evidence self")
+    return evidence or ("preferred" if references is None else "self")
 
 
 def _require_consistent(normals, thresholds, threshold, labelled: bool, rates: dict, references=None):
@@ -130,46 +135,64 @@ def _require_consistent(normals, thresholds, threshold, labelled: bool, rates: d
         raise ValueError(f"--{flags}: thresholds are made from good images; add --normals FOLDER")
 
 
-def _possible(model: str | None, released: str | None, coco: bool, marks: bool) -> str | None:
+def _possible(model: str | None, released: str | None, coco: bool, marks: bool, polygons: bool) -> str | None:
     "The method that is meant; two of them are refused, and annotations of nothing."
     if model is not None and released is not None:
         raise ValueError("give one of --model and --released: each is a method")
     if coco and not marks:
         raise ValueError("--coco makes annotations of what is marked: add --marks")
+    if polygons and not coco:
+        raise ValueError("--polygons says how annotations are written: add --coco and --marks")
     return "self_distance" if model is None and released is None else model
 
 
-def _inspector(model, released, device: str, parameter, evidence: str, options: dict):
+def _inspector(model, released, device: str, parameter, options: dict):
     "The inspector that was asked for."
     with importing():
         from zsad_nb.core.plain_yaml import typed_value
         from zsad_nb.inspection.inspector import Inspector
 
     options = {name: typed_value(value) for name, value in parameter} | options
-    if evidence in ("method", "self"):
-        options["evidence"] = evidence
+    if options["evidence"] == "memory":
+        del options["evidence"]  # good images alone: `_remember` says so
     return Inspector.load(model, released=released, device=device, **options)
 
 
-def _calibrate_on_references(inspector, out: Path, **how):
-    "Thresholds from the good images, each judged by the others; kept beside the results, and printed."
-    thresholds = inspector.calibrate_on_references(**how)
-    print(f"{thresholds}\nkept in {thresholds.save(out / 'thresholds.json')}\n")
+def _judged_by(method) -> str:
+    "Whose word counted, for a person."
+    memories = method.memories
+    if memories:
+        counts = ", ".join(f"{len(m)} of {name}" if len(memories) > 1 else str(len(m)) for name, m in memories.items())
+        good = f"{counts} good image{'s' if counts != '1' else ''}"
+        return f"{good} alone" if method.evidence == "memory" else f"{method.name}, the image itself and {good}"
+    if method.evidence == "method":
+        return f"{method.name} alone"
+    known = method.auxiliary
+    if known is None or not known.prefers_itself:
+        return f"{method.name} and the image itself"
+    alone, itself = (
+        " / ".join(f"{100 * known.better[way][metric]:.1f}" for metric in ("image_auroc", "pixel_aupro"))
+        for way in ("method", "self")
+    )
+    return (
+        f"{method.name} and the image itself, which was better on auxiliary images (image AUROC / AUPRO {itself},"
+        f" {method.name} alone {alone}; --evidence method is the method alone)"
+    )
 
 
 def _remember(inspector, references: list[str], evidence: str, copies: str):
-    "Compare with good images from now on, and say with which."
+    "Compare with good images from now on."
     if evidence == "memory":
         inspector.method.evidence = "memory"
     inspector.remember(references[0] if len(references) == 1 else references, copies)
-    memories = inspector.method.memories
-    counts = ", ".join(f"{len(m)} of {name}" if len(memories) > 1 else str(len(m)) for name, m in memories.items())
-    print(f"compared with {counts} good image{'s' if counts != '1' else ''}")
 
 
-def _calibrate(inspector, normals: list[str], defective: list[str] | None, out: Path, **how):
-    "Make thresholds, keep them beside the results, print them."
-    thresholds = inspector.calibrate(normals, defective, out=out / "calibration", **how)
+def _calibrate(inspector, normals: list[str] | None, defective: list[str] | None, out: Path, **how):
+    "Make thresholds of good images, or of the references (each judged by the others); keep and print them."
+    if normals is None:
+        thresholds = inspector.calibrate_on_references(**how)
+    else:
+        thresholds = inspector.calibrate(normals, defective, out=out / "calibration", **how)
     print(f"{thresholds}\nkept in {thresholds.save(out / 'thresholds.json')}\n")
 
 
@@ -181,7 +204,7 @@ def _use(inspector, thresholds: str | None, threshold: float | None, pixel_thres
         inspector.use_values(threshold, pixel_threshold)
 
 
-def _print_maps(out: Path, written: bool, coco: bool):
+def _print_maps(out: Path, written: bool, coco: bool, polygons: bool):
     "Where the maps are; the annotations are made here, of what was marked."
     if written:
         print(f"maps      {out / 'maps.json'}")
@@ -189,10 +212,10 @@ def _print_maps(out: Path, written: bool, coco: bool):
         with importing():
             from zsad_nb.inspection.annotations import results_as_coco
 
-        print(f"coco      {results_as_coco(out)}")
+        print(f"coco      {results_as_coco(out, polygons=polygons)}")
 
 
-def _print_images(inspector, table, out: Path, format: str, pictures: str, maps: bool, coco: bool) -> int:
+def _print_images(inspector, table, out: Path, format: str, pictures: str) -> int:
     "What became of the images, for a person; the exit status."
     with importing():
         from zsad_nb.inspection.verdicts import exit_code
@@ -204,6 +227,7 @@ def _print_images(inspector, table, out: Path, format: str, pictures: str, maps:
     if len(errors) > 20:
         print(f"... and {len(errors) - 20} more", file=sys.stderr)
     summary = table.attrs["summary"]
+    print(f"judged by {_judged_by(inspector.method)}")
     if inspector.calibration is not None and inspector.calibration.image:
         print(f"{summary['defective']} defective, {summary['normal']} normal")
     else:
@@ -221,7 +245,6 @@ def _print_images(inspector, table, out: Path, format: str, pictures: str, maps:
         print(f"before    {summary['moved']} (rows of other settings)")
     if pictures != "none":
         print(f"pictures  {out / 'pictures'}")
-    _print_maps(out, maps, coco)
     return exit_code(table)
 
 
@@ -238,11 +261,11 @@ def predict_images(
     # names its tower's weights
     released: Annotated[str | None, Option(metavar="METHOD=FILE")] = None,
     parameter: Annotated[Sequence[tuple[str, str]], Option("-p")] = (),  # a parameter of the method
-    # whose word counts: the method's, its own image's too (self), or good images' alone; default with --references: self
+    # default: self with --references; else the better of method and self on auxiliary images, where the model knows it
     evidence: Literal["", "method", "self", "memory"] = "",
     # good images, or a file of them, that images are compared with; with --rate they make the threshold, too
     references: list[str] | None = None,
-    copies: Literal["none", "mirrored", "turned", "all"] = "none",
+    copies: Literal["none", "mirrored", "turned", "all"] = "none",  # of good images: positions a part may lie in
     normals: list[str] | None = None,  # images assumed normal: thresholds at --rate are made from them
     # false-alarm rate: share of good images that may be called defective (default: 0.01)
     rate: float | None = None,
@@ -252,8 +275,7 @@ def predict_images(
     miss: float | None = None,  # cost of a missed defect, with --false-alarm
     false_alarm: float | None = None,  # cost of a false alarm, with --miss
     share: float | None = None,  # share of defective parts in production (default: as in the labelled images)
-    # hold scores against the normal images of their own category (default: scores as they are)
-    comparable: Literal["", "robust", "quantile"] = "",
+    comparable: Literal["", "robust", "quantile"] = "",  # scores relative to the normal images of their category
     thresholds: str | None = None,  # thresholds.json of an earlier call
     threshold: float | None = None,  # a score from elsewhere
     pixel_threshold: float | None = None,  # a heatmap value from elsewhere, with --threshold or alone
@@ -266,27 +288,28 @@ def predict_images(
     maps: Literal["", "float16", "float32", "npy"] = "",  # maps at the images' own size, into OUT/maps (TIFF, or .npy)
     marks: bool = False,  # what is above the pixel threshold, into OUT/marks: PNG of 0 and 255
     coco: bool = False,  # regions as COCO annotations with their scores, into OUT/annotations.json; with --marks
+    polygons: bool = False,  # outlines in that file instead of run lengths
     format: Literal["csv", "parquet"] = "csv",  # of the table
     batch: int = 8,  # images at a time: speed and memory
     device: str = "cpu",  # cpu or cuda
 ) -> int:
     "look at your own images: score, decision, heatmap, regions, defect type"
-    rates = dict(rate=rate, sure=sure, pixel_rate=pixel_rate, miss=miss, false_alarm=false_alarm, share=share)
-    rates = {name: value for name, value in rates.items() if value is not None}
+    rates = _given(rate=rate, sure=sure, pixel_rate=pixel_rate, miss=miss, false_alarm=false_alarm, share=share)
     _require_consistent(normals, thresholds, threshold, bool(defective or comparable), rates, references)
-    _require_evidence(evidence, references, copies)
     options = dict(bits=bits, white=white, max_side=max_side, min_area=min_area, batch_size=batch, category=category)
-    inspector = _inspector(_possible(model, released, coco, marks), released, device, parameter, evidence, options)
+    options |= dict(evidence=_evidence(evidence, references, copies))
+    model = _possible(model, released, coco, marks, polygons)
+    inspector = _inspector(model, released, device, parameter, options)
     if references is not None:
         _remember(inspector, references, evidence, copies)
-    if normals is not None:
+    if normals is not None or references is not None and rates:
         _calibrate(inspector, normals, defective, Path(out), comparable=comparable, **rates)
-    elif references is not None and rates:
-        _calibrate_on_references(inspector, Path(out), comparable=comparable, **rates)
     else:
         _use(inspector, thresholds, threshold, pixel_threshold)
     table = inspector.predict(images, out, pictures, format, maps=maps, marks=marks)
-    return _print_images(inspector, table, Path(out), format, pictures, bool(maps or marks), coco)
+    status = _print_images(inspector, table, Path(out), format, pictures)
+    _print_maps(Path(out), bool(maps or marks), coco, polygons)
+    return status
 
 
 # %% ../../nbs/cli/06_image_commands.ipynb #6a91098b

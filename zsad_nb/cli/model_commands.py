@@ -36,7 +36,7 @@ def run_demo(
     folder = Path(out)
     print(
         "\nPercent, on categories the model never saw; 'untrained' is the same model before training, 'control' needs"
-        " no training at all.\n"
+        " no training at all; 'rule' is the trained model and the image itself.\n"
         f"pictures    {folder / 'figures' / 'overview.png'}  (and one per category beside it)\n"
         f"numbers     {folder / 'metrics.csv'}, {folder / 'scores.csv'}, {folder / 'comparison.csv'}\n"
         f"checkpoint  {folder / 'visualad.safetensors'}"

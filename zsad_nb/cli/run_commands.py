@@ -88,11 +88,17 @@ class NotebookCommand(Command):
     "A command whose options are the parameters of a notebook of the package, which has the command's name."
 
     def add_to(self, commands: argparse._SubParsersAction):
-        "Declare the parameters of the notebook; its defaults count, so only what is given is passed on."
-        from zsad_nb.runs.library import find_notebook
-        from zsad_nb.runs.parameters import parameters_of, read_notebook
-
+        "Declare this command; its options are read when it is asked for."
         parser = commands.add_parser(self.name, help=self.help, description=self.help, epilog=self.exit_statuses)
+        parser.declare = self.add_options
+        parser.set_defaults(function=self.function, given={})
+
+    def add_options(self, parser: argparse.ArgumentParser):
+        "Declare the parameters of the notebook; its defaults count, so only what is given is passed on."
+        with importing():
+            from zsad_nb.runs.library import find_notebook
+            from zsad_nb.runs.parameters import parameters_of, read_notebook
+
         for each in parameters_of(read_notebook(find_notebook(self.name)), self.name).values():
             if each.name == "output":  # the run's own folder
                 continue
@@ -102,7 +108,6 @@ class NotebookCommand(Command):
             parser.add_argument(flag, dest=each.name, action=_Given, metavar="VALUE", help=help, **more)
         parser.add_argument("--runs", default="runs", help="results are in RUNS/NAME/HASH (default: runs)")
         parser.add_argument("--timeout", type=float, help="seconds a cell may take")
-        parser.set_defaults(function=self.function, given={})
 
 
 def notebook_command(

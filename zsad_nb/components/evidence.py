@@ -104,7 +104,22 @@ def own_sources(
 
 # %% ../../nbs/components/14_evidence.ipynb #1db87972
 BLOCK = 4096  # rows of the memory that are compared at once
-CANDIDATES = 4  # rows of a block whose distance is computed again in float64: fp32 cannot tell them apart for certain
+CANDIDATES = 4  # nearest rows whose distance is computed again in float64: fp32 cannot tell them apart for certain
+
+
+def _candidates(x: Tensor, rows: Tensor, block: int) -> Tensor:  # (N, CANDIDATES) positions
+    "The rows with the largest products, block after block."
+    largest = x.new_empty(len(x), 0)
+    positions = torch.empty(len(x), 0, dtype=torch.int64, device=x.device)
+    for start in range(0, len(rows), block):
+        part = rows[start : start + block].to(x)
+        values, at = (x @ part.T).topk(min(CANDIDATES, len(part)), 1)
+        largest = torch.cat([largest, values], 1)
+        positions = torch.cat([positions, at + start], 1)
+        best = largest.topk(min(CANDIDATES, largest.shape[1]), 1).indices
+        largest = largest.gather(1, best)
+        positions = positions.gather(1, best)
+    return positions
 
 
 def distance_to_rows(
@@ -117,13 +132,9 @@ def distance_to_rows(
         raise ValueError("the memory holds no row: give at least one reference image")
     found = []
     for x in F.normalize(patches.double(), dim=-1):
-        short = x.float()
-        largest = x.new_full((len(x),), -torch.inf)
-        for part in rows.split(block):
-            near = (short @ part.to(short).T).topk(min(CANDIDATES, len(part)), 1).indices
-            again = F.normalize(part[near].double(), dim=-1)  # (N, CANDIDATES, D)
-            largest = torch.maximum(largest, torch.einsum("nd,ncd->nc", x, again).amax(1))
-        found.append(1 - largest)
+        near = rows[_candidates(x.float(), rows, block)].double()  # (N, CANDIDATES, D)
+        cosines = (near @ x[..., None])[..., 0] / near.norm(dim=-1).clamp_min(1e-12)
+        found.append(1 - cosines.amax(1))
     return torch.stack(found)
 
 

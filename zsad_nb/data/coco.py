@@ -20,10 +20,10 @@ from scipy import ndimage
 from ..core.files import FileNames, read_json, write_atomically, write_json
 from ..core.names import same_name, shown
 from .index import make_index, relative_path, require_labels, root_of
-from .listing import NORMAL_NAMES, LayoutError
+from .listing import MADE, NORMAL_NAMES, LayoutError
 from .masks import load_mask
 from .meta import listed_record
-from .run_lengths import compress, from_box, from_segmentation, run_lengths
+from .run_lengths import compress, from_box, from_segmentation, outlines, run_lengths
 from .stored import upright_size
 
 
@@ -69,6 +69,13 @@ def _once(images: dict, file: str) -> None:
 def _read(path: Path) -> tuple[dict, dict, dict]:  # images, categories; id of an image -> its annotations
     "A file, checked."
     file = shown(path.name)
+    if not path.is_file():
+        there = sorted(entry.name for entry in path.glob("*.json"))[:3] if path.is_dir() else []
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise LayoutError(
+            f"{shown(str(path))} {what}; give COCO's JSON file itself"
+            + (f", such as {', '.join(shown(str(path / name)) for name in there)}" if there else "")
+        )
     data = read_json(path, limit_mb=1024)
     if not isinstance(data, dict) or not {"images", "annotations"} <= set(data):
         keys = f"it has {', '.join(map(shown, list(data)[:6]))}" if isinstance(data, dict) else "it holds no object"
@@ -216,21 +223,34 @@ def read_coco(
         if defects:
             row["defect"], mask = _defect(defects, categories, _size(image, home, file))
             if masks:
-                row["mask"] = relative_path(_write_mask(place / names[image["file_name"]], mask), root)
+                row["mask"] = relative_path(_write_mask(place, names[image["file_name"]], mask), root)
         rows.append(row)
     index = make_index(rows, root, dataset or home.name, [f"{file}, image {key}" for key in pictures])
-    index.attrs["left_out"] = listed_record(index, file)
+    index.attrs["left_out"] = listed_record(index, file, ("image",))  # masks may lie anywhere
     return index
 
 
-def _write_mask(path: Path, mask: np.ndarray) -> Path:
-    "One mask file, whole or absent."
+def _write_mask(place: Path, name: str, mask: np.ndarray) -> Path:
+    "One mask file, whole or absent, in a folder that says what it is: beside photographs it is none of them."
+    if not (place / MADE).exists():
+        write_atomically(place / MADE, lambda temporary: Path(temporary).write_text("made by read_coco\n"))
     picture = Image.fromarray(mask.astype("uint8") * 255)
-    return write_atomically(path, lambda temporary: picture.save(temporary, "PNG"))
+    return write_atomically(place / name, lambda temporary: picture.save(temporary, "PNG"))
 
 
 # %% ../../nbs/data/26_coco.ipynb #cd212e25
 _CORNERS = np.ones((3, 3), bool)
+
+
+def _counted(part: np.ndarray) -> dict:
+    "One part as compressed run lengths."
+    return dict(size=list(part.shape), counts=compress(run_lengths(part)))
+
+
+def _outlined(part: np.ndarray, rows: slice, columns: slice) -> list[list[int]]:
+    "One part as polygons."
+    corner = (columns.start, rows.start)
+    return [[value + corner[i % 2] for i, value in enumerate(line)] for line in outlines(part[rows, columns])]
 
 
 def regions_as_annotations(
@@ -240,6 +260,7 @@ def regions_as_annotations(
     first: int = 1,  # id of the first annotation
     heat: np.ndarray | None = None,  # (H, W) of a method: the score of a part is its largest value
     connectivity: int = 8,  # of the parts, or 4
+    polygons: bool = False,  # outlines instead of run lengths
 ) -> list[dict]:  # COCO's annotations; [] where nothing is marked
     "The connected parts of a mask."
     labels, _ = ndimage.label(mask, _CORNERS if connectivity == 8 else None)
@@ -252,7 +273,7 @@ def regions_as_annotations(
             category_id=category_id,
             bbox=[columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start],
             area=int(part.sum()),
-            segmentation=dict(size=list(mask.shape), counts=compress(run_lengths(part))),
+            segmentation=_outlined(part, rows, columns) if polygons else _counted(part),
             iscrowd=0,
         )
         if heat is not None:
@@ -274,6 +295,7 @@ def coco_content(
 def write_coco(
     index: pd.DataFrame,  # an Index with masks
     path: str | Path,  # the JSON file to write
+    polygons: bool = False,  # outlines instead of run lengths
 ) -> Path:  # the path
     "An Index as COCO's JSON; file names are relative to the Index's root."
     require_labels(index, "COCO would call them normal")
@@ -300,5 +322,5 @@ def write_coco(
                     f"the mask {shown(row.mask)} {found}, its image {shown(row.image)} is {width}x{height}; correct it"
                 )
             kind = names.index(row.defect or "defect") + 1
-            annotations += regions_as_annotations(mask, number, kind, len(annotations) + 1)
+            annotations += regions_as_annotations(mask, number, kind, len(annotations) + 1, polygons=polygons)
     return write_json(path, coco_content(images, annotations, names), indent=None)

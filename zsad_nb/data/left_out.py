@@ -151,7 +151,7 @@ def _of_entry(entry: Entry, used: _Used, apart: dict[str, str], listed: str, mas
     "Why an entry of a folder is not used; None: it is used, or of no use to anybody."
     path = entry.path
     name = path.rpartition("/")[2]
-    if entry.kind == "folder" or (entry.kind == "twin" and path in used.folders):
+    if entry.kind == "folder" or (entry.kind in ("twin", "made") and path in used.folders):
         return None
     if entry.kind == "missing" and not is_note(name):
         return Unused("dangling" if used.has(path) else "missing", path)
@@ -245,6 +245,11 @@ _WHAT = {  # reason -> one of them, several of them, what to do
     "results": (
         "folder of results of zsad predict",
         "folders of results of zsad predict",
+        "nothing in it is looked at",
+    ),
+    "made": (
+        "folder of masks made from annotations",
+        "folders of masks made from annotations",
         "nothing in it is looked at",
     ),
     "notes": (

@@ -10,6 +10,7 @@ __all__ = [
     "DEFECTIVE_NAMES",
     "MASK_NAMES",
     "LIMIT",
+    "MADE",
     "image_suffixes",
     "is_image",
     "is_rubbish",
@@ -123,9 +124,13 @@ class Entry(NamedTuple):
 
     path: str  # relative to the folder that was listed, with /
     # file, folder; missing: a link that leads nowhere; twin: a link to a folder that is listed anyway;
-    # closed: may not be opened; special: a pipe or a device; results: of `zsad predict`; more: the limit was reached
+    # closed: may not be opened; special: a pipe or a device; results: of `zsad predict`; made: masks that a reader of
+    # annotations wrote; more: the limit was reached
     kind: str
     hidden: bool = False  # by its name, or by that of a folder above it
+
+
+MADE = ".masks_of_annotations"  # in a folder of masks that a reader of annotations wrote
 
 
 def is_results(
@@ -198,8 +203,12 @@ def walk(
         if items is None:
             entries.append(Entry(parent, "closed", concealed))
             continue
-        if parent and (is_results(item.name for item in items) or (out is not None and os.path.realpath(here) == out)):
+        names = {item.name for item in items}
+        if parent and (is_results(names) or (out is not None and os.path.realpath(here) == out)):
             entries.append(Entry(parent, "results", concealed))
+            continue
+        if parent and MADE in names:
+            entries.append(Entry(parent, "made", concealed))
             continue
         for item in items:
             if len(entries) >= limit:

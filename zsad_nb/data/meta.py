@@ -180,16 +180,18 @@ def _localise(paths: list[str], root: Path, wheres: list[str] | None = None) -> 
 def listed_record(
     index: pd.DataFrame,  # an Index that a list made
     name: str,  # of the list
+    columns: tuple[str, ...] = ("image", "mask"),  # whose files the folder holds
 ) -> Record:  # what lies beside the listed files
     "What a list does not name, below the folder that holds all that it does."
-    paths = [PurePosixPath(path) for column in ("image", "mask") for path in index[column] if path]
+    paths = [PurePosixPath(path) for column in columns for path in index[column] if path]
     if not paths or not root_of(index).is_dir():
         return Record()
     scope = PurePosixPath(os.path.commonpath([path.parent for path in paths]) or ".")
+    paths = [PurePosixPath(path) for column in ("image", "mask") for path in index[column] if path]
     if not (root_of(index) / scope).is_dir():
         return Record()
     normal = index["image"][~index["anomalous"]]
-    used = [path.relative_to(scope).as_posix() for path in paths]
+    used = [path.relative_to(scope).as_posix() for path in paths if path.is_relative_to(scope)]
     entries = unused(
         root_of(index) / scope,
         used,

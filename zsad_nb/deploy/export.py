@@ -296,6 +296,11 @@ def export(
     formats = (formats,) if isinstance(formats, str) else tuple(formats)
     if not formats or set(formats) - {"torch", "onnx"}:
         raise ValueError(f"formats={formats!r}; use torch, onnx or both")
+    if method.evidence != "method":
+        raise ValueError(
+            f"an export is the method alone, and this one judges by evidence={method.evidence!r}: export it after"
+            " use_evidence('method'), or keep to PyTorch for what its own image and good images say"
+        )
     _recover(folder)
     _require_replaceable(folder)
     if "onnx" in formats:

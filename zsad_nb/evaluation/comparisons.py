@@ -16,6 +16,8 @@ __all__ = [
     "mean_row",
     "lead_over",
     "mark_best",
+    "metric_notes",
+    "why_undefined",
 ]
 
 # %% ../../nbs/evaluation/13_comparisons.ipynb #4dceebff
@@ -27,6 +29,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.names import shown
+from .aupro_200 import SPRO_LIMITS
 from .evaluate import MEAN
 from .paired import NO_INTERVAL, Interval, Resampled, image_deviation, interval_of, read_resampled
 from zsad_nb.evaluation.published import (
@@ -346,3 +349,38 @@ def mark_best(
             apart,
         ]
     return numbers
+
+
+# %% ../../nbs/evaluation/13_comparisons.ipynb #5f1f2180
+def metric_notes(
+    runs: pd.DataFrame,  # of `tidy_runs`, those of a table
+    metrics: list[str],
+    published: bool = False,  # do published numbers stand beside them?
+) -> list[str]:
+    "Sentences of a table's legend."
+    notes = []
+    if published and "pixel_aupro" in metrics:
+        notes.append(
+            "Published AUPRO is the approximation with 200 thresholds: compare it with pixel_aupro_200, not with the"
+            " exact value here."
+        )
+    saturated = [metric for metric in metrics if metric in SPRO_LIMITS]
+    if saturated:
+        limits = [
+            f"{METRIC_NAMES[metric]}: up to a false positive rate of {SPRO_LIMITS[metric]:g}" for metric in saturated
+        ]
+        there = runs[runs[saturated].notna().any(axis=1)]
+        sizes = sorted(set(there["size"].dropna())) if "size" in there else []
+        at = ", ".join(f"{size:g} px" for size in sizes) or "not recorded"
+        notes.append(
+            f"{'; '.join(limits)}; on maps and masks of the evaluation's size ({at}), with saturation areas scaled"
+            " alike, not at the images' own size."
+        )
+    return notes
+
+
+def why_undefined(
+    metrics: Iterable[str],  # without a value in any run of a row
+) -> str:
+    "What a data set lacks."
+    return "no saturation areas" if all(metric in SPRO_LIMITS for metric in metrics) else "one class only, or no masks"

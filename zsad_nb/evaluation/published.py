@@ -47,7 +47,8 @@ METRIC_NAMES = dict(
     pixel_f1max="pixel F1-max",
     pixel_aupro="AUPRO",
     pixel_aupro_200="AUPRO (200 steps)",
-)  # columns of metrics.csv, in the order of tables
+    pixel_spro="sPRO",
+) | {"pixel_spro@0.3": "sPRO (FPR up to 0.3)"}  # columns of metrics.csv, in the order of tables
 METHOD_NAMES = dict(
     winclip="WinCLIP",
     anovl="AnoVL",

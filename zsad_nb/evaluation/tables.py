@@ -39,7 +39,9 @@ from zsad_nb.evaluation.comparisons import (
     mark_training,
     mean_row,
     method_name,
+    metric_notes,
     tidy_runs,
+    why_undefined,
 )
 from .evaluate import MEAN
 from .paired import LEVEL, RESAMPLES
@@ -518,11 +520,6 @@ def _published_notes(layout: _Layout) -> list[str]:
         notes.append(
             "Of published numbers no results of single images are known: a difference from them is no verdict."
         )
-    if "pixel_aupro" in layout.metrics:
-        notes.append(
-            "Published AUPRO is the approximation with 200 thresholds: compare it with pixel_aupro_200, not with the"
-            " exact value here."
-        )
     for r in body[body["note"].str.contains("slip")].itertuples():
         notes.append(f"{layout.place(r)}, published {METRIC_NAMES[r.metric]}: {r.note}.")
     for data in layout.rows if layout.by_data else [layout.data]:
@@ -551,8 +548,8 @@ def _gap_notes(layout: _Layout) -> list[str]:
     for row, metrics in undefined.items():
         end = "; the mean leaves it out." if layout.by_data else "."
         notes.append(
-            f"n/a: {', '.join(METRIC_NAMES[m] for m in metrics)} is undefined on {layout.heading(row)} (one class only,"
-            f" or no masks){end}"
+            f"n/a: {', '.join(METRIC_NAMES[m] for m in metrics)} is undefined on {layout.heading(row)}"
+            f" ({why_undefined(metrics)}){end}"
         )
     return notes
 
@@ -561,6 +558,7 @@ def _gap_notes(layout: _Layout) -> list[str]:
 def _legend(
     layout: _Layout,
     skipped: list,  # path and reason of folders that are no runs
+    of_metrics: list[str],  # of `metric_notes`
 ) -> list[str]:
     "Everything a reader must know of a table of results."
     notes = []
@@ -573,7 +571,7 @@ def _legend(
     notes += _mark_notes(layout)
     notes += _training_notes(layout)
     notes += _published_notes(layout) if layout.published else []
-    notes += _gap_notes(layout)
+    notes += of_metrics + _gap_notes(layout)
     if skipped:
         notes.append("Skipped folders: " + "; ".join(f"{p} ({r})" for p, r in skipped) + ".")
     return notes
@@ -663,7 +661,7 @@ def results_table(
         _cells(layout, kinds, digits),
         layout.numbers,
         caption,
-        _legend(layout, skipped),
+        _legend(layout, skipped, metric_notes(here, metrics, bool(published))),
     )
 
 

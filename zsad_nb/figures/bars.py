@@ -43,7 +43,8 @@ SHORT = dict(
     pixel_f1max="F1-max",
     pixel_aupro="AUPRO",
     pixel_aupro_200="AUPRO (200)",
-)
+    pixel_spro="sPRO",
+) | {"pixel_spro@0.3": "sPRO (0.3)"}
 
 
 def figure_marks(

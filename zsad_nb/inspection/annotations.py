@@ -45,6 +45,7 @@ def results_as_coco(
     folder: str | Path,  # results of `predict` with marks=True
     path: str | Path | None = None,  # the JSON file to write; default: annotations.json in the folder
     images: str | Path | None = None,  # what file names are relative to; default: the folder that holds all images
+    polygons: bool = False,  # outlines instead of run lengths
 ) -> Path:  # the path
     "Marked regions as COCO's annotations, with scores."
     folder = Path(folder)
@@ -70,6 +71,6 @@ def results_as_coco(
         pictures.append(picture | dict(category=row["category"]))
         heat = _heat(folder, which, mask, float(row["score"]))
         kind = names.index(row["type"] or "defect") + 1
-        annotations += regions_as_annotations(mask, number, kind, len(annotations) + 1, heat)
+        annotations += regions_as_annotations(mask, number, kind, len(annotations) + 1, heat, polygons=polygons)
     content = coco_content(pictures, annotations, names)
     return write_json(folder / "annotations.json" if path is None else path, content, indent=None)

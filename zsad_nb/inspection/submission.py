@@ -154,7 +154,12 @@ def _threshold(inspector: Inspector, root: Path, category: str, how: dict) -> fl
             " state one: --pixel-threshold"
         )
     part.attrs = dict(index.attrs)
-    threshold = inspector.calibrate(part, progress=False, **how).of("pixel", category)
+    try:
+        threshold = inspector.calibrate(part, progress=False, **how).of("pixel", category)
+    except ValueError as error:
+        raise ValueError(
+            f"no threshold for {shown(category)}: {error} (--rate), or state one: --pixel-threshold"
+        ) from error
     assert threshold is not None  # of a calibration from normal images
     return threshold.value
 

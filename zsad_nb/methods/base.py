@@ -239,7 +239,8 @@ def create(
     name: str,  # of a method of this package, of an installed one, or package.module:Class
     engine: str = "torch",  # of its frozen part, see `Method.use_engine`
     precision: str = "fp32",  # of the engine
-    evidence: str = "method",  # whose word counts: method, self or memory, see `Method.use_evidence`
+    # whose word counts, see `Method.use_evidence`: method; self; or preferred, the better of the two on auxiliary images
+    evidence: str = "method",
     **parameters,  # see `describe(name)`
 ) -> Method:  # untrained, on the CPU
     "Build a method; a parameter that does not exist raises."
@@ -249,7 +250,19 @@ def create(
 def _with_evidence(made: Method, evidence: str) -> Method:
     if evidence == "memory":
         raise ValueError("evidence='memory' is reference images alone: create the method, then use_evidence with them")
+    if evidence == "preferred":
+        evidence = _preferred(made)
     return made if evidence == "method" else made.use_evidence(evidence)
+
+
+def _preferred(made: Method) -> str:
+    "What was better on labelled auxiliary images; the method alone where nobody compared, or at another size."
+    known = made.auxiliary
+    if known is None or not known.prefers_itself:
+        return "method"
+    role, tower, tap = made.compared_tower()
+    grid = (tower.size // tower.patch,) * 2
+    return "self" if (known.tower, known.tap, tuple(known.grid)) == (role, tap, grid) else "method"
 
 
 def _made(cls: type[Method], engine: str, precision: str, parameters: dict) -> Method:

@@ -122,7 +122,9 @@ def _label(spec: Spec, varying: set[tuple]) -> str:
             is_reference = isinstance(value, str) and REFERENCE.match(value)
             if (spec.notebook, name) in varying and value != "" and not is_reference:
                 if not isinstance(value, (dict, list)):
-                    parts[name] = Path(value).name if isinstance(value, str) and "/" in value else value
+                    is_tower = isinstance(value, str) and value.startswith(("timm:", "open_clip:"))
+                    is_path = isinstance(value, str) and "/" in value and not is_tower
+                    parts[name] = Path(value).name if is_path else value
         return parts
 
     own = telling(spec)
