@@ -15,7 +15,9 @@ cfg = parser["DEFAULT"]
 extras = {
     name.removesuffix("_requirements"): words.split() for name, words in cfg.items() if name.endswith("_requirements")
 }
-extras["all"] = sorted({word for name, words in extras.items() if name not in ("dev", "browser") for word in words})
+extras["all"] = sorted(
+    {word for name, words in extras.items() if name not in ("dev", "browser", "trackers") for word in words}
+)
 
 
 class BuildWithNotebooks(build_py):

@@ -158,8 +158,9 @@ class Progress:
         parts += [task.error] if task.error else []
         parts += [f"({_clock(eta)} left)"] if eta else []
         self.say("  ".join(parts))
-        row = dict(name=task.label, hash=task.spec.hash, status=task.status, seconds=task.seconds, error=task.error)
-        self.callbacks.tell("on_result", row)
+        if self.callbacks:
+            row = dict(name=task.label, hash=task.spec.hash, status=task.status, seconds=task.seconds, error=task.error)
+            self.callbacks.tell("on_result", row)
 
     def say(self, text: str):
         "A line that stays."
