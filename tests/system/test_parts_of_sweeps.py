@@ -50,6 +50,6 @@ def test_the_first_few_and_then_the_rest(specs, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_run_alone_is_called_by_what_it_was_given(tmp_path):
-    book = notebook(tmp_path / "train.ipynb", "seed: int = 0\nsize: int = 64", WRITE.format("dict(seed=seed)"))
-    assert run(Spec(book, dict(seed=4)), tmp_path / "runs").ok
-    assert status(tmp_path / "runs")["label"].tolist() == ["train seed=4"]
+    book = notebook(tmp_path / "train.ipynb", "seed: int = 0\nclip: str = ''", WRITE.format("dict(seed=seed)"))
+    assert run(Spec(book, dict(seed=4, clip="open_clip:ViT-B-16/openai")), tmp_path / "runs").ok
+    assert status(tmp_path / "runs")["label"].tolist() == ["train clip=open_clip:ViT-B-16/openai seed=4"]

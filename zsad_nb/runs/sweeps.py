@@ -30,7 +30,7 @@ from ..evaluation.run_state import result_of
 from .cluster import open_executor
 from .executors import LostWorker, Unusable
 from .progress import Progress, Sweep, Task, summarise
-from .run import REFERENCE, Spec, run
+from .run import REFERENCE, Spec, run, short_value
 from .template import modules_for
 
 
@@ -122,9 +122,7 @@ def _label(spec: Spec, varying: set[tuple]) -> str:
             is_reference = isinstance(value, str) and REFERENCE.match(value)
             if (spec.notebook, name) in varying and value != "" and not is_reference:
                 if not isinstance(value, (dict, list)):
-                    is_tower = isinstance(value, str) and value.startswith(("timm:", "open_clip:"))
-                    is_path = isinstance(value, str) and "/" in value and not is_tower
-                    parts[name] = Path(value).name if is_path else value
+                    parts[name] = short_value(value)
         return parts
 
     own = telling(spec)
