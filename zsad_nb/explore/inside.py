@@ -10,6 +10,7 @@ __all__ = [
     "NUMBERS",
     "EVIDENCE",
     "MOST_PARTS",
+    "CLEAR",
     "Inside",
     "look_inside",
     "Part",
@@ -157,6 +158,7 @@ def look_inside(method: Method, batch: Batch) -> tuple:  # Prediction, list of I
 # %% ../../nbs/explore/05_inside.ipynb #1aa2942d
 EVIDENCE = "evidence: "
 MOST_PARTS = 12  # pictures beside each other
+CLEAR = 10.0  # standard deviations of normal patches: the brightest colour of a source
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ def parts_beside(
     maps = sources or dict(list(inside.maps.items())[:MOST_PARTS])
     total = NAMES["evidence_sum"].removeprefix(EVIDENCE)
     alike = [map for name, map in sources.items() if name != total]
-    common = max((float(np.percentile(map, 99.5)) for map in alike), default=0.0)
+    common = min(max((float(np.percentile(map, 99.5)) for map in alike), default=0.0), CLEAR)
     parts = []
     for name, map in maps.items():
         ends = (float(map.min()), float(map.max()))
