@@ -96,7 +96,30 @@ def _with_bends(graph: Graph, place: dict[str, int]) -> tuple[list[list], dict]:
     return columns, stops
 
 
-def _heights(columns: list[list], stops: Iterable[list], space: dict, rounds: int = 12) -> dict:  # box or bend -> y
+def _parts(columns: list[list], stops: Iterable[list]) -> list[set]:  # of boxes and bends that arrows connect
+    "Diagrams that no arrow connects."
+    parts = [{item} for column in columns for item in column]
+    for chain in stops:
+        together = set(chain).union(*(part for part in parts if not part.isdisjoint(chain)))
+        parts = [part for part in parts if part.isdisjoint(together)] + [together]
+    first = [item for column in columns for item in column]
+    return sorted(parts, key=lambda part: min(first.index(item) for item in part))
+
+
+def _heights(columns: list[list], stops: list[list], space: dict) -> dict:  # box or bend -> y
+    "The heights of all boxes; diagrams that no arrow connects stand below each other."
+    height: dict = {}
+    low = 0.0
+    for part in _parts(columns, stops):
+        own = [[item for item in column if item in part] for column in columns]
+        found = _heights_of_one(own, [chain for chain in stops if chain[0] in part], space)
+        top = min(y - space[item] / 2 for item, y in found.items())
+        height |= {item: y - top + low for item, y in found.items()}
+        low = max(height[item] + space[item] / 2 for item in found)
+    return height
+
+
+def _heights_of_one(columns: list[list], stops: list[list], space: dict, rounds: int = 12) -> dict:
     "Heights from the mean of the neighbours', apart by what each needs."
     links: dict = {}
     for chain in stops:
@@ -175,7 +198,7 @@ def _drawn(graph: Graph, width: int) -> Figure:
     words = {name: _wrapped(name, width) for name in graph.kinds}
     extent = {name: tuple(side + 2 * LETTER for side in _extent(words[name])) for name in words}
     space = {item: extent[item][1] + 0.16 if isinstance(item, str) else 0.16 for c in columns for item in c}
-    height = _heights(columns, stops.values(), space)
+    height = _heights(columns, list(stops.values()), space)
     left = _left_ends(graph, place, columns, extent)
     low = min(height[name] - extent[name][1] / 2 for name in words) - 0.12
     high = max(height[item] + space[item] / 2 for item in height) + 0.06
