@@ -153,6 +153,7 @@ figures: env
 
 screenshots: everything
 	@python tests/benchmarks/shoot_widgets.py
+	@python nbs/site/attach.py nbs/tutorials/explore_heatmaps.ipynb $(foreach name,explorer upload,paper_figures/widgets/$(name).png)
 
 memory: env
 	@python tests/benchmarks/bench_memory.py
