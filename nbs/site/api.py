@@ -99,14 +99,15 @@ def parameters(
     every += [node.args.vararg] if node.args.vararg else []
     every += node.args.kwonlyargs
     every += [node.args.kwarg] if node.args.kwarg else []
-    lines = []
+    listed = []
     for argument in every:
         if words := comment_at(argument.lineno, comments):
             stars = "\\*" * (2 * (argument is node.args.kwarg) + (argument is node.args.vararg))
-            lines.append(f":param {stars}{argument.arg}: {text(words)}")
+            listed.append(f"    - **{stars}{text(argument.arg)}** – {text(words)}")
+    lines = [":Parameters:", *listed] if listed else []
     if node.returns and (words := comment_at(node.returns.end_lineno, comments)):
         if not any(a.lineno == node.returns.end_lineno for a in every):
-            lines.append(f":returns: {text(words)}")
+            lines += [":Returns:", f"    {text(words)}"]
     return lines
 
 

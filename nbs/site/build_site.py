@@ -196,6 +196,8 @@ def output_problems(
     "Links of the built pages that lead nowhere, and parts that would come from a network."
     pages = {}
     for path in html.rglob("*.html"):
+        if path.is_relative_to(html / "_static"):  # templates of the theme
+            continue
         pages[path] = page = _Page()
         page.feed(path.read_text(encoding="utf-8"))
     found, files = [], {p for p in html.rglob("*") if p.is_file()}

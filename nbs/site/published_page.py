@@ -12,7 +12,10 @@ ORDER = [
     *("image_auroc", "image_ap", "image_f1max"),
     *("pixel_auroc", "pixel_ap", "pixel_f1max", "pixel_aupro", "pixel_aupro_200"),
 ]
-KEY = ["method", "variant", "paper", "table", "source", "trained_on"]
+KEY = ["method", "variant", "trained_on", "source", "paper", "table"]
+WHOLE = ["method", "variant", "dataset", "category", "metric", "value", "std", "trained_on", "training"]
+WHOLE += ["source", "paper", "table", "note"]
+LONG = {"note", "training"}  # columns of sentences
 
 
 def named(
@@ -23,6 +26,20 @@ def named(
     return str(names.get(key, key)).replace("_", " ")
 
 
+def cell(
+    value: float | str,
+    numeric: bool,
+    long: bool,
+) -> str:  # HTML
+    "A cell; a number has the decimals that it is printed with, one at least."
+    if pd.isna(value):
+        return "<td></td>"
+    if numeric:
+        decimals = max(1, len(f"{value:g}".partition(".")[2]))
+        return f'<td class="number">{value:.{decimals}f}</td>'
+    return f"<td{' class=long' * long}>{escape(str(value))}</td>"
+
+
 def cells(
     table: pd.DataFrame,
     numeric: set[str],  # columns that sort by value
@@ -31,8 +48,7 @@ def cells(
     head = "".join(f"<th{' data-kind=number' * (c in numeric)}>{escape(str(c))}</th>" for c in table.columns)
     rows = []
     for row in table.itertuples(index=False):
-        shown = ("" if pd.isna(v) else f"{v:g}" if isinstance(v, float) else escape(str(v)) for v in row)
-        rows.append("<tr>" + "".join(f"<td>{v}</td>" for v in shown) + "</tr>")
+        rows.append("<tr>" + "".join(cell(v, c in numeric, c in LONG) for v, c in zip(row, table.columns)) + "</tr>")
     return (
         '<div class="pst-scrollable-table-container"><table class="table sortable">'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
@@ -64,8 +80,11 @@ def of_set(
     wide = wide.dropna(how="all")
     columns = [m for m in ORDER if m in wide] + sorted(m for m in wide if m not in ORDER)
     wide = wide[columns].rename(columns=lambda m: named(METRIC_NAMES, m))
-    metrics = set(wide.columns)
-    return raw(cells(readable(wide.reset_index()), metrics))
+    metrics = list(wide.columns)
+    table = wide.reset_index()
+    first = ["method"] + ["variant"] * bool((table.variant != "").any())
+    table = table[[*first, *metrics, *(k for k in KEY if k not in ("method", "variant"))]]
+    return raw(cells(readable(table), set(metrics)))
 
 
 def front(
@@ -87,7 +106,8 @@ def front(
     ]
     means = numbers[numbers.category == "mean"]
     for dataset, part in sorted(means.groupby("dataset"), key=lambda item: (-len(item[1]), item[0])):
-        lines += [f"## {named(DATASET_NAMES, dataset)}", "", of_set(part)]
+        title = "Mean over a paper's data sets" if dataset == "mean" else named(DATASET_NAMES, dataset)
+        lines += [f"## {title}", "", of_set(part)]
     return "\n".join(lines) + "\n```{toctree}\n:hidden:\n\nall.md\n```\n"
 
 
@@ -104,7 +124,7 @@ def whole(
             '<input class="table-filter" type="search" placeholder="Filter: visa pixel_auroc winclip …"'
             ' aria-label="Show only rows that contain every word">'
         ),
-        raw(cells(readable(numbers), {"value", "std"})),
+        raw(cells(readable(numbers[WHOLE]), {"value", "std"})),
     ]
     return "\n".join(lines)
 

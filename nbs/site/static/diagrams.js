@@ -13,7 +13,12 @@ document.addEventListener("DOMContentLoaded", () => {
         diagram.removeAttribute("data-processed");
         diagram.textContent = texts[i];
       });
-      mermaid.initialize({ startOnLoad: false, theme: dark ? "dark" : "neutral", fontFamily: "inherit" });
+      const colours = dark
+        ? { primaryColor: "#29313d", primaryTextColor: "#e4e8ed", primaryBorderColor: "#3fb1c5", lineColor: "#9ca4af" }
+        : { primaryColor: "#e8f4f6", primaryTextColor: "#222832", primaryBorderColor: "#0a7d91", lineColor: "#48566b" };
+      mermaid.initialize({
+        startOnLoad: false, theme: "base", fontFamily: "system-ui, sans-serif", themeVariables: { darkMode: dark, ...colours },
+      });
       mermaid.run({ nodes: diagrams });
     };
     show();
