@@ -29,7 +29,7 @@ PACKAGED = {
     "mermaid.js": ("mermaidx", "assets/mermaid.js"),
 }
 FOLDERS = {"tutorials": "Tutorials", "experiments": "Experiments"}
-READ_ON = ("index.md", "nbs/tutorials/index.md", "nbs/index.md", "nbs/experiments/index.md", "api/index.md")
+READ_ON = ("nbs/tutorials/index.md", "nbs/index.md", "nbs/experiments/index.md", "api/index.md")
 READ_ON += (
     "paper_figures/gallery.md",
     "numbers/index.md",
@@ -118,20 +118,19 @@ def lay_out_api(stage: stages.Stage, modules: dict[str, api.Module]):
     stage.write("api/index.md", "\n".join(front) + tree([f"{room}.md" for room in rooms]))
 
 
-def lay_out_markdown(stage: stages.Stage, linked_only: set[str]):
-    "README.md as the front page; the gallery and the other texts where they are."
+def lay_out_markdown(stage: stages.Stage):
+    "The gallery and the other texts where they are, and README.md as the front page that lists everything."
+    texts = {}
     for path in links.pages(stage.root):
-        place = path.relative_to(stage.root).as_posix()
-        if path.suffix != ".md":
-            continue
-        text = stages.markdown(stage, path.read_text(encoding="utf-8"), path)
-        if not re.search(r"^# ", text, re.MULTILINE):
-            text = f"# {path.stem.replace('_', ' ')}\n\n{text}"
-        if place == "README.md":
-            text += tree([name for name in READ_ON[1:] if (stage.out / name).is_file() or name not in linked_only])
-        elif place not in READ_ON:
-            text = f"---\norphan: true\n---\n{text}"
-        stage.write(stages.page_name(place), text)
+        if path.suffix == ".md":
+            place = path.relative_to(stage.root).as_posix()
+            text = stages.markdown(stage, path.read_text(encoding="utf-8"), path)
+            title = "" if re.search(r"^# ", text, re.MULTILINE) else f"# {path.stem.replace('_', ' ')}\n\n"
+            texts[stages.page_name(place)] = title + text
+    front = texts.pop("index.md")
+    for place, text in texts.items():
+        stage.write(place, text if place in READ_ON else f"---\norphan: true\n---\n{text}")
+    stage.write("index.md", front + tree([name for name in READ_ON if stage.out / name in stage.written]))
 
 
 def lay_out(
@@ -154,7 +153,7 @@ def lay_out(
     lay_out_api(stage, modules)
     for name, text in published_page.pages().items():
         stage.write(name, text)
-    lay_out_markdown(stage, set())
+    lay_out_markdown(stage)
     stage.tidy()
     return stage
 
@@ -225,12 +224,12 @@ def build(
     jobs: int = 1,
 ) -> int:  # 0 where the site is complete
     "Check, lay out, build, check again."
-    from sphinx.cmd.build import main as sphinx_build
-
-    out = out.resolve()
     if wrong := links.problems(root):
         print("\n".join(wrong), file=sys.stderr)
         return 1
+    from sphinx.cmd.build import main as sphinx_build
+
+    out = out.resolve()
     lay_out(out / "source", root)
     packaged(out / "packaged")
     here = Path(__file__).parent

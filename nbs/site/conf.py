@@ -48,12 +48,13 @@ suppress_warnings = ["myst.header"]  # a notebook may go from # to ###
 
 # Equations: one file of the site, whose letters are paths: no fonts to fetch.
 mathjax_path = "mathjax.js"
-mathjax3_config = {"svg": {"fontCache": "local"}, "options": {"enableMenu": False}}
+mathjax3_config = {"svg": {"fontCache": "local", "scale": 0.92}, "options": {"enableMenu": False}}
 
 html_theme = "pydata_sphinx_theme"
 html_title = project
 html_baseurl = f"{cfg['doc_host']}{cfg['doc_baseurl']}/"
 html_static_path = ["static"]  # and what build_site.py takes out of packages
+html_favicon = "static/favicon.svg"
 html_css_files = ["site.css"]
 html_js_files = ["tables.js", "diagrams.js"]
 html_sidebars = {page: [] for page in ("index", "paper_figures/**", "CONTRIBUTING", "CHANGELOG", "zsad_nb/**")}
@@ -72,6 +73,6 @@ html_theme_options = {
     "search_bar_text": "Search notebooks and functions",
     "footer_start": ["copyright"],
     "footer_end": [],
-    "pygments_light_style": "a11y-high-contrast-light",
-    "pygments_dark_style": "a11y-high-contrast-dark",
+    "pygments_light_style": "github-light",
+    "pygments_dark_style": "github-dark",
 }
