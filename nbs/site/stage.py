@@ -23,7 +23,7 @@ ROOMS = ("core", "data", "synthetic", "backbones", "components", "methods", "tra
     "deploy",
     "cli",
 )  # the order of reading; tests/unit/test_site.py holds it to the one of the house
-DIRECTIVE = re.compile(r"^#\|\s*(\w+)(?:\s+(.*))?$")
+DIRECTIVE = re.compile(r"^#\|\s*([\w-]+):?(?:\s+(.*))?$")
 NAMED_FILE = re.compile(r"(?<![\[`])`((?:nbs|paper_figures)/[\w./-]+\.(?:csv|png|jpg|md|ipynb|yaml))`(?![\]`])")
 MERMAID = re.compile(r"^(```+)mermaid\s*\n(.*?)^\1\s*$", re.DOTALL | re.MULTILINE)
 TAG = re.compile(r"(<(?:a|img)\b[^>]*?\b(?:href|src)=[\"'])([^\"']+)([\"'])", re.IGNORECASE)
