@@ -73,6 +73,6 @@ html_theme_options = {
     "search_bar_text": "Search notebooks and functions",
     "footer_start": ["copyright"],
     "footer_end": [],
-    "pygments_light_style": "github-light",
-    "pygments_dark_style": "github-dark",
+    "pygments_light_style": "a11y-high-contrast-light",
+    "pygments_dark_style": "one-dark",
 }
