@@ -144,8 +144,16 @@ def directives(
     return found, "".join(lines)
 
 
-def _code_cell(cell: dict) -> dict | None:
-    "A code cell as it is shown, with tags that fold it or mark it as part of the module."
+def _pictured(cell: dict) -> str | None:
+    "The words that a cell's picture was stored with (metadata of its output), if it has a picture."
+    for output in cell["outputs"]:
+        for kind in set(output.get("data", {})) & {"image/png", "image/jpeg", "image/svg+xml"}:
+            return output["metadata"].get(kind, {}).get("alt") or output["metadata"].get("alt") or ""
+    return None
+
+
+def _code_cell(cell: dict, section: str) -> dict | None:
+    "A code cell as it is shown, with tags that fold it or mark it as part of the module, and words for its picture."
     found, source = directives("".join(cell["source"]))
     if "default_exp" in found or not source.strip():
         return None
@@ -154,7 +162,10 @@ def _code_cell(cell: dict) -> dict | None:
         tags.append("hide-input" if cell["outputs"] else "hide-cell")
     if {"export", "exports", "exporti"} & set(found):
         tags.append("exported")
-    return cell | dict(source=source, metadata=cell["metadata"] | dict(tags=tags))
+    metadata = cell["metadata"] | dict(tags=tags)
+    if (words := _pictured(cell)) is not None:
+        metadata["mystnb"] = dict(image=dict(alt=words or f"Picture of the section: {section}"))
+    return cell | dict(source=source, metadata=metadata)
 
 
 def _attachments(stage: Stage, cell: dict, text: str, page: Path, number: int) -> str:
@@ -182,14 +193,15 @@ def notebook(
     "Lay out a notebook."
     nb = json.loads(path.read_text(encoding="utf-8"))
     place = path.relative_to(stage.root).as_posix()
-    cells = []
+    cells, section = [], path.stem
     for number, cell in enumerate(nb["cells"]):
         if cell["cell_type"] == "markdown":
+            section = (re.findall(r"^#+ (.+)$", "".join(cell["source"]), re.MULTILINE) or [section])[-1]
             text = markdown(stage, "".join(cell["source"]), path)
             text = _attachments(stage, cell, text, path, number)
             cell = {k: v for k, v in cell.items() if k != "attachments"} | dict(source=text)
         elif cell["cell_type"] == "code":
-            cell = _code_cell(cell)
+            cell = _code_cell(cell, re.sub(r"[`*$]", "", section))
         if cell is not None:
             cells.append(cell)
     about = f"[{place}]({stage.code_host}/blob/main/{place})"

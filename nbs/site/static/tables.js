@@ -1,6 +1,5 @@
 // Tables whose columns sort by a click or the Enter key on their head, and a field that shows only some rows.
 document.addEventListener("DOMContentLoaded", () => {
-  const number = (text) => (text.trim() === "" ? -Infinity : parseFloat(text));
   document.querySelectorAll("table.sortable").forEach((table) => {
     table.querySelectorAll("thead th").forEach((head, column) => {
       head.tabIndex = 0;
@@ -14,7 +13,8 @@ document.addEventListener("DOMContentLoaded", () => {
         const body = table.tBodies[0];
         const rows = [...body.rows].sort((a, b) => {
           const [x, y] = [a.cells[column].textContent, b.cells[column].textContent];
-          const order = numeric ? number(x) - number(y) : x.localeCompare(y, "en", { numeric: true });
+          if (!x.trim() || !y.trim()) return !x.trim() - !y.trim(); // empty cells are last in either order
+          const order = numeric ? parseFloat(x) - parseFloat(y) : x.localeCompare(y, "en", { numeric: true });
           return down ? -order : order;
         });
         body.append(...rows);
