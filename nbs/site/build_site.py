@@ -72,7 +72,7 @@ def lay_out_room(stage: stages.Stage, room: str, modules: dict[str, api.Module])
 def lay_out_folder(stage: stages.Stage, folder: str, title: str, gallery: str):
     "Tutorials or experiments: notebooks without numbers, in the order of the gallery."
     paths = stages.in_order(stage.root / "nbs" / folder, gallery)
-    lines = [f"# {title}", "", "| | |", "|---|---|"]
+    lines = [f"# {title}", "", "| notebook | what it shows |", "|---|---|"]
     for path in paths:
         stages.notebook(stage, path)
         name, summary = stages.title_and_summary(path)

@@ -29,6 +29,7 @@ smartquotes = False  # --help is not –help
 # Notebooks are shown as they were committed: nothing is executed, and widgets are shown by their stills.
 nb_execution_mode = "off"
 nb_ipywidgets_js = {}
+nb_mime_priority_overrides = [("*", "application/vnd.jupyter.widget-view+json", None)]
 nb_merge_streams = True
 nb_code_prompt_show = "Imports and checks"  # cells that nbdev hides are folded
 nb_code_prompt_hide = "Imports and checks"

@@ -25,6 +25,8 @@ ROOMS = ("core", "data", "synthetic", "backbones", "components", "methods", "tra
 )  # the order of reading; tests/unit/test_site.py holds it to the one of the house
 DIRECTIVE = re.compile(r"^#\|\s*([\w-]+):?(?:\s+(.*))?$")
 NAMED_FILE = re.compile(r"(?<![\[`])`((?:nbs|paper_figures)/[\w./-]+\.(?:csv|png|jpg|md|ipynb|yaml))`(?![\]`])")
+WIDGET = "application/vnd.jupyter.widget-view+json"
+FENCE = re.compile(r"^(```+|~~~+).*?^\1[^\S\n]*$", re.DOTALL | re.MULTILINE)
 MERMAID = re.compile(r"^(```+)mermaid\s*\n(.*?)^\1\s*$", re.DOTALL | re.MULTILINE)
 TAG = re.compile(r"(<(?:a|img)\b[^>]*?\b(?:href|src)=[\"'])([^\"']+)([\"'])", re.IGNORECASE)
 
@@ -97,10 +99,10 @@ def _linked(stage: Stage, target: str, page: Path, html: bool) -> str:
     return target
 
 
-def _outside_code(text: str, change) -> str:
+def _outside(code: re.Pattern, text: str, change) -> str:
     "Apply a function to what is not code."
     parts, last = [], 0
-    for match in links.CODE.finditer(text):
+    for match in code.finditer(text):
         parts += [change(text[last : match.start()]), match[0]]
         last = match.end()
     return "".join([*parts, change(text[last:])])
@@ -128,7 +130,8 @@ def markdown(
         return f"[`{match[1]}`]({_linked(stage, target, page, html=False)})"
 
     text = MERMAID.sub(lambda m: f'\n```{{raw}} html\n<pre class="mermaid">\n{m[2]}</pre>\n```\n', text)
-    return _outside_code(NAMED_FILE.sub(named, text), change)
+    text = _outside(FENCE, text, lambda part: NAMED_FILE.sub(named, part))
+    return _outside(links.CODE, text, change)
 
 
 def directives(
@@ -152,11 +155,18 @@ def _pictured(cell: dict) -> str | None:
     return None
 
 
+def _shown(output: dict) -> bool:
+    "False for a widget that was stored without a still: its text says nothing, and a site has no kernel for it."
+    kinds = set(output.get("data", {}))
+    return WIDGET not in kinds or bool(kinds - {WIDGET, "text/plain"})
+
+
 def _code_cell(cell: dict, section: str) -> dict | None:
     "A code cell as it is shown, with tags that fold it or mark it as part of the module, and words for its picture."
     found, source = directives("".join(cell["source"]))
     if "default_exp" in found or not source.strip():
         return None
+    cell = cell | dict(outputs=[output for output in cell["outputs"] if _shown(output)])
     tags = list(cell["metadata"].get("tags", []))
     if "hide" in found:
         tags.append("hide-input" if cell["outputs"] else "hide-cell")
@@ -181,7 +191,7 @@ def _attachments(stage: Stage, cell: dict, text: str, page: Path, number: int) -
 def _below_title(text: str, line: str) -> str:
     "A line below the title and the sentence that sums the notebook up."
     head = re.match(r"\s*# .*\n(?:\s*\n)?(?:>.*(?:\n|$))*", text)
-    return text[: head.end()].rstrip() + f"\n\n{line}\n\n" + text[head.end() :].lstrip() if head else text
+    return text[: head.end()].rstrip() + f"\n\n{line}\n\n" + text[head.end() :].lstrip("\n") if head else text
 
 
 def notebook(

@@ -62,3 +62,22 @@ def test_directives_are_left_out_and_read():
     assert stage.directives("#| export\n#| eval: false\n\nx = 1\n") == ({"export": "", "eval": "false"}, "x = 1\n")
     found, code = stage.directives("#| default_exp core.names\n")
     assert found == {"default_exp": "core.names"} and not code
+
+
+def test_the_line_below_a_title_leaves_what_follows_alone():
+    text = "# Plans\n\n> From a file.\n\n    name: x   # indented code\n"
+    assert stage._below_title(text, "LINE") == "# Plans\n\n> From a file.\n\nLINE\n\n    name: x   # indented code\n"
+
+
+def test_files_named_as_code_become_links(tmp_path):
+    "Of notebooks, which must not link to what lies outside nbs/."
+    (tmp_path / "paper_figures").mkdir()
+    (tmp_path / "paper_figures" / "a.csv").write_text("a\n")
+    page = tmp_path / "nbs" / "core" / "01_x.ipynb"
+    page.parent.mkdir(parents=True)
+    laid_out = stage.Stage(tmp_path, tmp_path / "out", "https://host/zsad_nb")
+    text = "See `paper_figures/a.csv`, not `paper_figures/b.csv`.\n\n```\n`paper_figures/a.csv`\n```\n"
+    shown = stage.markdown(laid_out, text, page)
+    assert shown == text.replace("See `paper_figures/a.csv`", "See [`paper_figures/a.csv`](../../paper_figures/a.csv)")
+    assert (tmp_path / "out" / "paper_figures" / "a.csv").read_text() == "a\n"
+    assert stage.markdown(laid_out, "[room](../core)", page) == "[room](https://host/zsad_nb/tree/main/nbs/core)"
