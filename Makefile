@@ -10,7 +10,7 @@ export PYTHONUNBUFFERED = 1
 export PYTHONDONTWRITEBYTECODE =
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help env everything demo test test_style_and_demo test_notebooks_and_code quick real evidence seeds ablations systems parts types neu_seg figures benchmark pretrain bench bench-cluster memory screenshots export notebooks clean lab
+.PHONY: help env everything demo test test_style_and_demo test_notebooks_and_code quick real evidence seeds ablations systems parts types neu_seg figures benchmark pretrain bench bench-cluster memory screenshots export notebooks docs clean lab
 
 help:
 	@echo "make demo      from nothing to pictures of defects in unseen categories (minutes, CPU, offline after install)"
@@ -32,6 +32,7 @@ help:
 	@echo "make bench     metrics against scikit-learn and the usual loops, side by side; ten thousand maps; where the time of every method goes"
 	@echo "make bench-cluster  two Dask workers against one, side by side"
 	@echo "make notebooks export; execute the notebooks that explain, in place (not those whose pictures weigh megabytes); clean"
+	@echo "make docs      the site, offline, from the notebooks as they are: runs/site/html; a broken link or a missing picture ends it"
 	@echo "make export    modules from notebooks: nbdev_export, nbdev_clean, ruff format"
 	@echo "make lab       JupyterLab on nbs/"
 
@@ -153,6 +154,7 @@ figures: env
 
 screenshots: everything
 	@python tests/benchmarks/shoot_widgets.py
+	@python nbs/site/attach.py nbs/tutorials/explore_heatmaps.ipynb $(foreach name,explorer upload,paper_figures/widgets/$(name).png)
 
 memory: env
 	@python tests/benchmarks/bench_memory.py
@@ -176,6 +178,12 @@ notebooks: env
 	  $(foreach room,backbones components methods training evaluation tutorials,nbs/$(room)/*.ipynb)
 	nbdev_clean
 	ruff format
+
+docs: $(VENV)/.docs   # two minutes; nothing is executed
+	@python nbs/site/build_site.py --out runs/site
+$(VENV)/.docs: $(VENV)/.ready
+	@$(BIN)/pip install -q --disable-pip-version-check --no-compile -c constraints.txt torch torchvision -e ".[dev,docs]"
+	@touch $@
 
 lab: env
 	jupyter lab nbs

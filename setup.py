@@ -16,7 +16,7 @@ extras = {
     name.removesuffix("_requirements"): words.split() for name, words in cfg.items() if name.endswith("_requirements")
 }
 extras["all"] = sorted(
-    {word for name, words in extras.items() if name not in ("dev", "browser", "trackers") for word in words}
+    {word for name, words in extras.items() if name not in ("dev", "browser", "trackers", "docs") for word in words}
 )
 
 
