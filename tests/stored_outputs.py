@@ -37,7 +37,6 @@ LIMIT = 1800  # seconds of one notebook
 ELSEWHERE = {"gpu", "weights"}  # cells that begin with one of these flags are for other machines
 SLOW = ELSEWHERE | {"notest", "slow"}  # and these are executed where outputs are stored, not where they are compared
 INLINE = "module://matplotlib_inline.backend_inline"
-PRELOAD = ("execnb.shell", "nbdev.process", "matplotlib.pyplot", "pandas", "ipywidgets", "zsad_nb.methods.base")
 VARIES = re.compile(r"^#\|\s*varies\b", re.MULTILINE)
 KEPT = ("text/plain", "text/html", "text/markdown", "text/latex", "image/png", "image/jpeg", "image/svg+xml")
 
@@ -63,8 +62,6 @@ def left_out(path: Path) -> str:
     name = path.relative_to(NBS).as_posix()
     if name in NEEDS and not SHARED.is_dir():
         return f"needs the real images and weights of {SHARED.name}"
-    if name.startswith("experiments/pretrain_"):
-        return "trains the embedded towers: hours"
     return ""
 
 
@@ -105,12 +102,12 @@ def _outputs(path: Path, flagged: bool) -> list[list[dict] | None] | str:  # of 
 
     torch.set_num_threads(1)
     book = NBProcessor(path, process=True).nb
+    needs_shared = path.resolve().is_relative_to(NBS) and path.relative_to(NBS).as_posix() in NEEDS
     sys.path.insert(0, str(ROOT))
     shell = CaptureShell(path)
-    shell.run("import pandas, warnings; warnings.simplefilter('ignore')")
-    shell.run("pandas.set_option('display.max_columns', 20)")  # as in a notebook, not as in a terminal
+    shell.run("import pandas; pandas.set_option('display.max_columns', 20)")  # as in a notebook, not as in a terminal
     found = []
-    with working_directory(path.parent), tempfile.TemporaryDirectory() as room:
+    with working_directory(ROOT if needs_shared else path.parent), tempfile.TemporaryDirectory() as room:
         os.environ["TMPDIR"] = tempfile.tempdir = room
         for cell in book.cells:
             directives = getattr(cell, "directives_", None) or {}
@@ -121,6 +118,8 @@ def _outputs(path: Path, flagged: bool) -> list[list[dict] | None] | str:  # of 
             shell.cell(cell)
             if shell.exc:
                 return f"cell {len(found)}: {type(shell.exc).__name__}: {shell.exc}"
+            if needs_shared and "parameters" in cell.metadata.get("tags", []):
+                shell.run(f"output = {room!r}")  # what an earlier run left in the default folder is not shown
             found.append(shown(json.loads(json.dumps(dict(outputs=cell.get("outputs", []))))))
         os.environ.pop("TMPDIR")
         tempfile.tempdir = None
@@ -136,7 +135,7 @@ def context():
     if _context is None:
         os.environ.update(MPLBACKEND=INLINE, TQDM_DISABLE="1", OMP_NUM_THREADS="1", IN_TEST="1")
         _context = multiprocessing.get_context("forkserver")
-        _context.set_forkserver_preload(list(PRELOAD))
+        _context.set_forkserver_preload(["imported_once"])
     return _context
 
 
@@ -180,6 +179,12 @@ def parts(text: str) -> tuple[str, list[str]]:
     return re.sub(r"[ \t─-]+", " ", words).strip(), numbers  # columns are as wide as their numbers
 
 
+def last_digit(number: str) -> float:
+    "What one unit of the last printed digit is worth."
+    mantissa, _, exponent = number.lower().partition("e")
+    return 10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
+
+
 def alike(one: str, other: str) -> bool:
     "Two printed numbers, as processors differ."
     if one == other:
@@ -189,9 +194,8 @@ def alike(one: str, other: str) -> bool:
     a, b = (float(n.replace(",", "").replace("−", "-")) for n in (one, other))
     if max(abs(a), abs(b)) < 1e-5:
         return True
-    digits = min(len(n.lower().partition("e")[0].partition(".")[2]) for n in (one, other))
-    exponent = max((int(n.lower().partition("e")[2] or 0) for n in (one, other)), default=0)
-    return abs(a - b) <= 2.01 * 10.0 ** (exponent - digits) or math.isclose(a, b, rel_tol=0.01)
+    unit = min(last_digit(n) for n in (one, other))
+    return abs(a - b) <= 2.01 * unit or math.isclose(a, b, rel_tol=0.01)
 
 
 def text_difference(one: str, other: str) -> str:
