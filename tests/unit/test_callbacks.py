@@ -16,7 +16,6 @@ from zsad_nb.methods.base import create
 from zsad_nb.runs.run import Spec
 from zsad_nb.runs.sweeps import sweep
 from zsad_nb.training.fit import fit, recipe_of
-from zsad_nb.training.stages import BestEpoch
 from zsad_nb.training.trackers import MLflow, TensorBoard, Tracker, WeightsAndBiases, plain_numbers, plain_parameters
 
 SIZE = 64
@@ -138,8 +137,9 @@ def test_a_broken_one_costs_nothing(index, event):
 def test_what_cannot_look_on_is_refused(index, tmp_path):
     with pytest.raises(ValueError, match="devices=1"):
         trained(index, callbacks=[Notes()], devices=2)
-    with pytest.raises(ValueError, match="BestEpoch has to see a training from its beginning"):
-        trained(index, callbacks=[BestEpoch(lambda m: 1.0)], resume=tmp_path)
+    whole = type("Whole", (Callback,), dict(knows_the_past=False))
+    with pytest.raises(ValueError, match="Whole has to see a training from its beginning: it goes without resume"):
+        trained(index, callbacks=[whole()], resume=tmp_path)
     with pytest.raises(TypeError, match="subclasses of Callback"):
         trained(index, callbacks=[print])
 

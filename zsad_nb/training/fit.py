@@ -479,9 +479,11 @@ class _Loop:
             method.to(self.team.device)
         self.device = method.device
         self.size = size or next(iter(method.backbones().values())).size
-        options = dict(
+        options: dict = dict(
             size=self.size, devices=devices, precision=precision, checkpointing=checkpointing, compile=compile
         )
+        if callbacks.keys():
+            options["callbacks"] = callbacks.keys()
         self.state = None
         if resume is not None:
             self.state = TrainingState(resume, training_key(method, index, recipe, cache, **options))
@@ -498,6 +500,7 @@ class _Loop:
         self.history = _History()
         self.done = 0  # epochs
         self.resumed = 0  # epochs that another process had done
+        self.ended = False  # by a callback
         self.start = self.last = copied(trained_state(method))
 
     def _batches(self, index: pd.DataFrame, workers: int):
@@ -526,10 +529,11 @@ class _Loop:
             self.history.start_clock()
             with self.callbacks.work(self._about()) as outcome:
                 with checkpointed(method, self.checkpointing):
-                    for epoch in range(self.done, self.recipe.epochs):
-                        self._epoch(epoch)
-                        if self._show_epoch():
-                            break
+                    while self.done < self.recipe.epochs and not self.ended:
+                        self._epoch(self.done)
+                        self.ended = self._show_epoch()
+                        if self.callbacks.keys():  # their memory is part of the state
+                            self._write_state()
                 outcome.update(epochs=self.done, steps=len(self.history.rows))
                 self._judge()
         except BaseException as error:
@@ -558,8 +562,8 @@ def _epoch(self: _Loop, epoch: int):
     self._require_finite(epoch)
     self.last = copied(trained_state(self.method))
     self.done = epoch + 1
-    if self.state is not None and self.team.rank == 0:
-        self.state.write(*self._snapshot())
+    if not self.callbacks.keys():
+        self._write_state()
 
 
 @patch
@@ -655,13 +659,22 @@ def _snapshot(self: _Loop) -> tuple:  # tensors, JSON-able
     tensors, random = random_state(self.device)
     tensors |= {f"method.{n}": t for n, t in self.last.items()}
     tensors |= copied(optimiser_tensors(self.updates.optimiser)) | table_tensors(history.rows)
-    return tensors, dict(
+    memories, abouts = self.callbacks.memory()
+    return tensors | memories, dict(
         done=self.done,
+        ended=self.ended and bool(abouts),  # the answer of one without a memory is not part of the key
+        callbacks=abouts,
         epochs=history.epochs,
         scaler=self.updates.scaler.state_dict(),
         random=random,
         columns=history.columns() if history.rows else [],
     )
+
+
+@patch
+def _write_state(self: _Loop):
+    if self.state is not None and self.team.rank == 0:
+        self.state.write(*self._snapshot())
 
 
 @patch
@@ -683,6 +696,8 @@ def _resume(self: _Loop):
     self.history.epochs = about["epochs"]
     self.last = copied(trained_state(self.method))
     self.done = self.resumed = self.loader.epoch = about["done"]
+    self.ended = about["ended"]
+    self.callbacks.remember(tensors, about["callbacks"])
     self.bar.update(len(self.history.rows))
     set_random_state(tensors, about["random"], self.device)
 
