@@ -182,6 +182,15 @@ def test_a_sweep_tells_every_run(tmp_path):
     rows = {row["name"]: row for kind, row in notes.events if kind == "result"}
     assert rows["toy seed=1"]["status"] == "failed" and rows["toy seed=2"]["status"] == "done"
     assert notes.events[-1][1] == dict(work="sweep", done=2, failed=1)
+    lines = (tmp_path / "runs" / "toy" / "progress.log").read_text().splitlines()
+    assert [sum(word in line for line in lines) for word in ("] done", "] failed")] == [2, 1]
+    assert all(line[:4].isdigit() and line[10] == "T" for line in lines)
+    planned = [Spec(book, dict(seed=seed)) for seed in (0, 2)]
+    sweep(planned, tmp_path / "runs", dry_run=True)
+    assert len((tmp_path / "runs" / "toy" / "progress.log").read_text().splitlines()) == len(lines)
+    assert sweep(planned, tmp_path / "runs").ok
+    longer = (tmp_path / "runs" / "toy" / "progress.log").read_text().splitlines()
+    assert longer[: len(lines)] == lines and len(longer) > len(lines), "appended to"
 
 
 def test_what_is_sent():

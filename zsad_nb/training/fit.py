@@ -39,6 +39,7 @@ from ..methods.evidence import kept_out, measure
 from .devices import Alone, Team, check_devices, inside, launch
 from .precision import checkpointed, full, lowered, peak_memory, reset_peak
 from zsad_nb.training.resume import (
+    History,
     TrainingState,
     copied,
     optimiser_tensors,
@@ -47,8 +48,6 @@ from zsad_nb.training.resume import (
     remove_state,
     set_optimiser,
     set_random_state,
-    table_rows,
-    table_tensors,
     trained_state,
     training_key,
 )
@@ -413,40 +412,6 @@ class _Updates:
         return self.optimiser.param_groups[0]["lr"]
 
 
-# %% ../../nbs/training/04_fit.ipynb #e229b0f1
-class _History:
-    "What happened: a row a step, and a row an epoch."
-
-    def __init__(self):
-        self.rows: list[dict] = []
-        self.epochs: list[dict] = []
-        self.began = time.perf_counter()
-
-    def start_clock(self):
-        "Seconds go on where an interrupted training stopped."
-        self.began = time.perf_counter() - (self.rows[-1]["seconds"] if self.rows else 0.0)
-
-    def add(self, epoch: int, lr: float, skipped: bool, losses: dict):
-        "One step."
-        row = dict(step=len(self.rows), epoch=epoch, seconds=time.perf_counter() - self.began, lr=lr, skipped=skipped)
-        self.rows.append(row | {k: v.item() for k, v in losses.items()})
-
-    def skipped(self) -> int:
-        "Steps that were left out."
-        return sum(row["skipped"] for row in self.rows)
-
-    def columns(self) -> list[str]:
-        "Of the rows, in their order."
-        return list(self.rows[0]) if self.rows else ["step", "epoch", "seconds", "lr", "skipped", "total"]
-
-    def table(self, **about) -> pd.DataFrame:
-        "The table of `fit`."
-        table = pd.DataFrame(self.rows, columns=self.columns())
-        took = table["seconds"].diff().fillna(table["seconds"]) if self.rows else pd.Series([float("nan")])
-        table.attrs = dict(epochs=self.epochs, step_seconds=round(float(took.median()), 4), **about)
-        return table
-
-
 # %% ../../nbs/training/04_fit.ipynb #8ac40fae
 class _Loop:
     "One training in this process, alone or in a team."
@@ -497,7 +462,7 @@ class _Loop:
         self.bar = tqdm(
             total=self.steps, desc=label, disable=not progress or self.team.rank > 0, unit="step", leave=True
         )
-        self.history = _History()
+        self.history = History()
         self.done = 0  # epochs
         self.resumed = 0  # epochs that another process had done
         self.ended = False  # by a callback
@@ -658,11 +623,11 @@ def _snapshot(self: _Loop) -> tuple:  # tensors, JSON-able
     history = self.history
     tensors, random = random_state(self.device)
     tensors |= {f"method.{n}": t for n, t in self.last.items()}
-    tensors |= copied(optimiser_tensors(self.updates.optimiser)) | table_tensors(history.rows)
+    tensors |= copied(optimiser_tensors(self.updates.optimiser)) | history.tensors()
     memories, abouts = self.callbacks.memory()
     return tensors | memories, dict(
         done=self.done,
-        ended=self.ended and bool(abouts),  # the answer of one without a memory is not part of the key
+        ended=self.ended and bool(abouts),
         callbacks=abouts,
         epochs=history.epochs,
         scaler=self.updates.scaler.state_dict(),
@@ -692,8 +657,7 @@ def _resume(self: _Loop):
     put_back(self.method, {n: tensors[f"method.{n}"] for n in self.last})
     set_optimiser(self.updates.optimiser, tensors)
     self.updates.scaler.load_state_dict(about["scaler"])
-    self.history.rows = table_rows(tensors, about["columns"])
-    self.history.epochs = about["epochs"]
+    self.history.restore(tensors, about["columns"], about["epochs"])
     self.last = copied(trained_state(self.method))
     self.done = self.resumed = self.loader.epoch = about["done"]
     self.ended = about["ended"]
