@@ -6,6 +6,8 @@ DATA   ?= ../shared/data
 WEIGHTS ?= ../shared/weights
 export MPLBACKEND = Agg
 export PYTHONUNBUFFERED = 1
+# Where it is set, no process keeps what it compiles: each of the tests' hundreds would compile PyTorch's 1,300 files again, three seconds instead of one
+export PYTHONDONTWRITEBYTECODE =
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help env everything demo test test_style_and_demo test_notebooks_and_code quick real evidence seeds ablations systems parts types neu_seg figures benchmark pretrain bench bench-cluster memory screenshots export notebooks clean lab

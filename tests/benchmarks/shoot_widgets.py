@@ -31,6 +31,20 @@ index = load_dataset("synthetic-target", "target", size=SIZE, normal=14, defecti
 HeatmapExplorer({"VisualAD": "visualad.safetensors", "DAPO": "dapo.safetensors"}, index, progress=False)
 """
     ),
+    "evidence": (
+        """from zsad_nb.explore.explorer import HeatmapExplorer
+from zsad_nb.methods.base import load
+from zsad_nb.methods.evidence import choose_references, references_of
+from zsad_nb.synthetic.datasets import load_dataset
+
+index = load_dataset("synthetic-target", "target", size=SIZE, normal=14, defective=22)
+good = choose_references(index, 4, split="")
+others = index[~index["image"].isin(good["image"])]
+method = load("visualad.safetensors")
+method.use_evidence("self", references_of(method, good))
+HeatmapExplorer({"VisualAD, with four good images": method}, others, progress=False)
+"""
+    ),
     "upload": (
         """from zsad_nb.synthetic.datasets import load_dataset
 from zsad_nb.inspection.inspector import Inspector
@@ -57,7 +71,10 @@ def train(room: Path, seed: int = 0):
             continue
         seed_everything(seed)
         method = create(name, image_size=SIZE, **changes)
+        if name == "visualad":
+            method.use_evidence("self")  # keeps some normal images, to measure its sources on
         fit(method, auxiliary, recipe_of(method, seed=seed, **recipe))
+        method.use_evidence("method")
         save(method, room / f"{name}.safetensors")
 
 
@@ -148,7 +165,7 @@ class Photographer(Hand):
 
 def shots(browser, room: Path, out: Path, name: str, theme: str, **size):
     "Open the notebook, bring it into the state of a shot, and take it."
-    notebook(room, "upload" if name == "upload" else "explorer")
+    notebook(room, name if name in NOTEBOOK else "explorer")
     shutil.rmtree(room / "own", ignore_errors=True)  # an open side bar would be remembered
     settings = (
         room / "own" / "jupyterlab_settings_dir" / "@jupyterlab" / "apputils-extension" / "themes.jupyterlab-settings"
@@ -183,12 +200,15 @@ def shots(browser, room: Path, out: Path, name: str, theme: str, **size):
             expect(hand.frame("overlay")).to_be_visible()
         else:
             hand.idle()
-            if name != "explorer_dark":
+            if name in ("explorer", "explorer_narrow"):
                 hand.select("Method", "DAPO")
-            hand.select("Category", "leather" if name != "explorer_dark" else "gear")
+            hand.select("Category", "gear" if name == "explorer_dark" else "leather")
             if name == "explorer":
                 hand.select("Compare with", "VisualAD")
-            hand.thumb(dict(explorer=5, explorer_dark=1, explorer_narrow=3)[name])
+            hand.thumb(dict(explorer=5, explorer_dark=1, explorer_narrow=3, evidence=5)[name])
+            if name == "evidence":
+                hand.explorer.get_by_role("button", name="Parts beside each other").click()
+                hand.idle()
             x = hand.touch_brightest()
             if name == "explorer":
                 hand.slide("Wipe", x)
@@ -203,7 +223,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--out", type=Path, default=ROOT / "paper_figures" / "widgets")
     p.add_argument("--room", type=Path, default=ROOT / "runs" / "widgets")
-    p.add_argument("--only", nargs="*", default=["explorer", "explorer_dark", "explorer_narrow", "upload"])
+    p.add_argument("--only", nargs="*", default=["explorer", "explorer_dark", "explorer_narrow", "evidence", "upload"])
     args = p.parse_args()
     train(args.room)
     with sync_api.sync_playwright() as playwright:

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -31,6 +32,7 @@ from zsad_nb.methods.evidence import (
     save_references,
     split_held_out,
 )
+from zsad_nb.runs.shards import evaluate_shards
 from zsad_nb.synthetic.benchmark import render, synthetic_index
 from zsad_nb.training.fit import fit, recipe_of
 
@@ -482,6 +484,29 @@ def test_evaluate_refuses_references_that_are_tested(tmp_path):
     np.testing.assert_allclose(again.per_image["score"], few.per_image["score"], rtol=1e-5)
     with pytest.raises(ValueError, match="reference images are tested, too"):
         evaluate(method, index, references=index[index.split == "test"], progress=False)
+
+
+@pytest.mark.parametrize("k", [0, 2])
+def test_shards_judge_by_evidence_as_one_process_does(tmp_path, made, k):
+    "Another division and other batch mates: the rule's scores, maps and metrics are those of `evaluate`."
+    index = synthetic_index(tmp_path / "set", "target", SIZE, 2, 2, train_normal=2)
+    index = index[index.category.isin(["wood", "screw"])].reset_index(drop=True)
+    method = made("visualad")
+    method.use_evidence("self", references_of(method, choose_references(index, k)) if k else None)
+    whole = evaluate(method, index, batch_size=4, maps="float32", map_folder=tmp_path / "whole", progress=False)
+    with ThreadPoolExecutor(1) as pool:
+        how = dict(executor=pool, batch_size=1, maps="float32", map_folder=tmp_path / "shards", progress=False)
+        divided = evaluate_shards(method, index, 3, **how)
+    assert divided.per_image["image"].tolist() == whole.per_image["image"].tolist()
+    scores = whole.per_image["score"].to_numpy()
+    np.testing.assert_allclose(divided.per_image["score"], scores, rtol=1e-6, atol=1e-6)
+    for metric, value in whole.mean.items():
+        assert divided.mean[metric] == pytest.approx(value, abs=1e-6, nan_ok=True), metric
+    files = sorted(path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.tif*"))
+    assert len(files) == len(whole.per_image)
+    for file in files:
+        one, other = (np.asarray(Image.open(tmp_path / place / file)) for place in ("whole", "shards"))
+        assert np.abs(one - other).max() <= 1e-6 * max(1.0, np.abs(one).max()), file
 
 
 def test_the_upload_page_remembers_what_is_good(parts):

@@ -19,7 +19,7 @@ from zsad_nb.explore.controls import range_text
 from zsad_nb.explore.explorer import HeatmapExplorer
 from zsad_nb.explore.maps_store import make_store, open_store, snapshot
 from zsad_nb.explore.upload import Upload
-from zsad_nb.figures.blending import ORDER, Rendering, View, decode, encode
+from zsad_nb.figures.blending import ORDER, Rendering, View, decode, encode, enlarge_map
 from zsad_nb.inspection.inspector import Inspector
 from zsad_nb.methods.base import METHODS, Prediction, create, save
 from zsad_nb.methods.controls import SelfDistance, SelfDistanceParameters
@@ -325,6 +325,54 @@ def test_parts_of_a_map(room, index, name, parts):
             and explorer.level.max == pytest.approx(high)
         )
     assert ("VTAM gate of the levels: 0." in words(explorer.inside)) == (name == "ssvp")
+
+
+def test_parts_beside_each_other(room, index):
+    "All parts of the map in one row, a place read in all of them, in the saved picture and its code, too."
+    few = index[index.category == "gear"].reset_index(drop=True)
+    few.attrs = dict(index.attrs)
+    explorer = HeatmapExplorer(visualad(), few, room / "maps", progress=False)
+    taps = explorer.store.layers
+    plain = explorer.snapshot()
+    assert explorer.parts.layout.display == "none" and explorer.parts_button.layout.display is None
+    explorer.parts_button.value = True
+    assert explorer.parts.layout.display is None and not explorer.message.value
+    assert [picture.label for picture in explorer.parts.children] == taps
+    assert all(picture.data and " – " in picture.note for picture in explorer.parts.children)
+    touch(explorer.parts.children[1], clicked=[0.25, 0.75, 1])
+    part = explorer.store.inside(explorer.row).maps[taps[1]]
+    enlarged = enlarge_map(part, (SIZE, SIZE))
+    assert explorer.parts.children[1].note == f"{enlarged[SIZE * 3 // 4, SIZE // 4]:.3g}"
+    assert all(picture.mark == [0.25, 0.75] for picture in (*explorer.pictures.values(), *explorer.parts.children))
+    explorer.at = None
+    picture = explorer.snapshot()
+    assert picture.height > plain.height and "parts=True" in explorer.code()
+    assert picture.crop((0, 0, *plain.size)).tobytes() == plain.tobytes()
+    before = explorer.parts.children[0].data
+    explorer.forth.click()
+    assert explorer.parts.children[0].data != before
+    explorer.parts_button.value = False
+    assert explorer.parts.layout.display == "none" and "parts=True" not in explorer.code()
+
+
+def test_sources_of_evidence_beside_each_other(room):
+    "Z, S, R and their sum, the sources on one scale."
+    from zsad_nb.methods.evidence import measure, references_of
+
+    index = synthetic_index(room / "larger", "target", 96, normal=3, defective=2)
+    good = index[~index["anomalous"].astype(bool)].reset_index(drop=True)
+    good.attrs = dict(index.attrs)
+    method = create("visualad", weights="random:0", image_size=96)
+    measure(method, good, 96)
+    method.use_evidence("self", references_of(method, good, size=96))
+    explorer = HeatmapExplorer(method, index, room / "evidence", progress=False)
+    explorer.parts_button.value = True
+    labels = [picture.label for picture in explorer.parts.children]
+    assert labels[0] == "the method, Z" and labels[-2:] == ["good images, R", "their sum"] and len(labels) == 6
+    *sources, total = explorer._parts
+    assert len({part.high for part in sources}) == 1 and all(part.low == 0 for part in explorer._parts)
+    whole = sum(part.map for part in sources)
+    assert np.corrcoef(whole.ravel(), total.map.ravel())[0, 1] > 0.5
 
 
 # ------------------------------------------------------------------------------------------------------------------------------ comparing, keeping

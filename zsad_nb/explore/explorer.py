@@ -33,10 +33,11 @@ from zsad_nb.explore.controls import (
 )
 from .gallery import Gallery, arrange
 from .histogram import Histogram, ScoreSplit, percent, threshold_summary
+from .inside import Part, parts_beside
 from .map_records import DONE
 from .maps_store import MapStore, similarity_panel
 from .page import ExplorerPage
-from .panels import Later
+from .panels import Later, Picture
 from .screen import Screen, rounded
 from .stores import StoreSet, source_name
 from ..figures.blending import ORDER, Rendering, View, encode
@@ -80,6 +81,7 @@ class HeatmapExplorer(ExplorerPage):
         self._untested = self._categories_without_tests(index)
         self._level_key: tuple | None = None  # what the ends of the contour's slider were set for
         self._later = Later()
+        self._parts: list[Part] = []  # beside each other, below the pictures
         datasets = dict.fromkeys([*self._columns["dataset"], *(dataset for dataset, _ in self._untested)])
         super().__init__(list(self.sources), list(datasets), Gallery(self.index, self.open, page))
         self._connect_controls()
@@ -161,6 +163,7 @@ def _connect_controls(self: HeatmapExplorer):
         (self.smoothing, lambda: self._render("heatmap", "overlay", "contour")),
         (self.wipe, self._move_wipe),
         (self.code_button, self._toggle_code),
+        (self.parts_button, self._show_parts),
     ]
     clicked = [
         (self.back, lambda: self.gallery.key("ArrowLeft")),
@@ -178,10 +181,15 @@ def _connect_controls(self: HeatmapExplorer):
 
 
 @patch
+def _connect_picture(self: HeatmapExplorer, picture: Picture):
+    picture.observe(lambda change: self.run_event(self.touch, *change["new"][:2]), "clicked")
+    picture.observe(lambda change: self.run_event(self.gallery.key, change["new"][0]), "key")
+
+
+@patch
 def _connect_pictures(self: HeatmapExplorer):
     for picture in self.pictures.values():
-        picture.observe(lambda change: self.run_event(self.touch, *change["new"][:2]), "clicked")
-        picture.observe(lambda change: self.run_event(self.gallery.key, change["new"][0]), "key")
+        self._connect_picture(picture)
     self.chart.observe(lambda change: self.run_event(self._click_chart, change["new"][0]), "clicked")
     self.pictures["overlay"].observe(lambda change: self._drag_wipe(change["new"]), "wipe")
     self.gallery.widget.observe(lambda change: self._count_pages(), "items")
@@ -213,6 +221,7 @@ def _choose_data(self: HeatmapExplorer, row: int | None = None):  # row: stay at
         self.category.options = [*((category, category) for category in categories), *everything]
         self.category.value = before if before in categories else categories[0]
         self.layer.options = [("the method's map", ""), *((name, name) for name in self.store.layers)]
+        set_visible(self.parts_button, bool(self.store.layers))
     self._choose_category(row)
 
 
@@ -380,6 +389,7 @@ def open(self: HeatmapExplorer, row: int | str):
         picture.aspect = aspect
         picture.mark = []
     self._render(*ORDER)
+    self._show_parts()
     self._decide(again=False)
     self._count_pages()
     self._read_pixel()
@@ -464,6 +474,33 @@ def _mask_note(self: HeatmapExplorer) -> str:
     return "" if mask.any() else "no defect"
 
 
+# %% ../../nbs/explore/12_explorer.ipynb #f1a43668
+@patch
+def _show_parts(self: HeatmapExplorer):
+    if not self.parts_button.value or self.row is None or self.rendering is None:
+        return set_visible(self.parts, False)
+    set_visible(self.parts, True)
+    self._parts = parts_beside(self.store.inside(self.row), self.store.size)
+    pictures = list(self.parts.children)[: len(self._parts)]
+    while len(pictures) < len(self._parts):
+        pictures.append(Picture())
+        self._connect_picture(pictures[-1])
+    for picture, part in zip(pictures, self._parts):
+        picture.label = part.name
+        picture.data = encode(part.panel())
+        picture.aspect = self.pictures["image"].aspect
+        picture.mark = list(self.at or ())
+    self.parts.children = pictures
+    self._note_parts()
+
+
+@patch
+def _note_parts(self: HeatmapExplorer):
+    "Under each part its value at the place that was clicked, or the ends of its colours."
+    for picture, part in zip(self.parts.children, self._parts):
+        picture.note = f"{part.at(*self.at):.3g}" if self.at else range_text(part.low, part.high)
+
+
 # %% ../../nbs/explore/12_explorer.ipynb #da0fa597
 @patch
 def _say_verdict(self: HeatmapExplorer):
@@ -522,8 +559,9 @@ def touch(self: HeatmapExplorer, x: float, y: float):
     if self.rendering is None:
         return
     self.at = (round(float(x), 4), round(float(y), 4))
-    for picture in self.pictures.values():
+    for picture in (*self.pictures.values(), *self.parts.children):
         picture.mark = list(self.at)
+    self._note_parts()
     self._read_pixel()
 
 
@@ -615,6 +653,7 @@ def screen(self: HeatmapExplorer) -> Screen:
         other_method=self.compare.value,
         other_view=self.view(self.other) if two else None,
         position=self.wipe.value,
+        parts=self.parts_button.value,
     )
 
 

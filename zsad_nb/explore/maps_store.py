@@ -30,7 +30,7 @@ from ..data.reading import Reading, read_as, reading_of, takes_reading
 from ..data.stored import upright_size
 from ..evaluation.evaluate import predictions
 from ..evaluation.run_state import result_of
-from .inside import Inside, image_patches, look_inside
+from .inside import Inside, image_patches, look_inside, parts_beside
 from .map_parts import read_parts, write_parts
 from zsad_nb.explore.map_records import (
     CLIPS,
@@ -51,6 +51,7 @@ from zsad_nb.figures.blending import (
     ORDER,
     Rendering,
     View,
+    below,
     colours,
     enlarge_map,
     ring,
@@ -611,6 +612,7 @@ def snapshot(
     position: float = 0.5,  # of the wipe: the share of the width that shows the first method
     at: tuple | None = None,  # a point, as shares of width and height
     tile: int | None = None,  # pixels a panel; default: as it is
+    parts: bool = False,  # a second row: the parts of the map beside each other
 ) -> Image.Image:
     "Image, mask, heatmap, overlay and contour of a row as one picture."
     row = store.find(image)
@@ -632,7 +634,11 @@ def snapshot(
         x, y = (min(int(share * store.size), store.size - 1) for share in at)
         lines.append(f"at the ring: {rendering.map[y, x]:.4g}; similar places as {tower} sees them")
     heading = f"{store.name}   {record['category']}   {record['image']}"
-    return sheet(panels, heading, tuple(lines), tile, store.aspect(row))
+    picture = sheet(panels, heading, tuple(lines), tile, store.aspect(row))
+    if not parts:
+        return picture
+    beside = {part.name: part.panel() for part in parts_beside(store.inside(row), store.size)}
+    return below(picture, sheet(beside, tile=tile, aspect=store.aspect(row), columns=len(panels)))
 
 
 def _decision_line(store: MapStore, row: int, threshold: float | None) -> str:

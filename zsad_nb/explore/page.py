@@ -82,6 +82,12 @@ class ExplorerPage:
         self.level = slider("Contour at", 0.5, 0, 1, 0.01, ".3g", "the contour encloses what is above")
         self.scale = toggle_buttons(["category", "image"], "Colours of")
         self.inside = w.HTML()
+        self.parts_button = w.ToggleButton(
+            description="Parts beside each other",
+            tooltip="what the map is made of, as small pictures below it",
+            icon="th",
+            layout=auto_width(),
+        )
 
     def _build_decision(self):
         self.threshold = slider("Threshold", 0.5, 0, 1, 0.01, ".3g")
@@ -116,6 +122,7 @@ def _lay_out(self: ExplorerPage):
                 self.clip,
                 self.scale,
                 self.inside,
+                flex_box(self.parts_button),
             ]
         ),
         w.VBox([w.HTML("<h4>Decision</h4>"), self.chart, self.threshold, self.numbers, flex_box(self.best)]),
@@ -124,6 +131,7 @@ def _lay_out(self: ExplorerPage):
     )
     self.gap = flex_box(self.missing, self.compute_button)
     self.stage = flex_box(*self.pictures.values(), kind="zsad-stage")
+    self.parts = flex_box(kind="zsad-stage")
     step = flex_box(self.back, self.where, self.forth).add_class("push")
     turn = flex_box(self.page_back, self.pages, self.page_forth).add_class("push")
     self.root = w.VBox(
@@ -134,6 +142,7 @@ def _lay_out(self: ExplorerPage):
             self.gallery.widget,
             self.stage,
             self.wipe,
+            self.parts,
             self.verdict,
             self.tools,
             flex_box(self.save_button, self.code_button),
@@ -145,7 +154,7 @@ def _lay_out(self: ExplorerPage):
     set_visible(self.method, several)
     set_visible(self.compare, several)
     set_visible(self.dataset, len(self.dataset.options) > 1)
-    for widget in (self.wipe, self.message, self.shown_code):
+    for widget in (self.wipe, self.parts, self.message, self.shown_code):
         set_visible(widget, False)
 
 
@@ -197,5 +206,6 @@ def clear_pictures(self: ExplorerPage, why: str):
         picture.other = b""
         picture.mark = []
         picture.wipe = -1.0
+    set_visible(self.parts, False)
     self.verdict.value = message_html(why, problem=True)
     self.pixel.value = ""

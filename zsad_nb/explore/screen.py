@@ -40,6 +40,7 @@ class Screen:
     other_method: str = ""
     other_view: View | None = None
     position: float = 0.5  # of the wipe
+    parts: bool = False  # the parts of the map beside each other, below
 
     def picture(self, tile: int | None = None) -> Image.Image:
         "The panels side by side; tile: pixels a panel."
@@ -54,11 +55,12 @@ class Screen:
             position=self.position,
             at=self.at,
             tile=tile,
+            parts=self.parts,
         )
 
     def code(self) -> str:
         "Code that makes the picture again, from the stores alone."
-        if self.layer or self.at:
+        if self.layer or self.at or self.parts:
             self.store.keep(self.row)
         arguments = [f"store, {self.row}, {self.view!r}"]
         if self.layer:
@@ -67,6 +69,8 @@ class Screen:
             arguments.append(f"other=open_store({self.other.folder.as_posix()!r}), position={self.position!r}")
             arguments.append(f"other_view={self.other_view!r}")
         arguments.append(f"threshold={self.threshold!r}" + (f", at={self.at!r}" if self.at else ""))
+        if self.parts:
+            arguments.append("parts=True")
         joined = (",\n" + 19 * " ").join(arguments)
         lines = [
             "from zsad_nb.figures.blending import View",
@@ -91,7 +95,8 @@ class Screen:
             methods += f"-and-{name_part(self.other_method)}"
         image = name_part(Path(self.image).with_suffix("").as_posix(), path=True)
         layer = [name_part(self.layer)] if self.layer else []
-        return safe_name("--".join([methods, image, *layer])) + ".png"
+        parts = ["parts"] if self.parts else []
+        return safe_name("--".join([methods, image, *layer, *parts])) + ".png"
 
     def save(self, folder: str | Path) -> Path:
         "Write the picture, and beside it the code that makes it again."

@@ -26,6 +26,7 @@ __all__ = [
     "ring",
     "write_on",
     "sheet",
+    "below",
 ]
 
 # %% ../../nbs/figures/02_blending.ipynb #fb76e2b2
@@ -404,4 +405,12 @@ def sheet(
         write_on(draw, (x, y + height + 4), title, "#59636e", 13)
     for i, line in enumerate(lines):
         write_on(draw, (gap, top + rows * step + 18 * i), line, "#59636e", 13)
+    return out
+
+
+def below(first: Image.Image, second: Image.Image) -> Image.Image:
+    "One picture under the other, on white."
+    out = Image.new("RGB", (max(first.width, second.width), first.height + second.height), "white")
+    out.paste(first, (0, 0))
+    out.paste(second, (0, first.height))
     return out
