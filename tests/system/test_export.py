@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from zsad_nb.backbones.engines import flatten_features
-from zsad_nb.backbones.graphs import EngineError, available, synthetic_images
+from zsad_nb.backbones.graphs import synthetic_images
 from zsad_nb.cli.commands import main
+from zsad_nb.core.sessions import EngineError, available
 from zsad_nb.core.settings import seed_everything
 from zsad_nb.data.images import Batch
 from zsad_nb.deploy.export import export, load_exported

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from zsad_nb.backbones.graphs import EngineError, available, synthetic_images
+from zsad_nb.backbones.graphs import synthetic_images
 from zsad_nb.backbones.onnx_files import onnx_session, read_onnx
-from zsad_nb.backbones.programs import OPERATORS, file_hash, read_program
+from zsad_nb.backbones.programs import OPERATORS, read_program
+from zsad_nb.core.sessions import EngineError, available, file_hash
 from zsad_nb.deploy.export import export, load_exported, read_description
 from zsad_nb.methods.base import create
 

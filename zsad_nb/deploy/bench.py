@@ -49,12 +49,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 from tqdm.auto import tqdm
 
 from ..backbones.engines import Engine
-from ..backbones.graphs import ENGINES, EngineError
 from ..backbones.products import fast_products, products, products_switch
 from ..backbones.towers import Backbone
 from ..components import maps
 from ..core.files import write_json
 from ..core.names import require_known
+from ..core.sessions import ENGINES, EngineError
 from ..core.tables import write_table
 from ..data.method_images import batches_for
 from ..evaluation.metrics import PixelMetrics

@@ -31,13 +31,14 @@ from torch import Tensor
 
 import zsad_nb
 from ..backbones.engines import flatten_features, unflatten_features
-from ..backbones.graphs import EngineError, available, import_optional, quiet, synthetic_images, trace, write_onnx
+from ..backbones.graphs import quiet, synthetic_images, trace, write_onnx
 from ..backbones.onnx_files import onnx_session
-from ..backbones.programs import file_hash, read_program
+from ..backbones.programs import read_program
 from ..backbones.weights import listed, weights_hash
 from ..core.files import read_json, to_json, write_json
 from ..core.names import shown
 from ..core.parameters import SIDE
+from ..core.sessions import EngineError, available, file_hash, import_optional
 from ..data.pixels import INTERPOLATIONS, read_image, resize
 from ..methods.base import Method, Prediction
 

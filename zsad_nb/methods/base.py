@@ -51,12 +51,12 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 import zsad_nb
-from ..backbones.graphs import EngineError
 from ..backbones.weights import WeightsError, fitted, listed, split_revision
 from ..components.judging import Auxiliary
 from ..core.files import to_json, write_atomically
 from ..core.names import require_known, shown
 from ..core.parameters import ParameterSet, param, restated
+from ..core.sessions import EngineError
 from ..core.settings import usual_defaults
 from zsad_nb.methods.checkpoint_files import (
     checkpoint_content,
