@@ -20,6 +20,8 @@ __all__ = [
     "Rendering",
     "encode",
     "decode",
+    "scale_strip",
+    "with_scale",
     "wipe",
     "similarity",
     "enlarge_map",
@@ -38,7 +40,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from scipy.fft import dctn, idctn
 
-from .style import HEAT, OUTLINE, font_of, letters, style
+from .style import HEAT, OUTLINE, QUICK_PNG, font_of, letters, style
 
 # %% ../../nbs/figures/02_blending.ipynb #9b8841f7
 TRUTH = OUTLINE
@@ -266,7 +268,7 @@ def encode(
 ) -> bytes:
     "A picture as the bytes of a file."
     out = io.BytesIO()
-    options = dict(quality=quality, subsampling=0) if kind == "JPEG" else dict(compress_level=4)
+    options = dict(quality=quality, subsampling=0) if kind == "JPEG" else QUICK_PNG
     Image.fromarray(np.ascontiguousarray(picture)).save(out, kind, **options)
     return out.getvalue()
 
@@ -274,6 +276,48 @@ def encode(
 def decode(data: bytes) -> np.ndarray:  # (H, W, 3) uint8
     "The picture in a file's bytes."
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+# %% ../../nbs/figures/02_blending.ipynb #1f8c1f36
+@lru_cache(32)
+def scale_strip(
+    width: int,  # pixels
+    low: float,
+    high: float,  # ends of the scale
+    level: float | None = None,  # marked is what lies above; None: nothing is
+    opacity: float = View.opacity,  # at the top of the scale
+) -> np.ndarray:  # (h, width, 3) uint8
+    "Colours, ends and level of a scale, to stand below a picture."
+    size = max(11, width // 70)
+    edge = size // 2
+    long = max(1, width - 2 * edge)
+    white = np.full((1, 256, 3), 255, np.uint8)
+    steps = blend(white, np.arange(256, dtype=np.uint8)[None], opacity)
+    strip = Image.new("RGB", (width, 3 * size), "white")
+    strip.paste(Image.fromarray(steps).resize((long, size)), (edge, edge))
+    draw = ImageDraw.Draw(strip)
+    draw.rectangle((edge, edge, edge + long - 1, edge + size - 1), outline="#b8bec5")
+    texts = [(f"{low:.3g}", 0.0, "la"), (f"{high:.3g}", 1.0, "ra")]
+    if level is not None and low < level < high:
+        share = (level - low) / (high - low)
+        x = edge + share * long
+        draw.line((x, edge - 2, x, edge + size + 2), DETECTED, max(2, size // 6))
+        texts.append((f"marked above {level:.3g}", share, "ma"))
+    if width >= 20 * size:  # room for three texts side by side
+        font = ImageFont.load_default(size)
+        for text, share, anchor in texts:
+            draw.text((edge + share * long, 1.6 * size), text, "#59636e", font, anchor=anchor)
+    return np.asarray(strip)
+
+
+def with_scale(
+    picture: np.ndarray,  # (H, W, 3) uint8
+    low: float,
+    high: float,
+    level: float | None = None,  # as of `scale_strip`
+) -> np.ndarray:  # (H + h, W, 3) uint8
+    "A picture above its scale; its own pixels stay where they are."
+    return np.concatenate([picture, scale_strip(picture.shape[1], low, high, level)])
 
 
 # %% ../../nbs/figures/02_blending.ipynb #70fbad27
