@@ -32,6 +32,8 @@ __all__ = [
 
 # %% ../../nbs/figures/02_blending.ipynb #fb76e2b2
 import io
+import struct
+import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -40,7 +42,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from scipy.fft import dctn, idctn
 
-from .style import HEAT, OUTLINE, QUICK_PNG, font_of, letters, style
+from .style import HEAT, OUTLINE, font_of, letters, style
 
 # %% ../../nbs/figures/02_blending.ipynb #9b8841f7
 TRUTH = OUTLINE
@@ -133,9 +135,12 @@ def outline(
     "A region's outline in colour, with a dark rim."
     picture = picture.copy()
     width = line_width(min(inside.shape))
-    rim = border_of(inside, width + max(1, width // 3))
-    picture[rim] >>= 1
-    picture[border_of(inside, width)] = ImageColor.getrgb(colour)
+    if not inside.any():
+        return picture
+    box = tuple(slice(max(0, at.min() - 1), at.max() + 2) for at in (inside.any(i).nonzero()[0] for i in (1, 0)))
+    inside, part = inside[box], picture[box]  # a view; one pixel around it, so that its edges are edges
+    part[border_of(inside, width + max(1, width // 3))] >>= 1
+    part[border_of(inside, width)] = ImageColor.getrgb(colour)
     return picture
 
 
@@ -261,15 +266,35 @@ class Rendering:
 
 
 # %% ../../nbs/figures/02_blending.ipynb #79b8223e
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    "A part of a PNG file (ISO/IEC 15948, 5.3)."
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def _png(picture: np.ndarray) -> bytes:  # (H, W, 3) uint8
+    "A PNG with one filter for all rows, the difference to the row above, and run lengths: a third of Pillow's time."
+    height, width = picture.shape[:2]
+    rows = np.full((height, 1 + 3 * width), 2, np.uint8)  # filter 2, Up, in front of every row
+    pixels = picture.reshape(height, -1)
+    rows[0, 1:] = pixels[0]
+    np.subtract(pixels[1:], pixels[:-1], out=rows[1:, 1:])
+    packer = zlib.compressobj(1, zlib.DEFLATED, 15, 9, zlib.Z_RLE)
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB
+    parts = _chunk(b"IHDR", head), _chunk(b"IDAT", packer.compress(rows.data) + packer.flush()), _chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
 def encode(
     picture: np.ndarray,  # (H, W, 3) uint8
     kind: str = "JPEG",  # or PNG
     quality: int = 88,  # of a JPEG
 ) -> bytes:
     "A picture as the bytes of a file."
+    picture = np.ascontiguousarray(picture)
+    if kind == "PNG":
+        return _png(picture)
     out = io.BytesIO()
-    options = dict(quality=quality, subsampling=0) if kind == "JPEG" else QUICK_PNG
-    Image.fromarray(np.ascontiguousarray(picture)).save(out, kind, **options)
+    Image.fromarray(picture).save(out, kind, quality=quality, subsampling=0)
     return out.getvalue()
 
 
