@@ -25,7 +25,7 @@ from zsad_nb.evaluation.multi_type import evaluate_types
 from zsad_nb.evaluation.views import map_ranges, view
 from zsad_nb.explore.maps_store import make_store, open_store
 from zsad_nb.inspection.inspector import Inspector
-from zsad_nb.inspection.thresholds import identity
+from zsad_nb.inspection.sources import identity
 from zsad_nb.methods.base import create, load, save
 from zsad_nb.synthetic.benchmark import synthetic_index
 from zsad_nb.training.fit import fit, recipe_of
