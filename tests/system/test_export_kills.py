@@ -13,7 +13,8 @@ import torch
 from zsad_nb.backbones.graphs import synthetic_images
 from zsad_nb.core.sessions import file_hash
 from zsad_nb.deploy import export as module
-from zsad_nb.deploy.export import export, load_exported, read_description
+from zsad_nb.deploy.export import export
+from zsad_nb.deploy.inference import load_exported, read_description
 from zsad_nb.methods.base import create
 
 ROOT = Path(__file__).parents[2]

@@ -9,8 +9,6 @@ __all__ = ["check_share", "needed", "lowest_rate", "rank", "realised", "clopper_
 import math
 from fractions import Fraction
 
-import scipy
-
 
 # %% ../../nbs/evaluation/21_false_alarm_rates.ipynb #f09502bd
 def check_share(name: str, value: float):
@@ -27,6 +25,8 @@ def needed(
     check_share("rate", rate)
     if sure is None:
         return math.ceil(1 / Fraction(str(rate))) - 1  # the decimal as typed: 0.07 is 7/100
+    import scipy  # here, for a rate that is kept on average needs none: the inferencer does without
+
     check_share("sure", sure)
     n = max(1, math.floor(math.log1p(-sure) / math.log1p(-rate)) - 1)
     while scipy.stats.binom.ppf(sure, n, 1 - rate) + 1 > n:
@@ -62,6 +62,8 @@ def rank(
         )
     if sure is None:
         return math.ceil((n + 1) * (1 - Fraction(str(rate))))
+    import scipy
+
     return int(scipy.stats.binom.ppf(sure, n, 1 - rate)) + 1
 
 
@@ -71,11 +73,15 @@ def realised(
     level: float = 0.95,  # share of calibrations the interval covers
 ) -> tuple:  # mean, low, high
     "The rate that a threshold at rank k will have: mean and equal-tailed interval of Beta(n + 1 - k, k)."
+    import scipy
+
     return (n + 1 - k) / (n + 1), *map(float, scipy.stats.beta.ppf([(1 - level) / 2, (1 + level) / 2], n + 1 - k, k))
 
 
 def clopper_pearson(count: int, n: int, level: float = 0.95) -> tuple:  # low, high
     "Exact interval of a rate of which `count` in `n` were seen."
+    import scipy
+
     if not 0 <= count <= n or n < 1:
         raise ValueError(f"{count} of {n} is no rate")
     tail = (1 - level) / 2

@@ -9,7 +9,6 @@ __all__ = [
     "ORDER",
     "View",
     "colour_table",
-    "to_levels",
     "colours",
     "blend",
     "border_of",
@@ -43,6 +42,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from scipy.fft import dctn, idctn
 
+from ..data.overlays import blended, to_levels
 from .style import HEAT, OUTLINE, font_of, letters, style
 
 # %% ../../nbs/figures/02_blending.ipynb #9b8841f7
@@ -75,17 +75,6 @@ def colour_table(name: str = HEAT) -> np.ndarray:  # (256, 3) uint8
     return matplotlib.colormaps[name](np.arange(256), bytes=True)[:, :3].copy()
 
 
-def to_levels(
-    map: np.ndarray,  # (H, W)
-    low: float,
-    high: float,  # ends of the scale
-) -> np.ndarray:  # (H, W) uint8
-    "Steps 0..255 of a colour scale; a scale without extent gives 0 up to its end and 255 above."
-    return np.clip((map - np.float32(low)) * np.float32(255 / max(high - low, 1e-12)) + np.float32(0.5), 0, 255).astype(
-        np.uint8
-    )
-
-
 def colours(
     levels: np.ndarray,  # (H, W) uint8
 ) -> np.ndarray:  # (H, W, 3) uint8
@@ -99,12 +88,7 @@ def blend(
     opacity: float,  # at level 255
 ) -> np.ndarray:  # (H, W, 3) uint8
     "Image under heatmap: transparent where nothing is found."
-    alpha = np.rint(np.arange(256) * opacity).astype(np.uint16)
-    top = colour_table().astype(np.uint16) * alpha[:, None] + 127
-    out = image * (255 - alpha).take(levels)[..., None]
-    out += top.take(levels, 0)
-    out //= 255
-    return out.astype(np.uint8)
+    return blended(image, levels, opacity, colour_table())
 
 
 # %% ../../nbs/figures/02_blending.ipynb #93fda42b
