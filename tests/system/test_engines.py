@@ -507,7 +507,7 @@ def test_sessions_take_pytorch_threads(tmp_path):
     x = torch.rand(5, 4)
     for engine in EXTERNAL:
         session = Session(tmp_path / "l.onnx", engine)
-        assert (session(x)["out"] - linear(x)).abs().max() < 1e-6
+        assert (torch.from_numpy(session(x)["out"]) - linear(x)).abs().max() < 1e-6
         if engine == "openvino":
             assert session.model.get_property("INFERENCE_NUM_THREADS") == torch.get_num_threads()
         else:
