@@ -122,7 +122,8 @@ def outline(
     width = line_width(min(inside.shape))
     if not inside.any():
         return picture
-    box = tuple(slice(max(0, at.min() - 1), at.max() + 2) for at in (inside.any(i).nonzero()[0] for i in (1, 0)))
+    rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+    box = tuple(slice(max(0, at[0] - 1), at[-1] + 2) for at in (rows, columns))
     inside, part = inside[box], picture[box]  # a view; one pixel around it, so that its edges are edges
     part[border_of(inside, width + max(1, width // 3))] >>= 1
     part[border_of(inside, width)] = ImageColor.getrgb(colour)

@@ -561,6 +561,14 @@ def load(cls: Calibration, path: str | Path) -> Calibration:
 
 
 # %% ../../nbs/inspection/02_thresholds.ipynb #42e58260
+def _asked(thresholds: dict[str, Threshold], rate: float) -> dict[str, Threshold]:
+    "Thresholds from good images with the rate that was asked for, where they were made with a larger one."
+    return {
+        name: dataclasses.replace(t, facts=t.facts | dict(rate=rate)) if t.kind == "normals" else t
+        for name, t in thresholds.items()
+    }
+
+
 def _lowered(rates: dict[str, float], good: pd.DataFrame, comparable: str, sure: float | None, labelled: bool):
     "Raise the rates that the normal images are too few for, in place, and say so."
     counts = good["category"].value_counts() if comparable == "quantile" else pd.Series([len(good)])
@@ -620,6 +628,8 @@ def calibration(
             raise
         pixel = {}
         notes.append(f"no pixel threshold, so no mask and no regions: {error}")
+    if few == "lowest":  # the threshold says what was asked for
+        image, pixel = _asked(image, rate), _asked(pixel, rate if pixel_rate is None else pixel_rate)
     typical = {
         c: float(np.median(good["peak"][good["category"] == c] if c else good["peak"]))
         for c in (dict.fromkeys(where) if comparable else [""])
