@@ -22,9 +22,9 @@ from zsad_nb.data.images import Batch
 from zsad_nb.data.method_images import resize_for
 from zsad_nb.data.pixels import read_image
 from zsad_nb.deploy.export import export
-from zsad_nb.deploy.inference import load_exported
+from zsad_nb.deploy.inference import Limits, load_exported
 from zsad_nb.figures.blending import Rendering, View
-from zsad_nb.inspection.thresholds import from_normals
+from zsad_nb.inspection.thresholds import Calibration, from_normals
 from zsad_nb.methods.base import create, save
 
 SIZE, SAME = 64, 1e-4  # the issue's tolerance
@@ -266,20 +266,19 @@ sys.meta_path.insert(0, Nothing())
 import json
 from pathlib import Path
 import numpy as np
-from zsad_nb.deploy.inference import load_exported
+from zsad_nb.deploy.inference import Limits, load_exported
 
 room = Path(sys.argv[2])
 looking = load_exported(sys.argv[1], ENGINE)
 good = sorted((room / "good").iterdir())
 parts = sorted((room / "parts").iterdir())
 found = looking.predict(parts)
-threshold = looking.threshold(good, rate=0.05)
-low, high = looking.scale(good)
+limits = looking.calibrate(good, rate=0.05)
 for number, part in enumerate(parts):
-    looking.overlay(part, found.map[number], low, high).save(room / f"{ENGINE}-{part.name}")
+    looking.overlay(part, found.map[number], limits).save(room / f"{ENGINE}-{part.name}")
 np.savez(room / f"{ENGINE}.npz", images=looking.image(parts), map=found.map, score=found.score)
 foreign = sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "pandas", "scipy", "matplotlib", "onnx"})
-print(json.dumps(dict(threshold=threshold, scale=[low, high], foreign=foreign)))
+print(json.dumps(dict(vars(limits), foreign=foreign)))
 """
 
 
@@ -323,10 +322,13 @@ def test_without_torch(looked_at, engine):
 
     good = torch.stack([resize_for(method, read_image(p), SIZE) for p in sorted((folder / "good").iterdir())])
     normal = method.predict(batch_of(good.float() / 255))
-    assert abs(said["threshold"] - from_normals(normal.score.numpy(), 0.05).value) < 1e-4
-    low, high = said["scale"]
-    peaks = normal.map.amax((1, 2))
-    assert abs(low - peaks.median().item()) < 1e-4 and abs((low + high) / 2 - peaks.max().item()) < 1e-4
+    assert abs(said["score"] - from_normals(normal.score.numpy(), 0.05).value) < 1e-4
+    peaks = normal.map.amax((1, 2)).numpy()
+    pixel = from_normals(peaks, 0.05)
+    assert abs(said["pixel"] - pixel.value) < 1e-4
+    colours = Calibration({}, pixel={"": pixel}, typical={"": float(np.median(peaks))}).colours("")
+    low, high = said["low"], said["high"]
+    assert np.abs(np.subtract((low, high), colours)).max() < 1e-4, "the inspector's scale"
 
     photograph = np.asarray(read_image(parts[0]))
     heat = Image.fromarray(found["map"][0]).resize(photograph.shape[1::-1], Image.Resampling.BILINEAR)
@@ -340,7 +342,7 @@ def test_what_is_asked_for_in_vain(looked_at):
     looking = load_exported(folder)
     good = sorted((room / "good").iterdir())
     with pytest.raises(ValueError, match="19 normal images are too few for a false-alarm rate of 0.01"):
-        looking.threshold(good)
+        looking.calibrate(good)
     looking.about = {name: value for name, value in looking.about.items() if name != "colours"}
     with pytest.raises(ValueError, match="colours of heatmaps; export again"):
-        looking.overlay(good[0], np.zeros((SIZE, SIZE)), 0, 1)
+        looking.overlay(good[0], np.zeros((SIZE, SIZE)), Limits(0, 0, 0, 1))

@@ -35,6 +35,7 @@ import zsad_nb
 from ..core.files import write_json
 from ..core.names import shown
 from ..core.records import key_hash, misfit, read_record
+from ..data.overlays import colour_ends
 from ..evaluation.false_alarm_rates import check_share, clopper_pearson, lowest_rate, needed, rank, realised
 
 
@@ -387,10 +388,7 @@ class Calibration:
         threshold = self.of("pixel", category)
         if threshold is None:
             return None
-        low = self.typical.get(category, self.typical.get(""))
-        if low is None or threshold.value <= low:  # nothing is known of good images: up to half of the threshold
-            low = threshold.value - max(abs(threshold.value) / 2, 1e-6)
-        return low, 2 * threshold.value - low
+        return colour_ends(threshold.value, self.typical.get(category, self.typical.get("")))
 
     @property
     def hash(self) -> str:
