@@ -27,7 +27,7 @@ def method(tap: int):
 
 
 def answers(folder: Path):
-    return load_exported(folder, "torch").predict(synthetic_images((SIZE, SIZE), 2, 5)).map
+    return torch.from_numpy(load_exported(folder, "torch").predict(synthetic_images((SIZE, SIZE), 2, 5)).map)
 
 
 def whole(folder: Path) -> int:
