@@ -402,8 +402,8 @@ class Names(AnyWidget):
 
     _esm = """
 function name(page) {
-  for (const box of page.querySelectorAll(".jupyter-widgets")) {
-    const label = box.querySelector(":scope > .widget-label"), text = label && label.textContent.trim();
+  for (const label of page.querySelectorAll(".widget-label")) {
+    const box = label.parentElement, text = label.textContent.trim();
     if (!text) continue;
     const set = (selector, words) => {
       for (const part of box.querySelectorAll(selector))
