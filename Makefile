@@ -54,7 +54,7 @@ demo: env
 	@zsad demo
 
 # tests/system/test_printed_commands.py and test_tutorials.py execute these
-EXECUTED_BY_PYTEST = '^([_.]|(ablation|benchmark|defect_types|evaluate|inspect|qualitative|train|explore_heatmaps|inside_dma_sap|inside_ssvp|which_defect)\.ipynb$$)'
+EXECUTED_BY_PYTEST = '^([_.]|(ablation|benchmark|defect_types|evaluate|qualitative|train|explore_heatmaps|inside_dma_sap|inside_ssvp|which_defect)\.ipynb$$)'
 # Two lines side by side: what needs one thread fills the gaps of what has two workers. Either one's failure is that of the whole.
 test: everything
 	@$(MAKE) --no-print-directory -j 2 test_style_and_demo test_notebooks_and_code

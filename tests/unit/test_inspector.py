@@ -240,6 +240,8 @@ def test_a_huge_photograph_in_little_memory(tmp_path):
             str(tmp_path / "in"),
             "--out",
             str(tmp_path / "out"),
+            "--model",
+            "self_distance",
             "-p",
             "image_size",
             "64",
@@ -1083,16 +1085,110 @@ def test_the_command_line(tmp_path, good, capsys):
     assert call("--threshold", "0.1")[0] == 2
 
 
+def test_overlays_share_a_scale_and_keep_their_names(inspector, tmp_path):
+    "Two photographs that differ in their suffix alone; one that comes later; JPEG by choice."
+    write(tmp_path / "in" / "a.png", render("leather", 5, 96).image)
+    first = look(inspector, tmp_path / "in", out=tmp_path / "out")
+    assert first["picture"].tolist() == ["pictures/a.png"]
+    before = (tmp_path / "out" / "pictures" / "a.png").read_bytes()
+    write(tmp_path / "in" / "a.jpg")
+    write(tmp_path / "in" / "b.jpg", render("leather", 6, 96).image)
+    table = look(inspector, tmp_path / "in", out=tmp_path / "out")
+    assert len(set(table["picture"])) == 3 and table["picture"][2] == "pictures/b.png" and Counted.seen == 3
+    assert (tmp_path / "out" / "pictures" / "a.png").read_bytes() == before, "its row is as it was"
+    assert [s.picture for s in sources(tmp_path / "in")] == ["a-jpg.png", "a-png.png", "b.png"]
+    strips = {Image.open(tmp_path / "out" / p).crop((0, 96, 96, 120)).tobytes() for p in table["picture"]}
+    assert len(strips) == 1, "all on one scale, that of the first call"
+    (about,) = json.loads((tmp_path / "out" / "settings.json").read_text()).values()
+    assert about["colours"][0] < about["colours"][1]
+    again = look(inspector, tmp_path / "in", out=tmp_path / "out", picture_format="jpg")
+    assert [p.rpartition("/")[2] for p in again["picture"]] == ["a-jpg.jpg", "a-png.jpg", "b.jpg"]
+    with pytest.raises(ValueError, match="use png or jpg"):
+        look(inspector, tmp_path / "in", out=tmp_path / "out", picture_format="gif")
+
+
+def test_a_good_part_does_not_glow(inspector, tmp_path):
+    "Ten calm photographs and a scratched one, without a threshold: the calm ones look like photographs."
+    for i in range(10):
+        write(tmp_path / "in" / f"{i}.png", np.full((64, 64, 3), 120 + i, np.uint8))
+    scratched = np.full((64, 64, 3), 120, np.uint8)
+    scratched[30:34, 8:56] = 255
+    write(tmp_path / "in" / "x.png", scratched)
+    look(inspector, tmp_path / "in", out=tmp_path / "out")
+
+    def coloured(name):  # grey stays grey where nothing lies on it
+        shown = np.asarray(Image.open(tmp_path / "out" / "pictures" / f"{name}.png"))[:64].astype(int)
+        return (np.ptp(shown, axis=-1) > 8).mean()
+
+    assert max(coloured(i) for i in range(10)) < 0.06 and coloured("x") > 0.15
+
+
+def test_a_picture_that_cannot_be_written_ends_the_call(inspector, tmp_path, monkeypatch):
+    pictures(tmp_path / "in", 6)
+    inspector.use_values(0.1, 0.05)
+    written = results.write_atomically
+
+    def full(path, write):
+        if Path(path).name == "03.png":
+            raise OSError(28, f"{path} was not written: no space left on the device")
+        return written(path, write)
+
+    monkeypatch.setattr(results, "write_atomically", full)
+    with pytest.raises(OSError, match="03.png was not written"):
+        look(inspector, tmp_path / "in", out=tmp_path / "out")
+    kept = rows_in_journal(tmp_path / "out")
+    assert kept == 3, "the row of a picture that is not there is not there either"
+    monkeypatch.undo()
+    assert look(inspector, tmp_path / "in", out=tmp_path / "out").attrs["summary"]["known_before"] == kept
+
+
+def test_few_good_images_and_both_thresholds(tmp_path, good, capsys):
+    "Six good images for one per cent: the run goes on and states its rate; what is outlined and passed is counted."
+    few = tmp_path / "few"
+    few.mkdir()
+    for path in sorted(good.rglob("*.png"))[:6]:
+        shutil.copy(path, few)
+    write(tmp_path / "in" / "scratched.png")
+    write(tmp_path / "in" / "calm.png", render("leather", 3, 96).image)
+    words = [
+        "predict",
+        str(tmp_path / "in"),
+        "--model",
+        "self_distance",
+        "-p",
+        "image_size",
+        "64",
+        "-p",
+        "sigma",
+        "2.0",
+    ]
+
+    def said(out, *more):
+        assert main([*words, "--out", str(tmp_path / out), *more]) == 0
+        return capsys.readouterr().out
+
+    first = said("a", "--normals", str(few))
+    assert "6 normal images are too few for the image rate asked for, 1 % (99 are needed)" in first
+    assert "lowest rate that they allow, 14.3 %" in first and "by score" in first
+    passed = ("--threshold", "9", "--pixel-threshold", "0.01")
+    assert "2 of the normal ones have a marked region; --decide either" in said("b", *passed)
+    assert "2 defective, 0 normal, by score or marked regions" in said("b", *passed, "--decide", "either")
+    assert "2 defective, 0 normal, by marked regions" in said("b", *passed, "--decide", "regions")
+    quiet = said("b", "--threshold", "-1", "--pixel-threshold", "9", "--decide", "regions")
+    assert "2 of the normal ones have a score above the threshold" in quiet
+    people = pd.read_csv(tmp_path / "b" / "results.csv", keep_default_na=False)
+    assert people["above"].tolist() == ["score", "score"] and people["decision"].tolist() == ["normal", "normal"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["nowhere"], "there is no folder and no image nowhere"),
         (["IN", "--out", "IN"], "cannot hold the images and their results"),
         (["IN", "--model", "visualat"], "unknown method 'visualat'"),
-        (
-            ["IN", "--normals", "IN"],
-            "3 normal images are too few for a false-alarm rate of 0.01: at least 99 are needed",
-        ),
+        (["IN", "--decide", "regions", "--threshold", "1"], "decide='regions' needs a pixel threshold"),
+        (["IN", "--report", "--pictures", "none"], "--report shows pictures"),
+        (["IN", "--model", "hub:me/mine"], "not loaded by name yet"),
         (["IN", "--rate", "0.1"], "--rate: thresholds are made from good images; add --normals FOLDER"),
         (["IN", "--normals", "IN", "--threshold", "1"], "give one of --normals and --threshold"),
         (["IN", "--pictures", "defective"], "needs a threshold"),

@@ -9,7 +9,6 @@ __all__ = ["PHOTOGRAPHS", "TOWER", "check_data_set", "predict_images", "submit_m
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -185,6 +184,44 @@ def _print_images(inspector, table, out: Path, format: str, pictures: str) -> in
 
 
 # %% ../../nbs/cli/06_image_commands.ipynb #4c2bd8fd
+def _predict(
+    images: list[str],
+    out: str,
+    parameter: Sequence[tuple[str, str]],
+    batch: int,
+    pictures: str,
+    picture_format: str,
+    maps: str,
+    marks: bool,
+    coco: bool,
+    polygons: bool,
+    format: str,
+    report: bool,
+    **asked,  # further fields of `Job`
+) -> int:
+    "What `predict_images` does with its options."
+    _require_annotations(coco, marks, polygons)
+    with importing():
+        from zsad_nb.core.plain_yaml import typed_value
+        from zsad_nb.inspection.jobs import Job
+        from zsad_nb.runs.pages import report_of, require_nbconvert
+
+    if report:
+        require_nbconvert()
+        if pictures == "none":
+            raise ValueError("--report shows pictures: leave --pictures none out")
+    job = Job(parameters={name: typed_value(value) for name, value in parameter}, batch_size=batch, **asked)
+    inspector = job.inspector(out)
+    table = inspector.predict(images, out, pictures, format, maps=maps, marks=marks, picture_format=picture_format)
+    if job.model == "shipped":
+        print(TOWER)
+    status = _print_images(inspector, table, Path(out), format, pictures)
+    _print_maps(Path(out), bool(maps or marks), coco, polygons)
+    if report:
+        print(f"report    {report_of(images, job, out, pictures=pictures, picture_format=picture_format)}")
+    return status
+
+
 @command("predict", status_1="some images have no result", status_2="none has, or it could not begin")
 def predict_images(
     images: list[str],  # folders, files or patterns
@@ -232,29 +269,7 @@ def predict_images(
     device: str = "cpu",  # cpu or cuda
 ) -> int:
     "look at your own images: score, decision, heatmap, regions, defect type"
-    _require_annotations(coco, marks, polygons)
-    with importing():
-        from zsad_nb.core.plain_yaml import typed_value
-        from zsad_nb.inspection.jobs import Job
-        from zsad_nb.runs.pages import report_of, require_nbconvert
-
-    if report:
-        require_nbconvert()
-    words = dict(locals())
-    job = Job(
-        parameters={name: typed_value(value) for name, value in parameter},
-        batch_size=batch,
-        **{f.name: words[f.name] for f in fields(Job) if f.name in words},
-    )
-    inspector = job.inspector(out)
-    table = inspector.predict(images, out, pictures, format, maps=maps, marks=marks, picture_format=picture_format)
-    if model == "shipped":
-        print(TOWER)
-    status = _print_images(inspector, table, Path(out), format, pictures)
-    _print_maps(Path(out), bool(maps or marks), coco, polygons)
-    if report:
-        print(f"report    {report_of(images, job, out)}")
-    return status
+    return _predict(**locals())
 
 
 # %% ../../nbs/cli/06_image_commands.ipynb #6a91098b

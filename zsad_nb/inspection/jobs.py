@@ -72,6 +72,7 @@ class Job:
     def inspector(
         self,
         out: str | Path,  # folder of results; a calibration that was stopped goes on there
+        progress: bool = True,  # a bar while it calibrates
     ) -> Inspector:
         "The inspector that was asked for, with good images and thresholds; prints what it decides by."
         evidence = self.evidence or ("preferred" if self.references is None else "self")
@@ -84,20 +85,21 @@ class Job:
                 inspector.method.evidence = "memory"
             inspector.remember(self.references[0] if len(self.references) == 1 else self.references, self.copies)
         if self.normals is not None or self.references is not None and self.rates:
-            self._calibrate(inspector, Path(out))
+            self._calibrate(inspector, Path(out), progress)
         elif self.thresholds is not None:
             inspector.use(self.thresholds)
         elif self.threshold is not None or self.pixel_threshold is not None:
             inspector.use_values(self.threshold, self.pixel_threshold)
         return inspector
 
-    def _calibrate(self, inspector: Inspector, out: Path):
+    def _calibrate(self, inspector: Inspector, out: Path, progress: bool):
         "Thresholds of good images, or of the references, each judged by the others; kept and printed."
         how: dict = dict(comparable=self.comparable, few="lowest", **self.rates)
         if self.normals is None:
             thresholds = inspector.calibrate_on_references(**how)
         else:
-            thresholds = inspector.calibrate(self.normals, self.defective, out=out / "calibration", **how)
+            how |= dict(progress=progress)
+            thresholds = inspector.calibrate(self.normals, self.defective, out / "calibration", **how)
         print(f"{thresholds}\nkept in {thresholds.save(out / 'thresholds.json')}\n")
 
 

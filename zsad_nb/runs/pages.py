@@ -51,9 +51,20 @@ def as_page(
     require_nbconvert()
     from nbconvert import HTMLExporter
     from nbconvert.preprocessors import TagRemovePreprocessor
+    from traitlets.config import Config
 
     hidden = dict(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True)
-    exporter = HTMLExporter(template_name="basic", **hidden)
+    kinds = [
+        "text/html",
+        "image/svg+xml",
+        "image/png",
+        "image/jpeg",
+        "text/markdown",
+        "text/plain",
+    ]  # no script, no widget
+    exporter = HTMLExporter(
+        template_name="basic", config=Config(NbConvertBase=dict(display_data_priority=kinds)), **hidden
+    )
     exporter.register_preprocessor(TagRemovePreprocessor(remove_cell_tags={NOT_ON_THE_PAGE}), enabled=True)
     body, _ = exporter.from_filename(str(notebook))
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html_text(title)}</title>'
