@@ -89,7 +89,7 @@ def test_a_badge_and_a_first_cell_that_installs(name):
     about = parser["DEFAULT"]
     place = about["git_url"].removeprefix("https://github.com/")
     page = f"https://colab.research.google.com/github/{place}/blob/{about['branch']}/nbs/tutorials/{name}.ipynb"
-    assert f"(https://colab.research.google.com/assets/colab-badge.svg)]({page})" in source(cells[0])
+    assert f"[![Open in Colab](attachment:open_in_colab.png)]({page})" in source(cells[0])
     first = next(c for c in cells if c["cell_type"] == "code")
     assert first is cells[1] and "%pip install" in source(first) and not first["outputs"]
     assert sum("%pip" in source(c) for c in cells) == 1
