@@ -1,5 +1,6 @@
 "Thin by design: every value lives in settings.ini."
 
+import json
 import shutil
 from configparser import ConfigParser
 from pathlib import Path
@@ -20,6 +21,15 @@ extras["all"] = sorted(
 )
 
 
+def without_outputs(path):
+    "The pictures in the notebooks of a clone weigh more than the package; who executes a notebook gets them."
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            cell.update(outputs=[], execution_count=None)
+    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 class BuildWithNotebooks(build_py):
     "The wheel carries the notebooks and sweeps that people execute, below zsad_nb/notebooks; a clone has them in nbs."
 
@@ -31,6 +41,8 @@ class BuildWithNotebooks(build_py):
             target = Path(self.build_lib) / cfg["lib_path"] / "notebooks" / name
             ignored = shutil.ignore_patterns(".ipynb_checkpoints", "_*")
             shutil.copytree(root / cfg["nbs_path"] / name, target, ignore=ignored, dirs_exist_ok=True)
+            for notebook in target.rglob("*.ipynb"):
+                without_outputs(notebook)
 
 
 setup(

@@ -9,6 +9,8 @@
     zsad.fit(method, zsad.load_dataset("visa", "data/visa"))
     zsad.evaluate(method, index).table()
     zsad.save(method, "visualad.safetensors")
+    zsad.save_pretrained(method, "mine")            # a folder with a card; push_to_hub(method, "OWNER/NAME") shares it
+    zsad.from_pretrained("OWNER/NAME")
     zsad.predict("photos", zsad.load("visualad.safetensors"), out="results")
     zsad.HeatmapExplorer(...)                       # in a notebook
 
@@ -34,6 +36,9 @@ _HOMES = {  # name -> the module that has it
     "fit": "training.fit",
     "evaluate": "evaluation.evaluate",
     "predict": "inspection.predict",
+    "save_pretrained": "evaluation.pretrained",
+    "from_pretrained": "evaluation.pretrained",
+    "push_to_hub": "evaluation.pretrained",
     "load_dataset": "synthetic.datasets",
     "check": "data.images",
     "Inspector": "inspection.inspector",
@@ -48,6 +53,9 @@ __all__ = [
     "fit",
     "evaluate",
     "predict",
+    "save_pretrained",
+    "from_pretrained",
+    "push_to_hub",
     "load_dataset",
     "check",
     "Inspector",
@@ -57,6 +65,7 @@ __all__ = [
 if TYPE_CHECKING:  # for editors and type checkers, which do not run `__getattr__`
     from .data.images import check
     from .evaluation.evaluate import evaluate
+    from .evaluation.pretrained import from_pretrained, push_to_hub, save_pretrained
     from .explore.explorer import HeatmapExplorer
     from .inspection.inspector import Inspector
     from .inspection.predict import predict

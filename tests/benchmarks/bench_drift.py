@@ -17,9 +17,9 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from zsad_nb.backbones.graphs import EngineError
 from zsad_nb.backbones.products import onednn_pays
 from zsad_nb.core.files import write_atomically
+from zsad_nb.core.sessions import EngineError
 from zsad_nb.core.settings import seed_everything
 from zsad_nb.deploy.bench import machine
 from zsad_nb.evaluation.evaluate import evaluate

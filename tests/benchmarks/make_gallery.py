@@ -81,6 +81,14 @@ ROWS = {  # notebook -> what you learn; where the picture is from: the number of
         ),
         0,
     ),
+    "experiments/inspect": (
+        "a report on your own photographs: worst and borderline cases, scores, drift; `zsad predict --report` makes it",
+        "widgets/report.png",
+    ),
+    "experiments/shipped_checkpoint": (
+        "how the checkpoint of the package was trained, and what it is worth on photographs",
+        ("visualad_synthetic.png", (935, 235, 1638, 590)),
+    ),
     "experiments/pretrain_tiny": (
         "how the embedded image tower was taught, on drawn things that occur in no benchmark set",
         [None],

@@ -1,8 +1,10 @@
 "Screenshots of the widgets at work, in paper_figures/widgets: `python tests/benchmarks/shoot_widgets.py` (trains two small methods once, in runs/widgets; needs Chromium, playwright and JupyterLab)."
 
 import argparse
+import base64
 import io
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -219,6 +221,29 @@ def shots(browser, room: Path, out: Path, name: str, theme: str, **size):
         shoot(hand.explorer, out / f"{name}.png")
 
 
+def attach(folder: Path, tutorial: Path = ROOT / "nbs" / "tutorials" / "explore_heatmaps.ipynb"):
+    "The screenshots inside the tutorial: a link out of the folder that a server shows would keep a page waiting."
+    book = json.loads(tutorial.read_text(encoding="utf-8"))
+    for cell in book["cells"]:
+        names = re.findall(r"\]\((?:attachment:|[./]*paper_figures/widgets/)([\w.]+\.png)\)", "".join(cell["source"]))
+        if cell["cell_type"] != "markdown" or not names:
+            continue
+        cell["attachments"] = {}
+        for name in names:
+            with Image.open(folder / name) as picture:
+                small = (
+                    picture.convert("RGB").resize((960, round(picture.height * 960 / picture.width)), 1).quantize(96)
+                )
+            data = io.BytesIO()
+            small.save(data, "PNG", optimize=True)
+            cell["attachments"][name] = {"image/png": base64.b64encode(data.getvalue()).decode()}
+        text = "".join(cell["source"])
+        text = re.sub(r"\]\((?:[./]*paper_figures/widgets/)([\w.]+\.png)\)", r"](attachment:\1)", text)
+        cell["source"] = text.splitlines(keepends=True)
+    text = json.dumps(book, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
+    tutorial.write_text(text, encoding="utf-8")
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--out", type=Path, default=ROOT / "paper_figures" / "widgets")
@@ -239,6 +264,7 @@ def main():
                 height=2600,
             )
         browser.close()
+    attach(args.out)
 
 
 if __name__ == "__main__":

@@ -13,20 +13,10 @@ import torch
 from zsad_nb.backbones import engines, products
 from zsad_nb.backbones.engines import Engine, engine_folder
 from zsad_nb.backbones.features import FeatureCache
-from zsad_nb.backbones.graphs import (
-    ENGINES,
-    EngineError,
-    Session,
-    available,
-    hold_constant,
-    import_optional,
-    resize_matrix,
-    synthetic_images,
-    trace,
-    write_onnx,
-)
+from zsad_nb.backbones.graphs import hold_constant, resize_matrix, synthetic_images, trace, write_onnx
 from zsad_nb.backbones.products import fast_products, onednn_pays, probe_matmul
 from zsad_nb.backbones.towers import create_backbone
+from zsad_nb.core.sessions import ENGINES, EngineError, Session, available, import_optional
 from zsad_nb.core.settings import seed_everything
 from zsad_nb.data.images import Batch, batches
 from zsad_nb.methods.base import create, load, save
@@ -517,7 +507,7 @@ def test_sessions_take_pytorch_threads(tmp_path):
     x = torch.rand(5, 4)
     for engine in EXTERNAL:
         session = Session(tmp_path / "l.onnx", engine)
-        assert (session(x)["out"] - linear(x)).abs().max() < 1e-6
+        assert (torch.from_numpy(session(x)["out"]) - linear(x)).abs().max() < 1e-6
         if engine == "openvino":
             assert session.model.get_property("INFERENCE_NUM_THREADS") == torch.get_num_threads()
         else:

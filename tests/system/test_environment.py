@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from zsad_nb.backbones.engines import engine_folder
-from zsad_nb.backbones.graphs import EngineError
 from zsad_nb.cli.commands import main
 from zsad_nb.cli.console import READER_LEFT, locale_hint
+from zsad_nb.core.sessions import EngineError
 from zsad_nb.methods.base import create
 from zsad_nb.runs.kernel import some_home
 from zsad_nb.runs.run import Spec, run

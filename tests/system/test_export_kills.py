@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from zsad_nb.backbones.graphs import synthetic_images
-from zsad_nb.backbones.programs import file_hash
+from zsad_nb.core.sessions import file_hash
 from zsad_nb.deploy import export as module
-from zsad_nb.deploy.export import export, load_exported, read_description
+from zsad_nb.deploy.export import export
+from zsad_nb.deploy.inference import load_exported, read_description
 from zsad_nb.methods.base import create
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +27,7 @@ def method(tap: int):
 
 
 def answers(folder: Path):
-    return load_exported(folder, "torch").predict(synthetic_images((SIZE, SIZE), 2, 5)).map
+    return torch.from_numpy(load_exported(folder, "torch").predict(synthetic_images((SIZE, SIZE), 2, 5)).map)
 
 
 def whole(folder: Path) -> int:

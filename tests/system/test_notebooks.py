@@ -276,6 +276,20 @@ def test_links_and_pictures_are_there(path):
     assert not unnamed, f"{path.name} has pictures without words for who cannot see them: {unnamed}"
 
 
+@pytest.mark.parametrize("path", notebooks(), ids=lambda p: str(p.relative_to(NBS)))
+def test_pictures_are_inside(path):
+    "Served by Voila, copied by `zsad notebooks` or installed, a notebook has no folder beside its own: what it shows is attached. A link that nobody follows may lead anywhere."
+    for cell in cells(path):
+        if cell["cell_type"] != "markdown":
+            continue
+        text = re.sub(r"```.*?```|`[^`\n]*`", "", source(cell), flags=re.DOTALL)
+        shown = re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", text) + re.findall(r"<img[^>]*src=[\"']([^\"']+)", text)
+        outside = [t for t in shown if not t.startswith(("attachment:", "data:"))]
+        assert not outside, f"{path.name} shows {outside}: attach the picture (attachment:NAME)"
+        missing = {t.partition(":")[2] for t in shown if t.startswith("attachment:")} - set(cell.get("attachments", {}))
+        assert not missing, f"{path.name} has no attachment {missing}"
+
+
 def test_gallery_has_every_notebook_and_its_picture():
     text = (ROOT / "paper_figures" / "gallery.md").read_text(encoding="utf-8")
     for path in [*notebooks(NBS / "tutorials"), *EXPERIMENTS]:

@@ -8,6 +8,8 @@ import pytest
 from conftest import ROOT
 from safetensors import safe_open
 
+from zsad_nb.methods.checkpoint_files import read_header
+
 EXPERIMENTS = ROOT / "nbs" / "experiments"
 
 
@@ -149,3 +151,20 @@ def test_real_images_in_small(shared, tmp_path):
         runs["pixel_auroc"].between(0, 100).all()
         and (tmp_path / "figures" / "road" / "overview.png").stat().st_size > 10_000
     )
+
+
+def test_an_epoch_chosen_on_a_held_out_part(trained, tmp_path):
+    "Recorded in the run and in the checkpoint; the default says nothing of it; the log says how it went."
+    small = dict(images=2, size=64, epochs=2, seed=3, weights="random:0")
+    run("train", tmp_path, held_out=0.5, patience=1, chosen_by="image_auroc", **small, output=str(tmp_path))
+    result = json.loads((tmp_path / "result.json").read_text())
+    before = json.loads((trained / "result.json").read_text())
+    chosen = result["chosen"]
+    best = max(chosen["judged"])
+    assert chosen["epoch"] == chosen["judged"].index(best) + 1 and chosen["images"] == 15 * 2
+    assert (chosen["by"], chosen["held_out"], chosen["patience"]) == ("image_auroc", 0.5, 1)
+    assert "chosen" not in before and result["fingerprint"] == before["fingerprint"], "the same auxiliary set"
+    assert read_header(tmp_path / "checkpoint.safetensors")["fitted"]["chosen"] == chosen
+    assert "chosen" not in read_header(trained / "checkpoint.safetensors")["fitted"]
+    lines = (tmp_path / "progress.log").read_text().splitlines()
+    assert sum("epoch " in line for line in lines) == len(chosen["judged"]) and lines[-1].endswith("fit is done")

@@ -1,6 +1,7 @@
 "The tutorials with trained systems, in small: every cell runs, every assertion holds, every picture is there."
 
 import json
+from configparser import ConfigParser
 
 import papermill
 import pytest
@@ -74,3 +75,40 @@ def test_small_enough_to_keep(name):
     assert (TUTORIALS / f"{name}.ipynb").stat().st_size < 700_000 and "widgets" not in notebook["metadata"], (
         "keep no state of widgets: nbconvert --ExecutePreprocessor.store_widget_state=False"
     )
+
+
+# ---- on Colab, and wherever the package is not installed
+ALL = sorted(path.stem for path in TUTORIALS.glob("*.ipynb") if not path.name.startswith(("_", ".")))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_badge_and_a_first_cell_that_installs(name):
+    cells = json.loads((TUTORIALS / f"{name}.ipynb").read_text())["cells"]
+    parser = ConfigParser(delimiters=["="])
+    parser.read(ROOT / "settings.ini", encoding="utf-8")
+    about = parser["DEFAULT"]
+    place = about["git_url"].removeprefix("https://github.com/")
+    page = f"https://colab.research.google.com/github/{place}/blob/{about['branch']}/nbs/tutorials/{name}.ipynb"
+    assert f"[![Open in Colab](attachment:open_in_colab.png)]({page})" in source(cells[0])
+    first = next(c for c in cells if c["cell_type"] == "code")
+    assert first is cells[1] and "%pip install" in source(first) and not first["outputs"]
+    assert sum("%pip" in source(c) for c in cells) == 1
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("there", [True, False])
+def test_it_installs_only_where_the_package_is_missing(name, there, monkeypatch):
+    "The cell as IPython runs it, in a kernel whose magics say what they were asked for."
+    from IPython.core.inputtransformer2 import TransformerManager
+
+    cells = json.loads((TUTORIALS / f"{name}.ipynb").read_text())["cells"]
+    asked = []
+
+    class Shell:
+        def run_line_magic(self, magic, line):
+            asked.append((magic, line))
+
+    code = TransformerManager().transform_cell(source(cells[1]))
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: "here" if there else None)
+    exec(code, {"get_ipython": Shell})
+    assert asked == ([] if there else [("pip", "install -q zsad_nb")])

@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from zsad_nb.cli.commands import main
 from zsad_nb.runs.library import find_notebook, package_notebooks, package_sweeps
@@ -69,7 +70,14 @@ def test_what_is_in_it(wheel):
         tracked = {f"zsad_nb/notebooks/{path.as_posix()}" for path in written if not path.name.startswith("_")}
         assert tracked <= inside
     assert not any(name.startswith(("tests/", "nbs/", "paper_figures/")) for name in names)
-    assert {"zsad_nb/py.typed", "zsad_nb/assets/tiny_dino.safetensors"} <= set(names)
+    assets = {
+        f"zsad_nb/assets/{name}.{end}" for name in ("tiny_dino", "visualad_tiny") for end in ("safetensors", "md")
+    }
+    assert {"zsad_nb/py.typed", *assets} <= set(names)
+    for name in inside:
+        if name.endswith(".ipynb"):
+            book = json.loads(zipfile.ZipFile(wheel).read(name))
+            assert not any(cell.get("outputs") for cell in book["cells"]), f"{name} carries outputs"
 
 
 @pytest.mark.slow
@@ -96,6 +104,21 @@ def test_an_empty_folder(installed):
     assert any("injected-parameters" in cell["metadata"].get("tags", []) for cell in book["cells"])
     wrong = installed("papermill", "zsad://evaluate.ipynb", "wrong.ipynb", "-p", "metod", "ssvp", status=1)
     assert "unknown parameter 'metod'; did you mean method?" in wrong
+
+
+@pytest.mark.slow
+def test_photographs_and_nothing_else(installed):
+    "The first line of the README's section on one's own images: no model, no clone, a page at the end."
+    from zsad_nb.synthetic.benchmark import render
+
+    photos = installed.folder / "photos"
+    photos.mkdir()
+    for seed in range(3):
+        Image.fromarray(render("leather", seed, 96, "scratch" if seed else None).image).save(photos / f"{seed}.png")
+    said = installed("zsad", "predict", "photos", "--out", "results", "--report")
+    assert "the package's small VisualAD" in said and "report    results/report.html" in said
+    assert (installed.folder / "results" / "report.html").stat().st_size > 20_000
+    assert sorted(p.name for p in (installed.folder / "results" / "pictures").iterdir()) == ["0.png", "1.png", "2.png"]
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate"])

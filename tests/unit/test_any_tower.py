@@ -8,11 +8,11 @@ import torch
 from torch.testing import assert_close
 
 from zsad_nb.backbones.features import FeatureCache, key_hash
-from zsad_nb.backbones.graphs import available
 from zsad_nb.backbones.table import backbone_row, open_clip_tower
 from zsad_nb.backbones.text import create_text
 from zsad_nb.backbones.towers import BeitBackbone, ClipBackbone, create_backbone
 from zsad_nb.backbones.weights import import_vision_libraries
+from zsad_nb.core.sessions import available
 from zsad_nb.data.images import Batch
 from zsad_nb.methods.base import create
 from zsad_nb.runs.plans import expand

@@ -22,7 +22,7 @@ from zsad_nb.methods.bayes_pfl import BayesPFL
 from zsad_nb.methods.checkpoint_files import read_header
 from zsad_nb.synthetic.benchmark import synthetic_index
 from zsad_nb.training.fit import fit, recipe_of
-from zsad_nb.training.stages import BestEpoch, fit_stages
+from zsad_nb.training.stages import fit_stages
 
 SIZE, SAME = 48, 1e-5
 UNUSED = ("flows.decoders.", "flows.heads.")  # of the reconstruction, which is in no loss
@@ -474,8 +474,6 @@ def test_an_epoch_is_chosen_by_other_images(drawn):
     assert (model.p.samples, model.p.sigma) == (2, 8.0) and {c.split("/")[1] for c in model.trained_on} == set(
         drawn[0]["category"]
     ) | set(drawn[1]["category"])
-    with pytest.raises(ValueError, match="BestEpoch has to see a training from its beginning: it goes without resume"):
-        fit(small(), drawn[0], callbacks=[BestEpoch(judge)], resume="somewhere", progress=False)
 
 
 @pytest.mark.slow

@@ -16,7 +16,6 @@ from zsad_nb.methods.base import create
 from zsad_nb.runs.run import Spec
 from zsad_nb.runs.sweeps import sweep
 from zsad_nb.training.fit import fit, recipe_of
-from zsad_nb.training.stages import BestEpoch
 from zsad_nb.training.trackers import MLflow, TensorBoard, Tracker, WeightsAndBiases, plain_numbers, plain_parameters
 
 SIZE = 64
@@ -138,8 +137,9 @@ def test_a_broken_one_costs_nothing(index, event):
 def test_what_cannot_look_on_is_refused(index, tmp_path):
     with pytest.raises(ValueError, match="devices=1"):
         trained(index, callbacks=[Notes()], devices=2)
-    with pytest.raises(ValueError, match="BestEpoch has to see a training from its beginning"):
-        trained(index, callbacks=[BestEpoch(lambda m: 1.0)], resume=tmp_path)
+    whole = type("Whole", (Callback,), dict(knows_the_past=False))
+    with pytest.raises(ValueError, match="Whole has to see a training from its beginning: it goes without resume"):
+        trained(index, callbacks=[whole()], resume=tmp_path)
     with pytest.raises(TypeError, match="subclasses of Callback"):
         trained(index, callbacks=[print])
 
@@ -182,6 +182,15 @@ def test_a_sweep_tells_every_run(tmp_path):
     rows = {row["name"]: row for kind, row in notes.events if kind == "result"}
     assert rows["toy seed=1"]["status"] == "failed" and rows["toy seed=2"]["status"] == "done"
     assert notes.events[-1][1] == dict(work="sweep", done=2, failed=1)
+    lines = (tmp_path / "runs" / "toy" / "progress.log").read_text().splitlines()
+    assert [sum(word in line for line in lines) for word in ("] done", "] failed")] == [2, 1]
+    assert all(line[:4].isdigit() and line[10] == "T" for line in lines)
+    planned = [Spec(book, dict(seed=seed)) for seed in (0, 2)]
+    sweep(planned, tmp_path / "runs", dry_run=True)
+    assert len((tmp_path / "runs" / "toy" / "progress.log").read_text().splitlines()) == len(lines)
+    assert sweep(planned, tmp_path / "runs").ok
+    longer = (tmp_path / "runs" / "toy" / "progress.log").read_text().splitlines()
+    assert longer[: len(lines)] == lines and len(longer) > len(lines), "appended to"
 
 
 def test_what_is_sent():

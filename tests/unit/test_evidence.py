@@ -20,7 +20,7 @@ from zsad_nb.components.references import Seen, odd_ones, remember, scores_witho
 from zsad_nb.data.images import Batch
 from zsad_nb.evaluation.evaluate import evaluate
 from zsad_nb.inspection.inspector import Inspector
-from zsad_nb.inspection.thresholds import identity
+from zsad_nb.inspection.sources import identity
 from zsad_nb.methods.base import MODULES, Method, Prediction, create, load, read_header, save
 from zsad_nb.methods.evidence import (
     choose_references,

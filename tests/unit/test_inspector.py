@@ -36,8 +36,9 @@ from zsad_nb.inspection import results
 from zsad_nb.inspection.inspector import Inspector
 from zsad_nb.inspection.journal import Journal
 from zsad_nb.inspection.regions import at_size, find_regions
+from zsad_nb.inspection.results import read_results
 from zsad_nb.inspection.sources import from_array, method_from, sources
-from zsad_nb.inspection.verdicts import COLUMNS, COUNTS, NUMBERS, Inspection, exit_code
+from zsad_nb.inspection.verdicts import COLUMNS, COUNTS, NUMBERS, PEOPLE, Inspection, exit_code, for_people, table_of
 from zsad_nb.methods.base import METHODS, Method, Prediction, create, save
 from zsad_nb.methods.controls import SelfDistance, SelfDistanceParameters
 from zsad_nb.synthetic.benchmark import render, synthetic_index
@@ -161,7 +162,8 @@ def test_every_good_image_gets_its_result_and_every_bad_one_a_reason(inspector, 
             and row["scale"] == 1
         ), path
         with Image.open(tmp_path / "out" / row["picture"]) as shown:
-            assert shown.size == good[path] and shown.mode == "RGB"
+            width, height = good[path]
+            assert shown.width == width and shown.height > height and shown.mode == "RGB", "the scale stands below"
         boxes = np.array(json.loads(row["boxes"])).reshape(-1, 6)
         assert (
             row["regions"] == len(boxes)
@@ -178,6 +180,8 @@ def test_every_good_image_gets_its_result_and_every_bad_one_a_reason(inspector, 
         errors=len(bad),
         defective=len(good),
         normal=0,
+        normal_but_marked=0,
+        normal_but_high=0,
         duplicates=1,
         known_before=0,
         left_out=[],
@@ -186,7 +190,12 @@ def test_every_good_image_gets_its_result_and_every_bad_one_a_reason(inspector, 
         out=str(tmp_path / "out"),
     )
     on_disk = pd.read_csv(tmp_path / "out" / "results.csv", keep_default_na=False)
-    assert on_disk["path"].tolist() == table["path"].tolist() and "Prüfling 7 – 検査.png" in "".join(on_disk["path"])
+    assert sorted(on_disk["path"]) == sorted(table["path"]) and "Prüfling 7 – 検査.png" in "".join(on_disk["path"])
+    assert tuple(on_disk.columns) == PEOPLE and on_disk["rank"].tolist()[: len(good)] == [
+        str(n) for n in range(1, len(good) + 1)
+    ]
+    assert (on_disk["decision"].tolist()[len(good) :]) == ["error"] * len(bad)
+    pd.testing.assert_frame_equal(read_results(tmp_path / "out"), table, check_like=True)
 
 
 def test_one_that_cannot_be_used_raises_when_it_is_the_only_one(inspector, tmp_path):
@@ -231,6 +240,8 @@ def test_a_huge_photograph_in_little_memory(tmp_path):
             str(tmp_path / "in"),
             "--out",
             str(tmp_path / "out"),
+            "--model",
+            "self_distance",
             "-p",
             "image_size",
             "64",
@@ -254,11 +265,11 @@ def test_a_huge_photograph_in_little_memory(tmp_path):
         and "letter.png: not an image that can be read" in run.stderr
         and "DecompressionBomb" not in run.stderr
     ), run.stderr
-    table = pd.read_csv(tmp_path / "out" / "results.csv", keep_default_na=False).set_index(["path"])
+    table = read_results(tmp_path / "out").set_index(["path"])
     row = table.loc[(tmp_path / "in" / "huge.jpg").as_posix()]
     assert (int(row["width"]), int(row["height"]), float(row["scale"])) == (12000, 9000, 1024 / 12000)
     with Image.open(tmp_path / "out" / row["picture"]) as shown:
-        assert shown.size == (1024, 768)
+        assert shown.width == 1024 and 768 < shown.height < 850
     boxes = np.array(json.loads(row["boxes"]))
     assert (
         boxes[:, 2].max() > 2000
@@ -515,14 +526,14 @@ def test_folders_patterns_lists(tmp_path, monkeypatch):
     ) == ["[4].png"]
     assert short(sources([tmp_path / "b", tmp_path / "a" / "1.png", tmp_path / "b"])) == ["[4].png", "3.tiff", "1.png"]
     assert [s.picture for s in sources([tmp_path / "a", tmp_path / "b"])] == [
-        "a/1.png.png",
-        "a/2.JPG.png",
-        "b/[4].png.png",
-        "b/c/3.tiff.png",
+        "a/1.png",
+        "a/2.png",
+        "b/[4].png",
+        "b/c/3.png",
     ]
     assert [s.category for s in sources(tmp_path, "folder")] == ["a", "a", "b", "c"]
     monkeypatch.chdir(tmp_path / "b")
-    assert [s.picture for s in sources(["../a/1.png", "c"])] == ["a/1.png.png", "b/c/3.tiff.png"] and sources(
+    assert [s.picture for s in sources(["../a/1.png", "c"])] == ["a/1.png", "b/c/3.png"] and sources(
         "../a/1.png", "folder"
     )[0].category == "a"
     for nothing, message in (
@@ -608,8 +619,11 @@ def test_a_row_of_something_else_is_not_believed(inspector, tmp_path, change):
     if aside:
         assert not set(again["settings"]) & set(first["settings"])
         kept = read_table(summary["moved"], numbers=(*NUMBERS, *COUNTS))
-        for column in first.columns:  # renamed, not lost
-            assert kept[column].astype(first[column].dtype).equals(first[column]), column
+        people = for_people(first)
+        for column in ("rank", "path", "decision", "score", "area", "boxes"):  # renamed, not lost
+            assert kept[column].astype(people[column].dtype).equals(people[column]), column
+        exact = Journal(tmp_path / "out" / "journal.before.sqlite", COLUMNS).rows
+        pd.testing.assert_frame_equal(table_of(exact), first, check_like=True)
     if change == "bytes":
         assert again["score"][2] != first["score"][2] and (again["score"] == first["score"]).sum() == 4
     if change in ("picture", "row", "table"):
@@ -744,6 +758,8 @@ def test_a_full_disk_keeps_the_rows(inspector, tmp_path, monkeypatch):
         errors=0,
         defective=0,
         normal=0,
+        normal_but_marked=0,
+        normal_but_high=0,
         duplicates=0,
         known_before=kept,
         left_out=[],
@@ -826,7 +842,7 @@ def test_somebody_elses_table_is_not_overwritten(inspector, tmp_path):
 
 @pytest.mark.slow
 def test_maps_are_not_held(inspector, tmp_path, monkeypatch):
-    "Sixty images, at most two maps at their size at any time; a batch of the method's own at most."
+    "Sixty images, at most two maps at their size at any time, and those of overlays that wait; a batch of the method's own at most."
     pictures(tmp_path / "in", 10)
     items = [np.roll(PHOTO, i, 0) for i in range(60)]
     alive = []
@@ -841,7 +857,9 @@ def test_maps_are_not_held(inspector, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "at_size", watched)
     inspector.use_values(0.1, 0.05)
-    assert len(look(inspector, items, out=tmp_path / "out")) == 60 and len(most) == 60 and max(most) <= 2
+    assert (
+        len(look(inspector, items, out=tmp_path / "out")) == 60 and len(most) == 60 and max(most) <= 2 + results.WAITING
+    )
     shapes = {found.heat.shape for found in inspector.stream(items[:9])}
     assert shapes == {(96, 96)}
 
@@ -1067,16 +1085,110 @@ def test_the_command_line(tmp_path, good, capsys):
     assert call("--threshold", "0.1")[0] == 2
 
 
+def test_overlays_share_a_scale_and_keep_their_names(inspector, tmp_path):
+    "Two photographs that differ in their suffix alone; one that comes later; JPEG by choice."
+    write(tmp_path / "in" / "a.png", render("leather", 5, 96).image)
+    first = look(inspector, tmp_path / "in", out=tmp_path / "out")
+    assert first["picture"].tolist() == ["pictures/a.png"]
+    before = (tmp_path / "out" / "pictures" / "a.png").read_bytes()
+    write(tmp_path / "in" / "a.jpg")
+    write(tmp_path / "in" / "b.jpg", render("leather", 6, 96).image)
+    table = look(inspector, tmp_path / "in", out=tmp_path / "out")
+    assert len(set(table["picture"])) == 3 and table["picture"][2] == "pictures/b.png" and Counted.seen == 3
+    assert (tmp_path / "out" / "pictures" / "a.png").read_bytes() == before, "its row is as it was"
+    assert [s.picture for s in sources(tmp_path / "in")] == ["a-jpg.png", "a-png.png", "b.png"]
+    strips = {Image.open(tmp_path / "out" / p).crop((0, 96, 96, 120)).tobytes() for p in table["picture"]}
+    assert len(strips) == 1, "all on one scale, that of the first call"
+    (about,) = json.loads((tmp_path / "out" / "settings.json").read_text()).values()
+    assert about["colours"][0] < about["colours"][1]
+    again = look(inspector, tmp_path / "in", out=tmp_path / "out", picture_format="jpg")
+    assert [p.rpartition("/")[2] for p in again["picture"]] == ["a-jpg.jpg", "a-png.jpg", "b.jpg"]
+    with pytest.raises(ValueError, match="use png or jpg"):
+        look(inspector, tmp_path / "in", out=tmp_path / "out", picture_format="gif")
+
+
+def test_a_good_part_does_not_glow(inspector, tmp_path):
+    "Ten calm photographs and a scratched one, without a threshold: the calm ones look like photographs."
+    for i in range(10):
+        write(tmp_path / "in" / f"{i}.png", np.full((64, 64, 3), 120 + i, np.uint8))
+    scratched = np.full((64, 64, 3), 120, np.uint8)
+    scratched[30:34, 8:56] = 255
+    write(tmp_path / "in" / "x.png", scratched)
+    look(inspector, tmp_path / "in", out=tmp_path / "out")
+
+    def coloured(name):  # grey stays grey where nothing lies on it
+        shown = np.asarray(Image.open(tmp_path / "out" / "pictures" / f"{name}.png"))[:64].astype(int)
+        return (np.ptp(shown, axis=-1) > 8).mean()
+
+    assert max(coloured(i) for i in range(10)) < 0.06 and coloured("x") > 0.15
+
+
+def test_a_picture_that_cannot_be_written_ends_the_call(inspector, tmp_path, monkeypatch):
+    pictures(tmp_path / "in", 6)
+    inspector.use_values(0.1, 0.05)
+    written = results.write_atomically
+
+    def full(path, write):
+        if Path(path).name == "03.png":
+            raise OSError(28, f"{path} was not written: no space left on the device")
+        return written(path, write)
+
+    monkeypatch.setattr(results, "write_atomically", full)
+    with pytest.raises(OSError, match="03.png was not written"):
+        look(inspector, tmp_path / "in", out=tmp_path / "out")
+    kept = rows_in_journal(tmp_path / "out")
+    assert kept == 3, "the row of a picture that is not there is not there either"
+    monkeypatch.undo()
+    assert look(inspector, tmp_path / "in", out=tmp_path / "out").attrs["summary"]["known_before"] == kept
+
+
+def test_few_good_images_and_both_thresholds(tmp_path, good, capsys):
+    "Six good images for one per cent: the run goes on and states its rate; what is outlined and passed is counted."
+    few = tmp_path / "few"
+    few.mkdir()
+    for path in sorted(good.rglob("*.png"))[:6]:
+        shutil.copy(path, few)
+    write(tmp_path / "in" / "scratched.png")
+    write(tmp_path / "in" / "calm.png", render("leather", 3, 96).image)
+    words = [
+        "predict",
+        str(tmp_path / "in"),
+        "--model",
+        "self_distance",
+        "-p",
+        "image_size",
+        "64",
+        "-p",
+        "sigma",
+        "2.0",
+    ]
+
+    def said(out, *more):
+        assert main([*words, "--out", str(tmp_path / out), *more]) == 0
+        return capsys.readouterr().out
+
+    first = said("a", "--normals", str(few))
+    assert "6 normal images are too few for the image rate asked for, 1 % (99 are needed)" in first
+    assert "lowest rate that they allow, 14.3 %" in first and "by score" in first
+    passed = ("--threshold", "9", "--pixel-threshold", "0.01")
+    assert "2 of the normal ones have a marked region; --decide either" in said("b", *passed)
+    assert "2 defective, 0 normal, by score or marked regions" in said("b", *passed, "--decide", "either")
+    assert "2 defective, 0 normal, by marked regions" in said("b", *passed, "--decide", "regions")
+    quiet = said("b", "--threshold", "-1", "--pixel-threshold", "9", "--decide", "regions")
+    assert "2 of the normal ones have a score above the threshold" in quiet
+    people = pd.read_csv(tmp_path / "b" / "results.csv", keep_default_na=False)
+    assert people["above"].tolist() == ["score", "score"] and people["decision"].tolist() == ["normal", "normal"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["nowhere"], "there is no folder and no image nowhere"),
         (["IN", "--out", "IN"], "cannot hold the images and their results"),
         (["IN", "--model", "visualat"], "unknown method 'visualat'"),
-        (
-            ["IN", "--normals", "IN"],
-            "3 normal images are too few for a false-alarm rate of 0.01: at least 99 are needed",
-        ),
+        (["IN", "--decide", "regions", "--threshold", "1"], "decide='regions' needs a pixel threshold"),
+        (["IN", "--report", "--pictures", "none"], "--report shows pictures"),
+        (["IN", "--model", "hub:me/mine"], "not loaded by name yet"),
         (["IN", "--rate", "0.1"], "--rate: thresholds are made from good images; add --normals FOLDER"),
         (["IN", "--normals", "IN", "--threshold", "1"], "give one of --normals and --threshold"),
         (["IN", "--pictures", "defective"], "needs a threshold"),

@@ -19,13 +19,14 @@ from zsad_nb.backbones.towers import create_backbone
 from zsad_nb.data.images import Batch, batches
 from zsad_nb.data.method_images import batches_for, resize_for
 from zsad_nb.deploy import bench
-from zsad_nb.deploy.export import Exported, describe_export
+from zsad_nb.deploy.export import describe_export
+from zsad_nb.deploy.inference import Exported
 from zsad_nb.evaluation.evaluate import evaluate
 from zsad_nb.evaluation.multi_type import evaluate_types
 from zsad_nb.evaluation.views import map_ranges, view
 from zsad_nb.explore.maps_store import make_store, open_store
 from zsad_nb.inspection.inspector import Inspector
-from zsad_nb.inspection.thresholds import identity
+from zsad_nb.inspection.sources import identity
 from zsad_nb.methods.base import create, load, save
 from zsad_nb.synthetic.benchmark import synthetic_index
 from zsad_nb.training.fit import fit, recipe_of
@@ -139,7 +140,7 @@ def by_export(model, index, folder):
     nothing = SimpleNamespace(batch=None, inputs=("image",), outputs=(), reference={})
     exported.about = json.loads(json.dumps(describe_export(model, SIDE, dict(model=nothing), None), default=str))
     assert exported.about["input"]["interpolation"] == "bilinear" and "BILINEAR" in exported.about["input"]["resize"]
-    images = [exported.image(Path(index.attrs["root"]) / name) for name in index["image"]]
+    images = [torch.from_numpy(exported.image(Path(index.attrs["root"]) / name)) for name in index["image"]]
     return {name: model.predict(Pixels(image)).map[0] for name, image in zip(index["image"], images)}
 
 

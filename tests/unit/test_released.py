@@ -184,14 +184,16 @@ def test_predict(linear, tmp_path, capsys):
         "none",
     ]
     assert (
-        main(["predict", str(tmp_path), "--out", str(tmp_path / "out"), "--released", f"april_gan={file}", *words]) == 0
+        main(
+            ["predict", str(tmp_path), "--out", str(tmp_path / "out"), "--model", f"released:april_gan={file}", *words]
+        )
+        == 0
     )
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())
     assert [s["released"] for s in settings.values()] == [file_record(file)]
     for more, message in (
-        (["--model", "winclip", "--released", f"april_gan={file}"], "give one of --model and --released"),
-        (["--released", "april_gan"], "write METHOD=FILE"),
-        (["--released", f"adaclip={file}", *words], r"april_gan.pth does not fit adaclip: missing clip_model"),
+        (["--model", "released:april_gan"], "write METHOD=FILE"),
+        (["--model", f"released:adaclip={file}", *words], r"april_gan.pth does not fit adaclip: missing clip_model"),
     ):
         capsys.readouterr()
         assert main(["predict", str(tmp_path), "--out", str(tmp_path / "other"), *more]) == 2

@@ -11,6 +11,7 @@ import pytest
 from scipy.stats import beta, betabinom, binomtest, ks_1samp
 
 from zsad_nb.inspection.inspector import Inspector
+from zsad_nb.inspection.sources import identity
 from zsad_nb.inspection.thresholds import (
     Calibration,
     Threshold,
@@ -21,7 +22,6 @@ from zsad_nb.inspection.thresholds import (
     from_labels,
     from_normals,
     from_value,
-    identity,
     needed,
     rank,
     realised,

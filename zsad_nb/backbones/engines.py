@@ -25,21 +25,12 @@ from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from zsad_nb.backbones.graphs import (
-    PACKAGES,
-    EngineError,
-    Session,
-    check_choice,
-    import_optional,
-    quantise,
-    synthetic_images,
-    trace,
-    write_onnx,
-)
+from .graphs import quantise, synthetic_images, trace, write_onnx
 from .towers import Features
 from .weights import weights_hash
 from ..core.files import private_folder, read_json, write_json
 from ..core.records import key_hash
+from ..core.sessions import PACKAGES, EngineError, Session, check_choice, import_optional
 
 # %% ../../nbs/backbones/14_engines.ipynb #07248ebe
 # largest relative error of an output at export (ours): above it something is wrong, not just rounded
@@ -163,7 +154,7 @@ class Engine:
 
 def _run(session: Session, about: dict, image: Tensor) -> dict[str, Tensor]:
     parts = image.split(1) if about["batch"] == 1 else (image,)
-    results = [session(part).values() for part in parts]
+    results = [map(torch.from_numpy, session(part).values()) for part in parts]
     return {
         name: torch.cat(tensors) if len(tensors) > 1 else tensors[0]
         for name, *tensors in zip(about["outputs"], *results)

@@ -4,12 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    "ENGINES",
-    "PACKAGES",
-    "EngineError",
-    "import_optional",
-    "available",
-    "check_choice",
     "resize_matrix",
     "hold_constant",
     "Graph",
@@ -17,7 +11,6 @@ __all__ = [
     "trace",
     "quiet",
     "write_onnx",
-    "Session",
     "synthetic_images",
     "quantise",
 ]
@@ -25,14 +18,12 @@ __all__ = [
 # %% ../../nbs/backbones/10_graphs.ipynb #b8959e8c
 import contextlib
 import functools
-import importlib
 import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -40,54 +31,9 @@ from torch import Tensor, nn
 
 from .prompts import TextPrompts
 from .towers import Backbone
+from ..core.sessions import EngineError, import_optional
 from ..synthetic.benchmark import render
 from ..synthetic.versions import categories
-
-# %% ../../nbs/backbones/10_graphs.ipynb #2cd5192b
-ENGINES = {"torch": ("fp32", "bf16"), "openvino": ("fp32", "bf16", "int8"), "onnxruntime": ("fp32", "int8")}
-PACKAGES = {
-    "torch": (),
-    "openvino": ("onnx", "onnxscript", "openvino"),
-    "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
-}
-
-
-class EngineError(ValueError):
-    "An engine that is not installed, a function that cannot be traced, or results that differ from PyTorch's."
-
-
-def import_optional(
-    what: str,  # for the message, such as "engine='openvino'"
-    *packages: str,  # to import
-) -> list[ModuleType]:
-    "Optional packages, or an error that names the extra to install."
-    modules = []
-    for name in packages:
-        try:
-            modules.append(importlib.import_module(name))
-        except Exception as error:  # absent, or broken in any way
-            raise EngineError(
-                f"{what} needs the package {name}, which cannot be imported ({type(error).__name__}: {error}); pip"
-                " install zsad_nb[engines]"
-            ) from error
-    return modules
-
-
-def available(
-    engine: str,  # a name of ENGINES
-) -> bool:
-    "Whether an engine's packages can be imported."
-    with contextlib.suppress(EngineError):
-        return import_optional(engine, *PACKAGES[engine]) is not None
-    return False
-
-
-def check_choice(engine: str, precision: str):
-    "Raise for an unknown engine and for a precision that it does not have."
-    if engine not in ENGINES:
-        raise EngineError(f"engine={engine!r}; use {', '.join(ENGINES)}")
-    if precision not in ENGINES[engine]:
-        raise EngineError(f"precision={precision!r} with engine={engine!r}; that has {', '.join(ENGINES[engine])}")
 
 
 # %% ../../nbs/backbones/10_graphs.ipynb #f278ebf2
@@ -302,67 +248,6 @@ def write_onnx(
 def _bytes_of(program: torch.export.ExportedProgram) -> int:
     tensors = [*program.state_dict.values(), *filter(torch.is_tensor, program.constants.values())]
     return sum(t.nbytes for t in tensors)
-
-
-class Session:
-    "An ONNX file in an engine: arrays or tensors in, dict of tensors out."
-
-    def __init__(
-        self,
-        path: str | Path | bytes,  # a file, or the content of one
-        engine: str = "onnxruntime",
-        precision: str = "fp32",
-        threads: int | None = None,  # default: PyTorch's number
-        device: str = "cpu",  # "cuda": onnxruntime-gpu, where it is installed
-    ):
-        check_choice(engine, precision)
-        self.engine = engine
-        self.precision = precision
-        self.library = import_optional(f"engine={engine!r}", engine)[0]
-        source = path if isinstance(path, bytes) else str(path)
-        threads = threads or torch.get_num_threads()
-        if engine == "openvino":
-            self._open_openvino(source, threads)
-        else:
-            self._open_onnxruntime(source, threads, device)
-
-    def _open_openvino(self, source: str | bytes, threads: int):
-        core = self.library.Core()
-        settings = {
-            # without a hint the processor's favourite is taken, which may be bf16
-            "INFERENCE_PRECISION_HINT": "bf16" if self.precision == "bf16" else "f32",
-            "INFERENCE_NUM_THREADS": threads,
-            "PERFORMANCE_HINT": "LATENCY",
-        }
-        model = core.read_model(source) if isinstance(source, bytes) else source
-        self.model = core.compile_model(model, "CPU", settings)
-        self.inputs = [next(iter(port.names)) for port in self.model.inputs]
-        self.outputs = [next(iter(port.names)) for port in self.model.outputs]
-
-    def _open_onnxruntime(self, source: str | bytes, threads: int, device: str):
-        options = self.library.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        wanted = ["CUDAExecutionProvider"] * (device == "cuda") + ["CPUExecutionProvider"]
-        providers = [p for p in wanted if p in self.library.get_available_providers()]
-        self.model = self.library.InferenceSession(source, options, providers=providers)
-        self.inputs = [port.name for port in self.model.get_inputs()]
-        self.outputs = [port.name for port in self.model.get_outputs()]
-
-    def __call__(self, *inputs) -> dict[str, Tensor]:  # on the CPU
-        "Run once; inputs in the order of the file."
-        arrays = {
-            name: value.detach().cpu().numpy() if torch.is_tensor(value) else value
-            for name, value in zip(self.inputs, inputs, strict=True)
-        }
-        if self.engine == "openvino":
-            results = self.model(arrays).to_tuple()
-        else:
-            results = self.model.run(None, arrays)
-        return {
-            name: torch.from_numpy(array if array.flags.writeable else array.copy())
-            for name, array in zip(self.outputs, results)
-        }
 
 
 # %% ../../nbs/backbones/10_graphs.ipynb #dcc3d022

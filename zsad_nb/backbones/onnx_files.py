@@ -11,9 +11,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from .graphs import EngineError, Session
-from .programs import verified
 from ..core.names import shown
+from ..core.sessions import EngineError, Session, verified
 
 # %% ../../nbs/backbones/13_onnx_files.ipynb #30dbb95a
 DOMAINS = ("", "ai.onnx")  # of operators: ONNX' own

@@ -25,6 +25,7 @@ __all__ = [
     "NotThere",
     "split_revision",
     "hub_commit",
+    "reach_hub",
     "hub_file",
     "weights_hash",
     "clip_shapes",
@@ -409,6 +410,19 @@ def hub_commit(
     return None
 
 
+def reach_hub(
+    timeout: float = 2.0,  # seconds
+):
+    "Raise where the hub does not answer; its own client would try for most of a minute."
+    from huggingface_hub import constants
+
+    try:
+        request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+        urllib.request.urlopen(request, timeout=timeout).close()  # through proxies and mirrors as configured
+    except urllib.error.HTTPError:
+        pass  # the hub is there: it answered
+
+
 def hub_file(
     repo: str,  # repository on the hub, such as "timm/vit_large_patch14_clip_336.openai"
     file: str,  # file in it
@@ -429,11 +443,7 @@ def hub_file(
     if constants.HF_HUB_OFFLINE:
         raise WeightsError("HF_HUB_OFFLINE is set and " + help)
     try:
-        try:
-            request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
-            urllib.request.urlopen(request, timeout=timeout).close()  # through proxies and mirrors as configured
-        except urllib.error.HTTPError:
-            pass  # the hub is there: it answered
+        reach_hub(timeout)
         path = Path(hf_hub_download(repo, file, revision=revision))
     except Exception as error:
         raise _hub_error(error, repo, file, revision, licence, help) from error

@@ -20,6 +20,7 @@ class Callback:
         False  # does its error end the work? Otherwise it is a warning, and the callback is left out from then on
     )
     knows_the_past = True  # can it be called from the middle of a training that was killed and is resumed?
+    key: dict | None = None  # plain values that its answers depend on; None: it has no memory
 
     def on_start(self, about: dict):
         "Something begins. `about`: `work` (fit, evaluate or sweep) and what it works on, as plain values."
@@ -35,6 +36,13 @@ class Callback:
 
     def on_end(self, about: dict):
         "It is over. `about`: `work`, and `error` where it did not end well."
+
+    def memory(self) -> tuple[dict, dict]:  # name -> tensor; plain values
+        "What it has to know when a killed training goes on."
+        return {}, {}
+
+    def remember(self, tensors: dict, about: dict):
+        "Take back what `memory` gave."
 
 
 # %% ../../nbs/core/12_callbacks.ipynb #86080722
@@ -57,6 +65,25 @@ class Callbacks:
                 raise ValueError(
                     f"{type(each).__name__} has to see a training from its beginning: it goes without resume"
                 )
+
+    def _with_memory(self) -> list[Callback]:
+        return [each for each in self.all if each.key is not None]
+
+    def keys(self) -> list[dict]:
+        "What the answers of those with a memory depend on."
+        return [dict(each.key or {}, name=type(each).__name__) for each in self._with_memory()]
+
+    def memory(self) -> tuple[dict, list[dict]]:  # name -> tensor; plain values
+        "The memories of all that have one."
+        memories = [each.memory() for each in self._with_memory()]
+        tensors = {f"callback.{i}.{n}": t for i, (own, _) in enumerate(memories) for n, t in own.items()}
+        return tensors, [about for _, about in memories]
+
+    def remember(self, tensors: dict, abouts: list[dict]):
+        "Give everyone its memory back; other tensors are left alone."
+        for i, (each, about) in enumerate(zip(self._with_memory(), abouts)):
+            front = f"callback.{i}."
+            each.remember({n.removeprefix(front): t for n, t in tensors.items() if n.startswith(front)}, about)
 
     def tell(
         self,

@@ -56,7 +56,7 @@ use.curve_figures: figures.curves
 use.demo: cli.demo
 use.entry: cli.entry
 use.executors: runs.executors runs.cluster
-use.export: deploy.export
+use.export: deploy.export deploy.inference
 use.figures: figures.heatmaps
 use.gallery: explore.gallery
 use.grid_figures: figures.grids

@@ -13,11 +13,12 @@ import numbers
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import SupportsIndex, TypeVar
-
-import pandas as pd
+from typing import TYPE_CHECKING, SupportsIndex, TypeVar
 
 from ..core.names import require_known
+
+if TYPE_CHECKING:  # pixels are read on machines without pandas, too
+    import pandas as pd
 
 
 # %% ../../nbs/data/05_reading.ipynb #3dea7085
@@ -95,7 +96,7 @@ def takes_reading(
 
 
 def reading_of(
-    index: pd.DataFrame,  # an Index
+    index: "pd.DataFrame",  # an Index
     **reading,  # fields of `Reading` that win over those of the index
 ) -> Reading:
     "How the files of an Index are read."
@@ -104,9 +105,9 @@ def reading_of(
 
 
 def read_as(
-    index: pd.DataFrame,  # an Index
+    index: "pd.DataFrame",  # an Index
     **reading,  # fields of `Reading`
-) -> pd.DataFrame:  # the same rows
+) -> "pd.DataFrame":  # the same rows
     "An Index that carries how its files are read."
     stated = reading_of(index, **reading).stated
     other = index.copy(deep=False)

@@ -60,7 +60,7 @@ from zsad_nb.figures.blending import (
     to_levels,
     wipe,
 )
-from ..inspection.thresholds import identity
+from ..inspection.sources import identity
 from ..methods.base import Method
 from ..synthetic.datasets import load_dataset
 

@@ -25,7 +25,7 @@ from zsad_nb.explore.controls import (
     toggle_buttons,
 )
 from .gallery import SHOW, SORT, Gallery
-from .panels import Picture
+from .panels import Names, Picture
 from ..figures.blending import ORDER
 
 
@@ -148,6 +148,7 @@ def _lay_out(self: ExplorerPage):
             flex_box(self.save_button, self.code_button),
             self.message,
             self.shown_code,
+            Names(),
         ]
     ).add_class("zsad")
     several = len(self.method.options) > 1

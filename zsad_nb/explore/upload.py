@@ -8,6 +8,7 @@ __all__ = ["PANELS", "Upload"]
 # %% ../../nbs/explore/13_upload.ipynb #1100834f
 import copy
 import tempfile
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from zsad_nb.explore.controls import (
     still_picture,
 )
 from .histogram import percent
-from .panels import DropZone, Picture
+from .panels import DropZone, Names, Picture
 from ..figures.blending import Rendering, View, encode, sheet
 from ..inspection.inspector import Inspector
 from ..inspection.regions import at_size, display_size
@@ -50,13 +51,14 @@ class Upload:
     def __init__(
         self,
         source: Any,  # an Inspector, a Method, a checkpoint, a run's folder, or a method's name
-        category: str = "object",  # what prompts call the thing; can be changed on the page
+        category: str | None = None,  # what prompts call the thing; can be changed on the page; None: the Inspector's
         side: int = 720,  # pixels of the longer side on the screen
         bits: int | None = None,
         white: float | None = None,  # see `Reading`; default: the Inspector's
     ):
         self.inspector = self.plain = _inspector(source, category, bits, white)
         self.good: dict[str, bytes] = {}  # pictures that were called good: name -> the file
+        self.remarks: list[str] = []  # on the last picture, such as thresholds of another product
         self.side = side
         self.result: Inspection | None = None  # of the last picture
         self.rendering: Rendering | None = None  # the picture and its map at the size of the screen
@@ -106,15 +108,17 @@ class Upload:
         return {**self.root._repr_mimebundle_(**options), "text/plain": text, **picture}
 
 
-def _inspector(source, category: str, bits: int | None, white: float | None) -> Inspector:
+def _inspector(source, category: str | None, bits: int | None, white: float | None) -> Inspector:
     if not isinstance(source, Inspector):
-        return Inspector(method_from(source), category=category, bits=bits, white=white)
+        return Inspector(method_from(source), category=category or "object", bits=bits, white=white)
     if not {bits, white} <= {None, source.bits, source.white}:
         raise ValueError(
             f"the Inspector reads with {source.reading}; make it with bits={bits}, white={white}: its thresholds"
             " depend on it"
         )
-    return copy.copy(source)
+    made = copy.copy(source)
+    made.category = category or source.category
+    return made
 
 
 # %% ../../nbs/explore/13_upload.ipynb #ccf93180
@@ -180,7 +184,7 @@ def _lay_out(self: Upload):
         w.VBox([w.HTML("<h4>Good images</h4>"), self.keep, self.forget, self.kept]),
         kind="zsad-tools",
     )
-    rows = [self.zone, flex_box(self.word), self.message, self.verdict, self.stage, self.tools]
+    rows = [self.zone, flex_box(self.word), self.message, self.verdict, self.stage, self.tools, Names()]
     self.root = w.VBox(rows).add_class("zsad")
     set_visible(self.message, False)
     self._show_result(False)
@@ -229,7 +233,11 @@ def _inspect(self: Upload, name: str, data: bytes):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"picture{Path(name).suffix[:8]}"
         path.write_bytes(data)
-        return self.inspector.predict(path)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            result = self.inspector.predict(path)
+        self.remarks = list(dict.fromkeys(str(w.message) for w in caught))
+        return result
 
 
 @patch
@@ -298,14 +306,28 @@ def _judge_with(self: Upload, good: dict[str, bytes]):
                 paths.append(Path(folder) / f"{number}{Path(name).suffix[:8]}")
                 paths[-1].write_bytes(data)
             inspector.remember(paths)
+        if len(good) > 1:  # thresholds of before were made without them; these are of the good ones themselves
+            inspector.calibrate_on_references(rate=self._asked_rate(), few="lowest")
     self.inspector, self.good = inspector, good
     if self.zone.data:
         self._open_again()
 
 
 @patch
+def _asked_rate(self: Upload) -> float:
+    "The false-alarm rate that the Inspector's thresholds were made for."
+    made = None if self.plain.calibration is None else self.plain.calibration.image.get("")
+    return made.facts["rate"] if made is not None and made.kind == "normals" else 0.01
+
+
+@patch
 def _show_good(self: Upload):
     words = f"compared with {counted(len(self.good), 'good image')}" if self.good else "compared with none so far"
+    if len(self.good) == 1:
+        words += "; a second one makes a threshold"
+    if len(self.good) > 1 and self.inspector.calibration is not None:
+        made = self.inspector.calibration.image[""]
+        words += f"; a good one lies above the threshold with {percent(made.facts['mean'])}"
     self.kept.value = f'<div class="soft">{words}</div>'
 
 
@@ -324,7 +346,9 @@ def _verdict_text(self: Upload, result: Inspection, note: str) -> str:
         statements.append(f"{regions} above the pixel threshold, {result.area:,} pixels in all")
     width, height = result.size[:2]
     remark = f"; {html_text(note)}" if note else ""
-    return statements_html(statements) + f'<div class="soft">{html_text(result.name)}, {width} x {height}{remark}</div>'
+    remarks = "".join(f'<div class="soft">{html_text(text)}</div>' for text in self.remarks)
+    name = f'<div class="soft">{html_text(result.name)}, {width} x {height}{remark}</div>'
+    return statements_html(statements) + name + remarks
 
 
 @patch

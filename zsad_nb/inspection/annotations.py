@@ -13,10 +13,10 @@ import numpy as np
 
 from ..core.files import inside, read_json, write_json
 from ..core.names import shown
-from ..core.tables import read_table
 from ..data.coco import coco_content, regions_as_annotations
 from ..data.map_files import read_map
 from ..data.masks import load_mask
+from .results import read_results
 
 
 # %% ../../nbs/inspection/10_annotations.ipynb #5fcd3e7f
@@ -50,7 +50,7 @@ def results_as_coco(
     "Marked regions as COCO's annotations, with scores."
     folder = Path(folder)
     files = _files_of(folder)
-    rows = read_table(folder / "results.csv")
+    rows = read_results(folder)
     rows = rows[rows["path"].isin(list(files)) & (rows["decision"] != "error")]
     if not len(rows):
         raise ValueError(f"{shown(str(folder))} holds no image with marks: predict again with marks=True (--marks)")

@@ -20,7 +20,7 @@ from ..methods.base import Method
 # %% ../../nbs/inspection/09_predict.ipynb #6c712234
 def predict(
     photos: Any,  # a path, array or PIL image; a folder, pattern, Index, or a list of any of these
-    model: Method | Inspector | str | Path = "visualad",  # a method or its name, a checkpoint, a run's folder
+    model: Method | Inspector | str | Path = "shipped",  # see `method_from`: the checkpoint of the package, a name, ...
     out: str | Path | None = None,  # folder for results.csv and pictures/; it is created
     thresholds: Calibration | str | Path | None = None,  # of `Inspector.calibrate`, or a file of them; None: score only
     device: str | None = None,  # cpu or cuda; None: where the model is

@@ -7,29 +7,22 @@ __all__ = [
     "HOW",
     "FORMAT",
     "FACTS",
-    "needed",
-    "rank",
-    "realised",
-    "clopper_pearson",
     "Threshold",
     "from_normals",
     "from_value",
     "from_labels",
     "Comparable",
     "compare_with",
-    "identity",
     "Calibration",
     "calibration",
 ]
 
 # %% ../../nbs/inspection/02_thresholds.ipynb #406987cf
 import dataclasses
-import hashlib
 import json
 import math
 import warnings
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -42,72 +35,11 @@ import zsad_nb
 from ..core.files import write_json
 from ..core.names import shown
 from ..core.records import key_hash, misfit, read_record
-from ..methods.base import Method
-
-
-# %% ../../nbs/inspection/02_thresholds.ipynb #f09502bd
-def _check_share(name: str, value):
-    if not isinstance(value, (int, float)) or not 0 < value < 1:
-        raise ValueError(f"{name}={value!r}; it must be between 0 and 1, such as 0.01 for one in a hundred")
-
-
-def needed(
-    rate: float,  # false-alarm rate asked for
-    sure: float | None = None,  # share of calibrations in which it must be kept; None: on average
-) -> int:  # images
-    "How many normal images a rate needs at least."
-    _check_share("rate", rate)
-    if sure is None:
-        return math.ceil(1 / Fraction(str(rate))) - 1  # the decimal as typed: 0.07 is 7/100
-    _check_share("sure", sure)
-    n = max(1, math.floor(math.log1p(-sure) / math.log1p(-rate)) - 1)
-    while scipy.stats.binom.ppf(sure, n, 1 - rate) + 1 > n:
-        n += 1
-    return n
-
-
-def rank(
-    n: int,  # normal images
-    rate: float,  # false-alarm rate asked for
-    sure: float | None = None,  # as in `needed`
-) -> int:  # k: the threshold is the k-th smallest score
-    "The rank whose score keeps the rate, or an error that says how many images would."
-    least = needed(rate, sure)
-    if n < least:
-        here = ""
-        if n > 0:
-            lowest = 1 / (n + 1) if sure is None else 1 - (1 - sure) ** (1 / n)
-            here = f"; with {n} the lowest rate is {lowest:.3g}"
-        certainty = "" if sure is None else f" that is kept with {100 * sure:g} % certainty"
-        raise ValueError(
-            f"{n} normal images are too few for a false-alarm rate of {rate:g}{certainty}: at least {least} are"
-            f" needed{here}. Add normal images or ask for a larger rate"
-        )
-    if sure is None:
-        return math.ceil((n + 1) * (1 - Fraction(str(rate))))
-    return int(scipy.stats.binom.ppf(sure, n, 1 - rate)) + 1
-
-
-def realised(
-    n: int,
-    k: int,
-    level: float = 0.95,  # share of calibrations the interval covers
-) -> tuple:  # mean, low, high
-    "The rate that a threshold at rank k will have: mean and equal-tailed interval of Beta(n + 1 - k, k)."
-    return (n + 1 - k) / (n + 1), *map(float, scipy.stats.beta.ppf([(1 - level) / 2, (1 + level) / 2], n + 1 - k, k))
+from ..data.overlays import colour_ends
+from ..evaluation.false_alarm_rates import check_share, clopper_pearson, lowest_rate, needed, rank, realised
 
 
 # %% ../../nbs/inspection/02_thresholds.ipynb #c85a0e45
-def clopper_pearson(count: int, n: int, level: float = 0.95) -> tuple:  # low, high
-    "Exact interval of a rate of which `count` in `n` were seen."
-    if not 0 <= count <= n or n < 1:
-        raise ValueError(f"{count} of {n} is no rate")
-    tail = (1 - level) / 2
-    low = float(scipy.stats.beta.ppf(tail, count, n - count + 1)) if count else 0.0
-    high = float(scipy.stats.beta.ppf(1 - tail, count + 1, n - count)) if count < n else 1.0
-    return low, high
-
-
 def _numbers(scores, what: str = "score") -> np.ndarray:
     scores = np.asarray(scores, np.float64).ravel()
     bad = np.flatnonzero(~np.isfinite(scores))
@@ -247,7 +179,7 @@ def _require_labelled(scores: np.ndarray, labels, miss, false_alarm, share) -> n
     if miss is not None and not (miss > 0 and false_alarm > 0):
         raise ValueError(f"miss={miss}, false_alarm={false_alarm}; costs are above 0")
     if share is not None:
-        _check_share("share", share)
+        check_share("share", share)
     defective = int(labels.sum())
     normal = len(labels) - defective
     if min(normal, defective) < 2:
@@ -421,40 +353,6 @@ def _thresholds(
     return thresholds, compare_with(scores, categories, how)
 
 
-# %% ../../nbs/inspection/02_thresholds.ipynb #de7e5293
-def identity(
-    method: Method,
-    size: int | None = None,  # pixels of the images it is given; default: its first backbone's
-    **more,  # what else changes the pixels, such as bits
-) -> dict:  # method, size, hash
-    "What a score depends on besides the image."
-    towers = method.backbones()
-    size = size or next(iter(towers.values())).size
-    digest = hashlib.sha256()
-    for name, tensor in sorted(method.learned().items()):
-        digest.update(
-            f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode()
-            + tensor.detach().cpu().float().contiguous().numpy().tobytes()
-        )
-    frozen = {role: [b.row.name, b.hash, b.size, list(b.taps)] for role, b in towers.items()}
-    if method.interpolation != "bicubic":
-        more["interpolation"] = method.interpolation
-    more |= method.evidence_key()
-    key = json.dumps(
-        dict(
-            method=method.name,
-            parameters=dataclasses.asdict(method.p),
-            frozen=frozen,
-            learned=digest.hexdigest(),
-            size=size,
-            more=more,
-        ),
-        sort_keys=True,
-        default=str,
-    )
-    return dict(method=method.name, size=size, hash=key_hash(dict(key=key)))
-
-
 # %% ../../nbs/inspection/02_thresholds.ipynb #2d2e61b1
 FORMAT = "zsad_nb thresholds 1"
 
@@ -488,10 +386,9 @@ class Calibration:
     def colours(self, category: str) -> tuple | None:  # low, high
         "Ends of the colour scale: no colour up to what half of the good images reach, half-way at the pixel threshold."
         threshold = self.of("pixel", category)
-        low = self.typical.get(category, self.typical.get(""))
-        if threshold is None or low is None or threshold.value <= low:
+        if threshold is None:
             return None
-        return low, 2 * threshold.value - low
+        return colour_ends(threshold.value, self.typical.get(category, self.typical.get("")))
 
     @property
     def hash(self) -> str:
@@ -662,6 +559,32 @@ def load(cls: Calibration, path: str | Path) -> Calibration:
 
 
 # %% ../../nbs/inspection/02_thresholds.ipynb #42e58260
+def _asked(thresholds: dict[str, Threshold], rate: float) -> dict[str, Threshold]:
+    "Thresholds from good images with the rate that was asked for, where they were made with a larger one."
+    return {
+        name: dataclasses.replace(t, facts=t.facts | dict(rate=rate)) if t.kind == "normals" else t
+        for name, t in thresholds.items()
+    }
+
+
+def _lowered(rates: dict[str, float], good: pd.DataFrame, comparable: str, sure: float | None, labelled: bool):
+    "Raise the rates that the normal images are too few for, in place, and say so."
+    counts = good["category"].value_counts() if comparable == "quantile" else pd.Series([len(good)])
+    n = int(counts.min()) if len(counts) else 0
+    n = n // 2 if comparable == "robust" else n  # the other half standardises
+    if not n:
+        return ["no normal image could be used: no threshold, scores only"]
+    notes = []
+    for kind, rate in list(rates.items()):
+        if needed(rate, sure) > n and not (labelled and kind == "image"):
+            rates[kind] = lowest_rate(n, sure)
+            notes.append(
+                f"{n} normal images are too few for the {kind} rate asked for, {100 * rate:g} % ({needed(rate, sure)}"
+                f" are needed): the threshold keeps the lowest rate that they allow, {100 * rates[kind]:.3g} %"
+            )
+    return notes
+
+
 def calibration(
     rows: pd.DataFrame,  # one row an image: score, peak (largest pixel of its heatmap), category, anomalous
     method: dict,  # of `identity`
@@ -673,14 +596,19 @@ def calibration(
     share: float | None = None,  # see `from_labels`
     comparable: str = "",  # see above
     level: float = 0.95,
+    few: str = "error",  # normal images are too few for a rate: error, or lowest: go on with the lowest they allow
 ) -> Calibration:
     "Thresholds from the results of normal images, or of normal and defective ones."
+    if few not in ("error", "lowest"):
+        raise ValueError(f"few={few!r}; use error or lowest")
     if comparable not in HOW:
         raise ValueError(f"comparable={comparable!r}; use {' or '.join(HOW[1:])}, or '' for scores as they are")
     good = rows[~rows["anomalous"].astype(bool)]
-    pixel_rate = rate if pixel_rate is None else pixel_rate
-    notes = []
+    rates = dict(image=rate, pixel=rate if pixel_rate is None else pixel_rate)
     labelled = len(good) < len(rows)
+    notes = [] if few == "error" else _lowered(rates, good, comparable, sure, labelled)
+    if few == "lowest" and not len(rows):
+        return Calibration(method, notes=notes)
     if labelled and comparable:
         raise ValueError("comparable scores use normal images only; leave the defective ones out, or set comparable=''")
     if not labelled and (miss is not None or false_alarm is not None):
@@ -690,14 +618,16 @@ def calibration(
     if labelled:
         image = {"": from_labels(rows["score"], rows["anomalous"].astype(bool), miss, false_alarm, share, level)}
     else:
-        image, by = _thresholds(good["score"], where, comparable, rate, sure, level)
+        image, by = _thresholds(good["score"], where, comparable, rates["image"], sure, level)
     try:
-        pixel, _ = _thresholds(good["peak"], where, comparable, pixel_rate, sure, level)
+        pixel, _ = _thresholds(good["peak"], where, comparable, rates["pixel"], sure, level)
     except ValueError as error:
         if not labelled:
             raise
         pixel = {}
-        notes = [f"no pixel threshold, so no mask and no regions: {error}"]
+        notes.append(f"no pixel threshold, so no mask and no regions: {error}")
+    if few == "lowest":  # the threshold says what was asked for
+        image, pixel = _asked(image, rate), _asked(pixel, rate if pixel_rate is None else pixel_rate)
     typical = {
         c: float(np.median(good["peak"][good["category"] == c] if c else good["peak"]))
         for c in (dict.fromkeys(where) if comparable else [""])

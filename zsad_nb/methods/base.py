@@ -51,12 +51,12 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 import zsad_nb
-from ..backbones.graphs import EngineError
 from ..backbones.weights import WeightsError, fitted, listed, split_revision
 from ..components.judging import Auxiliary
 from ..core.files import to_json, write_atomically
 from ..core.names import require_known, shown
 from ..core.parameters import ParameterSet, param, restated
+from ..core.sessions import EngineError
 from ..core.settings import usual_defaults
 from zsad_nb.methods.checkpoint_files import (
     checkpoint_content,
@@ -345,11 +345,13 @@ def reference_images(
 def save(
     method: Method,
     path: str | Path,  # ends in .safetensors
+    dtype: torch.dtype | None = None,  # of the tensors in the file, such as torch.float16; None: as they are
 ) -> Path:
     "Write a method's learned part and how to rebuild it; whole or not at all."
     require_learned(method.learned(), f"{method.name}, to be saved as {shown(Path(path).name)},")
     # each in memory of its own
-    tensors = {n: p.detach().cpu().contiguous().clone() for n, p in method.learned().items()}
+    tensors = {n: p.detach().cpu().to(dtype or p.dtype).contiguous().clone() for n, p in method.learned().items()}
+    require_learned(tensors, f"{method.name}, saved as {dtype},")  # float16 ends at 65504
     engine = dict(engine="torch", precision="fp32")
     if method.engine is not None:
         engine = dict(engine=method.engine.engine, precision=method.engine.precision)

@@ -8,6 +8,7 @@ __all__ = ["REPORT", "hardware", "execute"]
 # %% ../../nbs/runs/07_execution.ipynb #36fb43f2
 import errno
 import json
+import logging
 import math
 import os
 import platform
@@ -286,6 +287,8 @@ def _execute_cells(
 ):
     "Have papermill execute a notebook; what its cells print goes to run.log."
     import papermill  # takes two seconds, which a look at a folder should not
+
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it cannot read "int | None"; names are checked already
 
     name = str(notebook).replace("{", "{{").replace("}", "}}")  # papermill fills in braces
     predecessor = f", took over from {record['took_over']}" if "took_over" in record else ""

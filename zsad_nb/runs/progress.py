@@ -20,6 +20,7 @@ import pandas as pd
 
 from ..core.callbacks import Callbacks
 from ..core.files import write_atomically
+from ..core.progress_log import ProgressLog
 from .kernel import code_state
 from .run import Spec, collect
 
@@ -127,6 +128,7 @@ class Progress:
 
     def __init__(self, tasks: list[Task], stream: TextIO, callbacks: Callbacks | None = None):
         self.tasks = tasks
+        self.log: ProgressLog | None = None  # gets every line that stays, too
         self.callbacks = callbacks or Callbacks()
         self.tally = Tally(tasks)
         self.stream = stream
@@ -166,6 +168,8 @@ class Progress:
         "A line that stays."
         self.clear()
         print(text, file=self.stream, flush=True)
+        if self.log is not None:
+            self.log.write(text)
 
     def clear(self):
         "Take the table off the screen."

@@ -155,7 +155,7 @@ def _free_name(path: Path) -> Path:
 
 def _clear(folder: Path, state: Result):
     "Take away what an unfinished run left."
-    keep = (*LOCKS, "run.log", ".resume")
+    keep = (*LOCKS, "run.log", "progress.log", ".resume")
     left = [path for path in folder.iterdir() if path.name not in keep and ".unreadable" not in path.name]
     is_run = (folder / "run.json").exists() or (folder / "result.json").exists()
     if not is_run and any(not path.name.startswith(".") for path in left):

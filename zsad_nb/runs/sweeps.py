@@ -26,6 +26,7 @@ from ..core.callbacks import Callback, Callbacks
 from ..core.files import inside, write_json
 from ..core.locks import Busy
 from ..core.names import require_known
+from ..core.progress_log import ProgressLog
 from ..evaluation.run_state import result_of
 from .cluster import open_executor
 from .executors import LostWorker, Unusable
@@ -456,6 +457,7 @@ def sweep(
         _say_plan(tasks, progress)
         return Sweep(place, _table(tasks, root))
     place.mkdir(parents=True, exist_ok=True)
+    progress.log = ProgressLog(place / "progress.log")
     prefix = {task.spec.experiment: os.path.relpath(root / task.spec.experiment, place) for task in tasks}
     runs = [Path(prefix[task.spec.experiment], task.spec.hash).as_posix() for task in tasks]
     write_json(place / "plan.json", dict(runs=runs, labels=[task.label for task in tasks]))

@@ -39,6 +39,7 @@ from ..methods.evidence import kept_out, measure
 from .devices import Alone, Team, check_devices, inside, launch
 from .precision import checkpointed, full, lowered, peak_memory, reset_peak
 from zsad_nb.training.resume import (
+    History,
     TrainingState,
     copied,
     optimiser_tensors,
@@ -47,8 +48,6 @@ from zsad_nb.training.resume import (
     remove_state,
     set_optimiser,
     set_random_state,
-    table_rows,
-    table_tensors,
     trained_state,
     training_key,
 )
@@ -413,40 +412,6 @@ class _Updates:
         return self.optimiser.param_groups[0]["lr"]
 
 
-# %% ../../nbs/training/04_fit.ipynb #e229b0f1
-class _History:
-    "What happened: a row a step, and a row an epoch."
-
-    def __init__(self):
-        self.rows: list[dict] = []
-        self.epochs: list[dict] = []
-        self.began = time.perf_counter()
-
-    def start_clock(self):
-        "Seconds go on where an interrupted training stopped."
-        self.began = time.perf_counter() - (self.rows[-1]["seconds"] if self.rows else 0.0)
-
-    def add(self, epoch: int, lr: float, skipped: bool, losses: dict):
-        "One step."
-        row = dict(step=len(self.rows), epoch=epoch, seconds=time.perf_counter() - self.began, lr=lr, skipped=skipped)
-        self.rows.append(row | {k: v.item() for k, v in losses.items()})
-
-    def skipped(self) -> int:
-        "Steps that were left out."
-        return sum(row["skipped"] for row in self.rows)
-
-    def columns(self) -> list[str]:
-        "Of the rows, in their order."
-        return list(self.rows[0]) if self.rows else ["step", "epoch", "seconds", "lr", "skipped", "total"]
-
-    def table(self, **about) -> pd.DataFrame:
-        "The table of `fit`."
-        table = pd.DataFrame(self.rows, columns=self.columns())
-        took = table["seconds"].diff().fillna(table["seconds"]) if self.rows else pd.Series([float("nan")])
-        table.attrs = dict(epochs=self.epochs, step_seconds=round(float(took.median()), 4), **about)
-        return table
-
-
 # %% ../../nbs/training/04_fit.ipynb #8ac40fae
 class _Loop:
     "One training in this process, alone or in a team."
@@ -479,9 +444,11 @@ class _Loop:
             method.to(self.team.device)
         self.device = method.device
         self.size = size or next(iter(method.backbones().values())).size
-        options = dict(
+        options: dict = dict(
             size=self.size, devices=devices, precision=precision, checkpointing=checkpointing, compile=compile
         )
+        if callbacks.keys():
+            options["callbacks"] = callbacks.keys()
         self.state = None
         if resume is not None:
             self.state = TrainingState(resume, training_key(method, index, recipe, cache, **options))
@@ -495,9 +462,10 @@ class _Loop:
         self.bar = tqdm(
             total=self.steps, desc=label, disable=not progress or self.team.rank > 0, unit="step", leave=True
         )
-        self.history = _History()
+        self.history = History()
         self.done = 0  # epochs
         self.resumed = 0  # epochs that another process had done
+        self.ended = False  # by a callback
         self.start = self.last = copied(trained_state(method))
 
     def _batches(self, index: pd.DataFrame, workers: int):
@@ -526,10 +494,11 @@ class _Loop:
             self.history.start_clock()
             with self.callbacks.work(self._about()) as outcome:
                 with checkpointed(method, self.checkpointing):
-                    for epoch in range(self.done, self.recipe.epochs):
-                        self._epoch(epoch)
-                        if self._show_epoch():
-                            break
+                    while self.done < self.recipe.epochs and not self.ended:
+                        self._epoch(self.done)
+                        self.ended = self._show_epoch()
+                        if self.callbacks.keys():  # their memory is part of the state
+                            self._write_state()
                 outcome.update(epochs=self.done, steps=len(self.history.rows))
                 self._judge()
         except BaseException as error:
@@ -558,8 +527,8 @@ def _epoch(self: _Loop, epoch: int):
     self._require_finite(epoch)
     self.last = copied(trained_state(self.method))
     self.done = epoch + 1
-    if self.state is not None and self.team.rank == 0:
-        self.state.write(*self._snapshot())
+    if not self.callbacks.keys():
+        self._write_state()
 
 
 @patch
@@ -654,14 +623,23 @@ def _snapshot(self: _Loop) -> tuple:  # tensors, JSON-able
     history = self.history
     tensors, random = random_state(self.device)
     tensors |= {f"method.{n}": t for n, t in self.last.items()}
-    tensors |= copied(optimiser_tensors(self.updates.optimiser)) | table_tensors(history.rows)
-    return tensors, dict(
+    tensors |= copied(optimiser_tensors(self.updates.optimiser)) | history.tensors()
+    memories, abouts = self.callbacks.memory()
+    return tensors | memories, dict(
         done=self.done,
+        ended=self.ended and bool(abouts),
+        callbacks=abouts,
         epochs=history.epochs,
         scaler=self.updates.scaler.state_dict(),
         random=random,
         columns=history.columns() if history.rows else [],
     )
+
+
+@patch
+def _write_state(self: _Loop):
+    if self.state is not None and self.team.rank == 0:
+        self.state.write(*self._snapshot())
 
 
 @patch
@@ -679,10 +657,11 @@ def _resume(self: _Loop):
     put_back(self.method, {n: tensors[f"method.{n}"] for n in self.last})
     set_optimiser(self.updates.optimiser, tensors)
     self.updates.scaler.load_state_dict(about["scaler"])
-    self.history.rows = table_rows(tensors, about["columns"])
-    self.history.epochs = about["epochs"]
+    self.history.restore(tensors, about["columns"], about["epochs"])
     self.last = copied(trained_state(self.method))
     self.done = self.resumed = self.loader.epoch = about["done"]
+    self.ended = about["ended"]
+    self.callbacks.remember(tensors, about["callbacks"])
     self.bar.update(len(self.history.rows))
     set_random_state(tensors, about["random"], self.device)
 

@@ -14,8 +14,7 @@ __all__ = [
     "differences",
     "TrainingState",
     "remove_state",
-    "table_tensors",
-    "table_rows",
+    "History",
     "optimiser_tensors",
     "set_optimiser",
 ]
@@ -28,6 +27,7 @@ import json
 import os
 import random
 import stat
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -252,21 +252,53 @@ def _regular(file: Path) -> bool:
 
 
 # %% ../../nbs/training/02_resume.ipynb #f4ab3cfc
-def table_tensors(
-    rows: list[dict],  # of the history
-) -> dict[str, Tensor]:
-    "One tensor a column."
-    table = pd.DataFrame(rows)
-    return {f"history.{c}": torch.from_numpy(table[c].to_numpy().copy()) for c in table.columns}
+class History:
+    "What happened: a row a step, and a row an epoch."
 
+    def __init__(self):
+        self.rows: list[dict] = []
+        self.epochs: list[dict] = []
+        self.began = time.perf_counter()
 
-def table_rows(
-    tensors: dict[str, Tensor],
-    columns: list[str],  # in their order
-) -> list[dict]:
-    "The way back."
-    values = [tensors[f"history.{c}"].tolist() for c in columns]
-    return [dict(zip(columns, row)) for row in zip(*values)]
+    def start_clock(self):
+        "Seconds go on where an interrupted training stopped."
+        self.began = time.perf_counter() - (self.rows[-1]["seconds"] if self.rows else 0.0)
+
+    def add(self, epoch: int, lr: float, skipped: bool, losses: dict):
+        "One step."
+        row = dict(step=len(self.rows), epoch=epoch, seconds=time.perf_counter() - self.began, lr=lr, skipped=skipped)
+        self.rows.append(row | {k: v.item() for k, v in losses.items()})
+
+    def skipped(self) -> int:
+        "Steps that were left out."
+        return sum(row["skipped"] for row in self.rows)
+
+    def columns(self) -> list[str]:
+        "Of the rows, in their order."
+        return list(self.rows[0]) if self.rows else ["step", "epoch", "seconds", "lr", "skipped", "total"]
+
+    def tensors(self) -> dict[str, Tensor]:
+        "One tensor a column."
+        table = pd.DataFrame(self.rows)
+        return {f"history.{c}": torch.from_numpy(table[c].to_numpy().copy()) for c in table.columns}
+
+    def restore(
+        self,
+        tensors: dict[str, Tensor],  # among others those of `tensors`
+        columns: list[str],  # in their order
+        epochs: list[dict],
+    ):
+        "The way back."
+        values = [tensors[f"history.{c}"].tolist() for c in columns]
+        self.rows = [dict(zip(columns, row)) for row in zip(*values)]
+        self.epochs = epochs
+
+    def table(self, **about) -> pd.DataFrame:
+        "The table of `fit`."
+        table = pd.DataFrame(self.rows, columns=self.columns())
+        took = table["seconds"].diff().fillna(table["seconds"]) if self.rows else pd.Series([float("nan")])
+        table.attrs = dict(epochs=self.epochs, step_seconds=round(float(took.median()), 4), **about)
+        return table
 
 
 # %% ../../nbs/training/02_resume.ipynb #2caf7987
