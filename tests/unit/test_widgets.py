@@ -699,6 +699,36 @@ def test_upload_asks_with_the_word_that_is_given(index):
     assert upload.result.category == "gear" and upload.result.score != before
 
 
+def test_upload_of_an_inspector_asks_with_the_word_too():
+    method = create("winclip", clip_weights="random:0", image_size=SIZE)
+    picture = file(np.full((SIZE, SIZE, 3), 128, np.uint8))
+    plain = Inspector(method, category="cable")
+    upload = Upload(plain, category="screw")
+    upload.open_file("a.png", picture)
+    assert (upload.result.category, plain.category, Upload(plain).word.value) == ("screw", "cable", "cable")
+    assert upload.result.score == Inspector(method, category="screw").predict(picture).score
+
+
+def test_a_second_good_picture_makes_a_threshold():
+    "Thresholds that were made without good pictures are gone with the first one; two make one of their own."
+    method = create("self_distance", image_size=96)
+    upload = Upload(Inspector(method).use_values(9.0, 9.0))
+    rng = np.random.default_rng(0)
+    for count, decision in ((1, "score only"), (2, "normal")):
+        upload.zone.set_state(
+            dict(
+                name=f"{count}.png",
+                data=file(rng.integers(90, 120, (96, 96, 3), np.uint8)),
+                count=count,
+            )
+        )
+        upload.remember_this()
+        assert not upload.message.value and upload.result.decision == decision, upload.message.value
+    assert "33.3 %" in upload.kept.value
+    upload.forget_good()
+    assert upload.result.threshold == 9.0
+
+
 @pytest.mark.parametrize(
     "name, data, said",
     [
