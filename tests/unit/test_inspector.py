@@ -1188,7 +1188,7 @@ def test_few_good_images_and_both_thresholds(tmp_path, good, capsys):
         (["IN", "--model", "visualat"], "unknown method 'visualat'"),
         (["IN", "--decide", "regions", "--threshold", "1"], "decide='regions' needs a pixel threshold"),
         (["IN", "--report", "--pictures", "none"], "--report shows pictures"),
-        (["IN", "--model", "hub:me/mine"], "not loaded by name yet"),
+        (["IN", "--model", "hub:mine"], "OWNER/NAME"),
         (["IN", "--rate", "0.1"], "--rate: thresholds are made from good images; add --normals FOLDER"),
         (["IN", "--normals", "IN", "--threshold", "1"], "give one of --normals and --threshold"),
         (["IN", "--pictures", "defective"], "needs a threshold"),

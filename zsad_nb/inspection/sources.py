@@ -31,6 +31,7 @@ from ..data.index import root_of
 from ..data.left_out import Unused, grouped, is_note
 from ..data.listing import is_image, is_rubbish, walk
 from ..data.pixels import read_image
+from ..evaluation.pretrained import load_pretrained
 from ..evaluation.run_state import result_of
 from .journal import utf8
 from zsad_nb.methods.base import (
@@ -348,15 +349,12 @@ def _from_words(text: str, changes: dict) -> Method | None:  # None: the text is
     if kind == "released":
         return load_released(rest, **changes)
     if kind == "hub":
-        raise ValueError(
-            f"{shown(text)}: models of the Hugging Face hub are not loaded by name yet; download the checkpoint"
-            " (.safetensors) from there and give its path"
-        )
+        return load_pretrained(text, **changes)
     return None
 
 
 def method_from(
-    # a run's folder, a checkpoint, a method's name, "shipped", "released:METHOD=FILE", a Method, or what has a .method
+    # a run's folder, a checkpoint, a method's name, "shipped", "released:METHOD=FILE", "hub:OWNER/NAME", a Method, or what has a .method
     what: Any = None,
     released: str | None = None,  # instead: METHOD=FILE, a checkpoint of a method's authors
     # of a checkpoint or run: its class, where that is one of your own that no installed package declares
