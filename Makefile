@@ -32,7 +32,7 @@ help:
 	@echo "make memory    does evaluation stream: 5,000 images against 50"
 	@echo "make bench     metrics against scikit-learn and the usual loops, side by side; ten thousand maps; where the time of every method goes"
 	@echo "make bench-cluster  two Dask workers against one, side by side"
-	@echo "make notebooks export; execute the notebooks that explain, in place (not those whose pictures weigh megabytes); clean"
+	@echo "make notebooks export; execute every notebook and store what it shows; clean (a quarter of an hour)"
 	@echo "make docs      the site, offline, from the notebooks as they are: runs/site/html; a broken link or a missing picture ends it"
 	@echo "make export    modules from notebooks: nbdev_export, nbdev_clean, ruff format"
 	@echo "make lab       JupyterLab on nbs/"
@@ -181,18 +181,11 @@ export: env   # from the notebooks to the modules
 	nbdev_clean
 	ruff format
 
-notebooks: env
+notebooks: everything
 	nbdev_export
-	MPLBACKEND=module://matplotlib_inline.backend_inline TQDM_DISABLE=1 PYTHONWARNINGS=ignore jupyter nbconvert --log-level WARN --to notebook --execute --inplace --ExecutePreprocessor.store_widget_state=False \
-	  $(foreach room,backbones components methods training evaluation tutorials,nbs/$(room)/*.ipynb)
+	python tests/stored_outputs.py --write
 	nbdev_clean
 	ruff format
-
-docs: $(VENV)/.docs   # two minutes; nothing is executed
-	@python nbs/site/build_site.py --out runs/site
-$(VENV)/.docs: $(VENV)/.ready
-	@$(BIN)/pip install -q --disable-pip-version-check --no-compile -c constraints.txt torch torchvision -e ".[dev,docs]"
-	@touch $@
 
 lab: env
 	jupyter lab nbs

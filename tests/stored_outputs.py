@@ -123,7 +123,23 @@ def _outputs(path: Path, flagged: bool) -> list[list[dict] | None] | str:  # of 
             found.append(shown(json.loads(json.dumps(dict(outputs=cell.get("outputs", []))))))
         os.environ.pop("TMPDIR")
         tempfile.tempdir = None
-    return found
+    hidden = {room: "TEMP", str(ROOT): "REPOSITORY"}  # whoever reads a notebook has other folders
+    return [None if outputs is None else [without_places(output, hidden) for output in outputs] for outputs in found]
+
+
+def without_places(output: dict, hidden: dict[str, str]) -> dict:
+    "An output whose texts name no folder of this machine."
+
+    def hide(text: str) -> str:
+        for place, word in hidden.items():
+            text = text.replace(place, word)
+        return text
+
+    if "text" in output:
+        return output | dict(text=hide(output["text"]))
+    if "data" in output:
+        return output | dict(data={k: hide(v) if k.startswith("text/") else v for k, v in output["data"].items()})
+    return output
 
 
 _context = None

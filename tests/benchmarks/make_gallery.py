@@ -15,8 +15,9 @@ from PIL import Image, ImageOps
 ROOT = Path(__file__).parents[2]
 OUT = ROOT / "paper_figures" / "gallery"
 ROOM = ROOT / "runs" / "gallery"
-WIDTH = 320
-HEIGHT = 200
+WIDTH = 640
+HEIGHT = 400
+SHOWN = 320  # pixels on the page
 ROWS = {  # notebook -> what you learn; where the picture is from: the number of a picture in the notebook (kept, or executed in runs/gallery) or in another one, a file or a part of it, a table, a drawing
     "tutorials/quickstart": ("from nothing to a heatmap of a defect in a category the model never saw", 0),
     "tutorials/your_own_images": (
@@ -49,10 +50,27 @@ ROWS = {  # notebook -> what you learn; where the picture is from: the number of
         "SSVP part by part: what each level becomes, whom the gates believe, what an image does to its own prompts",
         2,
     ),
+    "tutorials/from_equation_to_code": (
+        "seven equations of SSVP, written down as they are printed, and found again in the package",
+        1,
+    ),
     "tutorials/your_own_method": (
         "a small method in a file of your own, beside another one in a sweep's table",
         0,
     ),
+    "tutorials/a_sweep": (
+        "from a YAML file to a table with seeds and published numbers; stopped and continued",
+        0,
+    ),
+    "tutorials/on_a_cluster": (
+        "one evaluation in shards, a sweep on many machines, and what happens when a worker dies",
+        0,
+    ),
+    "tutorials/real_weights_and_data": (
+        "what to download for the papers' numbers: towers, data sets, licences, expected values",
+        0,
+    ),
+    "tutorials/glossary": ("the words that the notebooks use, and the way from a file to a heatmap", 0),
     "experiments/train": (
         "train a method on an auxiliary set: a checkpoint and its losses",
         ("visualad_synthetic.png", (115, 235, 815, 590)),
@@ -213,7 +231,7 @@ def drawn(kinds: list) -> bytes:
 
 
 def thumbnail(data: bytes, path: Path):
-    "At most 320 x 200 on white."
+    "At most WIDTH x HEIGHT on white."
     picture = ImageOps.contain(Image.open(io.BytesIO(data)).convert("RGB"), (WIDTH, HEIGHT), Image.Resampling.LANCZOS)
     page = Image.new("RGB", (WIDTH, HEIGHT), "white")
     page.paste(picture, ((WIDTH - picture.width) // 2, (HEIGHT - picture.height) // 2))
@@ -266,7 +284,7 @@ def main():
         "",
         (
             "What the notebooks show, with a picture out of each. Time: processor seconds of one core with the default"
-            " parameters, the start of Python included (–: not measured). All images are drawn unless said otherwise,"
+            " parameters, the start of Python included (–: not measured). All images are synthetic unless said otherwise,"
             " all towers tiny: the pictures show what a notebook does, not how good a method is."
         ),
         "",
@@ -286,7 +304,7 @@ def main():
             if not (args.keep and (OUT.parent / file).is_file()) and (picture := picture_of(name)):
                 thumbnail(picture, OUT.parent / file)
             shown = (
-                f'<a href="{link}"><img src="{file}" width="{WIDTH}" alt="{heading}"></a>'
+                f'<a href="{link}"><img src="{file}" width="{SHOWN}" alt="{heading}"></a>'
                 if (OUT.parent / file).is_file()
                 else ""
             )
