@@ -187,6 +187,12 @@ notebooks: everything
 	nbdev_clean
 	ruff format
 
+docs: $(VENV)/.docs   # two minutes; nothing is executed
+	@python nbs/site/build_site.py --out runs/site
+$(VENV)/.docs: $(VENV)/.ready
+	@$(BIN)/pip install -q --disable-pip-version-check --no-compile -c constraints.txt torch torchvision -e ".[dev,docs]"
+	@touch $@
+
 lab: env
 	jupyter lab nbs
 
