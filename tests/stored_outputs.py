@@ -38,6 +38,9 @@ ELSEWHERE = {"gpu", "weights"}  # cells that begin with one of these flags are f
 SLOW = ELSEWHERE | {"notest", "slow"}  # and these are executed where outputs are stored, not where they are compared
 INLINE = "module://matplotlib_inline.backend_inline"
 VARIES = re.compile(r"^#\|\s*varies\b", re.MULTILINE)
+PICTURES = ("image/png", "image/jpeg")
+WIDEST = 1400  # pixels of a stored picture: twice the width of a column, for sharp screens
+LARGE = 200_000  # bytes of a PNG from which on a JPEG is stored instead
 KEPT = ("text/plain", "text/html", "text/markdown", "text/latex", "image/png", "image/jpeg", "image/svg+xml")
 
 
@@ -228,12 +231,18 @@ def text_difference(one: str, other: str) -> str:
     return ""
 
 
-def picture_size(kind: str, data: str) -> tuple[int, int]:
-    "Width and height in pixels."
+def picture_size(data: str) -> tuple[int, int]:
+    "Width and height in pixels, as stored."
     from PIL import Image
 
     with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
-        return picture.size
+        width, height = picture.size
+    return min(width, WIDEST), round(height * min(1.0, WIDEST / width))
+
+
+def kinds_of(output: dict) -> set[str]:
+    "What an output holds; a picture is one in either format."
+    return {"picture" if kind in PICTURES else kind for kind in output["data"]}
 
 
 def output_difference(one: dict, other: dict, varies: bool) -> str:
@@ -242,16 +251,16 @@ def output_difference(one: dict, other: dict, varies: bool) -> str:
         return f"stored {one['output_type']}, now {other['output_type']}"
     if one["output_type"] == "stream":
         return "" if varies else text_difference(one["text"], other["text"])
-    if set(one["data"]) != set(other["data"]):
-        return f"stored {', '.join(sorted(one['data']))}, now {', '.join(sorted(other['data']))}"
+    if kinds_of(one) != kinds_of(other):
+        return f"stored {', '.join(sorted(kinds_of(one)))}, now {', '.join(sorted(kinds_of(other)))}"
+    if "picture" in kinds_of(one):
+        sizes = [picture_size(next(o["data"][k] for k in PICTURES if k in o["data"])) for o in (one, other)]
+        if any(abs(a - b) > max(2, 0.02 * a) for a, b in zip(*sizes)):
+            return "stored a picture of {} x {}, now {} x {}".format(*sizes[0], *sizes[1])
+        return ""
     for kind, data in one["data"].items():
-        if kind in ("image/png", "image/jpeg"):
-            sizes = picture_size(kind, data), picture_size(kind, other["data"][kind])
-            if any(abs(a - b) > max(2, 0.02 * a) for a, b in zip(*sizes)):
-                return "stored a picture of {} x {}, now {} x {}".format(*sizes[0], *sizes[1])
-        elif not varies and not ("image/png" in one["data"] or "image/jpeg" in one["data"]):
-            if difference := text_difference(data, other["data"][kind]):
-                return difference
+        if not varies and (difference := text_difference(data, other["data"][kind])):
+            return difference
     return ""
 
 
@@ -276,8 +285,8 @@ def differences(path: Path, now: list[list[dict] | None]) -> list[str]:  # one s
 # ------------------------------------------------------------------------------------------------------------ writing
 
 
-def small_png(data: str) -> str:
-    "A picture with 8 bits a pixel, where that makes it smaller."
+def small_picture(data: str) -> tuple[str, str]:  # mime type, base64
+    "A picture at most WIDEST pixels wide: with 8 bits a pixel, or as JPEG where that would be large."
     from PIL import Image
 
     before = base64.b64decode(data)
@@ -285,9 +294,15 @@ def small_png(data: str) -> str:
         flat = Image.new("RGB", picture.size, "white")
         whole = picture.convert("RGBA")
         flat.paste(whole, mask=whole.getchannel("A"))
+    if flat.width > WIDEST:
+        flat = flat.resize((WIDEST, round(flat.height * WIDEST / flat.width)), Image.Resampling.LANCZOS)
     out = io.BytesIO()
     flat.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.FLOYDSTEINBERG).save(out, "PNG", optimize=True)
-    return base64.b64encode(min(out.getvalue(), before, key=len)).decode()
+    if out.tell() < LARGE:
+        return "image/png", base64.b64encode(out.getvalue()).decode()
+    out = io.BytesIO()
+    flat.save(out, "JPEG", quality=85, optimize=True)
+    return "image/jpeg", base64.b64encode(out.getvalue()).decode()
 
 
 def stored_form(output: dict) -> dict:
@@ -297,7 +312,7 @@ def stored_form(output: dict) -> dict:
     data = {}
     for kind, value in output["data"].items():
         if kind == "image/png":
-            value = small_png(value)
+            kind, value = small_picture(value)
         data[kind] = value.splitlines(keepends=True) if kind.startswith("text/") else value
     form = dict(output_type=output["output_type"], data=data, metadata={})
     return form | (dict(execution_count=None) if output["output_type"] == "execute_result" else {})
