@@ -144,7 +144,7 @@ def test_names():
 @pytest.mark.parametrize(
     "words, text",
     [
-        (["run", "evalute"], "did you mean evaluate?"),
+        (["run", "evalute"], "did you mean evaluate"),
         (["sweep", "visual_ad"], "did you mean visualad?"),
         (["run", "nowhere/mine.ipynb"], "no notebook at nowhere/mine.ipynb"),
         (["run", "mine.ipynb"], "no notebook at mine.ipynb"),

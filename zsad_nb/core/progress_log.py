@@ -40,6 +40,7 @@ class ProgressLog(Callback):
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         line = f"{now}  {shown(text)}\n".encode("utf-8", "backslashreplace")
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             file = open_unfollowed(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
             try:
                 os.write(file, b"\n" + line if _is_cut(file) else line)
