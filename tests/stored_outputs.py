@@ -300,8 +300,11 @@ def small_picture(data: str) -> tuple[str, str]:  # mime type, base64
     flat.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.FLOYDSTEINBERG).save(out, "PNG", optimize=True)
     if out.tell() < LARGE:
         return "image/png", base64.b64encode(out.getvalue()).decode()
-    out = io.BytesIO()
-    flat.save(out, "JPEG", quality=85, optimize=True)
+    for quality in (85, 70, 55):
+        out = io.BytesIO()
+        flat.save(out, "JPEG", quality=quality, optimize=True)
+        if out.tell() < 2 * LARGE:
+            break
     return "image/jpeg", base64.b64encode(out.getvalue()).decode()
 
 

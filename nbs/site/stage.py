@@ -22,7 +22,7 @@ ROOMS = ("core", "data", "synthetic", "backbones", "components", "methods", "tra
     "runs",
     "deploy",
     "cli",
-)  # the order of reading; tests/unit/test_site.py holds it to the one of the house
+)  # the order of reading; tests/unit/test_api_pages.py holds it to the one of the house
 DIRECTIVE = re.compile(r"^#\|\s*([\w-]+):?(?:\s+(.*))?$")
 NAMED_FILE = re.compile(r"(?<![\[`])`((?:nbs|paper_figures)/[\w./-]+\.(?:csv|png|jpg|md|ipynb|yaml))`(?![\]`])")
 WIDGET = "application/vnd.jupyter.widget-view+json"
